@@ -1,0 +1,246 @@
+"""The run configuration: one dataclass per named section of the YAML files.
+
+Every field has a default, a sentence of help and, where there is one, a rule; `config_check.py` reads the rules,
+`pmd fit --help` prints the sentences. Nothing here imports torch, so a bad configuration is refused in a blink.
+Sections hold plain values only; objects are made from them in `cli.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(
+    default: Any, help: str, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> Any:
+    """Declare a config field: its default, one sentence of help, and its bounds (`above` is exclusive)."""
+    bounds = {"least": least, "above": above, "most": most}
+    metadata = {"help": help, **{k: v for k, v in bounds.items() if v is not None}}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The policy: which weights, in which precision, and what of them is trained."""
+
+    path: str = option(
+        "tiny", "`tiny` or `tiny_exam` (shipped with the package), a Hugging Face id, or a local directory."
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Precision of the base weights.")
+    finetune: Literal["full", "lora", "qlora"] = option(
+        "full", "Train all weights, an adapter, or an adapter on a 4-bit base."
+    )
+    lora_rank: int = option(16, "Rank of the adapter.", least=1)
+    lora_alpha: float = option(
+        32.0, "Scale of the adapter: its output is multiplied by lora_alpha / lora_rank.", above=0
+    )
+    lora_dropout: float = option(0.0, "Dropout inside the adapter.", least=0, most=0.9)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
+    prompts: Literal["words", "chat"] = option(
+        "words", "`words` is the tiny world's own language; `chat` uses the tokenizer's chat template."
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a linear warm-up and then a constant rate (SDPO's recipe)."""
+
+    lr: float = option(1e-5, "Learning rate after the warm-up.", above=0)
+    weight_decay: float = option(0.01, "Decoupled weight decay.", least=0)
+    beta1: float = option(0.9, "AdamW's first decay rate.", least=0, most=1)
+    beta2: float = option(0.999, "AdamW's second decay rate.", least=0, most=1)
+    warmup_steps: int = option(0, "Optimizer steps over which the rate rises from 0.", least=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+
+
+@dataclass
+class TeacherConfig:
+    """The self-teacher: which weights score the rollouts, and what its prompt contains."""
+
+    kind: Literal["frozen", "ema", "live", "trust_region"] = option(
+        "frozen",
+        "Copy of the initial student, moving average, the student itself, or initial and student logits mixed.",
+    )
+    refresh_epochs: int | None = option(
+        None, "With kind `frozen`: copy the student again every this many epochs.", least=1
+    )
+    ema_rate: float = option(
+        0.05, "With kind `ema`: share of the student taken after each optimizer step.", above=0, most=1
+    )
+    trust_region_rate: float = option(0.05, "With kind `trust_region`: share of the student's logits.", least=0, most=1)
+    context: Literal["none", "sibling", "memory", "both"] = option(
+        "both",
+        "What the teacher sees beside the problem: a verified success of the same group, retrieved memory, or both.",
+    )
+    feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
+    max_prompt_tokens: int = option(
+        2048, "Bound on the teacher's prompt; whole memory items are dropped to fit.", least=8
+    )
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised: policy_gradient x clipped policy gradient + distillation x divergence to the teacher."""
+
+    policy_gradient: float = option(0.0, "Weight of the clipped policy gradient (GRPO).", least=0)
+    distillation: float = option(1.0, "Weight of the divergence from student to memory-conditioned teacher.", least=0)
+    alpha: float | Literal["symmetric"] = option(
+        0.5,
+        "0 is forward KL(T||S), 1 reverse KL(S||T), between: Jensen-Shannon; `symmetric`: mean of both KLs.",
+        least=0,
+        most=1,
+    )
+    top_k: int | None = option(
+        None, "Compare on the student's k likeliest tokens only; null compares the whole vocabulary.", least=1
+    )
+    tail: bool = option(True, "With top_k: put the remaining mass into one tail bucket.")
+    anchor_weight: float = option(
+        1.0, "Weight of rollouts whose teacher saw nothing extra; 0 masks them (SDPO).", least=0
+    )
+    importance_clip: float | None = option(
+        2.0, "Cap on the ratio of the current to the sampling policy in distillation.", above=0
+    )
+    engine_cap: float | None = option(
+        2.0, "Cap on the engine-to-trainer importance weight; null turns it off.", above=0
+    )
+    clip_low: float = option(0.2, "Policy gradient: lower clip of the ratio, 1 - clip_low.", least=0, most=1)
+    clip_high: float = option(0.28, "Policy gradient: upper clip of the ratio, 1 + clip_high.", least=0)
+    dual_clip: float | None = option(3.0, "Policy gradient: bound on the loss of negative advantages.", above=1)
+    normalize_std: bool = option(False, "Divide advantages by the group's standard deviation.")
+    kl_weight: float = option(0.0, "Weight of KL(student || initial policy).", least=0)
+    update_policy: bool = option(
+        True, "False computes and logs everything but applies no update (the frozen-policy ablation)."
+    )
+
+
+@dataclass
+class TinyWorldConfig:
+    """Size of the tiny world of a run; a seed decides which names are bound to which rules."""
+
+    boxes: Literal[4, 6] = option(4, "Boxes in a problem: 4 give 12 rules, 6 give 30.")
+    families: int = option(32, "Names in use, each bound to one rule.", least=1, most=64)
+    train_per_family: int = option(6, "Training problems per family.", least=1, most=200)
+    validation_per_family: int = option(2, "Validation problems per family.", least=1, most=200)
+    test_per_family: int = option(4, "Test problems per family.", least=1, most=200)
+
+
+@dataclass
+class DataConfig:
+    """Where the problems come from."""
+
+    task: Literal["tiny", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option("tiny", "Which problems.")
+    path: str | None = option(None, "Folder or file of the data; null loads it from the Hugging Face Hub.")
+    validation_path: str | None = option(None, "jsonl: the held-out problems; null splits `path`.")
+    domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
+        ["chemistry"], "SciKnowEval domains."
+    )
+    validation_share: float = option(
+        0.0, "Share of the training problems held out for validation; 0 validates on the test split.", least=0, most=0.5
+    )
+    max_train: int | None = option(None, "Use only this many training problems.", least=1)
+    max_validation: int | None = option(None, "Use only this many validation problems.", least=1)
+    max_test: int | None = option(None, "Use only this many test problems.", least=1)
+    seed: int | None = option(None, "Seed of splits and of the tiny world; null takes seed_everything.", least=0)
+    world: TinyWorldConfig = field(default_factory=TinyWorldConfig, metadata={"help": "The tiny world's size."})
+
+
+@dataclass
+class RolloutsConfig:
+    """How the student attempts problems, and how attempts become batches."""
+
+    engine: Literal["hf"] = option("hf", "`hf` generates with the training weights themselves.")
+    problems_per_step: int = option(32, "Problems in one rollout batch.", least=1)
+    group_size: int = option(8, "Attempts at each problem.", least=1)
+    updates_per_batch: int = option(1, "Optimizer steps per rollout batch; the problems are split among them.", least=1)
+    temperature: float = option(1.0, "Sampling temperature in training; the importance weights assume 1.", above=0)
+    max_new_tokens: int = option(8192, "Longest completion.", least=1)
+    max_prompt_tokens: int = option(
+        2048, "Longest student prompt; problems above it are refused before training.", least=1
+    )
+    engine_batch: int = option(256, "Sequences that the hf engine generates at once.", least=1)
+    micro_batch_tokens: int = option(
+        16384, "Tokens, padding included, in one forward pass; smaller uses less memory.", least=1
+    )
+
+
+@dataclass
+class VerificationConfig:
+    """Held-out evaluation at epoch boundaries and at the end. Never any memory in the student's prompt."""
+
+    every_epochs: int = option(1, "Evaluate the validation problems every this many epochs.", least=1)
+    samples: int = option(4, "Completions per validation problem at epoch boundaries.", least=1)
+    final_samples: int = option(16, "Completions per test problem at the start and at the end.", least=1)
+    temperature: float = option(0.6, "Sampling temperature in evaluation.", above=0)
+    top_p: float = option(0.95, "Nucleus of evaluation sampling.", above=0, most=1)
+    pass_at: list[int] = option([1, 8], "The k of pass@k, coverage@k and maj@k in tables.")
+    memory_conditioned: bool = option(
+        True, "Also score the policy with memory in its prompt, to see what is not yet internalised."
+    )
+
+
+@dataclass
+class ReflectionConfig:
+    """The policy writes down what its attempts teach."""
+
+    enabled: bool = option(True, "Reflect at the end of each epoch.")
+    by: Literal["teacher", "student"] = option(
+        "teacher", "Whose weights write; a student in training can forget how to."
+    )
+    temperature: float = option(0.0, "0 is greedy.", least=0)
+    max_new_tokens: int = option(512, "Longest reflection.", least=1)
+    max_groups: int | None = option(
+        None, "Reflect on at most this many groups an epoch, chosen by seed; null is all.", least=1
+    )
+
+
+@dataclass
+class MemoryConfig:
+    """The procedural memory: what is kept, what is retrieved, and when it may change."""
+
+    enabled: bool = option(True, "Keep and retrieve memory.")
+    frozen: bool = option(False, "Build once with the initial policy, then never write again.")
+    k: int = option(4, "Items retrieved for one problem.", least=1)
+    levels: list[Literal[0, 1, 2]] = option(
+        [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
+    )
+    kinds: list[Literal["experience", "strategy", "lesson", "contrast", "behaviour"]] = option(
+        ["experience", "strategy", "lesson", "contrast", "behaviour"], "Kinds that retrieval may return."
+    )
+    max_behaviours: int = option(1, "Quota of behaviours among the k items.", least=0)
+    max_strategies: int = option(2, "Quota of strategies and contrasts among the k items.", least=0)
+    max_lessons: int | None = option(
+        None, "Quota of lessons among the k items; null lets them fill what is left.", least=0
+    )
+    neighbours: int = option(16, "Problems whose items are considered for a query.", least=1)
+    min_similarity: float = option(0.2, "Neighbours below this cosine are not used.", least=-1, most=1)
+    max_tokens: int = option(768, "Bound on memory in the teacher's prompt; whole items are dropped to fit.", least=1)
+    capacity: int = option(
+        100_000, "Most active insights in the store; the oldest redundant ones retire first.", least=1
+    )
+    insights_per_problem: int = option(6, "Most active insights of one problem.", least=1)
+    experiences_per_problem: int = option(4, "Most successes, and most failures, kept of one problem.", least=1)
+    embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
+    cluster_similarity: float = option(0.6, "Insights this close, on average, form one behaviour.", above=0, most=1)
+    cluster_support: int = option(2, "Problems that a behaviour needs behind it.", least=1)
+
+
+@dataclass
+class RunConfig:
+    """All sections but `trainer`, which is Lightning's own."""
+
+    method: str = option("pmd", "Name of the method in tables; it changes nothing else.")
+    run_dir: str | None = option(None, "Where everything of the run is kept; null picks the next free runs/NAME.")
+    ckpt_path: str | None = option(
+        None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
+    )
+    seed_everything: int = option(0, "Seed of everything that is drawn.", least=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
+    verification: VerificationConfig = field(default_factory=VerificationConfig)
+    reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)

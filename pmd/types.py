@@ -1,0 +1,106 @@
+"""The records that flow through one training step. Plain data: no torch, no I/O, nothing mutable.
+
+Task -> (engine) Completion -> Rollout -> (verifier) Verdict -> (reflection) Procedure. Records are joined by id,
+never by list position.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Split = Literal["train", "validation", "test"]
+Level = Literal[0, 1, 2]
+ProcedureKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
+VerdictStatus = Literal[
+    "ok",
+    "wrong_answer",
+    "format",
+    "runtime_error",
+    "timeout",
+    "memory",
+    "output_limit",
+    "sandbox_error",
+    "error",
+]
+#: Statuses that say nothing about the completion: counted, retried where possible, never learned from.
+UNSCORED: frozenset[str] = frozenset({"sandbox_error", "error"})
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem that a program can verify."""
+
+    task_id: str  # unique in its data set, the same in every run
+    messages: tuple[Message, ...]  # what the student sees; never any memory
+    verifier: str  # a name (`mcq`, `exact`, `boxes`, ...) or a class path
+    split: Split
+    answer: str = ""  # what the verifier compares with; never shown to a model
+    tests: Mapping[str, Any] = field(default_factory=dict)  # for verifiers that run tests
+    memory_key: str = ""  # what the problem is about, without template words; retrieval looks this up
+    domain: str = ""
+
+    @property
+    def question(self) -> str:
+        """The last user message: the problem itself, without the system prompt."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier says of one completion."""
+
+    reward: float
+    correct: bool
+    status: VerdictStatus
+    feedback: str = ""  # words for the model; never the expected answer
+    answer: str | None = None  # the answer extracted from the completion, None where there is none
+    seconds: float = 0.0
+
+    @property
+    def scored(self) -> bool:
+        """Whether the verdict says something about the completion."""
+        return self.status not in UNSCORED
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one request. Token ids end to end; the text is for verifiers and people."""
+
+    token_ids: tuple[int, ...]  # includes the end-of-sequence token if it was sampled
+    logprobs: tuple[float | None, ...]  # of the sampling policy, in nats; None where the engine reports none
+    text: str
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One attempt of the student at one task, and its verdict."""
+
+    rollout_id: str
+    group_id: str  # the G attempts at one task in one step share it
+    task_id: str
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Procedure:
+    """One memory entry, as retrieval hands it to the teacher."""
+
+    procedure_id: int
+    level: Level
+    kind: ProcedureKind
+    text: str
+    problem_id: int | None  # None for behaviours, which belong to several problems
+    task_id: str | None  # the train task it was learnt from
+    similarity: float = 0.0  # of the query to the problem (level 0, 1) or to the behaviour, in [-1, 1]
