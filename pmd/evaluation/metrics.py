@@ -1,0 +1,165 @@
+"""Scores of repeated samples: one `Sample` per completion enters, `Scores` leave, over all questions and per domain.
+
+Every @k value is the exact expectation over k of the n samples of a question, drawn without replacement, then
+averaged over questions. Resampling with replacement is biased low (n=16, c=1: .644 where pass@16 is 1).
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One verified completion. Leave out completions whose verdict says nothing (`Verdict.scored` is False)."""
+
+    task_id: str
+    domain: str
+    correct: bool
+    reward: float
+    answer: str | None = None  # the extracted answer; None where none was found
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a set of samples says. The @k mappings hold the k that every question has samples for."""
+
+    num_tasks: int
+    num_samples: int
+    avg: float  # avg@k and avg@1: the mean of the questions' means
+    avg_error: float  # standard error, clustered by question; nan for one question
+    reward: float  # mean of the questions' mean rewards
+    valid_rate: float  # share of samples with an extracted answer
+    pass_at: dict[int, float]
+    maj_at: dict[int, float]
+    coverage_at: dict[int, float]  # expected number of distinct answers
+    headroom_at: dict[int, float]  # pass@k - avg@1
+    by_domain: dict[str, "Scores"] = field(default_factory=dict)
+    domain_avg: float = math.nan  # plain mean of the domains' avg, beside the pooled `avg`
+    domain_avg_error: float = math.nan
+
+
+def score_samples(samples: Sequence[Sample], ks: Sequence[int] = (1, 8)) -> Scores:
+    """Score all samples together and per domain.
+
+    Raises:
+        ValueError: if there is no sample.
+    """
+    if not samples:
+        raise ValueError("score_samples needs at least one sample")
+    by_domain: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_domain[sample.domain].append(sample)
+    domains = {domain: _score(part, ks, {}) for domain, part in sorted(by_domain.items())}
+    return _score(samples, ks, domains)
+
+
+def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Scores]) -> Scores:
+    questions: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        questions[sample.task_id].append(sample)
+    groups = list(questions.values())
+    possible = sorted({k for k in ks if k <= min(map(len, groups))})
+    means = np.array([np.mean([s.correct for s in group]) for group in groups], dtype=float)
+    pass_at = {k: _mean([pass_at_k(len(g), sum(s.correct for s in g), k) for g in groups]) for k in possible}
+    avg = _mean(means.tolist())
+    return Scores(
+        num_tasks=len(groups),
+        num_samples=len(samples),
+        avg=avg,
+        avg_error=clustered_error(means),
+        reward=_mean([_mean([s.reward for s in group]) for group in groups]),
+        valid_rate=_mean([s.answer is not None for s in samples]),
+        pass_at=pass_at,
+        maj_at={k: _mean([maj_at_k([(s.answer, s.correct) for s in g], k) for g in groups]) for k in possible},
+        coverage_at={k: _mean([coverage_at_k([s.answer for s in g], k) for g in groups]) for k in possible},
+        headroom_at={k: value - avg for k, value in pass_at.items()},
+        by_domain=by_domain,
+        domain_avg=_mean([scores.avg for scores in by_domain.values()]),
+        domain_avg_error=math.sqrt(sum(s.avg_error**2 for s in by_domain.values())) / max(1, len(by_domain)),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def clustered_error(question_means: np.ndarray) -> float:
+    """Return the standard error of the mean over questions; nan for a single question."""
+    count = len(question_means)
+    return float(np.std(question_means, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Return the chance that one of k samples is correct: 1 - prod(1 - k/i, i=n-c+1..n) (Chen et al. 2021)."""
+    _check_k(num_samples, k)
+    if num_samples - num_correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
+
+
+def coverage_at_k(answers: Sequence[str | None], k: int) -> float:
+    """Return the expected number of distinct answers among k samples; None is no answer."""
+    _check_k(len(answers), k)
+    counts = Counter(answer for answer in answers if answer is not None)
+    return float(sum(pass_at_k(len(answers), count, k) for count in counts.values()))
+
+
+def maj_at_k(votes: Sequence[tuple[str | None, bool]], k: int) -> float:
+    """Return the chance that the most frequent answer among k samples is correct.
+
+    None casts no vote, tied answers share, no vote at all is wrong. An answer whose samples disagree on being correct
+    counts with their mean.
+    """
+    _check_k(len(votes), k)
+    counts = Counter(answer for answer, _ in votes if answer is not None)
+    num_right = Counter(answer for answer, correct in votes if answer is not None and correct)
+    num_null = len(votes) - sum(counts.values())
+    total = 0.0
+    for answer in num_right:
+        others = [count for other, count in counts.items() if other != answer]
+        wins = sum(
+            math.comb(counts[answer], height) * _ways_below(others, num_null, height, k - height)
+            for height in range(1, min(counts[answer], k) + 1)
+        )
+        total += wins / math.comb(len(votes), k) * num_right[answer] / counts[answer]
+    return total
+
+
+def _ways_below(others: Sequence[int], num_null: int, height: int, drawn: int) -> float:
+    """Count the draws in which no other answer exceeds `height` votes; t answers level with it weigh 1 / (t + 1)."""
+    ways: dict[tuple[int, int], int] = {
+        (used, 0): math.comb(num_null, used) for used in range(min(num_null, drawn) + 1)
+    }
+    for count in others:
+        following: dict[tuple[int, int], int] = defaultdict(int)
+        for (used, ties), number in ways.items():
+            for cast in range(min(count, height, drawn - used) + 1):
+                following[used + cast, ties + (cast == height)] += number * math.comb(count, cast)
+        ways = following
+    return sum(number / (ties + 1) for (used, ties), number in ways.items() if used == drawn)
+
+
+def best_of_n(selection_scores: Sequence[float], correct: Sequence[bool], n: int) -> float:
+    """Return the chance that the best-scored of n samples is correct; samples tied for best share.
+
+    With the true verdict as score this is pass@n. With public tests, score by them and pass the rest as `correct`.
+    """
+    _check_k(len(correct), n)
+    levels: dict[float, list[bool]] = defaultdict(list)
+    for score, right in zip(selection_scores, correct, strict=True):
+        levels[score].append(right)
+    total, at_most, draws = 0.0, 0, math.comb(len(correct), n)
+    for score in sorted(levels):
+        below, at_most = at_most, at_most + len(levels[score])
+        chance = (math.comb(at_most, n) - math.comb(below, n)) / draws
+        total += chance * sum(levels[score]) / len(levels[score])
+    return total
+
+
+def _check_k(num_samples: int, k: int) -> None:
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k={k} must lie between 1 and the {num_samples} samples of the question")

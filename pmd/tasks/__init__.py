@@ -1,0 +1,69 @@
+"""Problems: the `data` section enters; train, validation and test `Task`s leave. One file per data set.
+
+Held-out problems never reach memory: `duplicated_task_ids` names the training problems that repeat one.
+"""
+
+from pmd.config import DataConfig
+from pmd.errors import ConfigError
+from pmd.tasks.records import shown
+from pmd.tasks.splits import DuplicateReport, duplicated_task_ids, find_duplicates, first_shuffled, hold_out
+from pmd.types import Split, Task
+
+__all__ = ["DuplicateReport", "describe_data_problems", "duplicated_task_ids", "find_duplicates", "load_tasks"]
+
+
+def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
+    """Load the problems of a run. Without validation problems, the test problems stand in; their `split` says so.
+
+    Raises:
+        ConfigError: with every bad line and missing file at once.
+    """
+    seed = seed if config.seed is None else config.seed
+    tasks, problems = _read(config, seed)
+    if problems:
+        raise ConfigError(shown(problems))
+    by_split: dict[Split, list[Task]] = {"train": [], "validation": [], "test": []}
+    for task in tasks:
+        by_split[task.split].append(task)
+    if config.validation_share and not by_split["validation"]:
+        by_split["train"], by_split["validation"] = hold_out(
+            by_split["train"], config.validation_share, "validation", seed
+        )
+    validation = by_split["validation"] or by_split["test"]
+    return {
+        "train": first_shuffled(by_split["train"], config.max_train, seed),
+        "validation": first_shuffled(validation, config.max_validation, seed),
+        "test": first_shuffled(by_split["test"], config.max_test, seed),
+    }
+
+
+def describe_data_problems(config: DataConfig) -> list[str]:
+    """Return what is wrong with the local files of a run, without raising and without touching the network."""
+    if config.task == "tiny" or (config.path is None and config.task in ("sciknoweval", "livecodebench")):
+        return []
+    return shown(_read(config, config.seed or 0)[1])
+
+
+def _read(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
+    match config.task:
+        case "tiny":
+            from pmd.tasks.tiny import load_tiny
+
+            loaded = load_tiny(config.world, seed)
+            return (list(loaded) if not isinstance(loaded, dict) else [t for part in loaded.values() for t in part]), []
+        case "sciknoweval":
+            from pmd.tasks.sciknoweval import read_sciknoweval
+
+            return read_sciknoweval(config)
+        case "jsonl":
+            from pmd.tasks.jsonl import read_jsonl
+
+            return read_jsonl(config, seed)
+        case "livecodebench":
+            from pmd.tasks.livecodebench import read_livecodebench
+
+            return read_livecodebench(config, seed)
+        case "tooluse":
+            from pmd.tasks.tooluse import read_tooluse
+
+            return read_tooluse(config, seed)

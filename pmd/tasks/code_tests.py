@@ -1,0 +1,56 @@
+"""The form of a programming problem's `tests`: the mapping enters, a sentence per broken rule leaves.
+
+`{"kind": "stdin", "cases": [{"input", "output"}], "time_limit_s", "memory_mb"}` or
+`{"kind": "functional", "entry", "cases": [{"args", "expected"}], ...}`; `scorer` is `lcb` (default) or `sdpo`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULT_TIME_LIMIT_S = 6.0
+DEFAULT_MEMORY_MB = 512
+MOST_TIME_S, LEAST_MEMORY_MB, MOST_MEMORY_MB = 600.0, 32, 65536
+
+
+def tests_problems(tests: Mapping[str, Any] | None) -> list[str]:
+    """Return the rules that `tests` breaks; an empty list means that it can be run."""
+    if not tests:
+        return ["must hold kind and cases"]
+    problems = []
+    kind, cases = tests.get("kind"), tests.get("cases")
+    if kind not in ("stdin", "functional"):
+        problems.append("kind must be stdin or functional")
+    if kind == "functional" and not (isinstance(tests.get("entry"), str) and tests["entry"].isidentifier()):
+        problems.append("entry must name a function")
+    if not isinstance(cases, list) or not cases:
+        problems.append("cases must be a list that is not empty")
+    elif kind in ("stdin", "functional"):
+        bad = [number for number, case in enumerate(cases) if not _case_fits(kind, case)]
+        form = "{input: text, output: text}" if kind == "stdin" else "{args: list, expected: value}"
+        problems += [f"cases[{number}] must be {form}" for number in bad[:5]]
+    problems += _limit_problems(tests)
+    if tests.get("scorer", "lcb") not in ("lcb", "sdpo"):
+        problems.append("scorer must be lcb or sdpo")
+    return problems
+
+
+def _case_fits(kind: str, case: Any) -> bool:
+    if not isinstance(case, dict):
+        return False
+    if kind == "stdin":
+        return isinstance(case.get("input"), str) and isinstance(case.get("output"), str)
+    return isinstance(case.get("args"), list) and "expected" in case
+
+
+def _limit_problems(tests: Mapping[str, Any]) -> list[str]:
+    time_limit_s, memory_mb = tests.get("time_limit_s", 1), tests.get("memory_mb", DEFAULT_MEMORY_MB)
+    problems = []
+    if not _is_number(time_limit_s) or not 0 < time_limit_s <= MOST_TIME_S:
+        problems.append(f"time_limit_s must be above 0 and at most {MOST_TIME_S:.0f}")
+    if not _is_number(memory_mb) or not LEAST_MEMORY_MB <= memory_mb <= MOST_MEMORY_MB:
+        problems.append(f"memory_mb must lie between {LEAST_MEMORY_MB} and {MOST_MEMORY_MB}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

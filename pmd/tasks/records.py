@@ -1,0 +1,74 @@
+"""Read JSON Lines: a path (plain or gzip) enters; one dict per line, and a sentence per bad line, leave.
+
+Nothing raises for bad content. A loader collects the sentences of all its files and raises one `ConfigError`.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: A wrong file can hold a bad line per line; a person reads the first hundred.
+MOST_SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One JSON object and where it stands."""
+
+    path: Path
+    number: int  # from 1
+    fields: dict[str, Any]
+
+    def problem(self, field: str, rule: str, remedy: str) -> str:
+        """Say what is wrong with one field: file, line, field, value, rule, remedy."""
+        value = f"{field}={shorten(self.fields[field])}" if field in self.fields else f"{field} is missing"
+        return f"{self.path}:{self.number}: {value}: {rule}; {remedy}."
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """Return the value as JSON, cut to a length that a message can hold."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def read_lines(path: Path) -> tuple[list[Line], list[str]]:
+    """Return every line that holds a JSON object, and one sentence for every other line. Blank lines are skipped."""
+    lines: list[Line] = []
+    problems: list[str] = []
+    try:
+        for number, raw in enumerate(_raw_lines(path), start=1):
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw.decode())
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path}:{number}: not valid JSON ({error}); write one JSON object per line.")
+                continue
+            if isinstance(value, dict):
+                lines.append(Line(path, number, value))
+            else:
+                problems.append(f"{path}:{number}: {shorten(value)} is not a JSON object; write {{...}} on each line.")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(f"{path}: cannot be read ({error}); give a readable JSON Lines file, plain or gzip.")
+    if not lines and not problems:
+        problems.append(f"{path}: holds no line; a data file needs at least one problem.")
+    return lines, problems
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    if path.suffix == ".gz":
+        with gzip.open(path, "rb") as packed:
+            yield from packed
+    else:
+        with path.open("rb") as plain:
+            yield from plain
+
+
+def shown(problems: Sequence[str]) -> list[str]:
+    """Return the problems, the first hundred if there are more, and how many are left out."""
+    left_out = len(problems) - MOST_SHOWN
+    return list(problems) if left_out <= 0 else [*problems[:MOST_SHOWN], f"... and {left_out} more."]

@@ -1,0 +1,164 @@
+"""SciKnowEval (Feng et al. 2024, arXiv 2406.09098): level 3 multiple choice in four domains.
+
+Local files (`sciknoweval_{domain}_{train|test}.jsonl[.gz]`, or upstream's own JSON Lines) or the Hub data set enter;
+`Task`s leave. The Hub has one split, so its rows are divided by SDPO's rule: per domain, in upstream order, keep
+level L3 with two or four options, then `datasets`' `train_test_split(test_size=0.1, seed=42)`.
+
+The system prompt, `sciknoweval_system_prompt.txt`, is that of SDPO (github.com/lasgroup/SDPO, Apache-2.0).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmd.config import DataConfig
+from pmd.tasks.records import Line, read_lines
+from pmd.types import Message, Split, Task
+
+HUB_ID = "hicai-zju/SciKnowEval"
+SPLIT_SEED, TEST_SHARE = 42, 0.1
+TYPES = ("mcq-4-choices", "mcq-2-choices")
+REMEDY = "fix or remove the line"
+
+
+def read_sciknoweval(config: DataConfig) -> tuple[list[Task], list[str]]:
+    """Return the problems of the domains asked for, and a sentence for everything wrong with the files."""
+    if config.path is None:
+        return divide_upstream(read_hub(), config.domains), []
+    path = Path(config.path)
+    if not path.exists():
+        return [], [f"data.path={config.path}: no such file or folder; give the folder of the SciKnowEval files."]
+    if path.is_file():
+        return _read_upstream_file(path, config.domains)
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for domain in config.domains:
+        splits: tuple[Split, ...] = ("train", "test")
+        for split in splits:
+            found, wrong = _read_split_file(path, domain, split)
+            tasks += found
+            problems += wrong
+    return tasks, problems
+
+
+def read_hub(repository: str = HUB_ID) -> Iterable[Mapping[str, Any]]:
+    """Load the upstream rows through `datasets`: a Hub id, or a folder of the same form."""
+    from datasets import load_dataset
+
+    return load_dataset(repository, split="test")  # type: ignore[return-value]
+
+
+def system_prompt() -> str:
+    """Return SDPO's system message, with its leading and trailing newline."""
+    return files("pmd.tasks").joinpath("sciknoweval_system_prompt.txt").read_text()
+
+
+def format_prompt(question: str, options: Mapping[str, str]) -> str:
+    """Return the user message of SDPO."""
+    lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
+    return f"{question}\n\n{lines}\nPlease reason step by step."
+
+
+def split_permutation(count: int) -> tuple[list[int], list[int]]:
+    """Return the row numbers of SDPO's train and test part, as `train_test_split` draws them."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(count).tolist()
+    num_test = math.ceil(TEST_SHARE * count)
+    return order[num_test:], order[:num_test]
+
+
+def divide_upstream(rows: Iterable[Mapping[str, Any]], domains: Iterable[str]) -> list[Task]:
+    """Filter upstream rows and divide them by SDPO's rule."""
+    wanted = {domain: [] for domain in domains}
+    for row in rows:
+        domain = row["domain"].lower()
+        if domain in wanted and row["details"]["level"] == "L3" and row["type"] in TYPES:
+            wanted[domain].append(row)
+    tasks = []
+    for domain, kept in wanted.items():
+        parts: tuple[tuple[Split, list[int]], ...] = tuple(
+            zip(("train", "test"), split_permutation(len(kept)), strict=True)
+        )
+        for split, numbers in parts:
+            for number in numbers:
+                row, choices = kept[number], kept[number]["choices"]
+                options = dict(zip(choices["label"], choices["text"], strict=True))
+                prompt = format_prompt(row["question"], options)
+                tasks.append(
+                    _task(f"sciknoweval/{domain}/{number}", domain, split, row["question"], prompt, row["answerKey"])
+                )
+    return tasks
+
+
+def _task(task_id: str, domain: str, split: Split, question: str, prompt: str, answer: str) -> Task:
+    messages = (Message("system", system_prompt()), Message("user", prompt))
+    return Task(task_id, messages, "mcq", split, answer=answer, memory_key=question, domain=domain)
+
+
+def _read_split_file(folder: Path, domain: str, split: Split) -> tuple[list[Task], list[str]]:
+    names = [f"sciknoweval_{domain}_{split}.jsonl{suffix}" for suffix in (".gz", "")]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return [], [f"data.path={folder}: holds neither {names[0]} nor {names[1]}; add it or change data.domains."]
+    lines, problems = read_lines(path)
+    seen: set[str] = set()
+    tasks = []
+    for line in lines:
+        wrong = [
+            *_check(line),
+            *([line.problem("id", "must be unique", REMEDY)] if line.fields.get("id") in seen else []),
+        ]
+        problems += wrong
+        if not wrong:
+            row = line.fields
+            seen.add(row["id"])
+            tasks.append(_task(row["id"], domain, split, row["question"], row["prompt"], row["answer"]))
+    return tasks, problems
+
+
+def _check(line: Line) -> list[str]:
+    row = line.fields
+    problems = [
+        line.problem(field, "must be a text that is not empty", REMEDY)
+        for field in ("id", "question", "prompt", "answer")
+        if not isinstance(row.get(field), str) or not row[field].strip()
+    ]
+    options = row.get("options")
+    if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
+        problems.append(line.problem("options", "must map letters to texts", REMEDY))
+    elif not problems and row["answer"] not in options:
+        problems.append(line.problem("answer", f"must be one of the options {', '.join(options)}", REMEDY))
+    return problems
+
+
+def _read_upstream_file(path: Path, domains: Iterable[str]) -> tuple[list[Task], list[str]]:
+    lines, problems = read_lines(path)
+    for line in lines:
+        problems += _check_upstream(line)
+    if problems:
+        return [], problems
+    tasks = divide_upstream((line.fields for line in lines), domains)
+    empty = [domain for domain in domains if not any(task.domain == domain for task in tasks)]
+    return tasks, [f"{path}: holds no L3 question of domain {domain}; change data.domains." for domain in empty]
+
+
+def _check_upstream(line: Line) -> list[str]:
+    row = line.fields
+    problems = [
+        line.problem(field, "must be a text", REMEDY)
+        for field in ("question", "domain", "type", "answerKey")
+        if not isinstance(row.get(field), str)
+    ]
+    details, choices = row.get("details"), row.get("choices")
+    if not isinstance(details, dict) or "level" not in details:
+        problems.append(line.problem("details", "must hold a level", REMEDY))
+    if row.get("type") in TYPES:
+        pair = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (None, None)
+        if not all(isinstance(part, list) for part in pair) or len(pair[0]) != len(pair[1]):  # type: ignore[arg-type]
+            problems.append(line.problem("choices", "must hold `text` and `label` lists of one length", REMEDY))
+        elif row.get("answerKey") not in pair[1]:  # type: ignore[operator]
+            problems.append(line.problem("answerKey", "must be one of the labels", REMEDY))
+    return problems

@@ -1,0 +1,85 @@
+"""Split problems without leaks: tasks enter; disjoint parts, subsets and a report of duplicates leave.
+
+Everything is decided by a seed and the problems alone, so a run that resumes sees the same split.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pmd.types import Split, Task
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateReport:
+    """Train problems that also stand among the held-out ones."""
+
+    same_prompt: tuple[tuple[str, str], ...]  # (train id, held-out id): the student would see the same text
+    same_stem: tuple[tuple[str, str], ...]  # the same question with other options
+
+    def __str__(self) -> str:
+        if not self.same_prompt and not self.same_stem:
+            return "No problem stands in both train and held-out data."
+        return (
+            f"{len({train for train, _ in self.same_prompt})} training problems are word for word held-out problems "
+            f"and are kept out of memory; {len({held for _, held in self.same_stem})} held-out questions recur in "
+            "training with other options."
+        )
+
+
+def prompt_of(task: Task) -> str:
+    """Return what makes two problems the same to a student: the question, blind to blanks."""
+    return " ".join(task.question.split())
+
+
+def stem_of(task: Task) -> str:
+    """Return the question without its options, blind to blanks."""
+    return " ".join((task.memory_key or task.question).split())
+
+
+def find_duplicates(tasks: Iterable[Task]) -> DuplicateReport:
+    """Pair every train problem with the held-out problems that ask the same."""
+    tasks = list(tasks)
+    train = [task for task in tasks if task.split == "train"]
+    held_out = list({task.task_id: task for task in tasks if task.split != "train"}.values())
+    same_prompt = _pairs(train, held_out, prompt_of)
+    same_stem = [pair for pair in _pairs(train, held_out, stem_of) if pair not in set(same_prompt)]
+    return DuplicateReport(tuple(same_prompt), tuple(same_stem))
+
+
+def _pairs(train: Sequence[Task], held_out: Sequence[Task], key: Callable[[Task], str]) -> list[tuple[str, str]]:
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for task in held_out:
+        by_key[key(task)].append(task.task_id)
+    return [(task.task_id, other) for task in train for other in by_key.get(key(task), [])]
+
+
+def duplicated_task_ids(tasks_by_split: Mapping[Split, Sequence[Task]]) -> frozenset[str]:
+    """Return the train problems that must never be written to memory: a held-out problem has the same prompt."""
+    held_out = {prompt_of(t) for split, tasks in tasks_by_split.items() if split != "train" for t in tasks}
+    return frozenset(task.task_id for task in tasks_by_split.get("train", ()) if prompt_of(task) in held_out)
+
+
+def hold_out(tasks: Sequence[Task], share: float, split: Split, seed: int) -> tuple[list[Task], list[Task]]:
+    """Move about `share` of the problems to `split`; problems with the same stem stay on one side."""
+    groups: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        groups[stem_of(task)].append(task)
+    stems = list(groups)
+    random.Random(f"hold out {split} {seed}").shuffle(stems)
+    wanted, moved = round(share * len(tasks)), set[str]()
+    for stem in stems:
+        if len(moved) + len(groups[stem]) <= wanted:
+            moved |= {task.task_id for task in groups[stem]}
+    kept = [task for task in tasks if task.task_id not in moved]
+    return kept, [replace(task, split=split) for task in tasks if task.task_id in moved]
+
+
+def first_shuffled(tasks: Sequence[Task], most: int | None, seed: int) -> list[Task]:
+    """Return the first `most` problems of a seeded shuffle: a larger `most` only adds problems."""
+    if most is None or most >= len(tasks):
+        return list(tasks)
+    order = list(tasks)
+    random.Random(f"subset {seed}").shuffle(order)
+    return order[:most]

@@ -1,0 +1,77 @@
+"""Verifiers: a `Task` and the text of a completion enter, a `Verdict` leaves. One file per kind.
+
+A verifier never raises to its caller: one that crashes gives `Verdict(status="error")`, which is counted and never
+learned from. Feedback is words for the model and never holds the expected answer.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
+from pmd.types import Task, Verdict
+
+Verifier = Callable[[Task, str], Verdict]
+log = logging.getLogger(__name__)
+
+
+def verify(task: Task, completion_text: str) -> Verdict:
+    """Return the verdict of the task's verifier, and the seconds it took."""
+    started = time.perf_counter()
+    try:
+        verdict = find_verifier(task.verifier)(task, completion_text)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"verifier {task.verifier} returned {type(verdict).__name__}, not a Verdict")
+    except Exception as error:  # the one place that may swallow: a broken verifier must not end a run of hours
+        log.warning("verifier %s crashed on task %s: %s: %s", task.verifier, task.task_id, type(error).__name__, error)
+        verdict = Verdict(0.0, False, "error")
+    return replace(verdict, seconds=time.perf_counter() - started)
+
+
+def find_verifier(name: str) -> Verifier:
+    """Return the verifier of that name; modules are imported when they are first needed."""
+    match name:
+        case "mcq":
+            from pmd.verifiers.mcq import verify_mcq as found
+        case "exact":
+            from pmd.verifiers.exact import verify_exact as found
+        case "math":
+            from pmd.verifiers.math import verify_math as found
+        case "tool_use":
+            from pmd.verifiers.tool_use import verify_tool_use as found
+        case "code":
+            from pmd.verifiers.code import verify_code as found
+        case "boxes":
+            from pmd.verifiers.boxes import verify_boxes as found
+        case _:
+            return load_own_verifier(name)
+    return found
+
+
+@functools.cache
+def load_own_verifier(path: str) -> Verifier:
+    """Return the function at a dotted path, or an instance of the class there, made once and without arguments."""
+    module_name, _, attribute = path.rpartition(".")
+    found = getattr(importlib.import_module(module_name), attribute)
+    verifier: Verifier = found() if inspect.isclass(found) else found
+    return verifier
+
+
+def describe_verifier_problem(name: str) -> str | None:
+    """Return why a verifier of that name cannot be used, or None."""
+    if name in NAMED_VERIFIERS:
+        return None
+    if not CLASS_PATH.fullmatch(name):
+        known = ", ".join(NAMED_VERIFIERS)
+        return f"verifier={name}: must be {known} or a class path such as package.module.Class; name one of them."
+    try:
+        found = load_own_verifier(name)
+    except Exception as error:  # an import runs the user's code, which may raise anything
+        return f"verifier={name}: cannot be loaded ({type(error).__name__}: {error}); check the path and PYTHONPATH."
+    if not callable(found):
+        return f"verifier={name}: must take (task, completion); name a function, or a class with __call__."
+    return None

@@ -1,0 +1,97 @@
+"""Mathematical answers by math-verify: a completion enters, a verdict on its last mathematical answer leaves.
+
+math-verify bounds its time with `signal.alarm`, which fails in threads and cannot stop C code. It therefore runs, with
+its own time-outs off, in one helper process (`math_worker.py`), which is killed at the deadline and started again.
+"""
+
+import atexit
+import json
+import select
+import subprocess
+import sys
+import threading
+import time
+
+from pmd.types import Task, Verdict
+from pmd.verifiers.tags import tagged_answer
+
+DEADLINE_S = 10.0
+START_S = 120.0  # importing sympy on a loaded machine
+#: A longer tail than any final answer; parsing time grows with the text.
+MOST_CHARACTERS = 20_000
+
+
+def verify_math(task: Task, completion_text: str) -> Verdict:
+    """Compare the last answer of the completion (of its `<answer>` part, if it has one) with the right one."""
+    text = tagged_answer(completion_text) if "<answer>" in completion_text else completion_text
+    reply = WORKER.ask({"gold": task.answer, "text": text[-MOST_CHARACTERS:]})
+    if reply is None:
+        return Verdict(0.0, False, "timeout", feedback="The final answer took too long to check; write it simply.")
+    if reply["answer"] is None:
+        return Verdict(0.0, False, "format", feedback="No mathematical answer was found; put it into \\boxed{}.")
+    if reply["correct"]:
+        return Verdict(1.0, True, "ok", answer=reply["answer"])
+    return Verdict(0.0, False, "wrong_answer", feedback="The final answer is not right.", answer=reply["answer"])
+
+
+class MathWorker:
+    """The helper process. One question at a time; any thread may ask."""
+
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        self.deadline_s = deadline_s
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, question: dict[str, str]) -> dict | None:
+        """Return the helper's reply, None if it missed the deadline.
+
+        Raises:
+            RuntimeError: if the helper refused the question, or died before its deadline.
+        """
+        with self.lock:
+            process = self.process if self.process and self.process.poll() is None else self._start()
+            started = time.monotonic()
+            try:
+                assert process.stdin
+                process.stdin.write(json.dumps({**question, "deadline_s": self.deadline_s}).encode() + b"\n")
+                process.stdin.flush()
+                line = self._read_line(process, self.deadline_s + 2)
+            except OSError:
+                line = b""
+            if not line:
+                self._stop()
+                if time.monotonic() - started >= self.deadline_s - 0.5:
+                    return None
+                raise RuntimeError("the math-verify helper died")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pmd.verifiers.math_worker"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if not self._read_line(self.process, START_S):
+            self._stop()
+            raise RuntimeError("the math-verify helper did not start; is math-verify installed?")
+        return self.process
+
+    def _read_line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
+        assert process.stdout
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        return process.stdout.readline() if ready else b""
+
+    def _stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def close(self) -> None:
+        """End the helper; the next question starts another."""
+        with self.lock:
+            self._stop()
+
+
+WORKER = MathWorker()
+atexit.register(WORKER.close)

@@ -1,0 +1,53 @@
+"""The helper process of `math.py`: one JSON question per line on stdin enters, one JSON reply per line leaves.
+
+The kernel ends it at the deadline (SIGALRM with its default action), so a hang in C code cannot outlive the question,
+not even when the trainer was killed.
+"""
+
+import json
+import logging
+import resource
+import signal
+import sys
+from typing import Any
+
+MEMORY_BYTES = 4 << 30
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Parse both sides and compare them."""
+    from math_verify import parse
+    from math_verify import verify as same
+
+    gold = parse(question["gold"], parsing_timeout=None) or parse(f"${question['gold']}$", parsing_timeout=None)
+    if not gold:
+        return {"error": f"the task's own answer {question['gold']!r} is not mathematics"}
+    given = parse(question["text"], parsing_timeout=None)
+    correct = bool(given) and bool(same(gold, given, timeout_seconds=None))
+    return {"correct": correct, "answer": str(given[-1]) if given else None}
+
+
+def main() -> None:
+    """Answer questions until stdin ends."""
+    import math_verify  # noqa: F401  # before the first deadline runs
+
+    logging.disable(logging.WARNING)  # it warns with each answer that its own time-outs are off
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a parser prints is no reply
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, question["deadline_s"])
+        try:
+            reply = answer(question)
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

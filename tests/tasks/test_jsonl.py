@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from pmd.config import DataConfig
+from pmd.errors import ConfigError
+from pmd.tasks import describe_data_problems, load_tasks
+from pmd.tasks.jsonl import NAMED_VERIFIERS
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def row(number, **changes):
+    fields = {"id": f"p{number}", "prompt": f"What is {number}?", "verifier": "exact", "answer": str(number), **changes}
+    return {name: value for name, value in fields.items() if value is not ...}
+
+
+def test_one_file_is_split_by_seed(tmp_path):
+    config = DataConfig(task="jsonl", path=write(tmp_path / "a.jsonl", [row(n) for n in range(50)]))
+    first, again, other = (load_tasks(config, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert (len(first["train"]), len(first["test"])) == (45, 5)
+    config = DataConfig(task="jsonl", path=config.path, validation_share=0.2)
+    sizes = {part: len(tasks) for part, tasks in load_tasks(config, seed=0).items()}
+    assert sizes == {"train": 32, "validation": 8, "test": 10}
+
+
+def test_equal_problems_stay_on_one_side(tmp_path):
+    rows = [row(n, prompt=f"What is {n % 10}?") for n in range(40)]
+    tasks = load_tasks(DataConfig(task="jsonl", path=write(tmp_path / "a.jsonl", rows)), seed=0)
+    assert not {t.question for t in tasks["train"]} & {t.question for t in tasks["test"]}
+
+
+def test_two_files(tmp_path):
+    train = write(tmp_path / "train.jsonl", [row(1, domain="d", system="Be brief.", memory_key="key")])
+    held_out = write(tmp_path / "held.jsonl", [row(2, prompt=..., messages=[{"role": "user", "content": "Hm?"}])])
+    tasks = load_tasks(DataConfig(task="jsonl", path=train, validation_path=held_out), seed=0)
+    (learnt,), (held,) = tasks["train"], tasks["validation"]
+    assert (learnt.domain, learnt.memory_key, learnt.messages[0].content) == ("d", "key", "Be brief.")
+    assert (held.split, held.question) == ("test", "Hm?")
+
+
+STDIN = {"kind": "stdin", "cases": [{"input": "1", "output": "1"}]}
+BAD = [
+    ('{"id": "x"', "not valid JSON"),
+    (row(1, id=""), "id"),
+    (row(2, prompt=...), "prompt is missing"),
+    (row(3, prompt="  "), "prompt"),
+    (row(4, messages=[]), "exactly one"),
+    (row(5, prompt=..., messages=[{"role": "robot", "content": "x"}]), "messages"),
+    (row(6, verifier="guess"), 'verifier="guess"'),
+    (row(7, answer=7), "answer=7"),
+    (row(8, verifier="mcq", answer="b"), "capital letter"),
+    (row(9, answer=...), "answer is missing"),
+    (row(10, domain=3), "domain=3"),
+    (row(11, verifier="code"), "tests is missing"),
+    (row(12, verifier="code", tests={**STDIN, "time_limit_s": -1}), "time_limit_s must"),
+    (row(13, verifier="code", tests={**STDIN, "cases": [{"input": 1}]}), "cases[0]"),
+    (row(14, verifier="code", tests={"kind": "functional", "cases": [{"args": [], "expected": 1}]}), "entry"),
+    (row(15, verifier="tool_use", answer="{"), "JSON text"),
+    (row(16, id="p17"), None),
+    (row(17), "line 17 too"),
+    ("\xff\xfe", None),
+]
+
+
+def test_every_bad_line_is_named_by_line_and_field(tmp_path):
+    path = write(tmp_path / "bad.jsonl", [entry for entry, _ in BAD])
+    problems = describe_data_problems(DataConfig(task="jsonl", path=path))
+    for number, (_, words) in enumerate(BAD, start=1):
+        mine = [problem for problem in problems if f"bad.jsonl:{number}:" in problem]
+        if words:
+            assert len(mine) == 1, (number, problems)
+            assert words in mine[0]
+    with pytest.raises(ConfigError):
+        load_tasks(DataConfig(task="jsonl", path=path), seed=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\n", b"[" * 100_000])
+def test_worthless_files_are_refused(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert len(describe_data_problems(DataConfig(task="jsonl", path=str(tmp_path / "a.jsonl")))) == 1
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08 nonsense")
+    assert "cannot be read" in describe_data_problems(DataConfig(task="jsonl", path=str(tmp_path / "a.jsonl.gz")))[0]
+
+
+def test_a_thousand_bad_lines_end_with_a_count(tmp_path):
+    path = write(tmp_path / "bad.jsonl", ["{"] * 1000)
+    problems = describe_data_problems(DataConfig(task="jsonl", path=path))
+    assert len(problems) == 101
+    assert problems[-1] == "... and 900 more."
+
+
+def test_ids_shared_by_two_files_and_no_path(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(1)])
+    assert "rename one" in describe_data_problems(DataConfig(task="jsonl", path=path, validation_path=path))[0]
+    assert "give its path" in describe_data_problems(DataConfig(task="jsonl"))[0]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED_VERIFIERS if n not in ("code", "tool_use", "mcq", "boxes")])
+def test_named_verifiers_are_accepted(tmp_path, name):
+    path = write(tmp_path / "a.jsonl", [row(n, verifier=name) for n in range(20)])
+    assert describe_data_problems(DataConfig(task="jsonl", path=path)) == []

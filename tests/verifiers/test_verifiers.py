@@ -1,0 +1,147 @@
+import threading
+
+import pytest
+
+from pmd.config import DataConfig
+from pmd.tasks import load_tasks
+from pmd.types import Message, Task, Verdict
+from pmd.verifiers import describe_verifier_problem, verify
+from pmd.verifiers.math import WORKER, MathWorker, verify_math
+
+
+def task(verifier, answer, prompt="Q?\n\nA: one\nB: two\nC: three\nD: four\nPlease reason step by step."):
+    return Task("t", (Message("user", prompt),), verifier, "train", answer=answer)
+
+
+def reference(answer, text):
+    """SDPO's rule, in words of its own."""
+    start = text.rfind("<answer>")
+    tail = text if start < 0 else text[start + len("<answer>") :]
+    end = tail.find("</answer>")
+    return 1.0 if (tail if end < 0 else tail[:end]).strip() == answer else 0.0
+
+
+def test_sdpos_rule_on_every_question(data_folder):
+    domains = ["biology", "chemistry", "material", "physics"]
+    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=domains), seed=0)
+    everything = tasks["train"] + tasks["test"]
+    assert len(everything) == 4335
+    for one in everything:
+        wrong = "A" if one.answer != "A" else "B"
+        for text, reward in [
+            (f"<reasoning>x</reasoning>\n<answer>\n{one.answer}\n</answer>", 1.0),
+            (f"<answer>{wrong}</answer>", 0.0),
+            (one.answer, 1.0),
+            (f"I say {one.answer}", 0.0),
+            (f"<answer>{one.answer}", 1.0),
+            (f"<answer>{wrong}</answer> no: <answer>{one.answer}</answer>", 1.0),
+            (f"<answer>{one.answer}</answer> no: <answer>{wrong}</answer>", 0.0),
+            (f"<answer>{one.answer}</answer>{wrong}</answer>", 1.0),
+            (f"<answer>{one.answer.lower()}</answer>", 0.0),
+            (f"<answer>{one.answer}.</answer>", 0.0),
+        ]:
+            verdict = verify(one, text)
+            assert verdict.reward == reward == reference(one.answer, text)
+            assert verdict.correct == (reward == 1.0)
+            assert one.answer not in verdict.feedback
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "answer"),
+    [
+        ("<answer>B</answer>", "ok", "B"),
+        ("<answer>A</answer>", "wrong_answer", "A"),
+        ("<answer>E</answer>", "format", None),
+        ("<answer></answer>", "format", None),
+        ("<answer>\N{FULLWIDTH LATIN CAPITAL LETTER B}</answer>", "format", None),
+        ("<answer>B <answer>", "format", None),
+        ("", "format", None),
+    ],
+)
+def test_mcq_status_and_extracted_answer(text, status, answer):
+    verdict = verify(task("mcq", "B"), text)
+    assert (verdict.status, verdict.answer) == (status, answer)
+
+
+def test_exact():
+    assert verify(task("exact", " blue whale\n"), "thinking <answer>blue whale</answer>").correct
+    assert verify(task("exact", "blue whale"), "blue whale ").correct
+    assert verify(task("exact", "blue whale"), "Blue whale").status == "wrong_answer"
+    assert verify(task("exact", "blue whale"), " ").status == "format"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "status"),
+    [
+        ("1/2", "so \\boxed{0.5}", "ok"),
+        ("\\frac{1}{2}", "<answer>$\\frac{2}{4}$</answer>", "ok"),
+        ("42", "first 7, then \\boxed{42}", "ok"),
+        ("42", "\\boxed{41}", "wrong_answer"),
+        ("42", "no idea", "format"),
+        ("$x^2+1$", "\\boxed{1+x^2}", "ok"),
+        ("42", "\\boxed{" + "(" * 3000 + "42", None),
+    ],
+)
+def test_math(answer, text, status):
+    verdict = verify(task("math", answer), text)
+    assert verdict.status != "error"
+    if status:
+        assert verdict.status == status
+    assert answer not in verdict.feedback
+
+
+def test_math_hang_is_ended_and_the_next_answer_is_judged():
+    worker = MathWorker(deadline_s=1.0)
+    assert worker.ask({"gold": "1", "text": "$9^{9^{9^{9}}}$"}) is None
+    assert worker.ask({"gold": "1", "text": "\\boxed{1}"}) == {"correct": True, "answer": "1"}
+    worker.close()
+
+
+def test_math_works_in_threads():
+    verdicts = []
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append(verify_math(task("math", str(n)), f"\\boxed{{{n}}}")))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [verdict.correct for verdict in verdicts] == [True] * 4
+
+
+def test_math_helper_ends_with_its_trainer():
+    verify(task("math", "1"), "\\boxed{1}")
+    process = WORKER.process
+    assert process
+    WORKER.close()
+    assert process.returncode is not None
+
+
+def crash(task: Task, completion: str) -> Verdict:
+    raise RecursionError("deep")
+
+
+def no_verdict(task: Task, completion: str) -> bool:
+    return True
+
+
+class Length:
+    def __call__(self, task: Task, completion: str) -> Verdict:
+        return Verdict(float(len(completion)), True, "ok")
+
+
+def test_own_verifiers():
+    assert verify(task(f"{__name__}.Length", ""), "abc").reward == 3.0
+    for name in ("crash", "no_verdict"):
+        verdict = verify(task(f"{__name__}.{name}", ""), "abc")
+        assert (verdict.status, verdict.scored, verdict.correct) == ("error", False, False)
+    assert verify(task("mcq", "A"), "A").seconds > 0
+
+
+def test_verifier_names_are_checked():
+    assert describe_verifier_problem("mcq") is None
+    assert describe_verifier_problem(f"{__name__}.Length") is None
+    assert "must be mcq" in (describe_verifier_problem("guess") or "")
+    assert "cannot be loaded" in (describe_verifier_problem("no.such.Thing") or "")
+    assert "must take" in (describe_verifier_problem("math.pi") or "")
