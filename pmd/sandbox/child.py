@@ -1,0 +1,232 @@
+"""The child: one program, shut in, then run. It writes bytes to its pipes and never returns.
+
+Until the byte on the `ready` pipe nothing of the program has run, so a child that ends without it failed to be shut
+in, and a child that ends after it cannot claim so.
+"""
+
+import _sitebuiltins
+import atexit
+import builtins
+import fcntl
+import importlib
+import io
+import json
+import linecache
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+import types
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pmd.sandbox import kernel, landlock, rooms, seccomp
+from pmd.sandbox.protocol import EXIT_MEMORY, Request
+
+if TYPE_CHECKING:
+    from pmd.sandbox.zygote import Confinement
+
+FILE_NAME = "main.py"
+EXIT_ERROR = 1
+RESULT, READY, RULESET = 3, 4, 5
+RESULT, READY, RULESET = 3, 4, 5
+STACK_BYTES, FILE_BYTES, NUM_FILES, NUM_THREADS = 120 << 20, 16 << 20, 128, 256
+RECURSION_LIMIT = 50_000
+#: Names that LiveCodeBench's harness puts before every program, in its order; its starter code relies on them.
+STAR_IMPORTS = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
+ALSO_LOADED = ("array", "cmath", "dataclasses", "decimal", "enum", "fractions", "queue", "struct", "textwrap", "time")
+NAMES: dict[str, Any] = {}
+
+
+def prepare(packages: str) -> int:
+    """Import once, before any fork, what programs use; return the address space taken so far, in bytes."""
+    builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "EOF")  # as `site` would make them
+    for name in (*STAR_IMPORTS, *ALSO_LOADED):
+        module = importlib.import_module(name)
+        if name in STAR_IMPORTS:
+            exported = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+            NAMES.update({n: getattr(module, n) for n in exported})
+    NAMES.update({name: sys.modules[name] for name in STAR_IMPORTS if name not in ("builtins", "typing")})
+    sys.path[:] = [*rooms.python_paths(), *([packages] if packages else [])]
+    sys.path_importer_cache.clear()
+    sys.argv[:] = [FILE_NAME]
+    sys.setrecursionlimit(RECURSION_LIMIT)
+    os.environ.clear()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(
+    request: Request, descriptors: tuple[int, ...], confinement: "Confinement", offsets: tuple[int, ...]
+) -> NoReturn:
+    """Shut this process in and run the program."""
+    try:
+        _arrange_descriptors(descriptors, confinement.ruleset)
+        _shut_in(request, confinement, offsets)
+        os.write(READY, b"!")
+        os.close(READY)
+    except BaseException as error:
+        os.write(2, f"the sandbox could not be set up: {error!r}".encode())
+        os._exit(EXIT_ERROR)
+    _run(request)
+
+
+def _arrange_descriptors(descriptors: tuple[int, ...], ruleset: int | None) -> None:
+    """Move stdin, stdout, stderr, result, ready and the rule set to 0-5; close all others."""
+    sources = [*descriptors, *([] if ruleset is None else [ruleset])]
+    for target, source in enumerate([fcntl.fcntl(source, fcntl.F_DUPFD, 10) for source in sources]):
+        os.dup2(source, target)
+    os.closerange(len(sources), os.sysconf("SC_OPEN_MAX"))
+
+
+def _shut_in(request: Request, confinement: "Confinement", offsets: tuple[int, ...]) -> None:
+    """Take away, in an order in which each step is still allowed: session, user, capabilities, files, calls."""
+    os.setsid()
+    os.chdir(rooms.WRITABLE if confinement.own_root else "/")
+    _set_limits(request, confinement)
+    if confinement.user is not None:
+        os.setgroups([])
+        os.setresgid(confinement.user, confinement.user, confinement.user)
+        os.setresuid(confinement.user, confinement.user, confinement.user)
+    kernel.drop_capabilities()
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    if confinement.ruleset is not None:
+        landlock.restrict(RULESET)
+        os.close(RULESET)
+    if confinement.filter is not None:
+        kernel.install_filter(seccomp.with_pid(confinement.filter, offsets, os.getpid()))
+
+
+def _set_limits(request: Request, confinement: "Confinement") -> None:
+    limits = {
+        resource.RLIMIT_AS: confinement.base_bytes + (request.memory_mb << 20),
+        resource.RLIMIT_CPU: request.cpu_s,
+        resource.RLIMIT_FSIZE: FILE_BYTES,
+        resource.RLIMIT_NOFILE: NUM_FILES,
+        resource.RLIMIT_STACK: STACK_BYTES,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if confinement.user is not None:
+        limits[resource.RLIMIT_NPROC] = NUM_THREADS  # counts this user's threads, and no one else is this user
+    for which, most in limits.items():
+        hard = resource.getrlimit(which)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(which, (most, most))
+
+
+def _run(request: Request) -> NoReturn:
+    """Run the program as `python main.py` would, or call its entry; end with what Python would end with."""
+    code = 0
+    try:
+        _open_streams()
+        if request.entry:
+            _call_entry(request)
+        else:
+            exec(_compile(request), _new_module("__main__"))
+    except SystemExit:
+        pass  # LiveCodeBench lets a program end itself with any status
+    except MemoryError:
+        os._exit(EXIT_MEMORY)
+    except BaseException as error:
+        code = _report(error)
+    os._exit(_finish(code))
+
+
+def _finish(code: int) -> int:
+    """Wait for threads, run exit handlers, flush: what the end of an interpreter does."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except MemoryError:
+        return EXIT_MEMORY
+    except SystemExit:
+        return code
+    except BaseException as error:
+        return _report(error)
+    return code
+
+
+def _report(error: BaseException) -> int:
+    try:
+        frame = error.__traceback__
+        while frame and frame.tb_frame.f_code.co_filename != FILE_NAME:
+            frame = frame.tb_next  # our own frames say nothing to the program's author
+        error.__traceback__ = frame
+        sys.stdout.flush()
+        text = "".join(traceback.format_exception(error, limit=-8))
+        os.write(2, text.encode(errors="replace")[-8000:])
+    except MemoryError:
+        return EXIT_MEMORY
+    except BaseException:
+        os.write(2, type(error).__name__.encode(errors="replace"))
+    return EXIT_ERROR
+
+
+def _open_streams() -> None:
+    """Make Python's standard streams on this child's descriptors, as a fresh interpreter has them."""
+    reader, writer = io.BufferedReader(io.FileIO(0, closefd=False)), io.FileIO(1, "w", closefd=False)
+    sys.stdin = io.TextIOWrapper(reader, "utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(writer), "utf-8")
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)  # type: ignore[arg-type]
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+
+
+def _compile(request: Request) -> types.CodeType:
+    source = request.code.decode(errors="replace")
+    linecache.cache[FILE_NAME] = (len(source), None, source.splitlines(keepends=True), FILE_NAME)
+    return compile(source, FILE_NAME, "exec", dont_inherit=True)
+
+
+def _new_module(name: str) -> dict[str, Any]:
+    module = types.ModuleType(name)
+    module.__dict__.update(NAMES)
+    module.__dict__.update(
+        __name__=name, __file__=FILE_NAME, __builtins__=builtins, stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr
+    )
+    sys.modules[name] = module
+    return module.__dict__
+
+
+def _call_entry(request: Request) -> None:
+    """Call the function, or the method of that name of `Solution`, and write what it returns as JSON."""
+    arguments = json.loads(request.payload)
+    entry = request.entry.decode()
+    names = _new_module("solution")
+    exec(_compile(request), names)
+    solution = names.get("Solution")
+    is_method = isinstance(solution, type) and hasattr(solution, entry)
+    function = getattr(solution(), entry) if is_method else names.get(entry)
+    if function is None:
+        raise NameError(f"neither a function {entry!r} nor a method of class Solution with that name is defined")
+    value = function(*arguments)
+    # LiveCodeBench forgives a tuple in place of a list, at the top only.
+    text = json.dumps(_plain(list(value) if isinstance(value, tuple) else value))
+    with open(RESULT, "wb", closefd=False) as file:
+        file.write(text.encode())
+
+
+def _plain(value: Any) -> Any:
+    """Return the value in JSON's types; what equals no JSON value becomes an object that equals none."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if not math.isnan(value) else math.nan
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return _plain(value.item())
+    return {"no JSON value": repr(value)[:200]}

@@ -1,0 +1,254 @@
+"""The trainer's side: programs enter from any thread; `Outcome`s leave. Blocks when every worker is busy.
+
+A worker is a supervisor with its zygote. One that dies, hangs or answers nonsense is replaced, and its run repeated
+once; if that fails too, the outcome is `sandbox_error`, which says nothing about the program.
+"""
+
+import atexit
+import math
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pmd.sandbox import protocol
+from pmd.sandbox.protocol import Reply, Request
+
+Level = Literal["namespaces", "landlock", "rlimits"]
+End = Literal["finished", "runtime_error", "timeout", "memory", "output_limit", "sandbox_error"]
+START_S = 60.0
+#: How long after its wall limit a run may take to be reported before the worker counts as hung.
+GRACE_S = 10.0
+ROOT = str(Path(__file__).parents[2])
+START = f"import sys; sys.path.insert(0, {ROOT!r}); from pmd.sandbox.supervisor import main; main()"
+PROBE = b"""
+import ctypes, os, socket
+def refused(attempt):
+    try: attempt()
+    except (OSError, ImportError): return True
+print(all(map(refused, [socket.socket, os.fork, lambda: open('/etc/passwd'), lambda: os.kill(os.getppid(), 0),
+    lambda: os.listdir('/root' if os.path.isdir('/root') else '/'), lambda: open('/dev/shm/probe', 'w'),
+    lambda: os.execv('/bin/true', ['true'])])))
+"""
+
+
+class SandboxUnavailable(RuntimeError):
+    """No level that may be used works on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one run may use."""
+
+    wall_s: float = 6.0
+    memory_mb: int = 512
+    output_bytes: int = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended and what it wrote. Bytes: whoever compares them decides how to read them."""
+
+    end: End
+    stdout: bytes = b""
+    stderr: bytes = b""
+    result: bytes = b""  # JSON of what the entry function returned; empty if it did not return
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+class Worker:
+    """One supervisor and its zygote."""
+
+    def __init__(self, level: Level):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-S", "-s", "-P", "-B", "-c", START]
+            self.process = subprocess.Popen(
+                [*command, level, str(os.getpid()), sysconfig.get_path("purelib")],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},
+                cwd="/",
+                start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which then ends us
+            )
+        self.peer = ours
+        try:
+            self.missing = self._read_hello()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_hello(self) -> str:
+        self.peer.settimeout(START_S)
+        try:
+            ready, length = protocol.HELLO.unpack(protocol.receive(self.peer, protocol.HELLO.size))
+            text = protocol.receive(self.peer, length).decode()
+        except (EOFError, OSError) as error:
+            raise SandboxUnavailable(f"its supervisor did not start ({error})") from error
+        if not ready:
+            raise SandboxUnavailable(text)
+        return text
+
+    def run(self, request: Request) -> Reply:
+        """Run one program; raises EOFError, OSError or TimeoutError if the worker is of no use any more."""
+        self.peer.settimeout(request.wall_s + GRACE_S)
+        protocol.send_request(self.peer, request)
+        return protocol.receive_reply(self.peer)
+
+    def close(self) -> None:
+        """End supervisor, zygote and whatever runs under them."""
+        self.peer.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Sandbox:
+    """A pool of workers on the strongest level that this machine has, or on the one asked for by name."""
+
+    def __init__(self, workers: int | None = None, level: Level | None = None):
+        self.num_workers = workers or os.cpu_count() or 1
+        self.asked, self.level = level, level
+        self.reasons: list[str] = []
+        self.missing = ""
+        self.num_runs = self.num_repeated = self.num_hung = 0
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        self._all: set[Worker] = set()
+        for _ in range(self.num_workers):
+            self._idle.put(None)  # a place for a worker that is started when it is first needed
+        atexit.register(self.close)
+
+    def describe(self) -> str:
+        """Return the one line that says which level runs and what is missing; starts a worker to know."""
+        worker = self._take()
+        self._idle.put(worker)
+        gap = f"; missing: {self.missing}" if self.missing else ""
+        why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
+        return f"sandbox: level {self.level}, {self.num_workers} workers{gap}{why}"
+
+    def run(self, code: str, payload: bytes, limits: Limits, entry: str = "") -> Outcome:
+        """Run a program on stdin `payload`, or call its `entry` with the JSON list of arguments in `payload`.
+
+        Raises:
+            SandboxUnavailable: if no level that may be used works.
+        """
+        cpu_s = math.ceil(limits.wall_s) + 1
+        texts = code.encode(errors="replace"), payload, entry.encode()
+        request = Request(*texts, limits.wall_s, limits.memory_mb, limits.output_bytes, cpu_s)
+        reason = ""
+        for _ in range(2):
+            reply = self._attempt(request)
+            if isinstance(reply, Reply) and reply.end != protocol.NOT_STARTED:
+                return outcome_of(reply, limits)
+            reason = reply.stderr.decode(errors="replace") if isinstance(reply, Reply) else reply
+            with self._lock:
+                self.num_repeated += 1
+        return Outcome("sandbox_error", stderr=reason.encode())
+
+    def _attempt(self, request: Request) -> Reply | str:
+        worker: Worker | None = self._take()
+        try:
+            reply = worker.run(request)
+            kept = worker if reply.end != protocol.NOT_STARTED else None
+            self.num_runs += 1
+        except (EOFError, OSError) as error:
+            self.num_hung += isinstance(error, TimeoutError)
+            reply, kept = f"the worker failed: {error!r}", None
+        except BaseException:  # Ctrl-C in the middle: what the worker will still say belongs to no one
+            self._discard(worker)
+            self._idle.put(None)
+            raise
+        if kept is None:
+            self._discard(worker)
+        self._idle.put(kept)
+        return reply
+
+    def _take(self) -> Worker:
+        if os.getpid() != self._owner:
+            raise RuntimeError("a Sandbox cannot be used across a fork; make one in each process")
+        worker = self._idle.get()
+        if worker is not None:
+            return worker
+        try:
+            worker = self._start()
+        except BaseException:
+            self._idle.put(None)
+            raise
+        self._all.add(worker)
+        return worker
+
+    def _start(self) -> Worker:
+        with self._lock:
+            if self.level is not None and (self.level == self.asked == "rlimits" or self._all):
+                return self._start_at(self.level)
+            levels: tuple[Level, ...] = (self.asked,) if self.asked else ("namespaces", "landlock")
+            self.reasons = []
+            for level in levels:
+                try:
+                    worker = self._start_at(level)
+                    self._check(worker, level)
+                except SandboxUnavailable as error:
+                    self.reasons.append(f"{level}: {error}")
+                    continue
+                self.level = level
+                return worker
+        tried = "; ".join(self.reasons)
+        raise SandboxUnavailable(
+            f"no safe level for running programs works here ({tried}); allow user namespaces, or use Linux 5.13 or "
+            "later with Landlock, or accept weak protection by asking for level rlimits by name"
+        )
+
+    def _start_at(self, level: Level) -> Worker:
+        worker = Worker(level)
+        self.missing = worker.missing
+        return worker
+
+    def _check(self, worker: Worker, level: Level) -> None:
+        """Refuse a level that lets through what it should hold."""
+        if level == "rlimits":
+            return
+        reply = worker.run(Request(PROBE, b"", b"", 20.0, 512, 1 << 16, 20))
+        if reply.stdout.strip() != b"True":
+            worker.close()
+            raise SandboxUnavailable(
+                f"a probe got out ({(reply.stdout + reply.stderr)[-200:].decode(errors='replace')})"
+            )
+
+    def _discard(self, worker: Worker) -> None:
+        self._all.discard(worker)
+        worker.close()
+
+    def close(self) -> None:
+        """End every worker; a run in progress becomes a `sandbox_error`."""
+        if os.getpid() != self._owner:
+            return
+        for worker in list(self._all):
+            self._discard(worker)
+        atexit.unregister(self.close)
+
+
+def outcome_of(reply: Reply, limits: Limits) -> Outcome:
+    """Name how a run ended, from what the kernel and the zygote say; the program's word only ever harms itself."""
+    code = os.waitstatus_to_exitcode(reply.wait_status)
+    memory_full = reply.peak_kb * 1024 >= 0.9 * (limits.memory_mb << 20)
+    end: End = "finished" if code == 0 else "runtime_error"
+    if reply.end == protocol.FLOODED or code == -signal.SIGXFSZ:
+        end = "output_limit"
+    elif reply.end == protocol.TIMED_OUT or code == -signal.SIGXCPU or reply.cpu_s > math.ceil(limits.wall_s) + 0.9:
+        end = "timeout"
+    elif code == protocol.EXIT_MEMORY or (code == -signal.SIGKILL and memory_full):
+        end = "memory"
+    stderr = reply.stderr
+    if code < 0 and end == "runtime_error":
+        stderr += f"\nended by signal {signal.Signals(-code).name}".encode()
+    return Outcome(end, reply.stdout, stderr, reply.result, reply.wall_s, reply.cpu_s)

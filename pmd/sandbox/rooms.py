@@ -1,0 +1,103 @@
+"""Where a program runs: the files it may see. Level `namespaces` gets a root directory of its own, made in memory."""
+
+import os
+import sysconfig
+
+from pmd.sandbox import kernel
+
+NAMESPACES = (
+    kernel.CLONE_NEWNS
+    | kernel.CLONE_NEWPID
+    | kernel.CLONE_NEWNET
+    | kernel.CLONE_NEWIPC
+    | kernel.CLONE_NEWUTS
+    | kernel.CLONE_NEWCGROUP
+)
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+#: Packages that programs may import where they are installed, with what they load.
+PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
+#: Places to build the new root on: nothing that the program needs lies below them.
+BUILDING_PLACES = ("/sys", "/mnt", "/media", "/srv", "/proc", "/tmp")
+WRITABLE, STDIN_FILE = "/tmp", "/dev/stdin"
+TMPFS_BYTES, TMPFS_FILES = 16 << 20, 512
+
+
+def python_paths() -> list[str]:
+    """Return the directories of this Python's library, in the order of its import path."""
+    found = [sysconfig.get_path("stdlib"), os.path.join(sysconfig.get_path("platstdlib"), "lib-dynload")]
+    return [path for path in found if os.path.isdir(path)]
+
+
+def package_paths(site_packages: str) -> list[str]:
+    """Return the packages that programs may import."""
+    found = [os.path.join(site_packages, name) for name in PACKAGES] if site_packages else []
+    return [path for path in found if os.path.isdir(path)]
+
+
+def readable_paths(site_packages: str) -> list[str]:
+    """Return everything that a program may read."""
+    return [*python_paths(), *package_paths(site_packages), *(path for path in LIBRARIES if os.path.exists(path))]
+
+
+def enter_namespaces() -> None:
+    """Leave the host's namespaces; when not root, as root of a user namespace of our own."""
+    user, group = os.getuid(), os.getgid()
+    if user == 0:
+        kernel.unshare(NAMESPACES)
+        return
+    kernel.unshare(NAMESPACES | kernel.CLONE_NEWUSER)
+    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(content)
+
+
+def build_root(readable: list[str]) -> None:
+    """Make a root directory in memory that shows the readable paths, and move into it."""
+    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    base = next(place for place in BUILDING_PLACES if os.path.isdir(place) and not _lies_below(place, readable))
+    kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID, "size=256m,mode=755")
+    for path in readable:
+        _show(path, base)
+    for path in DEVICES:
+        _show(path, base, devices=True)
+    os.close(os.open(base + STDIN_FILE, os.O_CREAT | os.O_WRONLY, 0o444))
+    os.makedirs(base + WRITABLE, exist_ok=True)
+    limits = f"size={TMPFS_BYTES},nr_inodes={TMPFS_FILES},mode=1777"
+    kernel.mount("tmpfs", base + WRITABLE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, limits)
+    kernel.change_root(base)
+
+
+def _lies_below(place: str, paths: list[str]) -> bool:
+    return any(path.startswith(place + "/") for path in paths)
+
+
+def _show(path: str, base: str, *, devices: bool = False) -> None:
+    target = base + path
+    if os.path.lexists(target) or not os.path.exists(path):
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path):  # /lib -> usr/lib
+        os.symlink(os.readlink(path), target)
+        return
+    if os.path.isdir(path):
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    kernel.mount(path, target, None, kernel.MS_BIND | kernel.MS_REC)
+    kernel.make_read_only(target, devices=devices)
+
+
+def clear_writable() -> None:
+    """Remove what a run left in its writable directory. The run is over, so nothing changes underfoot."""
+    for name in os.listdir(WRITABLE):
+        _remove(os.path.join(WRITABLE, name))
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        for name in os.listdir(path):
+            _remove(os.path.join(path, name))
+        os.rmdir(path)
+    else:
+        os.unlink(path)

@@ -1,0 +1,134 @@
+"""The process between trainer and zygote: exec'd fresh, so it inherits neither CUDA, nor threads, nor descriptors.
+
+Started as `python -S -s -P -B -c ... LEVEL TRAINER_PID SITE_PACKAGES` with its socket as stdin. It sets up the level
+or says why it cannot, forks the zygote, and ends it as soon as the trainer is gone, however the trainer ended.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+
+from pmd.sandbox import child, kernel, landlock, rooms, seccomp
+from pmd.sandbox.protocol import HELLO
+from pmd.sandbox.zygote import Confinement, serve
+
+FIRST_OWN_USER = 1_000_000_000
+NOBODY = 65534
+
+
+def main() -> None:
+    """Set up, fork the zygote, wait for the first of trainer and zygote to end."""
+    level, trainer_pid, site_packages = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    with socket.socket(fileno=os.dup(0)) as peer:
+        _point_at_null(0)
+        trainer = os.pidfd_open(trainer_pid)
+        if os.getppid() != trainer_pid:
+            return
+        try:
+            zygote = _fork_zygote(level, site_packages, peer)
+        except Exception as error:  # said to the trainer, which then decides about the next level
+            _say_hello(peer, ready=False, text=f"{error}" if isinstance(error, OSError) else repr(error))
+            return
+    _wait(trainer, zygote)
+
+
+def _wait(trainer: int, zygote: int) -> None:
+    ended = os.pidfd_open(zygote)
+    poll = select.poll()
+    poll.register(trainer, select.POLLIN)
+    poll.register(ended, select.POLLIN)
+    poll.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(zygote, signal.SIGKILL)
+    os.waitpid(zygote, 0)
+
+
+def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
+    base_bytes = child.prepare(site_packages if rooms.package_paths(site_packages) else "")
+    user = _user_for_programs()
+    readable = rooms.readable_paths(site_packages)
+    missing: list[str] = []
+    if level == "namespaces":
+        rooms.enter_namespaces()
+        rooms.build_root(readable)
+    else:
+        missing.append("namespaces")
+        if user is not None and not _reachable_by(user, readable):
+            user = None
+            missing.append("a user of its own")
+    read_write = [rooms.WRITABLE, *rooms.DEVICES] if level == "namespaces" else list(rooms.DEVICES)
+    readable_now = [*readable, rooms.STDIN_FILE] if level == "namespaces" else readable
+    ruleset, program = _optional_walls(level, (readable_now, read_write, [site_packages]), missing)
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+        confinement = Confinement(
+            own_root=level == "namespaces", user=user, ruleset=ruleset, filter=program, base_bytes=base_bytes
+        )
+        _say_hello(peer, ready=True, text=", ".join(missing))
+        serve(peer, confinement)
+    finally:
+        os._exit(0)
+
+
+def _optional_walls(
+    level: str, files: tuple[list[str], list[str], list[str]], missing: list[str]
+) -> tuple[int | None, bytes | None]:
+    """Return Landlock's rule set and the seccomp program; only the weak level may go without them."""
+    ruleset = program = None
+    try:
+        ruleset = landlock.make_ruleset(*files)
+    except OSError:
+        if level != "rlimits":
+            raise
+        missing.append("Landlock")
+    try:
+        program = seccomp.build_filter(kernel.MACHINE)
+    except KeyError:
+        if level != "rlimits":
+            raise
+        missing.append("seccomp")
+    return ruleset, program
+
+
+def _user_for_programs() -> int | None:
+    """Return a user id that no one else has, nobody's where the range is closed to us, None when not root."""
+    if os.getuid() != 0:
+        return None
+    with open("/proc/self/uid_map") as file:
+        ranges = [tuple(map(int, line.split())) for line in file]
+    own = FIRST_OWN_USER + os.getpid()
+    for user in (own, NOBODY):
+        if any(first <= user < first + count for first, _, count in ranges):
+            return user
+    return None
+
+
+def _reachable_by(user: int, paths: list[str]) -> bool:
+    """Try in a child whether that user can read Python's library where it lies."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            os._exit(0 if all(os.access(path, os.R_OK) for path in paths) else 1)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _say_hello(peer: socket.socket, *, ready: bool, text: str) -> None:
+    peer.sendall(HELLO.pack(ready, len(text.encode())) + text.encode())
+
+
+def _point_at_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor)
+    os.close(null)
