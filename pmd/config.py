@@ -95,6 +95,9 @@ class ObjectiveConfig:
         None, "Compare on the student's k likeliest tokens only; null compares the whole vocabulary.", least=1
     )
     tail: bool = option(True, "With top_k: put the remaining mass into one tail bucket.")
+    reduction: Literal["token", "sequence"] = option(
+        "token", "Average over all tokens of the step, or over rollouts of their token means (SDPO's release)."
+    )
     anchor_weight: float = option(
         1.0, "Weight of rollouts whose teacher saw nothing extra; 0 masks them (SDPO).", least=0
     )
@@ -235,6 +238,8 @@ class RunConfig:
         None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
     )
     seed_everything: int = option(0, "Seed of everything that is drawn.", least=0)
+    wandb: Literal["off", "online", "offline"] = option("off", "Also log to Weights & Biases (needs the extra `wandb`).")
+    trace_every: int = option(1, "Keep what `pmd inspect step` shows of every this many steps; 0 keeps nothing.", least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

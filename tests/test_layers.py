@@ -8,8 +8,8 @@ import pmd
 ROOT = Path(pmd.__file__).parent
 #: Top to bottom. An entry may import from itself and from those above it.
 LAYERS = [
-    "errors", "types", "config", "tiny", "tasks", "verifiers", "config_check", "prompts", "memory", "reflection",
-    "teacher", "objective", "models", "rollouts", "evaluation", "bootstrap", "module", "callbacks", "sweep", "commands", "cli",
+    "errors", "types", "seeds", "config", "tiny", "tasks", "sandbox", "verifiers", "config_check", "prompts", "memory",
+    "teacher", "objective", "models", "rollouts", "reflection", "trace", "evaluation", "bootstrap", "module", "callbacks", "sweep", "commands", "cli",
     "__main__",
 ]  # fmt: skip
 

@@ -1,0 +1,53 @@
+"""ModelConfig in; a causal LM, ready to train or frozen, and its tokenizer out. No weights are read before this file.
+
+`tiny` and `tiny_exam` are shipped with the package; anything else is a local directory or a Hugging Face id.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pmd.config import ModelConfig
+from pmd.tiny import shipped_model_path
+
+SHIPPED = ("tiny", "tiny_exam")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_model_path(path: str) -> str:
+    """Return what `from_pretrained` takes: the shipped directory for the shipped names, else `path` itself."""
+    return str(shipped_model_path(path)) if path in SHIPPED else path
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the policy's tokenizer; a missing padding token is the end-of-sequence token."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.path))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """Load the base weights in eval mode, without any adapter."""
+    quantization = None
+    if config.finetune == "qlora":
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_model_path(config.path), dtype=DTYPES[config.dtype], quantization_config=quantization
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.eval()
+
+
+def is_local_model(path: str) -> bool:
+    """Whether `path` names shipped or local weights rather than something on the Hub."""
+    return path in SHIPPED or Path(path).is_dir()

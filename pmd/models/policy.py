@@ -1,0 +1,175 @@
+"""Student, teacher and initial policy behind one door: `with policy.weights("teacher") as model: ...`.
+
+Enters: a loaded base model, what is trained (`ModelConfig`) and the kind of teacher (`TeacherConfig`). Leaves: a causal
+LM that acts as the wanted role while the context is open. Full fine-tuning keeps frozen copies; with LoRA all roles
+are adapters on one base (the initial policy is the base with adapters off), so no second copy of the weights exists.
+
+Deviation (our choice, the paper is silent): an EMA of LoRA factors A and B averages the factors, which is not the
+average of their products BA.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pmd.config import ModelConfig, TeacherConfig
+
+Role = Literal["student", "teacher", "initial"]
+
+
+class Policy(nn.Module):
+    """The weights of one run in their three roles. Subclasses say where each role's weights live."""
+
+    def __init__(self, teacher: TeacherConfig):
+        super().__init__()
+        self.kind = teacher.kind
+        self.ema_rate = teacher.ema_rate
+        self.refresh_epochs = teacher.refresh_epochs
+        self.trust_region_rate = teacher.trust_region_rate
+
+    @property
+    def keeps_own_teacher(self) -> bool:
+        """Whether the teacher has weights that no other role has, which must therefore be checkpointed."""
+        return self.kind == "ema" or (self.kind == "frozen" and self.refresh_epochs is not None)
+
+    @property
+    def teacher_mixture(self) -> list[tuple[Role, float]]:
+        """Roles whose logits, weighted and summed, are the teacher's logits."""
+        if self.kind == "trust_region":
+            return [("initial", 1.0 - self.trust_region_rate), ("student", self.trust_region_rate)]
+        return [("teacher", 1.0)]
+
+    def resolve(self, role: Role) -> Role:
+        """Map the teacher to the role that holds its weights. A trust-region teacher writes as the initial policy."""
+        if role != "teacher" or self.keeps_own_teacher:
+            return role
+        return "student" if self.kind == "live" else "initial"
+
+    @contextmanager
+    def weights(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Lend the model that acts as `role`; anything but a training student is in eval mode."""
+        raise NotImplementedError
+        yield
+
+    def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (teacher, student) tensors that correspond."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move an EMA teacher towards the student: teacher <- (1 - rate) teacher + rate student."""
+        if self.kind == "ema":
+            for teacher, student in self.teacher_pairs():
+                teacher.lerp_(student.to(teacher.dtype), self.ema_rate)
+
+    @torch.no_grad()
+    def after_epoch(self, epoch: int) -> bool:
+        """Copy the student into a frozen teacher that is due after `epoch` (counted from 0); say whether it was."""
+        due = self.kind == "frozen" and self.refresh_epochs is not None and (epoch + 1) % self.refresh_epochs == 0
+        if due:
+            for teacher, student in self.teacher_pairs():
+                teacher.copy_(student)
+        return due
+
+
+class FullPolicy(Policy):
+    """All weights are trained; the teacher and the initial policy are frozen copies, made only where needed."""
+
+    def __init__(self, model: PreTrainedModel, teacher: TeacherConfig, *, needs_initial: bool):
+        super().__init__(teacher)
+        self.student = model.requires_grad_(True)
+        needs_initial |= self.resolve("teacher") == "initial"
+        self.initial = _frozen_copy(model) if needs_initial else None
+        self.teacher = _frozen_copy(model) if self.keeps_own_teacher else None
+
+    @contextmanager
+    def weights(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Lend the student or a frozen copy."""
+        yield cast(PreTrainedModel, getattr(self, self.resolve(role)))
+
+    def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (teacher, student) parameters."""
+        assert self.teacher is not None
+        yield from zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+
+    def train(self, mode: bool = True) -> "FullPolicy":
+        """Set the student's mode; the frozen copies stay in eval mode."""
+        self.training = mode
+        self.student.train(mode)
+        return self
+
+
+class AdapterPolicy(Policy):
+    """LoRA adapters on one frozen base. `student` is trained; the base alone is the initial policy."""
+
+    def __init__(self, model: PreTrainedModel, config: ModelConfig, teacher: TeacherConfig):
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        super().__init__(teacher)
+        if config.finetune == "qlora":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=int(config.lora_alpha),
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        self.peft_model = get_peft_model(model, lora, adapter_name="student")
+        if self.keeps_own_teacher:
+            self.peft_model.add_adapter("teacher", lora)
+            for own, student in self.teacher_pairs():
+                own.data.copy_(student)
+        self._activate("student")
+
+    @contextmanager
+    def weights(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Activate the adapter of `role`, or none; the student is active again afterwards, ready for backward."""
+        resolved = self.resolve(role)
+        model = cast(PreTrainedModel, self.peft_model)
+        if resolved == "student":
+            yield model
+            return
+        was_training = self.peft_model.training
+        self.peft_model.eval()
+        try:
+            if resolved == "initial":
+                with self.peft_model.disable_adapter():
+                    yield model
+            else:
+                self._activate("teacher")
+                yield model
+        finally:
+            self._activate("student")
+            self.peft_model.train(was_training)
+
+    def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (teacher, student) adapter tensors, matched by name."""
+        parameters = dict(self.peft_model.named_parameters())
+        for name, teacher in parameters.items():
+            if ".teacher." in name:
+                yield teacher, parameters[name.replace(".teacher.", ".student.")]
+
+    def _activate(self, adapter: str) -> None:
+        """Switch adapters. The teacher is set for inference, or PEFT would make it trainable."""
+        self.peft_model.set_adapter(adapter, inference_mode=adapter == "teacher")
+        for name, parameter in self.peft_model.named_parameters():
+            parameter.requires_grad_(".student." in name)
+
+
+def make_policy(
+    model: PreTrainedModel, config: ModelConfig, teacher: TeacherConfig, *, needs_initial: bool = False
+) -> Policy:
+    """Wrap a loaded base model as `config.finetune` asks; `needs_initial` keeps the initial policy for a KL term."""
+    if config.finetune == "full":
+        return FullPolicy(model, teacher, needs_initial=needs_initial)
+    return AdapterPolicy(model, config, teacher)
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,27 @@
+"""One number from per-token values: sums under weights that were fixed once for the whole optimizer step.
+
+Enters: per-token values of one micro-batch and each token's weight. The weights of all tokens of a step add up to 1
+(`token_weights`), so the losses and gradients of its micro-batches simply add up, however the step was split.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def weighted_sum(per_token: Float[Tensor, " N"], token_weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Return sum w_t x_t: this micro-batch's share of the step's mean."""
+    return (per_token * token_weights).sum()
+
+
+def token_weights(lengths: Sequence[int], reduction: Literal["token", "sequence"]) -> list[float]:
+    """Return each rollout's weight per token, given the completion lengths of all rollouts of the step.
+
+    `token`: every token of the step counts alike, 1 / sum of lengths. `sequence`: every rollout counts alike,
+    1 / (number of rollouts x its length), which is how SDPO's release averages.
+    """
+    if reduction == "token":
+        return [1.0 / sum(lengths)] * len(lengths)
+    return [1.0 / (len(lengths) * length) for length in lengths]

@@ -1,0 +1,38 @@
+"""How a task, a memory and an attempt become token ids, and how the policy's reflections become memory lines.
+
+Two dialects: `WordPrompts` (words.py) speaks the tiny world's language, `ChatPrompts` (chat.py) any tokenizer's chat
+template with the text files beside it. Both are pure: no engine, no store.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pmd.types import ProcedureKind, Rollout, Task
+
+
+class PromptFormat(Protocol):
+    """One dialect of prompts."""
+
+    def student(self, task: Task) -> list[int]:
+        """Return the prompt the student attempts: the task and nothing else, ever."""
+        ...
+
+    def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
+        """Return the same task with retrieved memory lines, a verified success, or the scored rollout's own failure."""
+        ...
+
+    def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Return the prompts, possibly none, that ask what one group of verified rollouts teaches."""
+        ...
+
+    def parse_reflection(self, text: str) -> list[tuple[ProcedureKind, str]]:
+        """Return the well-formed (kind, memory line) pairs in a reflection; empty where there is none. Never raises."""
+        ...
+
+    def abstraction(self, insights: Sequence[str]) -> list[int]:
+        """Return the prompt that asks for the pattern behind a cluster of insights."""
+        ...
+
+    def parse_abstraction(self, text: str) -> str | None:
+        """Return the behaviour's memory line, or None where the output is malformed. Never raises."""
+        ...

@@ -1,0 +1,147 @@
+"""From verified rollouts to padded tensors.
+
+Enters: the examples of one optimizer step (a rollout, its advantage, its teacher context). Leaves: micro-batches of at
+most a given number of padded tokens, whose losses add up to the loss of the whole step, however they were split.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pmd.errors import AlignmentError
+from pmd.objective.reduce import token_weights
+from pmd.teacher.context import TeacherContext
+from pmd.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One rollout as the objective sees it."""
+
+    rollout: Rollout
+    advantage: float
+    context: TeacherContext
+
+    @property
+    def completion_ids(self) -> tuple[int, ...]:
+        """The ids that student and teacher both score."""
+        return self.rollout.completion.token_ids
+
+    @property
+    def num_padded_tokens(self) -> int:
+        """Length of the longer of the student's and the teacher's sequence."""
+        return max(len(self.rollout.prompt_ids), len(self.context.prompt_ids)) + len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Right-padded prompts with completions: ids, what is real, and what is to be scored; all [B, L]."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor  # bool
+
+    @property
+    def completion_ids(self) -> Tensor:
+        """The completion tokens, row after row: [N]."""
+        return self.input_ids[self.completion_mask]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """How a run turns examples into tensors."""
+
+    max_tokens: int  # padded tokens of one micro-batch
+    pad_id: int
+    anchor_weight: float  # distillation weight of rollouts whose teacher saw nothing extra
+    reduction: Literal["token", "sequence"]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some rollouts of a step, as tensors. N counts their completion tokens, row after row."""
+
+    examples: tuple[Example, ...]  # B of them
+    student: Sequences
+    teacher: Sequences
+    sampling_logprobs: Tensor  # [N], of the engine; NaN where it reported none
+    advantages: Tensor  # [N], each rollout's advantage on all its tokens
+    distillation_weights: Tensor  # [N]: 1 with context, objective.anchor_weight without
+    token_weights: Tensor  # [N]: the weights that add up to 1 over all tokens of the step
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All scored rollouts of one optimizer step. Unscored ones (a crashed verifier) never reach it."""
+
+    examples: tuple[Example, ...]
+    epoch: int
+    step: int  # of the run, counted from 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def micro_batches(
+        self,
+        max_tokens: int,
+        pad_id: int,
+        anchor_weight: float,
+        reduction: Literal["token", "sequence"],
+        device: torch.device,
+    ) -> Iterator[MicroBatch]:
+        """Yield micro-batches of at most `layout.max_tokens` padded tokens (a longer single rollout stands alone)."""
+        weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
+        for rows in _split_by_tokens(self.examples, layout.max_tokens):
+            yield _collate([self.examples[i] for i in rows], [weights[i] for i in rows], layout, device)
+
+
+def _split_by_tokens(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+    """Group positions, longest first, so that rows x longest row stays within `max_tokens`."""
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].num_padded_tokens)
+    groups: list[list[int]] = []
+    longest = 0
+    for i in order:
+        if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
+            groups.append([])
+            longest = examples[i].num_padded_tokens
+        groups[-1].append(i)
+    return groups
+
+
+def _collate(
+    examples: list[Example], weights: list[float], layout: BatchLayout, device: torch.device
+) -> MicroBatch:
+    student = pad_sequences([(e.rollout.prompt_ids, e.completion_ids) for e in examples], layout.pad_id, device)
+    teacher = pad_sequences([(e.context.prompt_ids, e.completion_ids) for e in examples], layout.pad_id, device)
+    if not torch.equal(student.completion_ids, teacher.completion_ids):
+        raise AlignmentError("student and teacher would score different completion tokens.")
+    lengths = torch.tensor([len(e.completion_ids) for e in examples], device=device)
+
+    def per_token(per_rollout: list[float]) -> Tensor:
+        return torch.tensor(per_rollout, device=device).repeat_interleave(lengths)
+
+    logprobs = [torch.nan if p is None else p for e in examples for p in e.rollout.completion.logprobs]
+    return MicroBatch(
+        examples=tuple(examples),
+        student=student,
+        teacher=teacher,
+        sampling_logprobs=torch.tensor(logprobs, device=device),
+        advantages=per_token([e.advantage for e in examples]),
+        distillation_weights=per_token([1.0 if e.context.shows_anything else layout.anchor_weight for e in examples]),
+        token_weights=per_token(weights),
+    )
+
+
+def pad_sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, device: torch.device) -> Sequences:
+    """Right-pad (prompt ids, completion ids) pairs to one length."""
+    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    ids = torch.full((len(pairs), longest), pad_id)
+    attention = torch.zeros(len(pairs), longest, dtype=torch.long)
+    completion_mask = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(pairs):
+        start, end = len(prompt), len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor([*prompt, *completion])
+        attention[row, :end] = 1
+        completion_mask[row, start:end] = True
+    return Sequences(ids.to(device), attention.to(device), completion_mask.to(device))

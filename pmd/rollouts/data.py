@@ -1,0 +1,134 @@
+"""The stream of training batches: problem -> group of rollouts -> verdicts -> teacher context -> batch.
+
+A LightningDataModule whose loader generates inside `__next__` and nowhere else, so each batch is as fresh as the
+weights. Memory is only read here; it changes at epoch ends, in the callbacks.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from random import Random
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from pmd.config import RunConfig
+from pmd.memory.memory import ProceduralMemory
+from pmd.objective.policy_gradient import group_advantages
+from pmd.prompts.format import PromptFormat
+from pmd.rollouts.attempt import attempt
+from pmd.rollouts.batch import Batch, Example
+from pmd.rollouts.engine import Engine, Sampling
+from pmd.seeds import derive_seed
+from pmd.teacher.context import ContextBuilder
+from pmd.types import Rollout, Split, Task
+
+
+class RolloutDataModule(LightningDataModule):
+    """Streams fresh, verified rollouts with their teacher contexts; one epoch visits every training problem once."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tasks: Mapping[Split, Sequence[Task]],
+        engine: Engine,
+        prompts: PromptFormat,
+        memory: ProceduralMemory | None,
+    ):
+        super().__init__()
+        self.config = config
+        self.tasks = tasks
+        self.engine = engine
+        self.prompts = prompts
+        self.memory = memory
+        self.contexts = ContextBuilder(prompts, config.teacher, config.memory.max_tokens)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training problems."""
+        num_batches = -(-len(self.tasks["train"]) // self.config.rollouts.problems_per_step)
+        return num_batches * self.config.rollouts.updates_per_batch
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the stream; building it generates nothing."""
+        return DataLoader(RolloutStream(self), batch_size=None, num_workers=0)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch, each generated when it is asked for."""
+        rollouts, seed = self.config.rollouts, self.config.seed_everything
+        tasks = list(self.tasks["train"])
+        Random(derive_seed(seed, "order", epoch)).shuffle(tasks)
+        step = epoch * self.steps_per_epoch
+        for start in range(0, len(tasks), rollouts.problems_per_step):
+            yield from self._batches(tasks[start : start + rollouts.problems_per_step], epoch, step)
+            step += rollouts.updates_per_batch
+
+    def _batches(self, tasks: Sequence[Task], epoch: int, step: int) -> Iterator[Batch]:
+        """Roll out `tasks` once and split them among this rollout batch's optimizer steps."""
+        config = self.config.rollouts
+        key = f"{self.config.seed_everything}/train/{epoch}/{step}"
+        prompts = [(task, self.prompts.student(task)) for task in tasks]
+        sampling = Sampling(config.temperature, config.max_new_tokens)
+        attempts = attempt(self.engine, prompts, config.group_size, sampling, key)
+        started = time.perf_counter()
+        examples = [
+            self._examples(task, group, Random(derive_seed(key, task.task_id, "context")))
+            for task, group in zip(tasks, attempts.groups, strict=True)
+        ]
+        metrics = _rollout_metrics(attempts.groups) | {
+            "time/rollout_s": attempts.generate_s,
+            "time/verify_s": attempts.verify_s,
+            "time/context_s": time.perf_counter() - started,
+        }
+        for update in range(config.updates_per_batch):
+            share = examples[update :: config.updates_per_batch]
+            yield Batch(tuple(e for group in share for e in group), epoch, step + update, metrics)
+
+    def _examples(self, task: Task, group: list[Rollout], random: Random) -> list[Example]:
+        """Join each scored rollout of a group with its advantage and its teacher context."""
+        procedures, past_success, generation = [], None, 0
+        if self.memory is not None:
+            procedures = self.memory.retrieve(task, seed=random.getrandbits(62), group_id=group[0].group_id)
+            past_success = self.memory.past_success(task)
+            generation = self.memory.generation
+        contexts = self.contexts.build(task, group, procedures, past_success, generation, random)
+        advantages = group_advantages(
+            rewards=torch.tensor([r.verdict.reward for r in group]),
+            group_index=torch.zeros(len(group), dtype=torch.long),
+            normalize_std=self.config.objective.normalize_std,
+            valid=torch.tensor([r.verdict.scored for r in group]),
+        ).tolist()
+        rows = zip(group, advantages, contexts, strict=True)
+        return [Example(rollout, advantage, context) for rollout, advantage, context in rows if rollout.verdict.scored]
+
+
+class RolloutStream(IterableDataset):
+    """The iterable that Lightning loops over. It has a length, or Lightning would generate one batch ahead."""
+
+    def __init__(self, data: RolloutDataModule):
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        trainer = self.data.trainer
+        assert trainer is not None
+        return self.data.epoch(trainer.current_epoch)
+
+
+def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
+    """Summarise one rollout batch."""
+    rollouts = [rollout for group in groups for rollout in group]
+    scored = [r for r in rollouts if r.verdict.scored]
+    mixed = sum(0 < sum(r.verdict.correct for r in group) < len(group) for group in groups)
+    lengths = [len(r.completion.token_ids) for r in rollouts]
+    return {
+        "rollout/reward": sum(r.verdict.reward for r in scored) / max(1, len(scored)),
+        "rollout/solved_groups": sum(any(r.verdict.correct for r in group) for group in groups) / len(groups),
+        "rollout/mixed_groups": mixed / len(groups),
+        "rollout/unscored": float(len(rollouts) - len(scored)),
+        "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "rollout/num_tokens": float(sum(lengths)),
+        "rollout/mean_length": sum(lengths) / len(lengths),
+    }

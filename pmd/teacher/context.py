@@ -1,0 +1,102 @@
+"""What the teacher sees: retrieved memory, a verified success, or the rollout's own failure (paper section on the
+memory-conditioned self-teacher; SDPO for the sibling context).
+
+Enters: one task, its group of verified rollouts, the memory retrieved for the task. Leaves: one teacher prompt per
+rollout, in token ids, and a record of what went into it. The completion's ids are appended elsewhere, unchanged, so
+teacher and student score the same tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from pmd.config import TeacherConfig
+from pmd.prompts.format import PromptFormat
+from pmd.types import Procedure, Rollout, Task
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherContext:
+    """The teacher's prompt for one rollout, and what it shows beside the task."""
+
+    rollout_id: str
+    prompt_ids: tuple[int, ...]
+    procedures: tuple[Procedure, ...] = ()
+    success: str | None = None  # text of the verified success shown, of a sibling or of an earlier epoch
+    shows_failure: bool = False  # the rollout's own failure and feedback
+    num_dropped: int = 0  # memory items left out because the prompt was full
+    memory_generation: int = 0
+
+    @property
+    def shows_anything(self) -> bool:
+        """Whether the teacher knows more than the student did."""
+        return bool(self.procedures) or self.success is not None or self.shows_failure
+
+
+class ContextBuilder:
+    """Builds the teacher's prompts of one run; holds the prompt format and the budgets."""
+
+    def __init__(self, prompts: PromptFormat, config: TeacherConfig, max_memory_tokens: int):
+        self.prompts = prompts
+        self.config = config
+        self.max_memory_tokens = max_memory_tokens
+
+    def build(
+        self,
+        task: Task,
+        group: Sequence[Rollout],
+        procedures: Sequence[Procedure],
+        past_success: str | None,
+        generation: int,
+        random: Random,
+    ) -> list[TeacherContext]:
+        """Return one context per rollout of the group, in the group's order.
+
+        `past_success` is a verified completion of the same task from an earlier epoch; it stands in where no sibling
+        succeeded. The rollout's own failure is shown only where no success can be.
+        """
+        config, contexts = self.config, []
+        for rollout in group:
+            success, failure = None, None
+            if config.context in ("sibling", "both"):
+                success = _sibling_success(rollout, group, random)
+                if success is None and config.context == "both":
+                    success = past_success
+                if success is None and config.feedback and rollout.verdict.scored and not rollout.verdict.correct:
+                    failure = rollout
+            items = tuple(procedures) if config.context in ("memory", "both") else ()
+            wanted = TeacherContext(rollout.rollout_id, (), items, success, memory_generation=generation)
+            contexts.append(self._fit(task, wanted, failure))
+        return contexts
+
+    def _fit(self, task: Task, wanted: TeacherContext, failure: Rollout | None) -> TeacherContext:
+        """Render the prompt; while it is too long drop the least similar memory item, at last success or failure.
+
+        Whole items go, never tokens: a cut item can say the opposite of what it meant.
+        """
+        success, kept = wanted.success, list(wanted.procedures)
+        prompt_ids = without_memory = self.prompts.teacher(task, [], success, failure)
+        if len(without_memory) > self.config.max_prompt_tokens:
+            success, failure = None, None
+            prompt_ids = without_memory = self.prompts.student(task)
+        limit = min(self.config.max_prompt_tokens, len(without_memory) + self.max_memory_tokens)
+        while kept:
+            prompt_ids = self.prompts.teacher(task, [item.text for item in kept], success, failure)
+            if len(prompt_ids) <= limit:
+                break
+            kept.remove(min(kept, key=lambda item: item.similarity))
+            prompt_ids = without_memory
+        return replace(
+            wanted,
+            prompt_ids=tuple(prompt_ids),
+            procedures=tuple(kept),
+            success=success,
+            shows_failure=failure is not None,
+            num_dropped=len(wanted.procedures) - len(kept),
+        )
+
+
+def _sibling_success(rollout: Rollout, group: Sequence[Rollout], random: Random) -> str | None:
+    """Return another verified success of the same group, never the scored rollout itself (as SDPO does)."""
+    successes = [r for r in group if r.verdict.correct and r.rollout_id != rollout.rollout_id]
+    return random.choice(successes).completion.text if successes else None
