@@ -1,0 +1,156 @@
+"""Insights of several problems that say the same: clusters in, for the policy to put into words as behaviours.
+
+Average-link agglomeration of the distinct texts, strategies and contrasts apart from lessons, at the cosine threshold
+`memory.cluster_similarity`. The texts are compared by an embedder fitted to them, because words that tell problems
+apart are not those that tell insights apart. A cluster needs `memory.cluster_support` problems behind it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+from pmd.config import MemoryConfig
+from pmd.memory.records import Behaviour, Insight
+from pmd.memory.store import MemoryStore
+from pmd.memory.write_behaviours import BehaviourDraft
+
+MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; further texts join the nearest cluster
+MAX_LESSONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Insights of one polarity that lie close together."""
+
+    polarity: str
+    insights: tuple[Insight, ...]  # one for each distinct text, the text of most problems first
+    lessons: tuple[Insight, ...]  # `do` clusters: the nearest lessons of the same problems, distinct, at most 3
+    member_ids: tuple[int, ...]  # all insights with these texts
+    problem_ids: tuple[int, ...]
+    evidence_sha: str  # of the texts above
+    behaviour: Behaviour | None = None  # the active behaviour that it continues
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is something to abstract: it is new, or its texts are others than last time."""
+        return self.behaviour is None or self.behaviour.evidence_sha != self.evidence_sha
+
+    def draft(self, text: str | None) -> BehaviourDraft:
+        """Return what `Writer.replace_behaviours` takes; None keeps the text of the behaviour it continues."""
+        return BehaviourDraft(self.polarity, self.member_ids, self.evidence_sha, text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """One distinct text with all active insights that say it."""
+
+    insights: tuple[Insight, ...]
+
+    @property
+    def problem_ids(self) -> set[int]:
+        return {insight.problem_id for insight in self.insights}
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: the text of most problems first, then the oldest."""
+        return -len(self.problem_ids), self.insights[0].id
+
+
+def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
+    """Return the clusters of the active insights, `do` before `avoid`, the best supported first."""
+    insights = store.insights()
+    lessons = _distinct([insight for insight in insights if insight.polarity == "avoid"])
+    strategies = _distinct([insight for insight in insights if insight.polarity == "do"])
+    vectors = _text_vectors(store, [*strategies, *lessons])
+    do_vectors, avoid_vectors = vectors[: len(strategies)], vectors[len(strategies) :]
+    clusters: list[Cluster] = []
+    for polarity, texts, own_vectors in (("do", strategies, do_vectors), ("avoid", lessons, avoid_vectors)):
+        for positions in _agglomerate(own_vectors, config.cluster_similarity):
+            members = [texts[position] for position in positions]
+            problem_ids = set().union(*(text.problem_ids for text in members))
+            if len(problem_ids) < config.cluster_support:
+                continue
+            near: list[Insight] = []
+            if polarity == "do":
+                near = _nearest_lessons(own_vectors[positions].mean(0), problem_ids, lessons, avoid_vectors)
+            clusters.append(_cluster(polarity, members, near, problem_ids))
+    return _continue_behaviours(store, clusters)
+
+
+def _distinct(insights: list[Insight]) -> list[_Text]:
+    by_text: dict[tuple[str, str], list[Insight]] = {}
+    for insight in insights:
+        by_text.setdefault((insight.kind, insight.text), []).append(insight)
+    return sorted((_Text(tuple(group)) for group in by_text.values()), key=lambda text: text.order)
+
+
+def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
+    """Embed the distinct texts for comparison with each other; stored vectors serve where the embedder is fixed."""
+    words = [text.insights[0].text for text in texts]
+    embedder = store.embedder.fitted_to(words)
+    if not embedder.costly:
+        return embedder.embed(words)
+    ids, vectors = store.vectors("insights")
+    rows = np.searchsorted(ids, [text.insights[0].id for text in texts])
+    return vectors[rows]
+
+
+def _agglomerate(vectors: np.ndarray, similarity: float) -> list[list[int]]:
+    """Group rows whose average cosine similarity is at least the threshold; groups by their first row."""
+    head = vectors[:MAX_CLUSTERED_TEXTS]
+    if len(head) == 0:
+        return []
+    labels = np.ones(1, dtype=np.int64)
+    if len(head) > 1:
+        distances = np.clip(1.0 - np.round(head @ head.T, 5), 0.0, 2.0).astype(np.float64)
+        np.fill_diagonal(distances, 0.0)
+        tree = linkage(squareform(distances, checks=False), method="average")
+        labels = fcluster(tree, t=1.0 - similarity, criterion="distance")
+    groups: dict[int, list[int]] = {}
+    for row, label in enumerate(labels.tolist()):
+        groups.setdefault(label, []).append(row)
+    ordered = sorted(groups.values())
+    if len(vectors) > len(head):
+        centres = np.stack([head[group].mean(0) for group in ordered])
+        nearness = vectors[len(head) :] @ centres.T  # average similarity to each cluster's members
+        for row, best in enumerate(nearness.argmax(1).tolist(), start=len(head)):
+            if nearness[row - len(head), best] >= similarity:
+                ordered[best].append(row)
+    return ordered
+
+
+def _nearest_lessons(
+    centre: np.ndarray, problem_ids: set[int], lessons: list[_Text], vectors: np.ndarray
+) -> list[Insight]:  # fmt: skip
+    same = [row for row, text in enumerate(lessons) if text.problem_ids & problem_ids]
+    nearness = np.round(vectors[same] @ centre, 5)
+    best = np.argsort(-nearness, kind="stable")[:MAX_LESSONS]
+    return [lessons[same[position]].insights[0] for position in best]
+
+
+def _cluster(polarity: str, members: list[_Text], lessons: list[Insight], problem_ids: set[int]) -> Cluster:
+    insights = tuple(text.insights[0] for text in sorted(members, key=lambda text: text.order))
+    evidence = sorted(f"{insight.kind}\0{insight.text}" for insight in [*insights, *lessons])
+    return Cluster(
+        polarity=polarity,
+        insights=insights,
+        lessons=tuple(lessons),
+        member_ids=tuple(sorted(insight.id for text in members for insight in text.insights)),
+        problem_ids=tuple(sorted(problem_ids)),
+        evidence_sha=hashlib.sha256("\n".join(evidence).encode()).hexdigest()[:16],
+    )
+
+
+def _continue_behaviours(store: MemoryStore, clusters: list[Cluster]) -> list[Cluster]:
+    clusters = sorted(clusters, key=lambda c: (c.polarity != "do", -len(c.problem_ids), c.member_ids))
+    matches = store.match_behaviours([(c.polarity, c.member_ids) for c in clusters])
+    return [
+        Cluster(
+            c.polarity, c.insights, c.lessons, c.member_ids, c.problem_ids, c.evidence_sha,
+            matches.get(n),
+        )
+        for n, c in enumerate(clusters)
+    ]  # fmt: skip

@@ -1,0 +1,258 @@
+"""Texts in, unit vectors out. An embedder is frozen for the life of a store, which records it and refuses another.
+
+`HashEmbedder` needs no weights: words weighted by their rarity among the training problems, because problems are told
+apart by their rare words; an unweighted bag of words finds the right family in the tiny world a third of the time,
+the weighted one always. `SentenceEmbedder` wraps a sentence-transformers model (extra `embed`).
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pmd.errors import ConfigError, MemoryStoreError
+
+Vectors = np.ndarray  # float32 [n, D], rows of length 1
+DEFAULT_DIMENSION = 512
+SMOOTHING = 0.01  # weight of a word that every training problem contains: no text is without direction
+HASHES_PER_WORD = 4  # for words without a slot of their own
+_EDGES = ".,;:!?\"'`()[]{}"
+
+
+class Embedder(Protocol):
+    """What turns texts into unit vectors."""
+
+    @property
+    def name(self) -> str:
+        """Identity of the embedder with all it has learnt; two stores are comparable if it is equal."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors, D."""
+        ...
+
+    @property
+    def costly(self) -> bool:
+        """Whether vectors of insights are kept rather than computed when asked for."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return one unit vector a text, float32 [n, D]."""
+        ...
+
+    def fitted_to(self, texts: Sequence[str]) -> "Embedder":
+        """Return an embedder for comparing these texts with each other; itself where nothing depends on them."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return all that `load_embedder` needs, as JSON values."""
+        ...
+
+
+def words_of(text: str) -> list[str]:
+    """Split at blanks, drop punctuation at the edges, fold case."""
+    return [word for piece in text.split() if (word := piece.strip(_EDGES).casefold())]
+
+
+class HashEmbedder:
+    """Signed feature hashing of words with IDF weights, fitted once.
+
+    Fitted words get a slot of their own while the vocabulary fits into the dimension (then the vectors are exact
+    weighted bags of words); other words, and all words of a larger vocabulary, are spread over four hashed slots.
+    """
+
+    costly = False
+
+    def __init__(
+        self,
+        dimension: int = DEFAULT_DIMENSION,
+        seed: int = 0,
+        document_frequencies: Mapping[str, int] | None = None,
+        num_documents: int = 0,
+    ):
+        self._dimension = dimension
+        self.seed = seed
+        self.num_documents = num_documents
+        self.document_frequencies = dict(sorted((document_frequencies or {}).items()))
+        table = repr((dimension, seed, num_documents, sorted(self.document_frequencies.items())))
+        self._name = f"hash-{dimension}-{hashlib.sha256(table.encode()).hexdigest()[:12]}"
+        self._own_slots = self._assign_slots() if len(self.document_frequencies) <= dimension else {}
+        self._features: dict[str, tuple[list[int], list[float]]] = {}
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], *, dimension: int = DEFAULT_DIMENSION, seed: int = 0) -> "HashEmbedder":
+        """Count in how many of the texts each word occurs."""
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(set(words_of(text)))
+        return cls(dimension, seed, counts, len(texts))
+
+    @property
+    def name(self) -> str:
+        """`hash-D-` and a fingerprint of seed and word table."""
+        return self._name
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors."""
+        return self._dimension
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return one unit vector a text; a text without words gets the vector of the empty word."""
+        rows: list[int] = []
+        slots: list[int] = []
+        values: list[float] = []
+        for row, text in enumerate(texts):
+            for word, count in Counter(words_of(text) or [""]).items():
+                word_slots, word_values = self._features.get(word) or self._featurise(word)
+                scale = 1.0 + math.log(count)
+                rows.extend([row] * len(word_slots))
+                slots.extend(word_slots)
+                values.extend([value * scale for value in word_values])
+        vectors = np.zeros((len(texts), self._dimension))
+        np.add.at(vectors, (rows, slots), values)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        cancelled = lengths[:, 0] < 1e-9  # opposite signs in one slot: keep the text findable by itself
+        vectors[cancelled, 0] = lengths[cancelled] = 1.0
+        return (vectors / lengths).astype(np.float32)
+
+    def fitted_to(self, texts: Sequence[str]) -> "HashEmbedder":
+        """Return the same hashing with the word rarities of these texts."""
+        return HashEmbedder.fit(texts, dimension=self._dimension, seed=self.seed)
+
+    def state(self) -> dict[str, Any]:
+        """Return dimension, seed and word table."""
+        return {
+            "kind": "hash",
+            "dimension": self._dimension,
+            "seed": self.seed,
+            "num_documents": self.num_documents,
+            "document_frequencies": self.document_frequencies,
+        }
+
+    def weight(self, word: str) -> float:
+        """Return the word's IDF; a word never seen weighs most."""
+        return math.log((1 + self.num_documents) / (1 + self.document_frequencies.get(word, 0))) + SMOOTHING
+
+    def _featurise(self, word: str) -> tuple[list[int], list[float]]:
+        weight = self.weight(word)
+        if word in self._own_slots:
+            feature = [self._own_slots[word]], [weight]
+        else:
+            slots: list[int] = []
+            values: list[float] = []
+            for part in range(HASHES_PER_WORD):
+                code = self._hash(f"{part}:{word}")
+                slots.append((code >> 1) % self._dimension)
+                values.append((weight if code & 1 else -weight) / math.sqrt(HASHES_PER_WORD))
+            feature = slots, values
+        if len(self._features) < 200_000:
+            self._features[word] = feature
+        return feature
+
+    def _assign_slots(self) -> dict[str, int]:
+        taken: set[int] = set()
+        slots: dict[str, int] = {}
+        for word in self.document_frequencies:
+            slot = self._hash(word) % self._dimension
+            while slot in taken:
+                slot = (slot + 1) % self._dimension
+            taken.add(slot)
+            slots[word] = slot
+        return slots
+
+    def _hash(self, text: str) -> int:
+        digest = hashlib.blake2b(f"{self.seed}:{text}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model: a directory or a Hugging Face id."""
+
+    costly = True
+
+    def __init__(self, path: str):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ConfigError(
+                f"memory.embedder={path} needs the package sentence-transformers, which is not installed; "
+                "pip install 'pmd[embed]', or set memory.embedder=hash."
+            ) from error
+        if re.match(r"[./~]", path) and not Path(path).expanduser().exists():
+            raise ConfigError(f"memory.embedder={path} is not an existing directory; give one, or a Hugging Face id.")
+        self.path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+        self._model = SentenceTransformer(self.path, device="cpu")
+        self._model.eval()
+        weights = hashlib.sha256()
+        for key, tensor in sorted(self._model.state_dict().items()):
+            weights.update(key.encode())
+            weights.update(tensor.detach().float().numpy().tobytes())
+        self._dimension = len(self.embed(["dimension"])[0])
+        self._name = f"sentence-{self._dimension}-{weights.hexdigest()[:12]}"
+
+    @property
+    def name(self) -> str:
+        """`sentence-D-` and a fingerprint of the weights, so that a moved directory is still the same model."""
+        return self._name
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors."""
+        return self._dimension
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return one unit vector a text."""
+        if not texts:
+            return np.zeros((0, self._dimension), dtype=np.float32)
+        vectors = self._model.encode(
+            list(texts), batch_size=64, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def fitted_to(self, texts: Sequence[str]) -> "SentenceEmbedder":
+        """Return itself: nothing depends on the texts."""
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """Return where the model came from."""
+        return {"kind": "sentence", "path": self.path}
+
+
+def make_embedder(choice: str, train_keys: Sequence[str], *, seed: int = 0) -> Embedder:
+    """Return the embedder that `memory.embedder` names; `hash` is fitted to the training problems' memory keys."""
+    return HashEmbedder.fit(train_keys, seed=seed) if choice == "hash" else SentenceEmbedder(choice)
+
+
+def load_embedder(state: Mapping[str, Any]) -> Embedder:
+    """Return the embedder whose `state()` this is."""
+    if state["kind"] == "hash":
+        return HashEmbedder(
+            state["dimension"], state["seed"], state["document_frequencies"], num_documents=state["num_documents"]
+        )
+    return SentenceEmbedder(state["path"])
+
+
+def validated(vectors: Vectors, dimension: int) -> Vectors:
+    """Return the vectors as float32 [n, D], or raise: NaN, wrong width and lengths other than 1 are refused.
+
+    Raises:
+        MemoryStoreError: the embedder is broken; an index would take such vectors silently.
+    """
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != dimension:
+        raise MemoryStoreError(f"embedding shape={vectors.shape} must be [n, {dimension}]; check memory.embedder.")
+    lengths = np.linalg.norm(vectors, axis=1)
+    wrong = ~(np.abs(lengths - 1.0) < 1e-3)  # also true for NaN
+    if wrong.any():
+        worst = float(lengths[wrong][0])
+        raise MemoryStoreError(
+            f"embedding length={worst} of {int(wrong.sum())} of {len(vectors)} texts must be 1; check memory.embedder."
+        )
+    return vectors

@@ -1,0 +1,174 @@
+"""Nearest training problems of a query. Problems are indexed, not items: items of one problem share its vector.
+
+Always rebuildable from the store, in id order, single-threaded, so that equal stores have byte-identical indexes. The
+hnswlib graph is built and saved at every size; below `EXACT_BELOW` problems queries are answered by exact search,
+which is faster there. hnswlib loads a damaged file silently, so the file counts only with its manifest: any mismatch,
+or vectors other than the store's, rebuilds.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import hnswlib
+import numpy as np
+
+from pmd.errors import MemoryStoreError
+from pmd.memory.embed import validated
+from pmd.memory.store import MemoryStore
+
+EXACT_BELOW = 2_000
+CONNECTIVITY = 16  # M
+EF_CONSTRUCTION = 200
+EF_SEARCH = 64
+SEED = 100
+SIMILARITY_DECIMALS = 5  # equal problems stay equal, whatever order the dot product was summed in
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an index file must be to count."""
+
+    sha256: str  # of the file
+    vectors_sha256: str  # of ids and vectors in it
+    space: str
+    dimension: int
+    embedder: str
+    count: int
+    generation: int  # the update that last added a problem
+
+
+class ProblemIndex:
+    """Answers which problems are nearest; read-only between calls of `refresh`."""
+
+    def __init__(self, store: MemoryStore):
+        self._store = store
+        self._dimension = store.embedder.dimension
+        self._path = store.path.with_name("problems.hnsw")
+        self._ids = np.zeros(0, dtype=np.int64)
+        self._vectors = np.zeros((0, self._dimension), dtype=np.float32)
+        self._graph: hnswlib.Index | None = None
+        self._complete_history = False  # whether every point was added by this object: only then appending = rebuilding
+        self.rebuilt_because = ""  # why the file on disk was not used; empty where it was
+
+    @classmethod
+    def open(cls, store: MemoryStore) -> "ProblemIndex":
+        """Load the index beside the store if it is exactly the store's, else rebuild it."""
+        index = cls(store)
+        ids, vectors = store.vectors("problems")
+        index.rebuilt_because = index._load(ids, vectors)
+        if index.rebuilt_because:
+            index.refresh()
+        return index
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def refresh(self) -> None:
+        """Bring the index up to the store and save it: appends new problems, or rebuilds. Both give the same graph."""
+        ids, vectors = self._store.vectors("problems")
+        vectors = validated(vectors, self._dimension)
+        old = len(self._ids)
+        same_start = old <= len(ids) and np.array_equal(ids[:old], self._ids)
+        if self._graph is None or not self._complete_history or not same_start:
+            self._graph, old = self._new_graph(max(len(ids), 1)), 0
+        if old == len(ids) and old > 0:
+            return
+        if len(ids) > self._graph.get_max_elements():
+            self._graph.resize_index(max(len(ids), 2 * self._graph.get_max_elements()))
+        if len(ids) > old:
+            self._graph.add_items(vectors[old:], ids[old:], num_threads=1)
+        self._ids, self._vectors, self._complete_history = ids, vectors, True
+        self._save()
+
+    def search(self, queries: np.ndarray, k: int, *, exact: bool | None = None) -> list[list[tuple[int, float]]]:
+        """Return for each query the k nearest problems (fewer where there are fewer), nearest first, ties by id.
+
+        Args:
+            queries: unit vectors [n, D].
+            exact: None chooses by size.
+        """
+        queries = validated(queries, self._dimension)
+        k = min(k, len(self._ids))
+        if k == 0:
+            return [[] for _ in queries]
+        if exact is None:
+            exact = len(self._ids) < EXACT_BELOW
+        if exact:
+            return [self._search_exact(query, k) for query in queries]
+        assert self._graph is not None
+        self._graph.set_ef(max(EF_SEARCH, 2 * k))  # not kept by load; must not be below k
+        labels, distances = self._graph.knn_query(queries, k=k, num_threads=1)
+        similarities = np.round(1.0 - distances.astype(np.float64), SIMILARITY_DECIMALS)
+        return [
+            sorted(zip(map(int, row), map(float, near), strict=True), key=lambda hit: (-hit[1], hit[0]))
+            for row, near in zip(labels, similarities, strict=True)
+        ]
+
+    def _search_exact(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
+        similarities = np.round((self._vectors @ query).astype(np.float64), SIMILARITY_DECIMALS)
+        nearest = np.argsort(-similarities, kind="stable")[:k]
+        return [(int(self._ids[row]), float(similarities[row])) for row in nearest]
+
+    def _new_graph(self, size: int) -> hnswlib.Index:
+        graph = hnswlib.Index(space="ip", dim=self._dimension)
+        graph.init_index(max_elements=size, M=CONNECTIVITY, ef_construction=EF_CONSTRUCTION, random_seed=SEED)
+        graph.set_num_threads(1)
+        return graph
+
+    def _manifest(self, file_sha: str, ids: np.ndarray, vectors: np.ndarray) -> Manifest:
+        digest = hashlib.sha256(ids.astype("<i8").tobytes())
+        digest.update(np.ascontiguousarray(vectors, dtype="<f4").data)
+        generation = self._store.query("SELECT coalesce(max(generation), 0) FROM problems")[0][0]
+        name = self._store.embedder.name
+        return Manifest(file_sha, digest.hexdigest(), "ip", self._dimension, name, len(ids), generation)
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self._path.with_suffix(".json")
+
+    def _save(self) -> None:
+        assert self._graph is not None
+        partial = self._path.with_suffix(".partial")
+        self._graph.save_index(str(partial))
+        if not partial.exists():  # hnswlib raises nothing
+            raise MemoryStoreError(f"memory index={self._path} could not be written; check free space and permissions.")
+        _sync(partial)
+        manifest = self._manifest(_file_sha(partial), self._ids, self._vectors)
+        manifest_partial = self._manifest_path.with_suffix(".json.partial")
+        manifest_partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+        _sync(manifest_partial)
+        os.replace(partial, self._path)
+        os.replace(manifest_partial, self._manifest_path)
+
+    def _load(self, ids: np.ndarray, vectors: np.ndarray) -> str:
+        """Take the file if it is the store's index; returns why not, empty on success."""
+        if not self._path.exists() or not self._manifest_path.exists():
+            return "there is no index file"
+        try:
+            found = json.loads(self._manifest_path.read_text(encoding="utf-8"))
+        except ValueError:
+            return "its manifest is damaged"
+        wanted = asdict(self._manifest(_file_sha(self._path), ids, vectors))
+        wrong = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+        if wrong:
+            return f"its manifest differs from file or store in {', '.join(wrong)}"
+        graph = hnswlib.Index(space="ip", dim=self._dimension)
+        graph.load_index(str(self._path), max_elements=max(len(ids), 1))
+        graph.set_num_threads(1)
+        if not np.array_equal(np.sort(np.array(graph.get_ids_list(), dtype=np.int64)), ids):
+            return "it holds other problems than the store"
+        self._graph, self._ids, self._vectors = graph, ids, vectors
+        return ""
+
+
+def _file_sha(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

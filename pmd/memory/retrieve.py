@@ -1,0 +1,187 @@
+"""A problem's key in; the procedures for its teacher prompt out. Read-only within an epoch.
+
+The neighbours of a query are problems; their items follow. Each kind has its quota, because lessons are many and would
+crowd out the rest. Within a kind, a text is ranked by the sum of the squared similarities of the neighbours that speak
+for it: near problems count most, and a text learnt on several of them comes first.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from pmd.config import MemoryConfig
+from pmd.errors import AlignmentError
+from pmd.memory.embed import Embedder
+from pmd.memory.index import SIMILARITY_DECIMALS, ProblemIndex
+from pmd.memory.store import MemoryStore
+from pmd.memory.view import View, build_view
+from pmd.types import Procedure, ProcedureKind
+
+#: A neighbour less than half as similar as the nearest one is no neighbour: it shares only common words.
+RELATIVE_FLOOR = 0.5
+Hits = list[tuple[int, float]]  # problem id and similarity, nearest first
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is looked up for one rollout group."""
+
+    task_key: str
+    seed: int  # of the order in which the items are returned
+    task_id: str | None = None  # the task itself: its own attempts are left to `past_success`
+    exclude_task_id: str | None = None  # neither this task's attempts nor its insights are returned
+
+
+class _Ranking:
+    """Texts of one kind or more, each with the neighbours' support for it."""
+
+    def __init__(self) -> None:
+        self._scores: dict[str, float] = {}
+        self._procedures: dict[str, Procedure] = {}
+
+    def add(self, procedure: Procedure, similarity: float) -> None:
+        """Count one more neighbour that speaks for a text; the nearest one's procedure stands for it."""
+        self._procedures.setdefault(procedure.text, procedure)
+        self._scores[procedure.text] = self._scores.get(procedure.text, 0.0) + max(similarity, 0.0) ** 2
+
+    def best(self, quota: int, taken: list[Procedure]) -> list[Procedure]:
+        """Return the quota's best whose text is not taken; ties by id."""
+        texts = {procedure.text for procedure in taken}
+        free = [procedure for text, procedure in self._procedures.items() if text not in texts]
+        free.sort(key=lambda p: (-round(self._scores[p.text], SIMILARITY_DECIMALS), p.procedure_id))
+        return free[: max(quota, 0)]
+
+
+class Retriever:
+    """Looks procedures up; call `refresh` after each update of the store."""
+
+    def __init__(self, store: MemoryStore, index: ProblemIndex, embedder: Embedder, config: MemoryConfig):
+        self._store = store
+        self._index = index
+        self._embedder = embedder
+        self._config = config
+        self.refresh()
+
+    @property
+    def generation(self) -> int:
+        """The generation of the memory that is read."""
+        return self._view.generation
+
+    def refresh(self) -> None:
+        """Read the store's newest generation, and bring the index up to it."""
+        self._index.refresh()
+        self._view = build_view(self._store)
+
+    def retrieve(
+        self, task_key: str, *, seed: int, task_id: str | None = None, exclude_task_id: str | None = None
+    ) -> list[Procedure]:
+        """Return at most k procedures for one problem."""
+        return self.retrieve_many([Query(task_key, seed, task_id, exclude_task_id)])[0]
+
+    def retrieve_many(self, queries: Sequence[Query]) -> list[list[Procedure]]:
+        """Return at most k procedures for each query, in an order shuffled by its seed.
+
+        Raises:
+            AlignmentError: the store was written since the last `refresh`.
+        """
+        view = self._current_view()
+        if not queries:
+            return []
+        vectors = self._embedder.embed([query.task_key for query in queries])
+        spare = any(query.exclude_task_id is not None for query in queries)
+        found = self._index.search(vectors, self._config.neighbours + spare)
+        return [
+            self._select(view, query, vector, hits) for query, vector, hits in zip(queries, vectors, found, strict=True)
+        ]
+
+    def past_success(self, task_id: str) -> str | None:
+        """Return the best verified success stored for this very task, thinking stripped."""
+        view = self._current_view()
+        success = view.successes.get(view.problem_ids.get(task_id, -1))
+        return success.response if success is not None else None
+
+    def log_retrievals(self, step: int, group_id: str, procedures: Sequence[Procedure]) -> None:
+        """Remember what a teacher was shown; written with the store's next update."""
+        self._store.log_retrievals(step, group_id, procedures)
+
+    def _current_view(self) -> View:
+        if self._store.generation != self._view.generation:
+            raise AlignmentError(
+                f"memory generation={self._store.generation} but retrieval reads {self._view.generation}: "
+                "memory is read-only within an epoch; call Retriever.refresh() after MemoryStore.update()."
+            )
+        return self._view
+
+    def _select(self, view: View, query: Query, vector: np.ndarray, hits: Hits) -> list[Procedure]:
+        """Fill the quotas in order: behaviours, strategies and contrasts, experience, lessons with what is left."""
+        config = self._config
+        hits = self._neighbours(view, query, hits)
+        strategies, lessons = self._insights(view, hits)
+        max_experiences = config.k if set(config.levels) == {0} else 1
+        chosen: list[Procedure] = []
+        for ranking, quota in (
+            (self._behaviours(view, vector, hits), config.max_behaviours),
+            (strategies, config.max_strategies),
+            (self._experiences(view, query, hits), max_experiences),
+            (lessons, config.k if config.max_lessons is None else config.max_lessons),
+        ):
+            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen)
+        random.Random(query.seed).shuffle(chosen)
+        return chosen
+
+    def _neighbours(self, view: View, query: Query, hits: Hits) -> Hits:
+        """Keep the hits that are near enough, the excluded task left out."""
+        allowed = [hit for hit in hits if view.task_ids[hit[0]] != query.exclude_task_id]
+        if not allowed:
+            return []
+        floor = max(self._config.min_similarity, RELATIVE_FLOOR * allowed[0][1])
+        return [hit for hit in allowed if hit[1] >= floor][: self._config.neighbours]
+
+    def _insights(self, view: View, hits: Hits) -> tuple[_Ranking, _Ranking]:
+        strategies, lessons = _Ranking(), _Ranking()
+        if 1 not in self._config.levels:
+            return strategies, lessons
+        for problem_id, similarity in hits:
+            for insight in view.insights.get(problem_id, ()):
+                if insight.kind in self._config.kinds:
+                    ranking = lessons if insight.kind == "lesson" else strategies
+                    kind = cast(ProcedureKind, insight.kind)
+                    procedure = Procedure(insight.id, 1, kind, insight.text, problem_id, insight.task_id, similarity)
+                    ranking.add(procedure, similarity)
+        return strategies, lessons
+
+    def _behaviours(self, view: View, vector: np.ndarray, hits: Hits) -> _Ranking:
+        """Rank behaviours by the neighbours among their problems, and by their own text's similarity."""
+        ranking = _Ranking()
+        if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not view.behaviours:
+            return ranking
+        own = np.round((view.behaviour_vectors @ vector).astype(np.float64), SIMILARITY_DECIMALS)
+        support: list[tuple[int, float]] = [
+            (position, similarity)
+            for problem_id, similarity in hits
+            for position in view.behaviours_of.get(problem_id, ())
+        ]
+        support += [
+            (int(position), float(own[position])) for position in np.flatnonzero(own >= self._config.min_similarity)
+        ]
+        for position, similarity in support:
+            behaviour_id, text = view.behaviours[position]
+            procedure = Procedure(behaviour_id, 2, "behaviour", text, None, None, float(own[position]))
+            ranking.add(procedure, similarity)
+        return ranking
+
+    def _experiences(self, view: View, query: Query, hits: Hits) -> _Ranking:
+        """Rank the best verified success of each neighbour but the query's own problem."""
+        ranking = _Ranking()
+        if 0 in self._config.levels and "experience" in self._config.kinds:
+            for problem_id, similarity in hits:
+                success = view.successes.get(problem_id)
+                if success is not None and success.task_id != query.task_id:
+                    procedure = Procedure(
+                        success.id, 0, "experience", success.response, problem_id, success.task_id, similarity
+                    )
+                    ranking.add(procedure, similarity)
+        return ranking

@@ -1,0 +1,151 @@
+-- The memory store, schema version 1. Integer ids are never reused (AUTOINCREMENT). No wall-clock times: two builds
+-- from the same seed and rollouts have the same content.
+
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+-- Training problems. The embedding is that of `memory_key`, under the embedder that `meta` names, and never changes.
+CREATE TABLE problems (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    task_id TEXT NOT NULL UNIQUE,
+    domain TEXT NOT NULL,
+    split TEXT NOT NULL CHECK (split = 'train'),
+    memory_key TEXT NOT NULL,
+    question TEXT NOT NULL,
+    content_sha TEXT NOT NULL,
+    answer_sha TEXT NOT NULL,        -- fingerprint of the normalised answer, for the leak filter
+    answer_words INTEGER NOT NULL,   -- words in the normalised answer
+    answer_chars INTEGER NOT NULL,   -- its letters and digits
+    generation INTEGER NOT NULL,     -- the update that added it
+    embedding BLOB                   -- float32, little endian; filled before the update commits
+);
+
+-- Level 0: attempts, thinking stripped.
+CREATE TABLE experiences (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    problem_id INTEGER NOT NULL REFERENCES problems (id),
+    rollout_id TEXT NOT NULL,
+    group_id TEXT NOT NULL,
+    policy_version INTEGER NOT NULL,
+    model TEXT NOT NULL DEFAULT '',
+    response TEXT NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    reward REAL NOT NULL,
+    correct INTEGER NOT NULL CHECK (correct IN (0, 1)),
+    verdict_status TEXT NOT NULL,
+    answer TEXT,
+    feedback TEXT NOT NULL,
+    signature TEXT NOT NULL,         -- the text of a success, the error of a failure: distinct within a problem
+    support INTEGER NOT NULL DEFAULT 1,
+    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'retired', 'quarantined')),
+    generation INTEGER NOT NULL,
+    last_generation INTEGER NOT NULL,
+    UNIQUE (problem_id, correct, signature)
+);
+
+-- Level 1: what one problem's attempts teach.
+CREATE TABLE insights (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    problem_id INTEGER NOT NULL REFERENCES problems (id),
+    kind TEXT NOT NULL CHECK (kind IN ('strategy', 'lesson', 'contrast')),
+    title TEXT NOT NULL DEFAULT '',
+    applies_when TEXT NOT NULL DEFAULT '',
+    not_when TEXT NOT NULL DEFAULT '',
+    content TEXT NOT NULL,
+    policy_version INTEGER NOT NULL,       -- of the reflection that first wrote it
+    last_policy_version INTEGER NOT NULL,  -- of the latest reflection that wrote it again
+    model TEXT NOT NULL DEFAULT '',
+    prompt_version TEXT NOT NULL DEFAULT '',
+    version INTEGER NOT NULL DEFAULT 1,
+    previous_id INTEGER REFERENCES insights (id),
+    support INTEGER NOT NULL DEFAULT 1,    -- how often it was written for this problem
+    usefulness REAL,                       -- latest audit; NULL before the first
+    leak TEXT NOT NULL DEFAULT '',         -- why the leak filter stopped it
+    status TEXT NOT NULL DEFAULT 'active'
+        CHECK (status IN ('shadow', 'active', 'absorbed', 'retired', 'quarantined')),
+    generation INTEGER NOT NULL,
+    last_generation INTEGER NOT NULL,
+    embedding BLOB,                        -- of active insights, where the embedder is costly; else computed when asked
+    UNIQUE (problem_id, kind, content)
+);
+CREATE INDEX insights_by_status ON insights (status, kind, content);
+
+-- Level 2: what a cluster of insights over several problems says.
+CREATE TABLE behaviours (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    polarity TEXT NOT NULL CHECK (polarity IN ('do', 'avoid')),
+    title TEXT NOT NULL DEFAULT '',
+    applies_when TEXT NOT NULL DEFAULT '',
+    content TEXT NOT NULL,
+    pitfalls TEXT NOT NULL DEFAULT '',
+    support INTEGER NOT NULL,              -- distinct problems behind its members
+    evidence_sha TEXT NOT NULL,            -- of the texts it was abstracted from: unchanged means nothing to redo
+    policy_version INTEGER NOT NULL,
+    model TEXT NOT NULL DEFAULT '',
+    prompt_version TEXT NOT NULL DEFAULT '',
+    version INTEGER NOT NULL DEFAULT 1,
+    usefulness REAL,
+    leak TEXT NOT NULL DEFAULT '',
+    status TEXT NOT NULL DEFAULT 'active'
+        CHECK (status IN ('shadow', 'active', 'absorbed', 'retired', 'quarantined')),
+    generation INTEGER NOT NULL,
+    last_generation INTEGER NOT NULL,
+    embedding BLOB
+);
+
+-- Provenance: the child (level, id) rests on the parent (level, id).
+CREATE TABLE links (
+    child_level INTEGER NOT NULL,
+    child_id INTEGER NOT NULL,
+    parent_level INTEGER NOT NULL,
+    parent_id INTEGER NOT NULL,
+    relation TEXT NOT NULL CHECK (relation IN ('supports', 'contradicts')),
+    PRIMARY KEY (child_level, child_id, parent_level, parent_id)
+) WITHOUT ROWID;
+CREATE INDEX links_by_parent ON links (parent_level, parent_id);
+
+-- What was handed to the teacher.
+CREATE TABLE retrievals (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    generation INTEGER NOT NULL,           -- the memory that was read
+    step INTEGER NOT NULL,
+    group_id TEXT NOT NULL,
+    level INTEGER NOT NULL,
+    item_id INTEGER NOT NULL,
+    rank INTEGER NOT NULL,
+    similarity REAL NOT NULL,
+    score REAL,
+    included INTEGER NOT NULL DEFAULT 1,
+    propensity REAL
+);
+
+-- What an item did to the teacher: log-probability against a placebo, per token.
+CREATE TABLE audits (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    generation INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    group_id TEXT NOT NULL,
+    level INTEGER NOT NULL,
+    item_id INTEGER NOT NULL,
+    lift_correct REAL,
+    lift_wrong REAL,
+    usefulness REAL,
+    masked_usefulness REAL                 -- with the answer span left out
+);
+
+-- Append-only: every change of an item. JSON of what the change replaced: nothing for an addition, the changed columns
+-- and parents for a change, the whole row for a deletion (embeddings left out: they follow from the texts).
+CREATE TABLE ops (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    generation INTEGER NOT NULL,
+    level INTEGER NOT NULL,
+    item_id INTEGER NOT NULL,
+    action TEXT NOT NULL CHECK (action IN ('add', 'change', 'delete')),
+    before TEXT,
+    after TEXT,
+    reason TEXT NOT NULL
+);
+CREATE INDEX ops_by_item ON ops (level, item_id);
+CREATE INDEX ops_by_generation ON ops (generation);

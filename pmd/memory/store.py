@@ -1,0 +1,281 @@
+"""The memory store: one SQLite file, the single source of truth. One writer, many readers.
+
+Enter: an epoch's verified rollouts and what reflection made of them, through `update()`, which commits all of it and
+one new generation number, or nothing. Leave: records, vectors, and the whole store as bytes for a checkpoint.
+Write-ahead logging with synchronous=NORMAL: a killed process loses nothing that was committed.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pmd.config import MemoryConfig
+from pmd.errors import MemoryStoreError
+from pmd.memory import records
+from pmd.memory.embed import Embedder, load_embedder
+from pmd.memory.write import RetrievalLog, Writer
+from pmd.memory.write_behaviours import match_behaviours
+from pmd.types import Procedure
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x706D6431  # "pmd1"
+
+
+class MemoryStore:
+    """The procedural memory of one run."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path, embedder: Embedder, config: MemoryConfig):
+        self._db = db
+        self.path = path
+        self.embedder = embedder
+        self.config = config
+        self.generation = int(self.meta("generation"))
+        self._retrievals: list[RetrievalLog] = []
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        embedder: Embedder | None = None,
+        config: MemoryConfig | None = None,
+        read_only: bool = False,
+    ) -> "MemoryStore":
+        """Open a store, or create it where there is none.
+
+        Args:
+            embedder: must be the one the store was built with; None takes the store's own.
+            config: the caps that writing obeys.
+
+        Raises:
+            MemoryStoreError: the file is damaged, no store, of another schema version, or of another embedder.
+        """
+        path = Path(path)
+        exists = path.exists() and path.stat().st_size > 0
+        if not exists and (read_only or embedder is None):
+            raise MemoryStoreError(f"memory store={path} does not exist; check the path.")
+        db = _connect(path, read_only)
+        try:
+            if not exists and embedder is not None:
+                _create(db, embedder)
+            found = check_file(db, path, embedder)
+        except BaseException:
+            db.close()
+            raise
+        return cls(db, path, found, config or MemoryConfig())
+
+    def close(self) -> None:
+        """Close the file; the write-ahead log is folded in."""
+        self._db.close()
+
+    def __enter__(self) -> "MemoryStore":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    @contextmanager
+    def update(self) -> Iterator[Writer]:
+        """Open one transaction: everything written inside, and generation + 1, is committed whole or not at all."""
+        if self._db.in_transaction:
+            raise MemoryStoreError("update() inside update(): finish the first before opening another.")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            writer = Writer(self._db, self.generation + 1, self.embedder, self.config)
+            yield writer
+            writer.finish(self._retrievals)
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError):
+                raise MemoryStoreError(
+                    f"memory store={self.path} could not be written ({error}); nothing of this update was kept. "
+                    "Check free disk space and permissions, and that no other process writes to it."
+                ) from error
+            raise
+        self.generation += 1
+        self._retrievals.clear()
+
+    def log_retrievals(self, step: int, group_id: str, procedures: Sequence[Procedure]) -> None:
+        """Remember what the teacher was shown; written with the next update."""
+        self._retrievals += [
+            RetrievalLog(self.generation, step, group_id, rank, procedure) for rank, procedure in enumerate(procedures)
+        ]
+
+    def snapshot(self) -> bytes:
+        """Return the committed store as bytes, for a checkpoint."""
+        with sqlite3.connect(":memory:") as copy:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode=MEMORY")
+            data = copy.serialize()
+        copy.close()
+        return data
+
+    @classmethod
+    def restore(cls, path: str | Path, data: bytes) -> None:
+        """Put a snapshot in place of the file, which no one may hold open. Killed midway, old or new file is whole.
+
+        Raises:
+            MemoryStoreError: the bytes are no sound store; the file is left as it was.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            db = sqlite3.connect(f"file:{partial}?mode=ro&immutable=1", uri=True)
+            try:
+                check_file(db, partial, None, load=False)
+            finally:
+                db.close()
+        except MemoryStoreError:
+            partial.unlink()
+            raise
+        _fold_in_log(path)
+        os.replace(partial, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+    def meta(self, key: str) -> str:
+        """Return one value of the store's own description."""
+        return self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
+
+    def problems(self) -> list[records.Problem]:
+        """Return all problems in id order."""
+        return records.read_problems(self._db)
+
+    def experiences(self, status: str | None = "active") -> list[records.Experience]:
+        """Return the experiences of one status (None: all) in id order."""
+        return records.read_experiences(self._db, status)
+
+    def insights(self, status: str | None = "active") -> list[records.Insight]:
+        """Return the insights of one status (None: all) in id order."""
+        return records.read_insights(self._db, status)
+
+    def behaviours(self, status: str | None = "active") -> list[records.Behaviour]:
+        """Return the behaviours of one status (None: all) in id order."""
+        return records.read_behaviours(self._db, status)
+
+    def vectors(self, table: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids [n] and vectors [n, D] of `problems`, or of the active `insights` or `behaviours`."""
+        return records.read_vectors(self._db, table, self.embedder.dimension)
+
+    def match_behaviours(self, clusters: Sequence[tuple[str, Sequence[int]]]) -> dict[int, records.Behaviour]:
+        """Return which active behaviours clusters (polarity, insight ids) continue, by position."""
+        active = {behaviour.id: behaviour for behaviour in self.behaviours()}
+        matches = match_behaviours(self._db, clusters, list(active.values()))
+        return {position: active[behaviour_id] for position, behaviour_id in matches.items()}
+
+    def query(self, sql: str, *values: Any) -> list[tuple]:
+        """Run one reading statement."""
+        return self._db.execute(sql, values).fetchall()
+
+    def stats(self) -> dict[str, float]:
+        """Count what the store holds, for logs and tables."""
+        counts: dict[str, float] = {"generation": self.generation, "problems": self._count("problems")}
+        for table in ("experiences", "insights", "behaviours"):
+            counts[table] = self._count(f"{table} WHERE status = 'active'")
+        for kind in ("strategy", "lesson", "contrast"):
+            counts[f"kind_{kind}"] = self._count(f"insights WHERE status = 'active' AND kind = '{kind}'")
+        for status in ("shadow", "absorbed", "retired", "quarantined"):
+            counts[f"insights_{status}"] = self._count(f"insights WHERE status = '{status}'")
+        counts["distinct_insights"] = self.query(
+            "SELECT count(*) FROM (SELECT DISTINCT kind, content FROM insights WHERE status = 'active')"
+        )[0][0]
+        covered = self.query("SELECT count(DISTINCT problem_id) FROM insights WHERE status = 'active'")[0][0]
+        counts["coverage"] = covered / max(1, counts["problems"])  # share of problems with an active insight
+        counts["retrievals"] = self._count("retrievals")
+        return counts
+
+    def _count(self, source: str) -> int:
+        return self.query(f"SELECT count(*) FROM {source}")[0][0]
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    try:
+        if read_only:
+            mode = "ro" if os.access(path.parent, os.W_OK) else "ro&immutable=1"
+            return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("PRAGMA foreign_keys=ON")
+        return db
+    except (sqlite3.Error, OSError) as error:
+        raise MemoryStoreError(
+            f"memory store={path} cannot be opened ({error}); check path and permissions."
+        ) from error
+
+
+def _create(db: sqlite3.Connection, embedder: Embedder) -> None:
+    schema = resources.files("pmd.memory").joinpath("schema.sql").read_text(encoding="utf-8")
+    meta = {
+        "embedder": embedder.name,
+        "dimension": str(embedder.dimension),
+        "embedder_state": json.dumps(embedder.state(), sort_keys=True),
+        "generation": "0",
+    }
+    db.execute("PRAGMA journal_mode=WAL")
+    db.executescript(
+        f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};\n{schema}"
+    )
+    db.executemany("INSERT INTO meta VALUES (?, ?)", sorted(meta.items()))
+    db.execute("COMMIT")
+
+
+def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
+    """Refuse what is not a sound store of this schema and embedder; return the embedder."""
+    try:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        damage = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+        if application == APPLICATION_ID and damage == ["ok"]:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+    except sqlite3.DatabaseError as error:
+        raise MemoryStoreError(
+            f"memory store={path} is damaged or no SQLite file ({error}); restore it from a checkpoint."
+        ) from error
+    if application != APPLICATION_ID:
+        raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
+    if damage != ["ok"]:
+        raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); restore it from a checkpoint.")
+    if version != SCHEMA_VERSION:
+        raise MemoryStoreError(
+            f"memory store={path} has schema version={version}, this program reads {SCHEMA_VERSION}; "
+            "use the pmd version that wrote it, or start a new store."
+        )
+    if embedder is None:
+        return load_embedder(json.loads(meta["embedder_state"])) if load else embedder  # type: ignore[return-value]
+    if (meta["embedder"], meta["dimension"]) != (embedder.name, str(embedder.dimension)):
+        raise MemoryStoreError(
+            f"memory.embedder={embedder.name} ({embedder.dimension} dimensions) is not the embedder of store={path}: "
+            f"{meta['embedder']} ({meta['dimension']}). Vectors of two embedders must not be mixed; use the same "
+            "embedder and training problems as the run that built the store, or start a new store."
+        )
+    return embedder
+
+
+def _fold_in_log(path: Path) -> None:
+    """Empty and remove the file's write-ahead log: a log left beside a replaced file would be replayed into it."""
+    if path.exists():
+        try:
+            db = sqlite3.connect(path, timeout=1)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.close()
+        except sqlite3.DatabaseError:
+            path.unlink()  # damaged, and about to be replaced
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""The rules of writing: what enters the memory and what is a duplicate. One `Writer` is one update.
+
+Only training problems, ever. Successes and failures per problem, insights per problem, insights in all and behaviours
+are bounded; every change of an item is logged with the whole row before and after.
+"""
+
+import hashlib
+import re
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pmd.config import MemoryConfig
+from pmd.errors import MemoryStoreError
+from pmd.memory import bounds, leaks
+from pmd.memory.embed import Embedder, validated
+from pmd.memory.ledger import Ledger
+from pmd.memory.records import vector_blob
+from pmd.memory.write_behaviours import BehaviourDraft, replace_behaviours
+from pmd.types import Procedure, Rollout, Task
+
+INSIGHT_KINDS = ("strategy", "lesson", "contrast")
+FEEDBACK_CHARS = 200  # of a failure without an answer, enough to tell errors apart
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalLog:
+    """One item that was handed to a teacher."""
+
+    generation: int
+    step: int
+    group_id: str
+    rank: int
+    procedure: Procedure
+
+
+def without_thinking(response: str) -> str:
+    """Return what follows the thinking; nothing where the thinking never ended."""
+    visible = response.rsplit("</think>", 1)[-1]
+    return re.sub(r"<think>.*", "", visible, flags=re.DOTALL).strip()
+
+
+class Writer:
+    """Writes inside one transaction; made by `MemoryStore.update`."""
+
+    def __init__(self, db: sqlite3.Connection, generation: int, embedder: Embedder, config: MemoryConfig):
+        self._db = db
+        self._ledger = Ledger(db, generation)
+        self._embedder = embedder
+        self._config = config
+
+    def add_problem(self, task: Task) -> int:
+        """Return the id of a training problem, adding it if it is new.
+
+        Raises:
+            MemoryStoreError: the task is held out, or its text differs from that stored under its task_id.
+        """
+        if task.split != "train":
+            raise MemoryStoreError(
+                f"task_id={task.task_id} has split={task.split}; memory keeps training problems only. "
+                "Write the rollouts of training tasks, never those of evaluation."
+            )
+        key = task.memory_key or task.question
+        content = hashlib.sha256("\0".join([key, task.question, task.answer]).encode()).hexdigest()
+        row = self._db.execute("SELECT id, content_sha FROM problems WHERE task_id = ?", (task.task_id,)).fetchone()
+        if row is not None:
+            if row[1] != content:
+                raise MemoryStoreError(
+                    f"task_id={task.task_id} has another text or answer than the problem stored under that id; "
+                    "task ids must name one problem. Start a new store for changed data."
+                )
+            return row[0]
+        words = leaks.answer_words(task.answer)
+        values = {
+            "task_id": task.task_id,
+            "domain": task.domain,
+            "split": task.split,
+            "memory_key": key,
+            "question": task.question,
+            "content_sha": content,
+            "answer_sha": leaks.fingerprint(words),
+            "answer_words": len(words),
+            "answer_chars": sum(map(len, words)),
+            "generation": self._ledger.generation,
+        }
+        return self._ledger.insert("problems", values)
+
+    def add_experience(self, problem_id: int, rollout: Rollout, policy_version: int) -> int | None:
+        """Keep an attempt; returns its id, or None where there is nothing to keep.
+
+        Unscored attempts and those that are all thinking are not kept. A text (of successes) or an error (of
+        failures) seen before only counts as support; above the cap the oldest leaves.
+        """
+        verdict = rollout.verdict
+        response = without_thinking(rollout.completion.text)
+        if not verdict.scored or not response:
+            return None
+        self._require_problem(problem_id)
+        error = verdict.answer if verdict.answer is not None else verdict.feedback[:FEEDBACK_CHARS]
+        signature = " ".join((response if verdict.correct else f"{verdict.status}: {error}").split())
+        known = self._db.execute(
+            "SELECT id FROM experiences WHERE problem_id = ? AND correct = ? AND signature = ?",
+            (problem_id, int(verdict.correct), signature),
+        ).fetchone()
+        if known is not None:
+            experience_id = known[0]
+            self._ledger.seen_again(0, experience_id, {})
+        else:
+            values = {
+                "problem_id": problem_id,
+                "rollout_id": rollout.rollout_id,
+                "group_id": rollout.group_id,
+                "policy_version": policy_version,
+                "response": response,
+                "num_tokens": len(rollout.completion.token_ids),
+                "reward": verdict.reward,
+                "correct": int(verdict.correct),
+                "verdict_status": verdict.status,
+                "answer": verdict.answer,
+                "feedback": verdict.feedback,
+                "signature": signature,
+            }
+            experience_id = self._ledger.add(0, values, "rollout")
+        bounds.bound_experiences(self._ledger, problem_id, verdict.correct, self._config.experiences_per_problem)
+        return experience_id
+
+    def add_insight(
+        self, problem_id: int, kind: str, text: str, *, policy_version: int, parents: Iterable[int] = ()
+    ) -> int:
+        """Keep what a reflection says of a problem; returns the insight's id.
+
+        The same kind and text of the same problem is one insight: writing it again adds support and evidence, and
+        brings it back if it had been retired. A text that gives the answer away is quarantined.
+
+        Args:
+            parents: ids of the experiences it rests on.
+        """
+        text = " ".join(text.split())
+        if not text or kind not in INSIGHT_KINDS:
+            raise MemoryStoreError(
+                f"insight of problem_id={problem_id} has kind={kind!r}, text={text!r}; the kind must be one of "
+                f"{', '.join(INSIGHT_KINDS)} and the text must not be empty. Drop unusable reflections first."
+            )
+        known = self._db.execute(
+            "SELECT id FROM insights WHERE problem_id = ? AND kind = ? AND content = ?", (problem_id, kind, text)
+        ).fetchone()
+        if known is not None:
+            insight_id = known[0]
+            self._ledger.seen_again(1, insight_id, {"last_policy_version": policy_version}, parents)
+        else:
+            leak = leaks.leak_reason(text, *self._require_problem(problem_id))
+            values = {
+                "problem_id": problem_id,
+                "kind": kind,
+                "content": text,
+                "policy_version": policy_version,
+                "last_policy_version": policy_version,
+                "leak": leak,
+                "status": "quarantined" if leak else "active",
+            }
+            insight_id = self._ledger.add(1, values, leak or "reflection", parents)
+        bounds.bound_insights(self._ledger, problem_id, insight_id, self._config.insights_per_problem)
+        return insight_id
+
+    def replace_behaviours(self, drafts: Sequence[BehaviourDraft], *, policy_version: int) -> list[int | None]:
+        """Make the drafts the active behaviours; returns each draft's id, None where it was left out.
+
+        A draft that shares half of its members with an active behaviour becomes that behaviour's next version;
+        behaviours that no draft continues are retired. Beyond the cap, the least supported drafts are left out.
+        """
+        return replace_behaviours(self._ledger, drafts, policy_version)
+
+    def set_status(self, level: int, item_id: int, status: str, reason: str) -> None:
+        """Retire, quarantine, absorb or reactivate one item."""
+        self._ledger.change(level, item_id, {"status": status}, reason)
+
+    def finish(self, retrievals: Sequence[RetrievalLog]) -> None:
+        """Bound the store, embed what is new, write the retrieval log, count the generation."""
+        bounds.bound_store(self._ledger, self._config.capacity)
+        bounds.delete_unlinked_experiences(self._ledger)
+        self._embed("problems", "memory_key", "TRUE")
+        self._embed("behaviours", "content", "TRUE")
+        if self._embedder.costly:
+            self._db.execute("UPDATE insights SET embedding = NULL WHERE status = 'retired' AND embedding IS NOT NULL")
+            self._embed("insights", "content", "status != 'retired'")
+        self._db.executemany(
+            "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [
+                (log.generation, log.step, log.group_id, log.procedure.level, log.procedure.procedure_id, log.rank,
+                 log.procedure.similarity)
+                for log in retrievals
+            ],
+        )  # fmt: skip
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (str(self._ledger.generation),))
+
+    def _embed(self, table: str, column: str, where: str) -> None:
+        """Fill in the missing vectors, in id order."""
+        rows = self._db.execute(
+            f"SELECT id, {column} FROM {table} WHERE embedding IS NULL AND {where} ORDER BY id"
+        ).fetchall()
+        if rows:
+            vectors = validated(self._embedder.embed([text for _, text in rows]), self._embedder.dimension)
+            blobs = [(vector_blob(vector), row[0]) for vector, row in zip(vectors, rows, strict=True)]
+            self._db.executemany(f"UPDATE {table} SET embedding = ? WHERE id = ?", blobs)
+
+    def _require_problem(self, problem_id: int) -> tuple[str, int, int]:
+        row = self._db.execute(
+            "SELECT answer_sha, answer_words, answer_chars FROM problems WHERE id = ?", (problem_id,)
+        ).fetchone()
+        if row is None:
+            raise MemoryStoreError(f"problem_id={problem_id} is not in the store; call add_problem first.")
+        return row
