@@ -6,7 +6,9 @@ apart are not those that tell insights apart. A cluster needs `memory.cluster_su
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -38,6 +40,11 @@ class Cluster:
         """Whether there is something to abstract: it is new, or its texts are others than last time."""
         return self.behaviour is None or self.behaviour.evidence_sha != self.evidence_sha
 
+    @property
+    def texts(self) -> list[str]:
+        """What there is to abstract: its own texts, then the lessons."""
+        return [insight.text for insight in (*self.insights, *self.lessons)]
+
     def draft(self, text: str | None) -> BehaviourDraft:
         """Return what `Writer.replace_behaviours` takes; None keeps the text of the behaviour it continues."""
         return BehaviourDraft(self.polarity, self.member_ids, self.evidence_sha, text)
@@ -59,15 +66,19 @@ class _Text:
         return -len(self.problem_ids), self.insights[0].id
 
 
-def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
+def find_clusters(
+    store: MemoryStore, config: MemoryConfig, polarities: Sequence[Literal["do", "avoid"]] = ("do",)
+) -> list[Cluster]:
     """Return the clusters of the active insights, `do` before `avoid`, the best supported first."""
     insights = store.insights()
     lessons = _distinct([insight for insight in insights if insight.polarity == "avoid"])
     strategies = _distinct([insight for insight in insights if insight.polarity == "do"])
     vectors = _text_vectors(store, [*strategies, *lessons])
     do_vectors, avoid_vectors = vectors[: len(strategies)], vectors[len(strategies) :]
-    clusters: list[Cluster] = []
+    found: list[Cluster] = []
     for polarity, texts, own_vectors in (("do", strategies, do_vectors), ("avoid", lessons, avoid_vectors)):
+        if polarity not in polarities:
+            continue
         for positions in _agglomerate(own_vectors, config.cluster_similarity):
             members = [texts[position] for position in positions]
             problem_ids = set().union(*(text.problem_ids for text in members))
@@ -76,8 +87,8 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
             near: list[Insight] = []
             if polarity == "do":
                 near = _nearest_lessons(own_vectors[positions].mean(0), problem_ids, lessons, avoid_vectors)
-            clusters.append(_cluster(polarity, members, near, problem_ids))
-    return _continue_behaviours(store, clusters)
+            found.append(_cluster(polarity, members, near, problem_ids))
+    return _continue_behaviours(store, found)
 
 
 def _distinct(insights: list[Insight]) -> list[_Text]:
@@ -144,13 +155,13 @@ def _cluster(polarity: str, members: list[_Text], lessons: list[Insight], proble
     )
 
 
-def _continue_behaviours(store: MemoryStore, clusters: list[Cluster]) -> list[Cluster]:
-    clusters = sorted(clusters, key=lambda c: (c.polarity != "do", -len(c.problem_ids), c.member_ids))
-    matches = store.match_behaviours([(c.polarity, c.member_ids) for c in clusters])
+def _continue_behaviours(store: MemoryStore, found: list[Cluster]) -> list[Cluster]:
+    found = sorted(found, key=lambda c: (c.polarity != "do", -len(c.problem_ids), c.member_ids))
+    matches = store.match_behaviours([(c.polarity, c.member_ids) for c in found])
     return [
         Cluster(
             c.polarity, c.insights, c.lessons, c.member_ids, c.problem_ids, c.evidence_sha,
             matches.get(n),
         )
-        for n, c in enumerate(clusters)
+        for n, c in enumerate(found)
     ]  # fmt: skip

@@ -32,7 +32,7 @@ class Experience:
     policy_version: int
     response: str
     reward: float
-    correct: bool
+    correct: int  # 0 or 1
     feedback: str
     support: int
     status: str
@@ -97,7 +97,7 @@ def read_experiences(db: sqlite3.Connection, status: str | None = "active") -> l
         " status FROM experiences e JOIN problems p ON p.id = problem_id WHERE ? IS NULL OR status = ? ORDER BY e.id",
         (status, status),
     )
-    return [Experience(*row[:7], bool(row[7]), *row[8:]) for row in rows.fetchall()]
+    return [Experience(*row) for row in rows]
 
 
 def read_insights(db: sqlite3.Connection, status: str | None = "active") -> list[Insight]:
@@ -125,7 +125,10 @@ def read_behaviours(db: sqlite3.Connection, status: str | None = "active") -> li
         " WHERE ? IS NULL OR status = ? ORDER BY id",
         (status, status),
     )
-    return [Behaviour(*row, tuple(members.get(row[0], ())), tuple(sorted(problems.get(row[0], ())))) for row in rows]
+    return [
+        Behaviour(*row, member_ids=tuple(members.get(row[0], ())), problem_ids=tuple(sorted(problems.get(row[0], ()))))
+        for row in rows
+    ]
 
 
 def read_vectors(db: sqlite3.Connection, table: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:

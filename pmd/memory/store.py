@@ -39,6 +39,7 @@ class MemoryStore:
         self.config = config
         self.generation = int(self.meta("generation"))
         self._retrievals: list[RetrievalLog] = []
+        self._writer: Writer | None = None  # while an update is under way
 
     @classmethod
     def open(
@@ -89,9 +90,9 @@ class MemoryStore:
             raise MemoryStoreError("update() inside update(): finish the first before opening another.")
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            writer = Writer(self._db, self.generation + 1, self.embedder, self.config)
-            yield writer
-            writer.finish(self._retrievals)
+            self._writer = Writer(self._db, self.generation + 1, self.embedder, self.config)
+            yield self._writer
+            self._writer.finish(self._retrievals)
             self._db.execute("COMMIT")
         except BaseException as error:
             if self._db.in_transaction:
@@ -102,6 +103,8 @@ class MemoryStore:
                     "Check free disk space and permissions, and that no other process writes to it."
                 ) from error
             raise
+        finally:
+            self._writer = None
         self.generation += 1
         self._retrievals.clear()
 
@@ -170,7 +173,12 @@ class MemoryStore:
         return records.read_behaviours(self._db, status)
 
     def vectors(self, table: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids [n] and vectors [n, D] of `problems`, or of the active `insights` or `behaviours`."""
+        """Return ids [n] and vectors [n, D] of `problems`, or of the active `insights` or `behaviours`.
+
+        Insights have stored vectors only under a costly embedder. Inside an update, what is new is embedded first.
+        """
+        if self._writer is not None:
+            self._writer.embed_new()
         return records.read_vectors(self._db, table, self.embedder.dimension)
 
     def match_behaviours(self, clusters: Sequence[tuple[str, Sequence[int]]]) -> dict[int, records.Behaviour]:

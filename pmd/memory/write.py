@@ -174,15 +174,19 @@ class Writer:
         """Retire, quarantine, absorb or reactivate one item."""
         self._ledger.change(level, item_id, {"status": status}, reason)
 
-    def finish(self, retrievals: Sequence[RetrievalLog]) -> None:
-        """Bound the store, embed what is new, write the retrieval log, count the generation."""
-        bounds.bound_store(self._ledger, self._config.capacity)
-        bounds.delete_unlinked_experiences(self._ledger)
+    def embed_new(self) -> None:
+        """Embed what was written so far."""
         self._embed("problems", "memory_key", "TRUE")
         self._embed("behaviours", "content", "TRUE")
         if self._embedder.costly:
             self._db.execute("UPDATE insights SET embedding = NULL WHERE status = 'retired' AND embedding IS NOT NULL")
             self._embed("insights", "content", "status != 'retired'")
+
+    def finish(self, retrievals: Sequence[RetrievalLog]) -> None:
+        """Bound the store, embed what is new, write the retrieval log, count the generation."""
+        bounds.bound_store(self._ledger, self._config.capacity)
+        bounds.delete_unlinked_experiences(self._ledger)
+        self.embed_new()
         self._db.executemany(
             "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
