@@ -120,7 +120,7 @@ class Sandbox:
         self.reasons: list[str] = []
         self.missing = ""
         self.num_runs = self.num_repeated = self.num_hung = 0
-        self._owner = os.getpid()
+        self._owner, self._closed = os.getpid(), False
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self._all: set[Worker] = set()
@@ -177,7 +177,7 @@ class Sandbox:
         if os.getpid() != self._owner:
             raise RuntimeError("a Sandbox cannot be used across a fork; make one in each process")
         worker = self._idle.get()
-        if worker is not None:
+        if worker is not None and not self._closed:
             return worker
         try:
             worker = self._start()
@@ -189,6 +189,8 @@ class Sandbox:
 
     def _start(self) -> Worker:
         with self._lock:
+            if self._closed:
+                raise SandboxUnavailable("the sandbox was closed")
             if self.level is not None and (self.level == self.asked == "rlimits" or self._all):
                 return self._start_at(self.level)
             levels: tuple[Level, ...] = (self.asked,) if self.asked else ("namespaces", "landlock")
@@ -232,6 +234,7 @@ class Sandbox:
         """End every worker; a run in progress becomes a `sandbox_error`."""
         if os.getpid() != self._owner:
             return
+        self._closed = True
         for worker in list(self._all):
             self._discard(worker)
         atexit.unregister(self.close)

@@ -37,26 +37,33 @@ def shorten(value: Any, limit: int = 80) -> str:
 
 def read_lines(path: Path) -> tuple[list[Line], list[str]]:
     """Return every line that holds a JSON object, and one sentence for every other line. Blank lines are skipped."""
-    lines: list[Line] = []
-    problems: list[str] = []
+    entries = list(iterate_lines(path))
+    return [e for e in entries if isinstance(e, Line)], [e for e in entries if isinstance(e, str)]
+
+
+def iterate_lines(path: Path) -> Iterator[Line | str]:
+    """Yield the lines of `read_lines` one by one, a bad one as its sentence."""
+    found = False
     try:
         for number, raw in enumerate(_raw_lines(path), start=1):
-            if not raw.strip():
-                continue
-            try:
-                value = json.loads(raw.decode())
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{path}:{number}: not valid JSON ({error}); write one JSON object per line.")
-                continue
-            if isinstance(value, dict):
-                lines.append(Line(path, number, value))
-            else:
-                problems.append(f"{path}:{number}: {shorten(value)} is not a JSON object; write {{...}} on each line.")
+            if raw.strip():
+                found = True
+                yield _parse(path, number, raw)
     except (OSError, EOFError, zlib.error) as error:
-        problems.append(f"{path}: cannot be read ({error}); give a readable JSON Lines file, plain or gzip.")
-    if not lines and not problems:
-        problems.append(f"{path}: holds no line; a data file needs at least one problem.")
-    return lines, problems
+        yield f"{path}: cannot be read ({error}); give a readable JSON Lines file, plain or gzip."
+    else:
+        if not found:
+            yield f"{path}: holds no line; at least one is needed."
+
+
+def _parse(path: Path, number: int, raw: bytes) -> Line | str:
+    try:
+        value = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        return f"{path}:{number}: not valid JSON ({error}); write one JSON object per line."
+    if not isinstance(value, dict):
+        return f"{path}:{number}: {shorten(value)} is not a JSON object; write {{...}} on each line."
+    return Line(path, number, value)
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:

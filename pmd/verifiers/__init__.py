@@ -63,6 +63,8 @@ def load_own_verifier(path: str) -> Verifier:
 
 def describe_verifier_problem(name: str) -> str | None:
     """Return why a verifier of that name cannot be used, or None."""
+    if name == "code":
+        return _describe_sandbox_problem()
     if name in NAMED_VERIFIERS:
         return None
     if not CLASS_PATH.fullmatch(name):
@@ -74,4 +76,15 @@ def describe_verifier_problem(name: str) -> str | None:
         return f"verifier={name}: cannot be loaded ({type(error).__name__}: {error}); check the path and PYTHONPATH."
     if not callable(found):
         return f"verifier={name}: must take (task, completion); name a function, or a class with __call__."
+    return None
+
+
+def _describe_sandbox_problem() -> str | None:
+    from pmd.sandbox.pool import SandboxUnavailable
+    from pmd.verifiers.code import sandbox
+
+    try:
+        sandbox().describe()
+    except SandboxUnavailable as error:
+        return f"verifier=code: {error}."
     return None

@@ -1,0 +1,191 @@
+"""Programs: a completion with a fenced block enters, a verdict leaves; reward 1.0 only if every test passes.
+
+`tests.scorer` names whose rules hold. `lcb` (LiveCodeBench, the default): the block between the last two fence lines.
+`sdpo`: the longest closed block. Both compare as LiveCodeBench does: outputs line by line, blind to blanks at the
+ends of lines and of the text, a line also equal if its numbers are; returned values by Python's `==`.
+
+Deviations, all towards refusing: numbers are ASCII digits and blanks are ASCII; what a function returns must be JSON
+(a tuple in place of a list is forgiven at the top, as upstream); an object that claims to equal everything equals
+nothing. Every test runs in a fresh process. Feedback follows SDPO and so quotes tests, expected outputs included.
+"""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from pmd.sandbox.pool import Level, Limits, Outcome, Sandbox
+from pmd.tasks.code_tests import DEFAULT_MEMORY_MB, DEFAULT_TIME_LIMIT_S
+from pmd.types import Task, Verdict, VerdictStatus
+
+BLANKS = " \t\r\n\v\f"
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+CLOSED_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+LEAST_OUTPUT_BYTES = 1 << 20
+MOST_PART, MOST_FEEDBACK = 450, 2000
+NO_BLOCK = "The completion holds no closed code block; put the whole program between ```python and ```."
+
+_lock = threading.Lock()
+_sandboxes: dict[int, Sandbox] = {}
+_level: list[Level | None] = [None]
+
+
+@dataclass(frozen=True, slots=True)
+class TestResult:
+    """One test of one program."""
+
+    case: Mapping[str, Any]
+    status: VerdictStatus
+    output: str  # what the program printed or returned
+    error: str  # what it wrote to stderr
+
+
+def choose_sandbox_level(level: Level | None) -> None:
+    """Fix the level by name for sandboxes made from now on; None is the strongest safe one."""
+    close_sandbox()
+    with _lock:
+        _level[0] = level
+
+
+def close_sandbox() -> None:
+    """End this process's sandbox; runs in progress become `sandbox_error`, and a later one makes another."""
+    with _lock:
+        open_ones = list(_sandboxes.values())
+        _sandboxes.clear()
+    for one in open_ones:
+        one.close()
+
+
+def sandbox() -> Sandbox:
+    """Return this process's sandbox, made when it is first needed."""
+    with _lock:
+        if os.getpid() not in _sandboxes:
+            _sandboxes.clear()  # after a fork: the parent's workers are the parent's
+            _sandboxes[os.getpid()] = Sandbox(level=_level[0])
+        return _sandboxes[os.getpid()]
+
+
+def verify_code(task: Task, completion_text: str) -> Verdict:
+    """Run the program on every test; after one that ran into a limit, the rest are not run."""
+    program = extract_program(completion_text, task.tests.get("scorer", "lcb"))
+    if program is None:
+        return Verdict(0.0, False, "format", feedback=NO_BLOCK)
+    results: list[TestResult] = []
+    for case in task.tests["cases"]:
+        results.append(run_test(program, task.tests, case))
+        if results[-1].status in ("timeout", "memory", "output_limit", "sandbox_error"):
+            break
+    failed = [result for result in results if result.status != "ok"]
+    if not failed:
+        return Verdict(1.0, True, "ok")
+    if failed[-1].status == "sandbox_error":
+        return Verdict(0.0, False, "sandbox_error")
+    num_passed, num_tests = len(results) - len(failed), len(task.tests["cases"])
+    return Verdict(0.0, False, failed[0].status, feedback=describe_failure(failed, num_passed, num_tests))
+
+
+def extract_program(completion_text: str, scorer: str) -> str | None:
+    """Return the program, None if there is no closed block."""
+    if scorer == "sdpo":
+        return max(CLOSED_BLOCK.findall(completion_text), key=len, default=None)
+    lines = completion_text.split("\n")
+    fences = [number for number, line in enumerate(lines) if "```" in line]
+    return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if len(fences) >= 2 else None
+
+
+def run_test(program: str, tests: Mapping[str, Any], case: Mapping[str, Any]) -> TestResult:
+    """Run one test in the sandbox and judge, out here, what came back."""
+    functional = tests["kind"] == "functional"
+    payload = json.dumps(case["args"]) if functional else case["input"]
+    expected = json.dumps(case["expected"]) if functional else case["output"]
+    limits = Limits(
+        wall_s=float(tests.get("time_limit_s", DEFAULT_TIME_LIMIT_S)),
+        memory_mb=int(tests.get("memory_mb", DEFAULT_MEMORY_MB)),
+        output_bytes=max(LEAST_OUTPUT_BYTES, 2 * len(expected)),
+    )
+    entry = tests["entry"] if functional else ""
+    outcome = sandbox().run(program, payload.encode(errors="replace"), limits, entry)
+    printed = (outcome.result if functional else outcome.stdout).decode(errors="surrogateescape")
+    status = judge(outcome, printed, case, functional=functional)
+    return TestResult(case, status, printed, outcome.stderr.decode(errors="replace"))
+
+
+def judge(outcome: Outcome, printed: str, case: Mapping[str, Any], *, functional: bool) -> VerdictStatus:
+    """Return the status of one test."""
+    if outcome.end != "finished":
+        return outcome.end
+    if not functional:
+        return "ok" if same_output(printed, case["output"]) else "wrong_answer"
+    if not outcome.result:
+        return "runtime_error"  # it ended without returning
+    return "ok" if same_value(printed, case["expected"]) else "wrong_answer"
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Compare line by line; no line may be missing or left over."""
+    ours = [line.strip(BLANKS) for line in printed.strip(BLANKS).split("\n")]
+    theirs = [line.strip(BLANKS) for line in expected.strip(BLANKS).split("\n")]
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(ours: str, theirs: str) -> bool:
+    if ours == theirs:
+        return True
+    left, right = re.split(f"[{BLANKS}]+", ours), re.split(f"[{BLANKS}]+", theirs)
+    return len(left) == len(right) and all(map(_same_number, left, right))
+
+
+def _same_number(ours: str, theirs: str) -> bool:
+    if not (NUMBER.fullmatch(ours) and NUMBER.fullmatch(theirs)):
+        return False
+    try:
+        return Decimal(ours) == Decimal(theirs)
+    except InvalidOperation:  # an exponent beyond any number
+        return False
+
+
+def same_value(returned: str, expected: Any) -> bool:
+    """Compare a returned value with the expected one; what cannot be read equals nothing."""
+    try:
+        return bool(json.loads(returned) == expected)
+    except (ValueError, RecursionError):  # not JSON, too many digits, nested too deep
+        return False
+
+
+def describe_failure(failed: list[TestResult], num_passed: int, num_tests: int) -> str:
+    """Say the first runtime error, else the first limit hit, else the two shortest wrong answers."""
+    heading = f"Passed {num_passed} of {num_tests} tests."
+    parts = [heading]
+    limits = {"timeout": "Time limit exceeded", "memory": "Memory limit exceeded", "output_limit": "Too much output"}
+    crashed = next((result for result in failed if result.status == "runtime_error"), None)
+    limited = next((result for result in failed if result.status in limits), None)
+    if crashed:
+        error = crashed.error.strip()[-MOST_PART:] or "The program ended without a result."
+        parts += [f"Runtime error on this input:\n{_cut(_input_of(crashed.case))}", error]
+    elif limited:
+        parts.append(f"{limits[limited.status]} on this input:\n{_cut(_input_of(limited.case))}")
+    else:
+        shortest = sorted(failed, key=lambda result: len(_input_of(result.case)) + len(_expected_of(result.case)))
+        for result in shortest[:2]:
+            words = _input_of(result.case), result.output, _expected_of(result.case)
+            shown = "Input:\n{}\nOutput:\n{}\nExpected:\n{}".format(*map(_cut, words))
+            parts.append(f"Wrong answer.\n{shown}")
+    text = "\n\n".join(parts)
+    return text.encode(errors="replace").decode()[:MOST_FEEDBACK]
+
+
+def _input_of(case: Mapping[str, Any]) -> str:
+    return case["input"] if "input" in case else json.dumps(case["args"], ensure_ascii=False)
+
+
+def _expected_of(case: Mapping[str, Any]) -> str:
+    return case["output"] if "output" in case else json.dumps(case["expected"], ensure_ascii=False)
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= MOST_PART // 2 else f"{text[: MOST_PART // 2 - 3]}..."
