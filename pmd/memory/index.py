@@ -72,10 +72,13 @@ class ProblemIndex:
         vectors = validated(vectors, self._dimension)
         old = len(self._ids)
         same_start = old <= len(ids) and np.array_equal(ids[:old], self._ids)
+        if self._graph is not None and same_start and old == len(ids):
+            return
+        if self._store.read_only:  # nothing may be written, and one reader's few queries repay no graph
+            self._graph, self._ids, self._vectors = None, ids, vectors
+            return
         if self._graph is None or not self._complete_history or not same_start:
             self._graph, old = self._new_graph(max(len(ids), 1)), 0
-        if old == len(ids) and old > 0:
-            return
         if len(ids) > self._graph.get_max_elements():
             self._graph.resize_index(max(len(ids), 2 * self._graph.get_max_elements()))
         if len(ids) > old:
@@ -95,7 +98,7 @@ class ProblemIndex:
         if k == 0:
             return [[] for _ in queries]
         if exact is None:
-            exact = len(self._ids) < EXACT_BELOW
+            exact = self._graph is None or len(self._ids) < EXACT_BELOW
         if exact:
             return [self._search_exact(query, k) for query in queries]
         assert self._graph is not None

@@ -5,12 +5,9 @@ one new generation number, or nothing. Leave: records, vectors, and the whole st
 Write-ahead logging with synchronous=NORMAL: a killed process loses nothing that was committed.
 """
 
-import json
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +16,11 @@ import numpy as np
 
 from pmd.config import MemoryConfig
 from pmd.errors import MemoryStoreError
-from pmd.memory import records
-from pmd.memory.embed import Embedder, load_embedder
+from pmd.memory import files, records
+from pmd.memory.embed import Embedder
 from pmd.memory.write import RetrievalLog, Writer
 from pmd.memory.write_behaviours import match_behaviours
 from pmd.types import Procedure
-
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x706D6431  # "pmd1"
 
 
 class MemoryStore:
@@ -38,6 +32,7 @@ class MemoryStore:
         self.embedder = embedder
         self.config = config
         self.generation = int(self.meta("generation"))
+        self.read_only = bool(self.query("PRAGMA query_only")[0][0])
         self._retrievals: list[RetrievalLog] = []
         self._writer: Writer | None = None  # while an update is under way
 
@@ -63,11 +58,12 @@ class MemoryStore:
         exists = path.exists() and path.stat().st_size > 0
         if not exists and (read_only or embedder is None):
             raise MemoryStoreError(f"memory store={path} does not exist; check the path.")
-        db = _connect(path, read_only)
+        db = files.connect(path, read_only)
         try:
-            if not exists and embedder is not None:
-                _create(db, embedder)
-            found = check_file(db, path, embedder)
+            if embedder is not None and not read_only and files.is_blank(db):
+                files.create(db, embedder)
+            found = files.check_file(db, path, embedder)
+            db.execute("PRAGMA synchronous=NORMAL")
         except BaseException:
             db.close()
             raise
@@ -130,27 +126,7 @@ class MemoryStore:
         Raises:
             MemoryStoreError: the bytes are no sound store; the file is left as it was.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            db = sqlite3.connect(f"file:{partial}?mode=ro&immutable=1", uri=True)
-            try:
-                check_file(db, partial, None, load=False)
-            finally:
-                db.close()
-        except MemoryStoreError:
-            partial.unlink()
-            raise
-        _fold_in_log(path)
-        os.replace(partial, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        files.replace(Path(path), data)
 
     def meta(self, key: str) -> str:
         """Return one value of the store's own description."""
@@ -191,6 +167,12 @@ class MemoryStore:
         """Run one reading statement."""
         return self._db.execute(sql, values).fetchall()
 
+    def query_rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """Run one reading statement; rows by column name."""
+        cursor = self._db.execute(sql, values)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
     def stats(self) -> dict[str, float]:
         """Count what the store holds, for logs and tables."""
         counts: dict[str, float] = {"generation": self.generation, "problems": self._count("problems")}
@@ -210,80 +192,3 @@ class MemoryStore:
 
     def _count(self, source: str) -> int:
         return self.query(f"SELECT count(*) FROM {source}")[0][0]
-
-
-def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
-    try:
-        if read_only:
-            mode = "ro" if os.access(path.parent, os.W_OK) else "ro&immutable=1"
-            return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        db.execute("PRAGMA synchronous=NORMAL")
-        db.execute("PRAGMA foreign_keys=ON")
-        return db
-    except (sqlite3.Error, OSError) as error:
-        raise MemoryStoreError(
-            f"memory store={path} cannot be opened ({error}); check path and permissions."
-        ) from error
-
-
-def _create(db: sqlite3.Connection, embedder: Embedder) -> None:
-    schema = resources.files("pmd.memory").joinpath("schema.sql").read_text(encoding="utf-8")
-    meta = {
-        "embedder": embedder.name,
-        "dimension": str(embedder.dimension),
-        "embedder_state": json.dumps(embedder.state(), sort_keys=True),
-        "generation": "0",
-    }
-    db.execute("PRAGMA journal_mode=WAL")
-    db.executescript(
-        f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};\n{schema}"
-    )
-    db.executemany("INSERT INTO meta VALUES (?, ?)", sorted(meta.items()))
-    db.execute("COMMIT")
-
-
-def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
-    """Refuse what is not a sound store of this schema and embedder; return the embedder."""
-    try:
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        damage = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
-        if application == APPLICATION_ID and damage == ["ok"]:
-            meta = dict(db.execute("SELECT key, value FROM meta"))
-    except sqlite3.DatabaseError as error:
-        raise MemoryStoreError(
-            f"memory store={path} is damaged or no SQLite file ({error}); restore it from a checkpoint."
-        ) from error
-    if application != APPLICATION_ID:
-        raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
-    if damage != ["ok"]:
-        raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); restore it from a checkpoint.")
-    if version != SCHEMA_VERSION:
-        raise MemoryStoreError(
-            f"memory store={path} has schema version={version}, this program reads {SCHEMA_VERSION}; "
-            "use the pmd version that wrote it, or start a new store."
-        )
-    if embedder is None:
-        return load_embedder(json.loads(meta["embedder_state"])) if load else embedder  # type: ignore[return-value]
-    if (meta["embedder"], meta["dimension"]) != (embedder.name, str(embedder.dimension)):
-        raise MemoryStoreError(
-            f"memory.embedder={embedder.name} ({embedder.dimension} dimensions) is not the embedder of store={path}: "
-            f"{meta['embedder']} ({meta['dimension']}). Vectors of two embedders must not be mixed; use the same "
-            "embedder and training problems as the run that built the store, or start a new store."
-        )
-    return embedder
-
-
-def _fold_in_log(path: Path) -> None:
-    """Empty and remove the file's write-ahead log: a log left beside a replaced file would be replayed into it."""
-    if path.exists():
-        try:
-            db = sqlite3.connect(path, timeout=1)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            db.close()
-        except sqlite3.DatabaseError:
-            path.unlink()  # damaged, and about to be replaced
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)

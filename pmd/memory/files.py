@@ -1,0 +1,127 @@
+"""The store as a file: opened, made, checked, replaced. Damage and mismatch are found here, before anything is read."""
+
+import json
+import os
+import sqlite3
+from importlib import resources
+from pathlib import Path
+
+from pmd.errors import MemoryStoreError
+from pmd.memory.embed import Embedder, load_embedder
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x706D6431  # "pmd1"
+
+
+def connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    """Open the file; a reader never writes, not even a log beside a store in a read-only folder."""
+    try:
+        if read_only:
+            mode = "ro" if os.access(path.parent, os.W_OK) else "ro&immutable=1"
+            db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA query_only=ON")
+            return db
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        db.execute("PRAGMA foreign_keys=ON")  # touches no page: damage is left to `check_file`
+        return db
+    except (sqlite3.OperationalError, OSError) as error:
+        raise MemoryStoreError(
+            f"memory store={path} cannot be opened ({error}); check path and permissions."
+        ) from error
+
+
+def create(db: sqlite3.Connection, embedder: Embedder) -> None:
+    """Make the tables and record the embedder, whole or not at all."""
+    schema = resources.files("pmd.memory").joinpath("schema.sql").read_text(encoding="utf-8")
+    meta = {
+        "embedder": embedder.name,
+        "dimension": str(embedder.dimension),
+        "embedder_state": json.dumps(embedder.state(), sort_keys=True),
+        "generation": "0",
+    }
+    db.execute("PRAGMA journal_mode=WAL")
+    db.executescript(
+        f"BEGIN IMMEDIATE; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};\n{schema}"
+    )
+    db.executemany("INSERT INTO meta VALUES (?, ?)", sorted(meta.items()))
+    db.execute("COMMIT")
+
+
+def is_blank(db: sqlite3.Connection) -> bool:
+    """Whether the file holds nothing at all: it is new, or its making was killed before it committed."""
+    try:
+        return not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() and (
+            db.execute("PRAGMA application_id").fetchone()[0] == 0
+        )
+    except sqlite3.DatabaseError:
+        return False  # damaged: `check_file` says how
+
+
+def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
+    """Refuse what is not a sound store of this schema and embedder; return the embedder."""
+    try:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        damage = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+        if application == APPLICATION_ID and damage == ["ok"]:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+    except sqlite3.DatabaseError as error:
+        raise MemoryStoreError(
+            f"memory store={path} is damaged or no SQLite file ({error}); restore it from a checkpoint."
+        ) from error
+    if application != APPLICATION_ID:
+        raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
+    if damage != ["ok"]:
+        raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); restore it from a checkpoint.")
+    if version != SCHEMA_VERSION:
+        raise MemoryStoreError(
+            f"memory store={path} has schema version={version}, this program reads {SCHEMA_VERSION}; "
+            "use the pmd version that wrote it, or start a new store."
+        )
+    if embedder is None:
+        return load_embedder(json.loads(meta["embedder_state"])) if load else embedder  # type: ignore[return-value]
+    if (meta["embedder"], meta["dimension"]) != (embedder.name, str(embedder.dimension)):
+        raise MemoryStoreError(
+            f"memory.embedder={embedder.name} ({embedder.dimension} dimensions) is not the embedder of store={path}: "
+            f"{meta['embedder']} ({meta['dimension']}). Vectors of two embedders must not be mixed; use the same "
+            "embedder and training problems as the run that built the store, or start a new store."
+        )
+    return embedder
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put a snapshot in place of the file: checked beside it, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        db = sqlite3.connect(f"file:{partial}?mode=ro&immutable=1", uri=True)
+        try:
+            check_file(db, partial, None, load=False)
+        finally:
+            db.close()
+    except MemoryStoreError:
+        partial.unlink()
+        raise
+    fold_in_log(path)
+    os.replace(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def fold_in_log(path: Path) -> None:
+    """Empty and remove the file's write-ahead log: a log left beside a replaced file would be replayed into it."""
+    if path.exists():
+        try:
+            db = sqlite3.connect(path, timeout=1)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.close()
+        except sqlite3.DatabaseError:
+            path.unlink()  # damaged, and about to be replaced
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -1,0 +1,73 @@
+"""A small world of named families, each bound to one rule, like the tiny world but without any model."""
+
+import random
+
+from pmd.memory.behaviours import find_clusters
+from pmd.memory.embed import HashEmbedder
+from pmd.memory.store import MemoryStore
+from pmd.types import Completion, Message, Rollout, Task, Verdict
+
+BOXES = ("red", "blue", "green", "gold")
+RULES = [f"{first}>{second}" for first in BOXES for second in BOXES if first != second]
+
+
+class World:
+    """32 names x 6 training problems."""
+
+    def __init__(self, seed: int = 0):
+        self.random = random.Random(seed)
+        letters = "bcdfghklmnprstvz"
+        self.names = [a + vowel + b for a, vowel, b in zip(letters * 2, "ao" * 16, "zxk" * 11, strict=False)][:32]
+        assert len(set(self.names)) == 32
+        self.rule = {name: self.random.choice(RULES) for name in self.names}
+        self.tasks = [self.task(f"{name}-{i}", name) for name in self.names for i in range(6)]
+
+    def key(self, name: str) -> str:
+        digits = self.random.sample(range(10), 4)
+        return " ".join(f"{box} {digit}" for box, digit in zip(BOXES, digits, strict=True)) + f" {name}"
+
+    def task(self, task_id: str, name: str, split: str = "train") -> Task:
+        key = self.key(name)
+        return Task(task_id, (Message("user", f"task {key}"),), "boxes", split, answer="3 7", memory_key=key)  # type: ignore[arg-type]
+
+    def embedder(self) -> HashEmbedder:
+        return HashEmbedder.fit([task.memory_key for task in self.tasks])
+
+    def write_epoch(self, store: MemoryStore, epoch: int, attempts: int = 4) -> None:
+        """Random attempts at every problem, and what they teach."""
+        draws = random.Random(epoch)
+        with store.update() as writer:
+            for task in self.tasks:
+                name = task.memory_key.split()[-1]
+                problem_id = writer.add_problem(task)
+                for attempt in range(attempts):
+                    rule = draws.choice(RULES)
+                    right = rule == self.rule[name]
+                    rollout = make_rollout(task.task_id, f"{rule} ; {attempt}", correct=right, answer=rule)
+                    parent = writer.add_experience(problem_id, rollout, epoch)
+                    kind, text = ("strategy", f"use {name} {rule}") if right else ("lesson", f"not {name} {rule}")
+                    writer.add_insight(
+                        problem_id, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
+                    )
+            drafts = [cluster.draft(cluster.insights[0].text) for cluster in find_clusters(store, store.config)]
+            writer.replace_behaviours(drafts, policy_version=epoch)
+
+
+def make_rollout(
+    task_id: str = "t", text: str = "red>gold ; red 3 gold 7", *, correct: bool = True, answer: str | None = None,
+    feedback: str = "", status: str | None = None, reward: float | None = None,
+) -> Rollout:  # fmt: skip
+    verdict = Verdict(
+        float(correct) if reward is None else reward,
+        correct,
+        status or ("ok" if correct else "wrong_answer"),  # type: ignore[arg-type]
+        feedback,
+        answer,
+    )
+    return Rollout(
+        f"r-{task_id}", f"g-{task_id}", task_id, (1,), Completion((1, 2), (0.0, 0.0), text, "stop", 0), verdict
+    )
+
+
+def make_task(task_id: str = "t", split: str = "train", key: str = "", answer: str = "") -> Task:
+    return Task(task_id, (Message("user", f"question {task_id}"),), "exact", split, answer=answer, memory_key=key)  # type: ignore[arg-type]

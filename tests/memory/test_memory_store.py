@@ -1,0 +1,220 @@
+"""One truth: transactions, damage, mismatch, snapshots, kills."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from memory_world import make_task
+
+from pmd.config import MemoryConfig
+from pmd.errors import MemoryStoreError
+from pmd.memory.embed import HashEmbedder
+from pmd.memory.index import ProblemIndex
+from pmd.memory.store import MemoryStore
+from pmd.types import Procedure
+
+
+def dump(store: MemoryStore) -> list[str]:
+    return list(store._db.iterdump())
+
+
+def test_an_update_is_whole_or_nothing(open_store):
+    store = open_store()
+    with store.update() as writer:
+        problem = writer.add_problem(make_task())
+    before = dump(store)
+
+    def fail_half_way():
+        with store.update() as writer:
+            writer.add_problem(make_task("other"))
+            writer.add_insight(problem, "lesson", "a", policy_version=0)
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert dump(store) == before
+    assert store.generation == int(store.meta("generation")) == 1
+    with store.update():
+        pass
+    assert store.generation == int(store.meta("generation")) == 2
+
+
+def test_updates_do_not_nest(open_store):
+    store = open_store()
+    with pytest.raises(MemoryStoreError, match="inside"), store.update(), store.update():
+        pass
+    assert store.generation == 0
+
+
+def test_retrievals_are_written_with_the_next_update(open_store):
+    store = open_store()
+    store.log_retrievals(7, "g", [Procedure(3, 1, "lesson", "x", 1, "t", 0.5)])
+    assert store.query("SELECT count(*) FROM retrievals") == [(0,)]
+    with pytest.raises(RuntimeError), store.update():
+        raise RuntimeError
+    for _ in range(2):
+        with store.update():
+            pass
+    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity FROM retrievals"
+    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5)]
+
+
+def test_two_equal_builds_have_equal_content(world, tmp_path):
+    dumps, files = [], []
+    for name in ("a", "b"):
+        store = MemoryStore.open(tmp_path / name / "m.sqlite", embedder=world.embedder())
+        world.write_epoch(store, 0)
+        world.write_epoch(store, 1)
+        ProblemIndex.open(store)
+        dumps.append(dump(store))
+        files.append((tmp_path / name / "problems.hnsw").read_bytes())
+        store.close()
+    assert dumps[0] == dumps[1]
+    assert files[0] == files[1]
+
+
+def test_snapshot_and_restore(world, tmp_path):
+    path = tmp_path / "m.sqlite"
+    store = MemoryStore.open(path, embedder=world.embedder())
+    world.write_epoch(store, 0)
+    data, content = store.snapshot(), dump(store)
+    world.write_epoch(store, 1)
+    later = dump(store)
+    store.close()
+    MemoryStore.restore(path, data)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.sqlite"]
+    store = MemoryStore.open(path, embedder=world.embedder())
+    assert dump(store) == content != later
+    assert store.snapshot() == data
+    world.write_epoch(store, 1)  # going on from the snapshot equals never having stopped
+    assert dump(store) == later
+    store.close()
+
+
+def test_restore_is_not_undone_by_a_log_left_behind(world, tmp_path):
+    path = tmp_path / "m.sqlite"
+    store = MemoryStore.open(path, embedder=world.embedder())
+    data = store.snapshot()
+    store.close()
+    # A process that died left its write-ahead log beside the file.
+    script = textwrap.dedent(f"""
+        import os
+        from memory_world import World
+        from pmd.memory.store import MemoryStore
+        world = World()
+        store = MemoryStore.open({str(path)!r}, embedder=world.embedder())
+        world.write_epoch(store, 0)
+        os._exit(9)
+    """)
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
+    assert path.with_name("m.sqlite-wal").stat().st_size > 0
+    MemoryStore.restore(path, data)
+    store = MemoryStore.open(path, embedder=world.embedder())
+    assert store.generation == 0
+    assert store.problems() == []
+    store.close()
+
+
+def test_restore_refuses_bad_bytes_and_leaves_the_file(open_store, tmp_path):
+    store = open_store()
+    data = store.snapshot()
+    store.close()
+    for bad in (b"not a store", data[: len(data) // 2], b""):
+        with pytest.raises(MemoryStoreError, match="memory store="):
+            MemoryStore.restore(store.path, bad)
+    reopened = open_store()
+    assert reopened.generation == 0
+    assert sorted(p.suffix for p in tmp_path.iterdir() if not p.name.startswith("memory.sqlite-")) == [".sqlite"]
+
+
+def test_open_refuses_another_embedder(open_store):
+    open_store(embedder=HashEmbedder(64)).close()
+    for other in (HashEmbedder(32), HashEmbedder(64, seed=1), HashEmbedder.fit(["a b", "b"], dimension=64)):
+        with pytest.raises(MemoryStoreError, match=f"memory.embedder={other.name} .* is not the embedder of store="):
+            open_store(embedder=other)
+
+
+def test_the_store_knows_its_own_embedder(open_store):
+    embedder = HashEmbedder.fit(["a b", "b c"], dimension=64)
+    store = open_store(embedder=embedder)
+    store.close()
+    with MemoryStore.open(store.path, read_only=True) as reader:
+        assert reader.embedder.name == embedder.name
+        assert (reader.embedder.embed(["a c d"]) == embedder.embed(["a c d"])).all()
+        with pytest.raises(MemoryStoreError, match="could not be written"), reader.update() as writer:
+            writer.add_problem(make_task())
+
+
+def test_open_refuses_what_is_no_store_of_this_version(open_store, tmp_path):
+    missing = tmp_path / "missing.sqlite"
+    with pytest.raises(MemoryStoreError, match="does not exist"):
+        MemoryStore.open(missing, read_only=True)
+    assert not missing.exists()
+    (tmp_path / "text.sqlite").write_text("no database, but long enough to be read as one\n" * 100)
+    with pytest.raises(MemoryStoreError, match=r"text.sqlite is damaged or no SQLite file"):
+        open_store("text.sqlite")
+    store = open_store()
+    store._db.execute("PRAGMA user_version=99")
+    store.close()
+    with pytest.raises(MemoryStoreError, match="schema version=99, this program reads 1"):
+        open_store()
+
+
+def test_open_refuses_a_damaged_file(world, tmp_path):
+    path = tmp_path / "m.sqlite"
+    store = MemoryStore.open(path, embedder=world.embedder())
+    world.write_epoch(store, 0)
+    store.close()
+    data = bytearray(path.read_bytes())
+    for page in range(4, len(data) // 4096, 3):
+        data[page * 4096 : page * 4096 + 64] = b"\xff" * 64
+    path.write_bytes(data)
+    with pytest.raises(MemoryStoreError, match="is damaged"):
+        MemoryStore.open(path, embedder=world.embedder())
+
+
+KILLED = """
+from memory_world import World
+from pmd.memory.index import ProblemIndex
+from pmd.memory.store import MemoryStore
+world = World()
+store = MemoryStore.open({path!r}, embedder=world.embedder())
+index = ProblemIndex.open(store)
+print("open", flush=True)
+while True:
+    world.write_epoch(store, store.generation, attempts=2)
+    index.refresh()
+    print(store.generation, flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_store_opens_whole(world, tmp_path):
+    path = tmp_path / "m.sqlite"
+    reference = MemoryStore.open(tmp_path / "reference.sqlite", embedder=world.embedder())
+    contents = {0: dump(reference)}
+    for moment in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED.format(path=str(path))],
+            cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        time.sleep(0.05 + 0.11 * moment)
+        os.kill(process.pid, signal.SIGKILL)
+        told = [int(line) for line in process.stdout.read().splitlines() if line.strip().isdigit()]
+        process.wait()
+        with MemoryStore.open(path, embedder=world.embedder(), config=MemoryConfig()) as store:
+            assert store.generation >= max(told, default=0)  # nothing committed is lost
+            while reference.generation < store.generation:
+                world.write_epoch(reference, reference.generation, attempts=2)
+                contents[reference.generation] = dump(reference)
+            assert dump(store) == contents[store.generation]  # nothing half written
+            index = ProblemIndex.open(store)
+            assert len(index) == len(store.problems())
+    assert reference.generation >= 2
+    reference.close()
