@@ -98,9 +98,9 @@ class Worker:
             raise SandboxUnavailable(text)
         return text
 
-    def run(self, request: Request) -> Reply:
+    def run(self, request: Request, grace_s: float = GRACE_S) -> Reply:
         """Run one program; raises EOFError, OSError or TimeoutError if the worker is of no use any more."""
-        self.peer.settimeout(request.wall_s + GRACE_S)
+        self.peer.settimeout(request.wall_s + grace_s)
         protocol.send_request(self.peer, request)
         return protocol.receive_reply(self.peer)
 
@@ -114,7 +114,8 @@ class Worker:
 class Sandbox:
     """A pool of workers on the strongest level that this machine has, or on the one asked for by name."""
 
-    def __init__(self, workers: int | None = None, level: Level | None = None):
+    def __init__(self, workers: int | None = None, level: Level | None = None, grace_s: float = GRACE_S):
+        self.grace_s = grace_s
         self.num_workers = workers or os.cpu_count() or 1
         self.asked, self.level = level, level
         self.reasons: list[str] = []
@@ -158,7 +159,7 @@ class Sandbox:
     def _attempt(self, request: Request) -> Reply | str:
         worker: Worker | None = self._take()
         try:
-            reply = worker.run(request)
+            reply = worker.run(request, self.grace_s)
             kept = worker if reply.end != protocol.NOT_STARTED else None
             self.num_runs += 1
         except (EOFError, OSError) as error:

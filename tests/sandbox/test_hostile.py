@@ -1,0 +1,82 @@
+"""Every hostile program gets no verdict it has not earned, and nothing of it stays; every correct program passes."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import correct
+import hostile
+import pytest
+
+from pmd.commands.score import main
+
+STDIN = {"kind": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}], "memory_mb": 256}
+CALL = {"kind": "functional", "entry": "add", "cases": [{"args": [1, 2], "expected": 3}], "memory_mb": 256}
+#: group: programs, tests, the statuses that are right
+GROUPS = {
+    "refused": (hostile.REFUSED, {**STDIN, "time_limit_s": 5}, {"wrong_answer", "runtime_error"}),
+    "function": (hostile.FUNCTIONS, {**CALL, "time_limit_s": 5}, {"wrong_answer", "runtime_error"}),
+    "hang": (hostile.HANGS, {**STDIN, "time_limit_s": 0.6}, {"timeout"}),
+    "greedy": (hostile.GREEDY, {**STDIN, "time_limit_s": 20}, {"memory"}),
+    "stopped": (hostile.STOPPED, {**STDIN, "time_limit_s": 4}, {"memory", "runtime_error", "timeout"}),
+    "flood": (hostile.FLOODS, {**STDIN, "time_limit_s": 20}, {"output_limit"}),
+    "correct": (correct.PROGRAMS, {**STDIN, "memory_mb": 512, "time_limit_s": 20}, {"ok"}),
+    "correct function": (correct.FUNCTIONS, {**CALL, "memory_mb": 512, "time_limit_s": 20}, {"ok"}),
+}
+#: What the level without namespaces does not offer.
+NEEDS_NAMESPACES = {"write a file", "temporary file"}
+#: Names that the programs write to.
+LEFT_BEHIND = {"pmd_hostile", "pmd_hostile.py", "x", "l", "note"}
+
+
+def fence(program: str) -> str:
+    return f"Here it is:\n```python\n{program}\n```\n"
+
+
+def host_state() -> set[str]:
+    processes = {entry for entry in os.listdir("/proc") if entry.isdigit() and is_supervisor(entry)}
+    places = ("/tmp", "/dev/shm", "/", str(Path(os.__file__).parent))
+    return processes | {f"{place}/{name}" for place in places for name in os.listdir(place) if name in LEFT_BEHIND}
+
+
+def is_supervisor(pid: str) -> bool:
+    try:
+        return b"pmd.sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def score(folder: Path, groups: list[str], level: str) -> dict[tuple[str, str], dict]:
+    tasks = [{"id": group, "prompt": "Add.", "verifier": "code", "tests": GROUPS[group][1]} for group in groups]
+    lines = [(group, name, program) for group in groups for name, program in GROUPS[group][0].items()]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    completions = [{"id": group, "completion": fence(program)} for group, _, program in lines]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(completion) + "\n" for completion in completions))
+    paths = [f"--{name}={folder / name}.jsonl" for name in ("tasks", "completions")]
+    assert main([*paths, f"--out={folder / 'verdicts.jsonl'}", "--workers=3", f"--sandbox={level}"]) == 0
+    verdicts = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+    return {(group, name): verdict for (group, name, _), verdict in zip(lines, verdicts, strict=True)}
+
+
+def test_there_are_more_than_a_hundred_hostile_programs():
+    assert sum(len(programs) for group, (programs, _, _) in GROUPS.items() if "correct" not in group) >= 200
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_every_verdict_is_right_and_nothing_stays(tmp_path, level):
+    before, memory_before = host_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    verdicts = score(tmp_path, list(GROUPS), level)
+    wrong = {
+        key: (verdict["status"], verdict["feedback"][-300:])
+        for key, verdict in verdicts.items()
+        if verdict["status"] not in GROUPS[key[0]][2] or verdict["correct"] != (verdict["status"] == "ok")
+        if not (level == "landlock" and key[1] in NEEDS_NAMESPACES)
+    }
+    assert not wrong, json.dumps({str(key): value for key, value in wrong.items()}, indent=1)
+    deadline = time.monotonic() + 5
+    while host_state() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert host_state() - before == set()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before < 200 << 10  # KB

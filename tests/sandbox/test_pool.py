@@ -1,0 +1,207 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pmd.sandbox import landlock, protocol, seccomp
+from pmd.sandbox.pool import Limits, Sandbox, SandboxUnavailable
+from pmd.sandbox.protocol import Reply
+
+ADD = "print(sum(map(int, input().split())))"
+
+
+@pytest.fixture
+def sandbox():
+    made = Sandbox(workers=2)
+    yield made
+    made.close()
+
+
+def processes() -> dict[int, bytes]:
+    found = {}
+    for entry in os.listdir("/proc"):
+        try:
+            command = Path(f"/proc/{entry}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"pmd.sandbox" in command:
+            found[int(entry)] = command
+    return found
+
+
+def descendants_end(before: set[int], within_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while set(processes()) - before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_runs_from_many_threads_keep_to_their_own(sandbox):
+    results = {}
+
+    def work(number):
+        results[number] = [sandbox.run(ADD, f"{number} {n}".encode(), Limits()).stdout for n in range(5)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [f"{number + n}\n".encode() for n in range(5)] for number in range(8)}
+    assert sandbox.num_runs == 40
+    assert sandbox.num_repeated == 0
+
+
+def test_a_run_leaves_nothing_to_the_next(sandbox):
+    leave = "import os\nos.makedirs('a/b'); open('a/b/c', 'w').write('x'); os.symlink('/', 'l'); open('.h', 'w')"
+    look = "import os; print(os.listdir('.'), sorted(globals().get('leak', [])))"
+    for _ in range(4):
+        sandbox.run(leave + "\nimport builtins; builtins.leak = [1]", b"", Limits())
+    if sandbox.level == "namespaces":
+        for _ in range(4):
+            assert sandbox.run(look, b"", Limits()).stdout == b"[] []\n"
+
+
+def test_large_input_and_output(sandbox):
+    text = b"7" * (8 << 20)
+    outcome = sandbox.run("print(input())", text, Limits(output_bytes=16 << 20, wall_s=30))
+    assert outcome.stdout == text + b"\n"
+    assert sandbox.run("print(input())", text, Limits(output_bytes=1 << 20, wall_s=30)).end == "output_limit"
+
+
+def test_runs_are_the_same_every_time(sandbox):
+    code = "import random; print(hash('x'), random.random(), {'a', 'b', 'c'})"
+    assert len({sandbox.run(code, b"", Limits()).stdout for _ in range(6)}) == 1
+
+
+def test_a_killed_worker_is_replaced(sandbox):
+    sandbox.run(ADD, b"1 2", Limits())
+    for worker in list(sandbox._all):
+        os.kill(worker.process.pid, signal.SIGKILL)
+    outcome = sandbox.run(ADD, b"1 2", Limits())
+    assert (outcome.end, outcome.stdout) == ("finished", b"3\n")
+    assert sandbox.num_repeated >= 1
+
+
+def test_a_hung_worker_is_counted_and_replaced():
+    before = set(processes())
+    sandbox = Sandbox(workers=1, grace_s=0.3)
+    sandbox.run(ADD, b"1 2", Limits())
+    for pid in set(processes()) - before:
+        os.kill(pid, signal.SIGSTOP)
+    outcome = sandbox.run(ADD, b"1 2", Limits(wall_s=0.3))
+    assert (outcome.end, outcome.stdout) == ("finished", b"3\n")
+    assert sandbox.num_hung == 1
+    sandbox.close()
+    assert descendants_end(before)
+
+
+def test_a_closed_sandbox_refuses(sandbox):
+    before = set(processes())
+    sandbox.run(ADD, b"1 2", Limits())
+    sandbox.close()
+    assert set(processes()) - before == set()
+    with pytest.raises(SandboxUnavailable, match="closed"):
+        sandbox.run(ADD, b"1 2", Limits())
+
+
+def test_the_line_at_start_says_level_and_gaps():
+    for level, words in (("landlock", "level landlock"), ("rlimits", "level rlimits")):
+        sandbox = Sandbox(workers=1, level=level)
+        assert words in sandbox.describe()
+        assert "missing: namespaces" in sandbox.describe()
+        sandbox.close()
+
+
+def test_the_weak_level_is_never_chosen_unasked():
+    sandbox = Sandbox(workers=1)
+
+    class Unavailable(SandboxUnavailable):
+        pass
+
+    def refuse(level):
+        assert level != "rlimits"
+        raise Unavailable("not here")
+
+    sandbox._start_at = refuse  # type: ignore[method-assign]
+    with pytest.raises(SandboxUnavailable, match="by asking for level rlimits by name"):
+        sandbox.describe()
+    sandbox.close()
+
+
+def test_a_sandbox_is_not_shared_across_a_fork(sandbox):
+    sandbox.run(ADD, b"1 2", Limits())
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sandbox.run(ADD, b"1 2", Limits())
+        except RuntimeError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sandbox.run(ADD, b"1 2", Limits()).stdout == b"3\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_a_scorer_that_is_ended(tmp_path, number):
+    before, temporary = set(processes()), tmp_path / "temporary"
+    temporary.mkdir()
+    tests = {"kind": "stdin", "cases": [{"input": "", "output": "3"}], "time_limit_s": 60}
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": "t", "prompt": "p", "verifier": "code", "tests": tests}))
+    spin = "import threading\nfor _ in range(3): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()"
+    line = json.dumps({"id": "t", "completion": f"```\n{spin}\n```"})
+    (tmp_path / "c.jsonl").write_text("\n".join([line] * 4))
+    command = [sys.executable, "-m", "pmd.commands.score", f"--tasks={tmp_path}/t.jsonl"]
+    scorer = subprocess.Popen(
+        [*command, f"--completions={tmp_path}/c.jsonl", f"--out={tmp_path}/v.jsonl"],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert scorer.stderr
+    assert b"sandbox: level" in scorer.stderr.readline()
+    time.sleep(0.5)
+    assert set(processes()) - before
+    scorer.send_signal(number)
+    assert scorer.wait(20) == {signal.SIGTERM: 130, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert descendants_end(before)
+    assert list(temporary.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", "c.jsonl", "v.jsonl", "temporary"}
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_is_a_valid_program(machine):
+    program = seccomp.build_filter(machine)
+    assert len(program) % 8 == 0
+    assert len(program) // 8 < 4096  # the kernel's limit
+    offsets = seccomp.pid_offsets(program)
+    assert len(offsets) == 4
+    assert seccomp.pid_offsets(seccomp.with_pid(program, offsets, 7)) == ()
+
+
+def test_landlock_is_found_where_the_kernel_has_it():
+    assert (
+        (landlock.version() > 0) == ("landlock" in Path("/sys/kernel/security/lsm").read_text().split(","))
+        if Path("/sys/kernel/security/lsm").exists()
+        else landlock.version() >= 0
+    )
+
+
+def test_frames_survive_the_socket():
+    import socket
+
+    ours, theirs = socket.socketpair()
+    reply = Reply(0, 256, 0.5, 0.25, 1000, b"out" * 1000, b"", b"\x00\xff")
+    protocol.send_reply(theirs, reply)
+    assert protocol.receive_reply(ours) == reply
+    theirs.close()
+    with pytest.raises(EOFError):
+        protocol.receive_reply(ours)
+    ours.close()
