@@ -63,8 +63,9 @@ def words_of(text: str) -> list[str]:
 class HashEmbedder:
     """Signed feature hashing of words with IDF weights, fitted once.
 
-    Fitted words get a slot of their own while the vocabulary fits into the dimension (then the vectors are exact
-    weighted bags of words); other words, and all words of a larger vocabulary, are spread over four hashed slots.
+    Fitted words get a slot of their own while they fill at most half of the dimension: then vectors of fitted words are
+    exact weighted bags of words. Other words are spread over four hashed slots of the other half, so that they never
+    look like a fitted word; with a larger vocabulary all words are spread over all slots.
     """
 
     costly = False
@@ -82,7 +83,9 @@ class HashEmbedder:
         self.document_frequencies = dict(sorted((document_frequencies or {}).items()))
         table = repr((dimension, seed, num_documents, sorted(self.document_frequencies.items())))
         self._name = f"hash-{dimension}-{hashlib.sha256(table.encode()).hexdigest()[:12]}"
-        self._own_slots = self._assign_slots() if len(self.document_frequencies) <= dimension else {}
+        exact = 2 * len(self.document_frequencies) <= dimension
+        self._own_slots = self._assign_slots() if exact else {}
+        self._shared_slots = sorted(set(range(dimension)) - set(self._own_slots.values()))
         self._features: dict[str, tuple[list[int], list[float]]] = {}
 
     @classmethod
@@ -149,7 +152,7 @@ class HashEmbedder:
             values: list[float] = []
             for part in range(HASHES_PER_WORD):
                 code = self._hash(f"{part}:{word}")
-                slots.append((code >> 1) % self._dimension)
+                slots.append(self._shared_slots[(code >> 1) % len(self._shared_slots)])
                 values.append((weight if code & 1 else -weight) / math.sqrt(HASHES_PER_WORD))
             feature = slots, values
         if len(self._features) < 200_000:

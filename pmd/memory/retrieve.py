@@ -20,8 +20,8 @@ from pmd.memory.store import MemoryStore
 from pmd.memory.view import View, build_view
 from pmd.types import Procedure, ProcedureKind
 
-#: A neighbour less than half as similar as the nearest one is no neighbour: it shares only common words.
-RELATIVE_FLOOR = 0.5
+SAME_PROBLEM = 0.999  # similarity from which a neighbour is the query's own problem, which sets no standard
+RELATIVE_FLOOR = 0.5  # of the nearest other problem's similarity; below it only common words are shared
 Hits = list[tuple[int, float]]  # problem id and similarity, nearest first
 
 
@@ -137,7 +137,8 @@ class Retriever:
         allowed = [hit for hit in hits if view.task_ids[hit[0]] != query.exclude_task_id]
         if not allowed:
             return []
-        floor = max(self._config.min_similarity, RELATIVE_FLOOR * allowed[0][1])
+        others = [similarity for _, similarity in allowed if similarity < SAME_PROBLEM]
+        floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
         return [hit for hit in allowed if hit[1] >= floor][: self._config.neighbours]
 
     def _insights(self, view: View, hits: Hits) -> tuple[_Ranking, _Ranking]:
