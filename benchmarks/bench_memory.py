@@ -1,0 +1,137 @@
+"""What the memory costs against its size: retrieval latency, epoch update, recall of the index, file and process size.
+
+    python benchmarks/bench_memory.py --sizes 1000 10000 --json memory.json
+
+Problems have clustered unit vectors, as sentence vectors are; each has three insights. A query is retrieval whole:
+index search, joining items, quotas. The update adds new problems and items, commits, and refreshes index and view.
+The embedder's own time is left out (vectors are looked up), SQLite's and hnswlib's are in.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from pmd.config import MemoryConfig
+from pmd.memory.index import ProblemIndex
+from pmd.memory.retrieve import Retriever
+from pmd.memory.store import MemoryStore
+from pmd.types import Message, Task
+
+INSIGHTS_PER_PROBLEM = 3
+
+
+class LookedUp:
+    """An embedder whose texts begin with the number of their vector."""
+
+    costly = False
+
+    def __init__(self, vectors: np.ndarray):
+        self.vectors = vectors
+        self.name = "benchmark"
+        self.dimension = vectors.shape[1]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return self.vectors[[int(text.split(" ", 1)[0]) for text in texts]]
+
+    def fitted_to(self, texts: Sequence[str]) -> "LookedUp":
+        return self
+
+    def state(self) -> dict[str, object]:
+        return {"kind": "benchmark"}
+
+
+def clustered_vectors(count: int, dimension: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(max(1, count // 20), dimension)).astype(np.float32)
+    vectors = centres[random.integers(len(centres), size=count)]
+    vectors += 0.7 * random.standard_normal(size=vectors.shape, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write(store: MemoryStore, start: int, stop: int) -> None:
+    with store.update() as writer:
+        for n in range(start, stop):
+            task = Task(f"t{n}", (Message("user", f"{n} question"),), "exact", "train", memory_key=f"{n} key")
+            problem_id = writer.add_problem(task)
+            for kind in ("strategy", "lesson", "lesson"):
+                text = f"{n} {kind} that says in some twenty words what an attempt at this problem has taught"
+                writer.add_insight(problem_id, kind, text, policy_version=0)
+
+
+def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    new = arguments.new_items // INSIGHTS_PER_PROBLEM
+    vectors = clustered_vectors(size + new + arguments.queries, arguments.dimension)
+    config = MemoryConfig(capacity=10**9)
+    store = MemoryStore.open(folder / f"{size}.sqlite", embedder=LookedUp(vectors), config=config)
+    clock = time.perf_counter()
+    for start in range(0, size, 10_000):
+        write(store, start, min(size, start + 10_000))
+    result: dict[str, float] = {"problems": size, "insights": size * INSIGHTS_PER_PROBLEM}
+    result["write_s"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    index = ProblemIndex.open(store)
+    result["index_build_s"] = time.perf_counter() - clock
+    retriever = Retriever(store, index, store.embedder, config)
+    latencies = []
+    for n in track(range(arguments.queries), description=f"{size} problems", transient=True):
+        clock = time.perf_counter()
+        retriever.retrieve(f"{size + new + n} query", seed=n)
+        latencies.append(1e3 * (time.perf_counter() - clock))
+    result["query_p50_ms"], result["query_p99_ms"] = np.percentile(latencies, [50, 99])
+    queries = vectors[size + new :][:200]
+    exact, graph = (index.search(queries, 10, exact=exact) for exact in (True, False))
+    common = sum(len({i for i, _ in a} & {i for i, _ in b}) for a, b in zip(exact, graph, strict=True))
+    result["recall_at_10"] = common / sum(map(len, exact))
+    clock = time.perf_counter()
+    write(store, size, size + new)
+    result["update_write_s"] = time.perf_counter() - clock
+    retriever.refresh()
+    result["update_s"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    store.close()
+    store = MemoryStore.open(store.path, embedder=LookedUp(vectors), config=config)
+    result["open_s"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    ProblemIndex.open(store)
+    result["index_load_s"] = time.perf_counter() - clock
+    store.close()
+    result["file_mb"] = store.path.stat().st_size / 1e6
+    result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000], help="numbers of problems")
+    parser.add_argument("--dimension", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=1_000)
+    parser.add_argument("--new-items", type=int, default=2_000, help="insights that the measured update adds")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    results = []
+    for size in sorted(arguments.sizes):
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(size, arguments, Path(folder)))
+    table = Table(title=f"memory at {arguments.dimension} dimensions", header_style="bold")
+    table.add_column("quantity")
+    for result in results:
+        table.add_column(f"{result['problems']:,}", justify="right")
+    for key in results[0]:
+        table.add_row(key, *(f"{result[key]:,.3f}" if key not in ("problems", "insights") else f"{result[key]:,}"
+                             for result in results))  # fmt: skip
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
