@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 
 from pmd.types import Split, Task
 
+#: A train task `X/train` and a held-out task `X` are one problem by the data set's own protocol, not by accident.
+TRAIN_SUFFIX = "/train"
+
 
 @dataclass(frozen=True, slots=True)
 class DuplicateReport:
@@ -52,13 +55,14 @@ def _pairs(train: Sequence[Task], held_out: Sequence[Task], key: Callable[[Task]
     by_key: dict[str, list[str]] = defaultdict(list)
     for task in held_out:
         by_key[key(task)].append(task.task_id)
-    return [(task.task_id, other) for task in train for other in by_key.get(key(task), [])]
+    pairs = [(task.task_id, other) for task in train for other in by_key.get(key(task), [])]
+    return [(one, other) for one, other in pairs if one != other + TRAIN_SUFFIX]
 
 
 def duplicated_task_ids(tasks_by_split: Mapping[Split, Sequence[Task]]) -> frozenset[str]:
     """Return the train problems that must never be written to memory: a held-out problem has the same prompt."""
-    held_out = {prompt_of(t) for split, tasks in tasks_by_split.items() if split != "train" for t in tasks}
-    return frozenset(task.task_id for task in tasks_by_split.get("train", ()) if prompt_of(task) in held_out)
+    everything = {task.task_id: task for tasks in tasks_by_split.values() for task in tasks}
+    return frozenset(train for train, _ in find_duplicates(everything.values()).same_prompt)
 
 
 def hold_out(tasks: Sequence[Task], share: float, split: Split, seed: int) -> tuple[list[Task], list[Task]]:

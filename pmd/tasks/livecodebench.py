@@ -1,0 +1,148 @@
+"""LiveCodeBench v6 (Jain et al. 2024, arXiv 2403.07974): programming problems of a date window; `Task`s leave.
+
+From the Hub (`livecodebench/code_generation_lite`, revision refs/pr/6) or a local file or folder of JSON Lines of the
+same form. Train and test are the same problems, as in SDPO: training sees the public tests and a seeded half of the
+private ones, evaluation sees all. The two tasks of a problem share its id but for the suffix `/train`.
+
+Private tests may be base64(zlib(pickle(JSON text))). They are decoded without unpickling: the opcodes are walked, one
+string is allowed, and the size is capped. The words around the question are ours.
+"""
+
+import base64
+import binascii
+import json
+import pickletools
+import random
+import zlib
+from collections.abc import Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pmd.config import DataConfig
+from pmd.tasks.code_tests import tests_problems
+from pmd.tasks.records import iterate_lines
+from pmd.tasks.splits import TRAIN_SUFFIX
+from pmd.types import Message, Split, Task
+
+HUB_ID, HUB_REVISION = "livecodebench/code_generation_lite", "refs/pr/6"
+FIRST_DAY, END_DAY = date(2025, 2, 1), date(2025, 5, 1)  # v6: 131 problems; the end is exclusive
+TIME_LIMIT_S, MEMORY_MB = 6.0, 4096
+MOST_BYTES = 1 << 29
+STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+PLAIN_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
+STDIN_WORDS = "Read the input from stdin and write the answer to stdout. Put the whole program into one code block:"
+STARTER_WORDS = "Complete this starter code and put the whole solution into one code block:"
+
+
+def read_livecodebench(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
+    """Return both tasks of each problem in the window, and a sentence for everything wrong with the files."""
+    rows: Iterable[tuple[str, Mapping[str, Any] | str]]
+    if config.path is None:
+        rows = ((HUB_ID, row) for row in read_hub())
+    else:
+        path = Path(config.path)
+        files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            return [], [f"data.path={path}: holds no JSON Lines file; give LiveCodeBench's file or folder."]
+        entries = (entry for file in files for entry in iterate_lines(file))
+        rows = (("", e) if isinstance(e, str) else (f"{e.path}:{e.number}", e.fields) for e in entries)
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for place, row in rows:
+        try:
+            if isinstance(row, str):
+                problems.append(row)
+            elif FIRST_DAY <= date.fromisoformat(str(row["contest_date"])[:10]) < END_DAY:
+                tasks += make_tasks(row, seed)
+        except KeyError as error:
+            problems.append(f"{place}: {error.args[0]} is missing; give a line of code_generation_lite.")
+        except (ValueError, TypeError) as error:
+            problems.append(f"{place}: {error}; give a line of code_generation_lite.")
+    return tasks, problems
+
+
+def read_hub(repository: str = HUB_ID, revision: str | None = HUB_REVISION) -> Iterable[Mapping[str, Any]]:
+    """Load the rows through `datasets`: a Hub id, or a folder of the same form."""
+    from datasets import load_dataset
+
+    return load_dataset(repository, split="test", revision=revision)  # type: ignore[return-value]
+
+
+def make_tasks(row: Mapping[str, Any], seed: int) -> list[Task]:
+    """Return the training and the test task of one problem.
+
+    Raises:
+        ValueError: if a field does not hold what upstream's does.
+    """
+    name = json.loads(row["metadata"] or "{}").get("func_name")
+    public = [read_case(case, name) for case in json.loads(row["public_test_cases"])]
+    private = [read_case(case, name) for case in decode_tests(row["private_test_cases"])]
+    task_id = f"livecodebench/{row['question_id']}"
+    order = list(range(len(private)))
+    random.Random(f"{seed} {task_id}").shuffle(order)
+    seen = sorted(order[: (len(private) + 1) // 2])
+    starter = row["starter_code"]
+    frame = f"{STARTER_WORDS}\n```python\n{starter}\n```" if starter else f"{STDIN_WORDS}\n```python\n# your code\n```"
+    messages = (Message("user", f"{row['question_content']}\n\n{frame}"),)
+    parts: tuple[tuple[str, Split, list[dict[str, Any]]], ...] = (
+        (task_id + TRAIN_SUFFIX, "train", public + [private[number] for number in seen]),
+        (task_id, "test", public + private),
+    )
+    tasks = []
+    for part_id, split, cases in parts:
+        kind = {"kind": "functional", "entry": name} if name else {"kind": "stdin"}
+        tests = {**kind, "cases": cases, "time_limit_s": TIME_LIMIT_S, "memory_mb": MEMORY_MB}
+        if wrong := tests_problems(tests):
+            raise ValueError(f"its tests cannot be run: {'; '.join(wrong)}")
+        difficulty = row.get("difficulty", "")
+        key = row["question_content"]
+        tasks.append(Task(part_id, messages, "code", split, tests=tests, memory_key=key, domain=difficulty))
+    return tasks
+
+
+def read_case(case: Mapping[str, str], name: str | None) -> dict[str, Any]:
+    """Return a test in our form; a functional one holds one JSON value per line of input."""
+    if name is None:
+        return {"input": case["input"], "output": case["output"]}
+    arguments = [json.loads(line) for line in case["input"].split("\n")]
+    return {"args": arguments, "expected": json.loads(case["output"])}
+
+
+def decode_tests(text: str) -> list[Mapping[str, str]]:
+    """Return the tests of a `private_test_cases` field: JSON text, or the packed form.
+
+    Raises:
+        ValueError: if it is neither, is too large, or holds any pickle opcode but those of one string.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        unpacker = zlib.decompressobj()
+        data = unpacker.decompress(base64.b64decode(text, validate=True), MOST_BYTES)
+    except (binascii.Error, zlib.error) as error:
+        raise ValueError(f"private_test_cases are neither JSON nor base64 of zlib ({error})") from error
+    if not unpacker.eof:
+        raise ValueError(f"private_test_cases are cut off or larger than {MOST_BYTES} bytes")
+    return json.loads(string_of_pickle(data))
+
+
+def string_of_pickle(data: bytes) -> str:
+    """Return the one string of a pickle, executing nothing.
+
+    Raises:
+        ValueError: if the pickle holds anything else.
+    """
+    strings = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in STRING_OPCODES:
+            strings.append(argument)
+        elif opcode.name not in PLAIN_OPCODES:
+            raise ValueError(
+                f"private_test_cases hold the pickle opcode {opcode.name}, which is not needed for a string"
+            )
+    if len(strings) != 1 or not isinstance(strings[0], str):
+        raise ValueError(f"private_test_cases hold {len(strings)} strings in place of one")
+    return strings[0]
