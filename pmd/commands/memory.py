@@ -1,4 +1,7 @@
-"""`python -m pmd memory`: look into a memory store. A store in, tables or JSON out; nothing is changed."""
+"""`python -m pmd memory`: look into a memory store, check it, move it. A store in, tables or JSON out.
+
+Only `rebuild`, `rollback` and `import` write; all else opens the store read-only.
+"""
 
 import argparse
 import json
@@ -9,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pmd.commands import memory_tools
 from pmd.config import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.index import ProblemIndex
@@ -29,6 +33,8 @@ examples:
   python -m pmd memory list   runs/pmd insight --status quarantined
   python -m pmd memory show   runs/pmd behaviour 3          one item, what it rests on and how it came to be
   python -m pmd memory search runs/pmd "red 3 blue 5 green 1 gold 7 zib"    what a teacher would be shown
+  python -m pmd memory diff   runs/pmd 3 5                  what changed from generation 3 to 5
+  python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
 """
 
 
@@ -54,10 +60,24 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", parents=[common], help="show one item, its evidence and its history")
     show.add_argument("what", choices=WHAT)
     show.add_argument("id", type=int)
+    show.add_argument("--lineage", action="store_true", help="also all that it rests on, and all that rests on it")
     search = commands.add_parser("search", parents=[common], help="look up what a teacher would be shown")
     search.add_argument("text", help="the problem, as its memory key (the statement without template words)")
     search.add_argument("-k", type=int, default=MemoryConfig().k, help=f"items; default {MemoryConfig().k}")
     search.add_argument("--levels", type=int, nargs="+", choices=(0, 1, 2), default=MemoryConfig().levels)
+    diff = commands.add_parser("diff", parents=[common], help="what changed from one generation to another")
+    diff.add_argument("old", type=int, metavar="A")
+    diff.add_argument("new", type=int, metavar="B")
+    diff.add_argument("--all", action="store_true", help="also items of which only the support changed")
+    commands.add_parser("check", parents=[common], help="look for anything wrong; exit code 1 if there is")
+    commands.add_parser("rebuild", parents=[common], help="make the problem index anew from the store")
+    rollback = commands.add_parser("rollback", parents=[common], help="return to an earlier generation, as a new one")
+    rollback.add_argument("generation", type=int)
+    export = commands.add_parser("export", parents=[common], help="write problems, insights, behaviours as JSON lines")
+    export.add_argument("file", type=Path)
+    export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
+    import_ = commands.add_parser("import", parents=[common], help="add an export to a store")
+    import_.add_argument("file", type=Path)
     return parser
 
 
@@ -65,14 +85,16 @@ def main(argv: Sequence[str]) -> int:
     """Run one subcommand; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     console = Console()
-    with MemoryStore.open(find_store(arguments.store), read_only=True) as store:
-        tables = {"stats": _stats, "list": _list, "show": _show, "search": _search}[arguments.command](store, arguments)
+    write = arguments.command in memory_tools.WRITING
+    views = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
+    with MemoryStore.open(find_store(arguments.store), read_only=not write) as store:
+        tables = views[arguments.command](store, arguments)
     if arguments.json:
         print(json.dumps(tables, ensure_ascii=False, indent=1))
-        return 0
-    for title, rows in tables.items():
-        _print(console, title, rows)
-    return 0
+    else:
+        for title, rows in tables.items():
+            _print(console, title, rows)
+    return int(arguments.command == "check" and any(tables.values()))
 
 
 def find_store(path: Path) -> Path:
@@ -154,6 +176,8 @@ def _show(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
             level,
             arguments.id,
         )
+    if arguments.lineage:
+        tables["lineage"] = memory_tools.lineage(store, level, arguments.id)
     tables["history"] = store.query_rows(
         "SELECT generation, action, reason, before, after FROM ops WHERE level = ? AND item_id = ? ORDER BY id",
         level,

@@ -63,6 +63,10 @@ class ProblemIndex:
             index.refresh()
         return index
 
+    def mismatch(self) -> str:
+        """Say why the file beside the store is not the store's index; empty where it is."""
+        return self._load(*self._store.vectors("problems"))
+
     def __len__(self) -> int:
         return len(self._ids)
 

@@ -73,8 +73,17 @@ class Ledger:
         cursor = self.db.execute(f"SELECT * FROM {TABLES[level]} WHERE id = ?", (item_id,))
         row = dict(zip([column[0] for column in cursor.description], cursor.fetchone(), strict=True))
         row.pop("embedding", None)
+        row["parents"] = self._parents(level, item_id)
+        self.db.execute("DELETE FROM links WHERE child_level = ? AND child_id = ?", (level, item_id))
         self.db.execute(f"DELETE FROM {TABLES[level]} WHERE id = ?", (item_id,))
         self._log(level, item_id, "delete", row, None, reason)
+
+    def put_back(self, level: int, row: dict[str, Any], reason: str) -> None:
+        """Insert a deleted item as it was, under its old id."""
+        values = {column: value for column, value in row.items() if column != "parents"}
+        self.insert(TABLES[level], values | {"last_generation": self.generation})
+        self._link(level, row["id"], row["parents"])
+        self._log(level, row["id"], "add", None, None, reason)
 
     def _parents(self, level: int, item_id: int) -> list[int]:
         rows = self.db.execute(

@@ -45,7 +45,7 @@ class Writer:
 
     def __init__(self, db: sqlite3.Connection, generation: int, embedder: Embedder, config: MemoryConfig):
         self._db = db
-        self._ledger = Ledger(db, generation)
+        self.ledger = Ledger(db, generation)
         self._embedder = embedder
         self._config = config
 
@@ -81,9 +81,9 @@ class Writer:
             "answer_sha": leaks.fingerprint(words),
             "answer_words": len(words),
             "answer_chars": sum(map(len, words)),
-            "generation": self._ledger.generation,
+            "generation": self.ledger.generation,
         }
-        return self._ledger.insert("problems", values)
+        return self.ledger.insert("problems", values)
 
     def add_experience(self, problem_id: int, rollout: Rollout, policy_version: int) -> int | None:
         """Keep an attempt; returns its id, or None where there is nothing to keep.
@@ -104,7 +104,7 @@ class Writer:
         ).fetchone()
         if known is not None:
             experience_id = known[0]
-            self._ledger.seen_again(0, experience_id, {})
+            self.ledger.seen_again(0, experience_id, {})
         else:
             values = {
                 "problem_id": problem_id,
@@ -120,8 +120,8 @@ class Writer:
                 "feedback": verdict.feedback,
                 "signature": signature,
             }
-            experience_id = self._ledger.add(0, values, "rollout")
-        bounds.bound_experiences(self._ledger, problem_id, verdict.correct, self._config.experiences_per_problem)
+            experience_id = self.ledger.add(0, values, "rollout")
+        bounds.bound_experiences(self.ledger, problem_id, verdict.correct, self._config.experiences_per_problem)
         return experience_id
 
     def add_insight(
@@ -146,7 +146,7 @@ class Writer:
         ).fetchone()
         if known is not None:
             insight_id = known[0]
-            self._ledger.seen_again(1, insight_id, {"last_policy_version": policy_version}, parents)
+            self.ledger.seen_again(1, insight_id, {"last_policy_version": policy_version}, parents)
         else:
             leak = leaks.leak_reason(text, *self._require_problem(problem_id))
             values = {
@@ -158,8 +158,8 @@ class Writer:
                 "leak": leak,
                 "status": "quarantined" if leak else "active",
             }
-            insight_id = self._ledger.add(1, values, leak or "reflection", parents)
-        bounds.bound_insights(self._ledger, problem_id, insight_id, self._config.insights_per_problem)
+            insight_id = self.ledger.add(1, values, leak or "reflection", parents)
+        bounds.bound_insights(self.ledger, problem_id, insight_id, self._config.insights_per_problem)
         return insight_id
 
     def replace_behaviours(self, drafts: Sequence[BehaviourDraft], *, policy_version: int) -> list[int | None]:
@@ -168,11 +168,11 @@ class Writer:
         A draft that shares half of its members with an active behaviour becomes that behaviour's next version;
         behaviours that no draft continues are retired. Beyond the cap, the least supported drafts are left out.
         """
-        return replace_behaviours(self._ledger, drafts, policy_version)
+        return replace_behaviours(self.ledger, drafts, policy_version)
 
     def set_status(self, level: int, item_id: int, status: str, reason: str) -> None:
         """Retire, quarantine, absorb or reactivate one item."""
-        self._ledger.change(level, item_id, {"status": status}, reason)
+        self.ledger.change(level, item_id, {"status": status}, reason)
 
     def embed_new(self) -> None:
         """Embed what was written so far."""
@@ -184,8 +184,8 @@ class Writer:
 
     def finish(self, retrievals: Sequence[RetrievalLog]) -> None:
         """Bound the store, embed what is new, write the retrieval log, count the generation."""
-        bounds.bound_store(self._ledger, self._config.capacity)
-        bounds.delete_unlinked_experiences(self._ledger)
+        bounds.bound_store(self.ledger, self._config.capacity)
+        bounds.delete_unlinked_experiences(self.ledger)
         self.embed_new()
         self._db.executemany(
             "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity)"
@@ -196,7 +196,7 @@ class Writer:
                 for log in retrievals
             ],
         )  # fmt: skip
-        self._db.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (str(self._ledger.generation),))
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (str(self.ledger.generation),))
 
     def _embed(self, table: str, column: str, where: str) -> None:
         """Fill in the missing vectors, in id order."""

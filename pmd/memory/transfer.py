@@ -1,0 +1,139 @@
+"""Memory as a text file: JSON lines to read, to keep, and to give to another run, model or embedder.
+
+A header, then problems, insights and behaviours. Experiences (level 0) hold answers and stay out unless asked for.
+Items refer to each other by the ids of the exporting store; importing gives them new ones. Vectors are left out: the
+importing store embeds with its own embedder.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pmd.errors import MemoryStoreError
+from pmd.memory.records import TABLES
+from pmd.memory.store import MemoryStore
+from pmd.memory.write import Writer
+
+FORMAT = "pmd-memory"
+VERSION = 1
+_OWN_COLUMNS = {"id", "embedding", "generation", "last_generation", "previous_id"}  # of a store, not of an item
+Line = dict[str, Any]
+
+
+def export_lines(store: MemoryStore, *, experiences: bool = False) -> Iterator[Line]:
+    """Yield the header and all problems and active items, parents before children."""
+    yield {
+        "format": FORMAT,
+        "version": VERSION,
+        "embedder": store.embedder.name,
+        "generation": store.generation,
+        "experiences": experiences,
+    }
+    for row in store.query_rows("SELECT * FROM problems ORDER BY id"):
+        yield {"type": "problem", "id": row["id"], **{k: v for k, v in row.items() if k not in _OWN_COLUMNS}}
+    for level in (0, 1, 2) if experiences else (1, 2):
+        for row in store.query_rows(f"SELECT * FROM {TABLES[level]} WHERE status = 'active' ORDER BY id"):
+            parents = store.query(
+                "SELECT parent_id FROM links WHERE child_level = ? AND child_id = ? ORDER BY 1", level, row["id"]
+            )
+            item = {k: v for k, v in row.items() if k not in _OWN_COLUMNS}
+            yield {"type": TABLES[level], "id": row["id"], "parents": [p for (p,) in parents], **item}
+
+
+def export_file(store: MemoryStore, path: Path, *, experiences: bool = False) -> int:
+    """Write the export; returns how many lines follow the header."""
+    partial = path.with_name(path.name + ".partial")
+    count = -1
+    with partial.open("w", encoding="utf-8") as file:
+        for line in export_lines(store, experiences=experiences):
+            file.write(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n")
+            count += 1
+    partial.replace(path)
+    return count
+
+
+def import_file(store: MemoryStore, path: Path) -> dict[str, int]:
+    """Add an export to a store, all or nothing; returns how many of each type are new.
+
+    A problem already there stays; an insight with the same problem, kind and text gains the other's support.
+
+    Raises:
+        MemoryStoreError: a line is no part of an export, with its number; or a problem is held out or differs.
+    """
+    counts = {"problem": 0, **dict.fromkeys(TABLES.values(), 0)}
+    ids: dict[tuple[str, int], int] = {}
+    with path.open(encoding="utf-8") as file, store.update() as writer:
+        lines = enumerate(file, start=1)
+        _check_header(path, next(lines, (1, ""))[1])
+        for number, text in lines:
+            try:
+                line = json.loads(text)
+                kind, old_id = line.pop("type"), line.pop("id")
+                if kind == "problem":
+                    ids[kind, old_id], new = _import_problem(writer, line)
+                else:
+                    ids[kind, old_id], new = _import_item(writer, kind, line, ids)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise MemoryStoreError(
+                    f"{path}:{number} is no line of a {FORMAT} export ({error!r}); nothing was imported. Export again."
+                ) from error
+            counts[kind] += new
+    return counts
+
+
+def _check_header(path: Path, text: str) -> None:
+    try:
+        header = json.loads(text)
+        found = header["format"], header["version"]
+    except (ValueError, KeyError, TypeError):
+        found = None, None
+    if found != (FORMAT, VERSION):
+        raise MemoryStoreError(
+            f"{path}:1 has format={found[0]}, version={found[1]}; must be {FORMAT}, {VERSION}. "
+            "Give a file that `pmd memory export` wrote."
+        )
+
+
+def _import_problem(writer: Writer, line: Line) -> tuple[int, bool]:
+    if line["split"] != "train":
+        raise MemoryStoreError(f"task_id={line['task_id']} has split={line['split']}; memory keeps train only.")
+    known = writer.ledger.db.execute(
+        "SELECT id, content_sha FROM problems WHERE task_id = ?", (line["task_id"],)
+    ).fetchone()
+    if known is None:
+        return writer.ledger.insert("problems", _known_columns(writer, "problems", line)), True
+    if known[1] != line["content_sha"]:
+        raise MemoryStoreError(
+            f"task_id={line['task_id']} has another text or answer than the problem stored under that id; "
+            "import into a store of the same data, or a new one."
+        )
+    return known[0], False
+
+
+def _import_item(writer: Writer, table: str, line: Line, ids: dict[tuple[str, int], int]) -> tuple[int, bool]:
+    level = {name: level for level, name in TABLES.items()}[table]
+    parent_table = TABLES.get(level - 1, "")
+    # Experiences may have been left out of the export: what rests on them keeps its support, not its links.
+    parents = [ids[parent_table, parent] for parent in line.pop("parents") if (parent_table, parent) in ids]
+    if level < 2:
+        line["problem_id"] = ids["problem", line["problem_id"]]
+        unique = ("correct", "signature") if level == 0 else ("kind", "content")
+        known = writer.ledger.db.execute(
+            f"SELECT id, support FROM {table} WHERE problem_id = ? AND {unique[0]} = ? AND {unique[1]} = ?",
+            (line["problem_id"], line[unique[0]], line[unique[1]]),
+        ).fetchone()
+        if known is not None:
+            writer.ledger.change(level, known[0], {"support": known[1] + line["support"]}, "import")
+            return known[0], False
+    return writer.ledger.add(level, _known_columns(writer, table, line), "import", parents), True
+
+
+def _known_columns(writer: Writer, table: str, line: Line) -> Line:
+    """Keep the table's own columns: their names become part of a statement, so nothing else may pass."""
+    columns: Iterable[tuple] = writer.ledger.db.execute(f"PRAGMA table_info({table})")
+    allowed = {column[1] for column in columns} - _OWN_COLUMNS
+    unknown = sorted(set(line) - allowed)
+    if unknown:
+        raise KeyError(f"unknown field {unknown[0]}")
+    return line | ({"generation": writer.ledger.generation} if table == "problems" else {})
