@@ -209,7 +209,7 @@ def _call_entry(request: Request) -> None:
     solution = names.get("Solution")
     is_method = isinstance(solution, type) and hasattr(solution, entry)
     function = getattr(solution(), entry) if is_method else names.get(entry)
-    if function is None:
+    if not callable(function):
         raise NameError(f"neither a function {entry!r} nor a method of class Solution with that name is defined")
     value = function(*arguments)
     # LiveCodeBench forgives a tuple in place of a list, at the top only.
@@ -230,6 +230,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _plain(item) for key, item in value.items()}
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return _plain(value.item())
+    item = getattr(value, "item", None)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and item:
+        return _plain(item())
     return {"no JSON value": repr(value)[:200]}

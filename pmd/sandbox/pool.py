@@ -73,7 +73,7 @@ class Worker:
             command = [sys.executable, "-S", "-s", "-P", "-B", "-c", START]
             self.process = subprocess.Popen(
                 [*command, level, str(os.getpid()), sysconfig.get_path("purelib")],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -117,7 +117,8 @@ class Sandbox:
     def __init__(self, workers: int | None = None, level: Level | None = None, grace_s: float = GRACE_S):
         self.grace_s = grace_s
         self.num_workers = workers or os.cpu_count() or 1
-        self.asked, self.level = level, level
+        self.asked: Level | None = level
+        self.level: Level | None = level
         self.reasons: list[str] = []
         self.missing = ""
         self.num_runs = self.num_repeated = self.num_hung = 0
@@ -194,7 +195,7 @@ class Sandbox:
                 raise SandboxUnavailable("the sandbox was closed")
             if self.level is not None and (self.level == self.asked == "rlimits" or self._all):
                 return self._start_at(self.level)
-            levels: tuple[Level, ...] = (self.asked,) if self.asked else ("namespaces", "landlock")
+            levels: list[Level] = [self.asked] if self.asked else ["namespaces", "landlock"]
             self.reasons = []
             for level in levels:
                 try:

@@ -50,8 +50,9 @@ def send_request(peer: socket.socket, request: Request) -> None:
 def receive_request(peer: socket.socket) -> Request | None:
     """Return the next request, None when the trainer is gone."""
     try:
-        num_code, num_payload, num_entry, *limits = REQUEST.unpack(receive(peer, REQUEST.size))
-        return Request(receive(peer, num_code), receive(peer, num_payload), receive(peer, num_entry), *limits)
+        num_code, num_payload, num_entry, wall_s, *sizes = REQUEST.unpack(receive(peer, REQUEST.size))
+        code, payload, entry = receive(peer, num_code), receive(peer, num_payload), receive(peer, num_entry)
+        return Request(code, payload, entry, wall_s, sizes[0], sizes[1], sizes[2])
     except EOFError:
         return None
 
@@ -69,8 +70,9 @@ def receive_reply(peer: socket.socket) -> Reply:
         EOFError: if the zygote is gone.
         TimeoutError: if the socket has a time-out and it passed.
     """
-    *numbers, num_stdout, num_stderr, num_result = REPLY.unpack(receive(peer, REPLY.size))
-    return Reply(*numbers, receive(peer, num_stdout), receive(peer, num_stderr), receive(peer, num_result))
+    end, status, wall_s, cpu_s, peak_kb, *sizes = REPLY.unpack(receive(peer, REPLY.size))
+    stdout, stderr, result = (receive(peer, size) for size in sizes)
+    return Reply(end, status, wall_s, cpu_s, peak_kb, stdout, stderr, result)
 
 
 def receive(peer: socket.socket, count: int) -> bytes:

@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
 from pmd.sandbox import child, kernel, landlock, rooms, seccomp
 from pmd.sandbox.protocol import HELLO
@@ -78,7 +79,7 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
 
 
 def _optional_walls(
-    level: str, files: tuple[list[str], list[str], list[str]], missing: list[str]
+    level: str, files: tuple[Sequence[str], Sequence[str], Sequence[str]], missing: list[str]
 ) -> tuple[int | None, bytes | None]:
     """Return Landlock's rule set and the seccomp program; only the weak level may go without them."""
     ruleset = program = None

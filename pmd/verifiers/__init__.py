@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.types import Task, Verdict
@@ -57,8 +58,7 @@ def load_own_verifier(path: str) -> Verifier:
     """Return the function at a dotted path, or an instance of the class there, made once and without arguments."""
     module_name, _, attribute = path.rpartition(".")
     found = getattr(importlib.import_module(module_name), attribute)
-    verifier: Verifier = found() if inspect.isclass(found) else found
-    return verifier
+    return cast(Verifier, found() if inspect.isclass(found) else found)
 
 
 def describe_verifier_problem(name: str) -> str | None:
