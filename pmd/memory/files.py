@@ -17,7 +17,10 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
     """Open the file; a reader never writes, not even a log beside a store in a read-only folder."""
     try:
         if read_only:
-            mode = "ro" if os.access(path.parent, os.W_OK) else "ro&immutable=1"
+            log = path.with_name(path.name + "-wal")
+            has_log = log.exists() and log.stat().st_size > 0
+            # SQLite wants to make the log's files; where it cannot, and there is no log, the file alone is the store.
+            mode = "ro" if has_log or os.access(path.parent, os.W_OK) else "ro&immutable=1"
             db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA query_only=ON")
             return db

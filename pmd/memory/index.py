@@ -140,8 +140,12 @@ class ProblemIndex:
         assert self._graph is not None
         partial = self._path.with_suffix(".partial")
         self._graph.save_index(str(partial))
-        if not partial.exists():  # hnswlib raises nothing
-            raise MemoryStoreError(f"memory index={self._path} could not be written; check free space and permissions.")
+        if not partial.exists() or partial.stat().st_size != self._graph.index_file_size():  # hnswlib raises nothing
+            partial.unlink(missing_ok=True)
+            raise MemoryStoreError(
+                f"memory index={self._path} could not be written whole; check free disk space and permissions. "
+                "The store itself is unharmed: the index is made anew from it."
+            )
         _sync(partial)
         manifest = self._manifest(_file_sha(partial), self._ids, self._vectors)
         manifest_partial = self._manifest_path.with_suffix(".json.partial")

@@ -56,7 +56,7 @@ def export_file(store: MemoryStore, path: Path, *, experiences: bool = False) ->
 def import_file(store: MemoryStore, path: Path) -> dict[str, int]:
     """Add an export to a store, all or nothing; returns how many of each type are new.
 
-    A problem already there stays; an insight with the same problem, kind and text gains the other's support.
+    A problem or behaviour already there stays; an insight with the same problem, kind and text gains support.
 
     Raises:
         MemoryStoreError: a line is no part of an export, with its number; or a problem is held out or differs.
@@ -118,14 +118,16 @@ def _import_item(writer: Writer, table: str, line: Line, ids: dict[tuple[str, in
     parents = [ids[parent_table, parent] for parent in line.pop("parents") if (parent_table, parent) in ids]
     if level < 2:
         line["problem_id"] = ids["problem", line["problem_id"]]
-        unique = ("correct", "signature") if level == 0 else ("kind", "content")
-        known = writer.ledger.db.execute(
-            f"SELECT id, support FROM {table} WHERE problem_id = ? AND {unique[0]} = ? AND {unique[1]} = ?",
-            (line["problem_id"], line[unique[0]], line[unique[1]]),
-        ).fetchone()
-        if known is not None:
+    same = {0: ("problem_id", "correct", "signature"), 1: ("problem_id", "kind", "content"), 2: ("polarity", "content")}
+    known = writer.ledger.db.execute(
+        f"SELECT id, support FROM {table} WHERE {' AND '.join(f'{column} = ?' for column in same[level])}"
+        + (" AND status = 'active'" if level == 2 else ""),
+        tuple(line[column] for column in same[level]),
+    ).fetchone()
+    if known is not None:
+        if level < 2:  # a behaviour's support counts problems, and these are there already
             writer.ledger.change(level, known[0], {"support": known[1] + line["support"]}, "import")
-            return known[0], False
+        return known[0], False
     return writer.ledger.add(level, _known_columns(writer, table, line), "import", parents), True
 
 

@@ -92,7 +92,7 @@ def test_an_export_gives_another_store_the_same_memory(world, grown, tmp_path):
         ]  # fmt: skip
         assert found[0] == found[1]
         again = import_file(other, tmp_path / "m.jsonl")
-        assert again["problem"] == again["insights"] == 0
+        assert set(again.values()) == {0}
     with MemoryStore.open(tmp_path / "third.sqlite", embedder=HashEmbedder(32)) as third:  # another embedder will do
         export_file(grown, tmp_path / "all.jsonl", experiences=True)
         assert import_file(third, tmp_path / "all.jsonl")["experiences"] == len(grown.experiences())

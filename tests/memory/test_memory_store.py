@@ -1,6 +1,7 @@
 """One truth: transactions, damage, mismatch, snapshots, kills."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 from memory_world import make_task
 
-from pmd.config import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import ProblemIndex
@@ -188,33 +188,79 @@ index = ProblemIndex.open(store)
 print("open", flush=True)
 while True:
     world.write_epoch(store, store.generation, attempts=2)
-    index.refresh()
     print(store.generation, flush=True)
+    index.refresh()
+    data = store.snapshot()
+    store.close()
+    MemoryStore.restore({path!r}, data)
+    store = MemoryStore.open({path!r}, embedder=world.embedder())
+    index = ProblemIndex.open(store)
 """
 
 
-def test_killed_at_any_moment_the_store_opens_whole(world, tmp_path):
-    path = tmp_path / "m.sqlite"
-    reference = MemoryStore.open(tmp_path / "reference.sqlite", embedder=world.embedder())
+def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> int:
+    """Kill a writing process again and again; returns the generation that was reached."""
+    path = folder / "m.sqlite"
+    reference = MemoryStore.open(folder / "reference.sqlite", embedder=world.embedder())
     contents = {0: dump(reference)}
-    for moment in range(6):
+    for _ in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED.format(path=str(path))],
             cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
-        time.sleep(0.05 + 0.11 * moment)
+        time.sleep(moments.uniform(0.0, 0.6))
         os.kill(process.pid, signal.SIGKILL)
         told = [int(line) for line in process.stdout.read().splitlines() if line.strip().isdigit()]
         process.wait()
-        with MemoryStore.open(path, embedder=world.embedder(), config=MemoryConfig()) as store:
+        with MemoryStore.open(path, embedder=world.embedder()) as store:
             assert store.generation >= max(told, default=0)  # nothing committed is lost
             while reference.generation < store.generation:
                 world.write_epoch(reference, reference.generation, attempts=2)
                 contents[reference.generation] = dump(reference)
             assert dump(store) == contents[store.generation]  # nothing half written
-            index = ProblemIndex.open(store)
-            assert len(index) == len(store.problems())
-    assert reference.generation >= 2
+            assert len(ProblemIndex.open(store)) == len(store.problems())
     reference.close()
+    return reference.generation
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(33, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_killed_at_any_moment_the_store_opens_whole(world, tmp_path, rounds):
+    """Kills fall into writing, clustering, snapshots, restoring and the making of the index."""
+    moments = random.Random(rounds)
+    for n in range(rounds):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        assert kill_and_reopen(world, folder, moments, kills=6) >= 1
+
+
+def test_a_full_disk_is_named_and_harms_nothing(world, tmp_path):
+    """A limit on file sizes stands for the disk: hnswlib reports nothing when its file is cut short."""
+    script = textwrap.dedent(f"""
+        import resource, signal
+        from memory_world import World
+        from pmd.errors import MemoryStoreError
+        from pmd.memory.index import ProblemIndex
+        from pmd.memory.store import MemoryStore
+        world = World()
+        store = MemoryStore.open({str(tmp_path / "m.sqlite")!r}, embedder=world.embedder())
+        world.write_epoch(store, 0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        for act in (lambda: ProblemIndex.open(store), lambda: world.write_epoch(store, 1)):
+            try:
+                act()
+            except MemoryStoreError as error:
+                print(error)
+        assert store.generation == 1
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    index_error, store_error = done.stdout.splitlines()
+    assert "could not be written whole; check free disk space" in index_error
+    assert "could not be written (" in store_error
+    with MemoryStore.open(tmp_path / "m.sqlite", embedder=world.embedder()) as store:
+        assert store.generation == 1
+        assert len(ProblemIndex.open(store)) == 192
