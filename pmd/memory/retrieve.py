@@ -118,12 +118,12 @@ class Retriever:
     def _select(self, view: View, query: Query, vector: np.ndarray, hits: Hits) -> list[Procedure]:
         """Fill the quotas in order: behaviours, strategies and contrasts, experience, lessons with what is left."""
         config = self._config
-        hits = self._neighbours(view, query, hits)
+        hits, floor = self._neighbours(view, query, hits)
         strategies, lessons = self._insights(view, hits)
         max_experiences = config.k if set(config.levels) == {0} else 1
         chosen: list[Procedure] = []
         for ranking, quota in (
-            (self._behaviours(view, vector, hits), config.max_behaviours),
+            (self._behaviours(view, vector, hits, floor), config.max_behaviours),
             (strategies, config.max_strategies),
             (self._experiences(view, query, hits), max_experiences),
             (lessons, config.k if config.max_lessons is None else config.max_lessons),
@@ -132,14 +132,12 @@ class Retriever:
         random.Random(query.seed).shuffle(chosen)
         return chosen
 
-    def _neighbours(self, view: View, query: Query, hits: Hits) -> Hits:
-        """Keep the hits that are near enough, the excluded task left out."""
+    def _neighbours(self, view: View, query: Query, hits: Hits) -> tuple[Hits, float]:
+        """Keep the hits that are near enough, the excluded task left out; also return what near enough is."""
         allowed = [hit for hit in hits if view.task_ids[hit[0]] != query.exclude_task_id]
-        if not allowed:
-            return []
         others = [similarity for _, similarity in allowed if similarity < SAME_PROBLEM]
         floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
-        return [hit for hit in allowed if hit[1] >= floor][: self._config.neighbours]
+        return [hit for hit in allowed if hit[1] >= floor][: self._config.neighbours], floor
 
     def _insights(self, view: View, hits: Hits) -> tuple[_Ranking, _Ranking]:
         strategies, lessons = _Ranking(), _Ranking()
@@ -154,7 +152,7 @@ class Retriever:
                     ranking.add(procedure, similarity)
         return strategies, lessons
 
-    def _behaviours(self, view: View, vector: np.ndarray, hits: Hits) -> _Ranking:
+    def _behaviours(self, view: View, vector: np.ndarray, hits: Hits, floor: float) -> _Ranking:
         """Rank behaviours by the neighbours among their problems, and by their own text's similarity."""
         ranking = _Ranking()
         if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not view.behaviours:
@@ -165,9 +163,7 @@ class Retriever:
             for problem_id, similarity in hits
             for position in view.behaviours_of.get(problem_id, ())
         ]
-        support += [
-            (int(position), float(own[position])) for position in np.flatnonzero(own >= self._config.min_similarity)
-        ]
+        support += [(int(position), float(own[position])) for position in np.flatnonzero(own >= floor)]
         for position, similarity in support:
             behaviour_id, text = view.behaviours[position]
             procedure = Procedure(behaviour_id, 2, "behaviour", text, None, None, float(own[position]))

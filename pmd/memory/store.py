@@ -86,6 +86,11 @@ class MemoryStore:
             raise MemoryStoreError("update() inside update(): finish the first before opening another.")
         try:
             self._db.execute("BEGIN IMMEDIATE")
+            if int(self.meta("generation")) != self.generation:
+                raise MemoryStoreError(
+                    f"memory store={self.path} is at generation={self.meta('generation')}, this process read "
+                    f"{self.generation}: another process wrote to it. Give each run a store of its own."
+                )
             self._writer = Writer(self._db, self.generation + 1, self.embedder, self.config)
             yield self._writer
             self._writer.finish(self._retrievals)

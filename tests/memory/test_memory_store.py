@@ -51,6 +51,15 @@ def test_updates_do_not_nest(open_store):
     assert store.generation == 0
 
 
+def test_a_second_writer_is_found_out(open_store):
+    first, second = open_store(), open_store()
+    with first.update() as writer:
+        writer.add_problem(make_task())
+    with pytest.raises(MemoryStoreError, match="another process wrote to it"), second.update():
+        pass
+    assert first.generation == int(second.meta("generation")) == 1
+
+
 def test_retrievals_are_written_with_the_next_update(open_store):
     store = open_store()
     store.log_retrievals(7, "g", [Procedure(3, 1, "lesson", "x", 1, "t", 0.5)])
