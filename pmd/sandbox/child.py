@@ -62,19 +62,24 @@ def prepare(packages: str) -> int:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main(
-    request: Request, descriptors: tuple[int, ...], confinement: "Confinement", offsets: tuple[int, ...]
-) -> NoReturn:
+def main(request: Request, stdin: int, ready: int, confinement: "Confinement", offsets: tuple[int, ...]) -> NoReturn:
     """Shut this process in and run the program."""
+    files = request.files
     try:
-        _arrange_descriptors(descriptors, confinement.ruleset)
+        code, payload = _read(files.code), _read(files.payload) if request.entry else b""
+        _arrange_descriptors((stdin, files.stdout, files.stderr, files.result, ready), confinement.ruleset)
         _shut_in(request, confinement, offsets)
         os.write(READY, b"!")
         os.close(READY)
     except BaseException as error:
         os.write(2, f"the sandbox could not be set up: {error!r}".encode())
         os._exit(EXIT_ERROR)
-    _run(request)
+    _run(code.decode(errors="replace"), request.entry, payload)
+
+
+def _read(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as file:
+        return file.read()
 
 
 def _arrange_descriptors(descriptors: tuple[int, ...], ruleset: int | None) -> None:
@@ -124,16 +129,16 @@ def _set_limits(request: Request, confinement: "Confinement") -> None:
         resource.setrlimit(which, (most, most))
 
 
-def _run(request: Request) -> NoReturn:
+def _run(source: str, entry: str, payload: bytes) -> NoReturn:
     """Run the program as `python main.py` would, or call its entry; end with what Python would end with."""
     code = 0
     try:
         _open_streams()
         random.seed(0)  # the same program gets the same verdict every time
-        if request.entry:
-            _call_entry(request)
+        if entry:
+            _call_entry(source, entry, payload)
         else:
-            exec(_compile(request), _new_module("__main__"))
+            exec(_compile(source), _new_module("__main__"))
     except SystemExit:
         pass  # LiveCodeBench lets a program end itself with any status
     except MemoryError:
@@ -183,8 +188,7 @@ def _open_streams() -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
 
 
-def _compile(request: Request) -> types.CodeType:
-    source = request.code.decode(errors="replace")
+def _compile(source: str) -> types.CodeType:
     linecache.cache[FILE_NAME] = (len(source), None, source.splitlines(keepends=True), FILE_NAME)
     return compile(source, FILE_NAME, "exec", dont_inherit=True)
 
@@ -199,16 +203,17 @@ def _new_module(name: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def _call_entry(request: Request) -> None:
+def _call_entry(source: str, entry: str, payload: bytes) -> None:
     """Call the function, or the method of that name of `Solution`, and write what it returns as JSON."""
-    arguments = json.loads(request.payload)
-    entry = request.entry.decode()
+    arguments = json.loads(payload)
     names = _new_module("solution")
     names.pop(entry, None)  # the harness's `add` is not the program's
-    exec(_compile(request), names)
+    exec(_compile(source), names)
     solution = names.get("Solution")
-    is_method = isinstance(solution, type) and hasattr(solution, entry)
-    function = getattr(solution(), entry) if is_method else names.get(entry)
+    if isinstance(solution, type) and hasattr(solution, entry):
+        function = getattr(solution(), entry)
+    else:
+        function = names.get(entry)
     if not callable(function):
         raise NameError(f"neither a function {entry!r} nor a method of class Solution with that name is defined")
     value = function(*arguments)

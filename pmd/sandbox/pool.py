@@ -14,12 +14,14 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pmd.sandbox import protocol
-from pmd.sandbox.protocol import Reply, Request
+from pmd.sandbox.protocol import Limits, Reply, Request
+from pmd.sandbox.streams import Streams
 
 Level = Literal["namespaces", "landlock", "rlimits"]
 End = Literal["finished", "runtime_error", "timeout", "memory", "output_limit", "sandbox_error"]
@@ -44,12 +46,12 @@ class SandboxUnavailable(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What one run may use."""
+class Program:
+    """What is run: source, and its input; with an entry, the JSON list of its arguments."""
 
-    wall_s: float = 6.0
-    memory_mb: int = 512
-    output_bytes: int = 4 << 20
+    code: bytes
+    payload: bytes = b""
+    entry: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,24 @@ class Worker:
             raise SandboxUnavailable(text)
         return text
 
-    def run(self, request: Request, grace_s: float = GRACE_S) -> Reply:
+    def run(self, program: Program, limits: Limits, grace_s: float = GRACE_S) -> tuple[Reply, Streams]:
         """Run one program; raises EOFError, OSError or TimeoutError if the worker is of no use any more."""
-        self.peer.settimeout(request.wall_s + grace_s)
-        protocol.send_request(self.peer, request)
-        return protocol.receive_reply(self.peer)
+        with Streams(limits.output_bytes) as streams:
+            code, payload = protocol.memory_file(program.code), protocol.memory_file(program.payload)
+            files = protocol.Files(code, payload, *streams.writers)
+            cpu_s = math.ceil(limits.wall_s) + 1
+            self.peer.settimeout(limits.wall_s + grace_s)
+            try:
+                request = Request(limits.wall_s, limits.memory_mb, cpu_s, program.entry, files)
+                protocol.send_request(self.peer, request)
+            finally:
+                for descriptor in files:
+                    os.close(descriptor)
+            if not streams.follow(self.peer, time.monotonic() + limits.wall_s + grace_s):
+                raise TimeoutError("the worker did not answer in time")
+            reply = protocol.receive_reply(self.peer)
+            streams.drain()
+            return reply, streams
 
     def close(self) -> None:
         """End supervisor, zygote and whatever runs under them."""
@@ -144,36 +159,31 @@ class Sandbox:
         Raises:
             SandboxUnavailable: if no level that may be used works.
         """
-        cpu_s = math.ceil(limits.wall_s) + 1
-        texts = code.encode(errors="replace"), payload, entry.encode()
-        request = Request(*texts, limits.wall_s, limits.memory_mb, limits.output_bytes, cpu_s)
-        reason = ""
+        program, reason = Program(code.encode(errors="replace"), payload, entry), ""
         for _ in range(2):
-            reply = self._attempt(request)
-            if isinstance(reply, Reply) and reply.end != protocol.NOT_STARTED:
-                return outcome_of(reply, limits)
-            reason = reply.stderr.decode(errors="replace") if isinstance(reply, Reply) else reply
+            outcome = self._attempt(program, limits)
+            if isinstance(outcome, Outcome):
+                return outcome
+            reason = outcome
             with self._lock:
                 self.num_repeated += 1
         return Outcome("sandbox_error", stderr=reason.encode())
 
-    def _attempt(self, request: Request) -> Reply | str:
-        worker: Worker | None = self._take()
+    def _attempt(self, program: Program, limits: Limits) -> Outcome | str:
+        """Return the outcome, or why there is none."""
+        worker, keep = self._take(), False
         try:
-            reply = worker.run(request, self.grace_s)
-            kept = worker if reply.end != protocol.NOT_STARTED else None
-            self.num_runs += 1
+            reply, streams = worker.run(program, limits, self.grace_s)
+            keep = reply.end != protocol.NOT_STARTED
+            self.num_runs += keep
+            return outcome_of(reply, streams, limits) if keep else streams.texts[1].decode(errors="replace")
         except (EOFError, OSError) as error:
             self.num_hung += isinstance(error, TimeoutError)
-            reply, kept = f"the worker failed: {error!r}", None
-        except BaseException:  # Ctrl-C in the middle: what the worker will still say belongs to no one
-            self._discard(worker)
-            self._idle.put(None)
-            raise
-        if kept is None:
-            self._discard(worker)
-        self._idle.put(kept)
-        return reply
+            return f"the worker failed: {error!r}"
+        finally:  # also on Ctrl-C: what the worker would still say belongs to no one
+            if not keep:
+                self._discard(worker)
+            self._idle.put(worker if keep else None)
 
     def _take(self) -> Worker:
         if os.getpid() != self._owner:
@@ -221,12 +231,11 @@ class Sandbox:
         """Refuse a level that lets through what it should hold."""
         if level == "rlimits":
             return
-        reply = worker.run(Request(PROBE, b"", b"", 20.0, 512, 1 << 16, 20))
-        if reply.stdout.strip() != b"True":
+        _, streams = worker.run(Program(PROBE), Limits(wall_s=20.0))
+        if streams.texts[0].strip() != b"True":
             worker.close()
-            raise SandboxUnavailable(
-                f"a probe got out ({(reply.stdout + reply.stderr)[-200:].decode(errors='replace')})"
-            )
+            said = b"".join(streams.texts)[-200:].decode(errors="replace")
+            raise SandboxUnavailable(f"a probe got out ({said})")
 
     def _discard(self, worker: Worker) -> None:
         self._all.discard(worker)
@@ -242,18 +251,18 @@ class Sandbox:
         atexit.unregister(self.close)
 
 
-def outcome_of(reply: Reply, limits: Limits) -> Outcome:
+def outcome_of(reply: Reply, streams: Streams, limits: Limits) -> Outcome:
     """Name how a run ended, from what the kernel and the zygote say; the program's word only ever harms itself."""
     code = os.waitstatus_to_exitcode(reply.wait_status)
     memory_full = reply.peak_kb * 1024 >= 0.9 * (limits.memory_mb << 20)
     end: End = "finished" if code == 0 else "runtime_error"
-    if reply.end == protocol.FLOODED or code == -signal.SIGXFSZ:
+    if streams.flooded or code == -signal.SIGXFSZ:
         end = "output_limit"
     elif reply.end == protocol.TIMED_OUT or code == -signal.SIGXCPU or reply.cpu_s > math.ceil(limits.wall_s) + 0.9:
         end = "timeout"
     elif code == protocol.EXIT_MEMORY or (code == -signal.SIGKILL and memory_full):
         end = "memory"
-    stderr = reply.stderr
+    stdout, stderr, result = streams.texts
     if code < 0 and end == "runtime_error":
         stderr += f"\nended by signal {signal.Signals(-code).name}".encode()
-    return Outcome(end, reply.stdout, stderr, reply.result, reply.wall_s, reply.cpu_s)
+    return Outcome(end, stdout, stderr, result, reply.wall_s, reply.cpu_s)

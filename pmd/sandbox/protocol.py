@@ -1,86 +1,111 @@
-"""The bytes between trainer and zygote. Numbers and raw bytes only: nothing that comes back is ever unpickled.
+"""What passes between trainer and zygote: numbers, and descriptors of the files and pipes that hold the bytes.
 
-Request: a `Request` header and two byte strings. Reply: a `Reply` header and three. Both sides are ours; what a
-program wrote is only ever inside the byte strings.
+The zygote never holds a program, its input or its output: those lie in sealed memory files and pipes that the trainer
+makes and the child uses. A program that searches its inherited memory therefore finds nothing of the runs before it.
+Nothing that comes back is ever unpickled.
 """
 
+import fcntl
+import os
 import socket
 import struct
 from typing import NamedTuple
 
 HELLO = struct.Struct("<II")  # 1 ready or 0 failed, length of the text that follows
-REQUEST = struct.Struct("<IIIdIII")
-REPLY = struct.Struct("<BiddIIII")
-ENDED, TIMED_OUT, FLOODED, NOT_STARTED = range(4)
+REQUEST = struct.Struct("<dIII")  # and the entry's name, and the descriptors
+REPLY = struct.Struct("<Biddi")
+KILL = b"K"  # from the trainer, in the middle of a run: the program wrote too much
+ENDED, TIMED_OUT, NOT_STARTED = range(3)
 EXIT_MEMORY = 97  # how a child says that memory ran out
+NUM_FILES = 5
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class Limits(NamedTuple):
+    """What one run may use."""
+
+    wall_s: float = 6.0
+    memory_mb: int = 512
+    output_bytes: int = 4 << 20
+
+
+class Files(NamedTuple):
+    """Descriptors of one run: two memory files, three writing ends of pipes."""
+
+    code: int
+    payload: int  # stdin, or for an entry the JSON list of its arguments
+    stdout: int
+    stderr: int
+    result: int
 
 
 class Request(NamedTuple):
-    """One run. `entry` is empty for a program that reads stdin; otherwise `payload` is the JSON list of arguments."""
+    """One run as the zygote sees it. `entry` is empty for a program that reads stdin."""
 
-    code: bytes
-    payload: bytes
-    entry: bytes
     wall_s: float
     memory_mb: int
-    output_bytes: int
     cpu_s: int
+    entry: str
+    files: Files
 
 
 class Reply(NamedTuple):
-    """How a run ended. `wait_status` is that of waitpid; `result` what the function returned, as JSON."""
+    """How a run ended. `wait_status` is that of waitpid."""
 
     end: int
     wait_status: int
     wall_s: float
     cpu_s: float
     peak_kb: int
-    stdout: bytes
-    stderr: bytes
-    result: bytes
 
 
 def send_request(peer: socket.socket, request: Request) -> None:
-    """Send one request."""
-    texts = request.code, request.payload, request.entry
-    header = REQUEST.pack(*map(len, texts), request.wall_s, request.memory_mb, request.output_bytes, request.cpu_s)
-    peer.sendall(b"".join((header, *texts)))
+    """Send one request with its descriptors."""
+    name = request.entry.encode()
+    header = REQUEST.pack(request.wall_s, request.memory_mb, request.cpu_s, len(name))
+    socket.send_fds(peer, [header + name], request.files)
 
 
 def receive_request(peer: socket.socket) -> Request | None:
-    """Return the next request, None when the trainer is gone."""
+    """Return the next request, None when the trainer is gone. A late KILL for the run before is skipped."""
     try:
-        num_code, num_payload, num_entry, wall_s, *sizes = REQUEST.unpack(receive(peer, REQUEST.size))
-        code, payload, entry = receive(peer, num_code), receive(peer, num_payload), receive(peer, num_entry)
-        return Request(code, payload, entry, wall_s, sizes[0], sizes[1], sizes[2])
+        first, descriptors = KILL, []
+        while first == KILL and not descriptors:
+            first, descriptors, _, _ = socket.recv_fds(peer, 1, NUM_FILES)
+        if not first:
+            return None
+        wall_s, memory_mb, cpu_s, length = REQUEST.unpack(first + receive(peer, REQUEST.size - 1))
+        return Request(wall_s, memory_mb, cpu_s, receive(peer, length).decode(), Files(*descriptors))
     except EOFError:
         return None
 
 
 def send_reply(peer: socket.socket, reply: Reply) -> None:
     """Send one reply."""
-    texts = reply[5:]
-    peer.sendall(b"".join((REPLY.pack(*reply[:5], *map(len, texts)), *texts)))
+    peer.sendall(REPLY.pack(*reply))
 
 
 def receive_reply(peer: socket.socket) -> Reply:
-    """Return the reply to a request.
-
-    Raises:
-        EOFError: if the zygote is gone.
-        TimeoutError: if the socket has a time-out and it passed.
-    """
-    end, status, wall_s, cpu_s, peak_kb, *sizes = REPLY.unpack(receive(peer, REPLY.size))
-    stdout, stderr, result = (receive(peer, size) for size in sizes)
-    return Reply(end, status, wall_s, cpu_s, peak_kb, stdout, stderr, result)
+    """Return the reply to a request; EOFError if the zygote is gone, TimeoutError if the socket's time is up."""
+    return Reply(*REPLY.unpack(receive(peer, REPLY.size)))
 
 
 def receive(peer: socket.socket, count: int) -> bytes:
     """Return exactly `count` bytes."""
     parts = bytearray()
     while len(parts) < count:
-        part = peer.recv(min(count - len(parts), 1 << 20))
+        part = peer.recv(count - len(parts))
         if not part:
             raise EOFError("the other side is gone")
         parts += part
     return bytes(parts)
+
+
+def memory_file(content: bytes) -> int:
+    """Return a descriptor of a file in memory that nobody can change any more, at its start."""
+    descriptor = os.memfd_create("pmd", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+    return descriptor

@@ -1,11 +1,10 @@
-"""The zygote: one request after another enters; each forks one confined child, whose bytes and end leave.
+"""The zygote: one request after another enters; each forks one confined child, whose end leaves.
 
 Single-threaded, with the usual modules imported once, so that a run costs a fork. It waits for the child's death on a
-pidfd, never for the end of a pipe, and kills at the wall limit.
+pidfd, never for the end of a pipe, and kills at the wall limit, when the trainer says so, and when the trainer is gone.
 """
 
 import contextlib
-import fcntl
 import gc
 import os
 import select
@@ -17,11 +16,8 @@ from typing import NamedTuple
 from pmd.sandbox import child, protocol, rooms, seccomp
 from pmd.sandbox.protocol import Reply, Request
 
-STDERR_KEPT, STDERR_MOST = 16 << 10, 32 << 20
-CHUNK = 1 << 16
 #: How long a killed child may take to die before the zygote gives itself up.
 DYING_S = 5.0
-SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class Confinement(NamedTuple):
@@ -32,35 +28,6 @@ class Confinement(NamedTuple):
     ruleset: int | None  # Landlock
     filter: bytes | None  # seccomp
     base_bytes: int  # address space of the interpreter before a program runs
-
-
-class Pipe:
-    """The reading end of one of the child's outputs."""
-
-    def __init__(self, most: int, kept: int | None = None):
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
-        self.content = bytearray()
-        self.most, self.kept = most, kept
-        self.num_read, self.ended = 0, False
-
-    def drain(self) -> bool:
-        """Read what is there; return whether the child has written more than it may."""
-        with contextlib.suppress(BlockingIOError):
-            while self.num_read <= self.most:
-                part = os.read(self.reader, CHUNK)
-                if not part:
-                    self.ended = True
-                    break
-                self.num_read += len(part)
-                self.content += part
-                if self.kept is not None and len(self.content) > 2 * self.kept:
-                    del self.content[: -self.kept]
-        return self.num_read > self.most
-
-    def close(self) -> None:
-        """Close the reading end."""
-        os.close(self.reader)
 
 
 def serve(peer: socket.socket, confinement: Confinement) -> None:
@@ -80,18 +47,15 @@ def serve(peer: socket.socket, confinement: Confinement) -> None:
 
 def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], peer: socket.socket) -> Reply | None:
     """Run one program to its end; None if the trainer went away meanwhile."""
-    stdin = _stdin_file(b"" if request.entry else request.payload, confinement.own_root)
-    stdout, stderr = Pipe(request.output_bytes), Pipe(STDERR_MOST, STDERR_KEPT)
-    result, ready = Pipe(request.output_bytes), Pipe(1)
+    stdin = _stdin_file(request, confinement.own_root)
+    ready, ready_writer = os.pipe()
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        descriptors = (stdin, stdout.writer, stderr.writer, result.writer, ready.writer)
-        child.main(request, descriptors, confinement, offsets)
-    pipes = (stdout, stderr, result, ready)
-    for descriptor in (stdin, *(pipe.writer for pipe in pipes)):
+        child.main(request, stdin, ready_writer, confinement, offsets)
+    for descriptor in {stdin, ready_writer, *request.files}:
         os.close(descriptor)
-    end = _watch(pid, pipes[:3], started + request.wall_s, peer)
+    end = _watch(pid, started + request.wall_s, peer)
     wall_s = time.monotonic() - started
     if end is None:
         return None
@@ -100,61 +64,44 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing
         rooms.clear_writable()
-    flooded = [pipe.drain() for pipe in pipes]
-    if end == protocol.ENDED and any(flooded):
-        end = protocol.FLOODED
-    if not ready.content:
-        end = protocol.NOT_STARTED
-    for pipe in pipes:
-        pipe.close()
-    texts = bytes(stdout.content), bytes(stderr.content[-STDERR_KEPT:]), bytes(result.content)
-    return Reply(end, status, wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, *texts)
+    os.set_blocking(ready, False)
+    with contextlib.suppress(BlockingIOError):
+        end = end if os.read(ready, 1) else protocol.NOT_STARTED
+    os.close(ready)
+    return Reply(end, status, wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 
-def _watch(pid: int, pipes: tuple[Pipe, ...], deadline: float, peer: socket.socket) -> int | None:
-    """Read the outputs until the child has ended or must; None if the trainer went away or the child cannot die."""
+def _watch(pid: int, deadline: float, peer: socket.socket) -> int | None:
+    """Wait until the child has ended or must; None if the trainer went away or the child cannot die."""
     process = os.pidfd_open(pid)
-    by_descriptor = {pipe.reader: pipe for pipe in pipes}
     poll = select.poll()
-    for descriptor in (process, peer.fileno(), *by_descriptor):
-        poll.register(descriptor, select.POLLIN)
-    end = protocol.ENDED
+    poll.register(process, select.POLLIN)
+    poll.register(peer, select.POLLIN)
     try:
-        while True:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 and end == protocol.ENDED:
-                end = protocol.TIMED_OUT
-            if end != protocol.ENDED:
-                os.kill(pid, signal.SIGKILL)
-                return end if _has_ended(process) else None
-            ready = [descriptor for descriptor, _ in poll.poll(max(1.0, left_s * 1000))]
-            if peer.fileno() in ready:
-                os.kill(pid, signal.SIGKILL)
-                return None
-            if process in ready:
-                return end
-            for descriptor in ready:
-                if by_descriptor[descriptor].drain():
-                    end = protocol.FLOODED
-                elif by_descriptor[descriptor].ended:
-                    poll.unregister(descriptor)
+        ready = {descriptor for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+        if process in ready:
+            return protocol.ENDED
+        os.kill(pid, signal.SIGKILL)
+        if ready and peer.recv(1) != protocol.KILL:
+            return None
+        has_died = select.select([process], [], [], DYING_S)[0]
+        if not has_died:
+            return None
+        return protocol.ENDED if ready else protocol.TIMED_OUT
     finally:
         os.close(process)
 
 
-def _has_ended(process: int) -> bool:
-    return bool(select.select([process], [], [], DYING_S)[0])
-
-
-def _stdin_file(content: bytes, own_root: bool) -> int:
-    """Return a descriptor of a read-only file with the input."""
-    if own_root:
-        with open(rooms.STDIN_FILE, "wb") as file:  # in place: Landlock knows the file, not its name
-            file.write(content)
-        return os.open(rooms.STDIN_FILE, os.O_RDONLY)
-    descriptor = os.memfd_create("stdin", os.MFD_ALLOW_SEALING)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-    return descriptor
+def _stdin_file(request: Request, own_root: bool) -> int:
+    """Return the descriptor of the input; in a root of our own, it also stands at /dev/stdin."""
+    if request.entry:
+        return os.open(os.devnull, os.O_RDONLY)
+    if not own_root:
+        return request.files.payload
+    size = os.fstat(request.files.payload).st_size
+    target = os.open(rooms.STDIN_FILE, os.O_WRONLY | os.O_TRUNC)  # in place: Landlock knows the file, not its name
+    copied = 0
+    while copied < size:
+        copied += os.sendfile(target, request.files.payload, copied, size - copied)
+    os.close(target)
+    return os.open(rooms.STDIN_FILE, os.O_RDONLY)

@@ -85,10 +85,6 @@ REFUSED = {
     "multiprocessing": attack("import multiprocessing as m", "p = m.Process(target=print)", "p.start(); p.join()"),
     "process pool": "from concurrent.futures import ProcessPoolExecutor as P\nprint(P(1).submit(sum, [1, 2]).result())",
     "own session": attack("import os", "os.setsid()"),
-    "thread bomb": (
-        "import threading, time\nthreading.stack_size(32768)\nn = 0\n"
-        "while n < 5000:\n    threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); n += 1\nprint(3)"
-    ),
     # other processes
     "kill the parent": attack("import os", "os.kill(os.getppid(), 9)"),
     "kill process 1": attack("import os", "os.kill(1, 9)"),
@@ -215,6 +211,10 @@ GREEDY = {
 }
 #: Must be stopped, one way or another.
 STOPPED = {
+    "thread bomb": (
+        "import threading, time\nthreading.stack_size(32768)\nn = 0\n"
+        "while n < 5000:\n    threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); n += 1\nprint(3)"
+    ),
     "out of memory status": "import os; os.write(1, b'3\\n'); os._exit(97)",
     "map": "import mmap; x = mmap.mmap(-1, 1 << 36)",
     "map and touch": "import mmap\nx = []\nwhile True:\n    m = mmap.mmap(-1, 1 << 24); m.write(bytes(1 << 24)); x.append(m)",

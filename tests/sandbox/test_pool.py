@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -194,14 +195,52 @@ def test_landlock_is_found_where_the_kernel_has_it():
     )
 
 
-def test_frames_survive_the_socket():
-    import socket
-
+def test_replies_survive_the_socket():
     ours, theirs = socket.socketpair()
-    reply = Reply(0, 256, 0.5, 0.25, 1000, b"out" * 1000, b"", b"\x00\xff")
+    reply = Reply(0, 256, 0.5, 0.25, 1000)
     protocol.send_reply(theirs, reply)
     assert protocol.receive_reply(ours) == reply
     theirs.close()
     with pytest.raises(EOFError):
         protocol.receive_reply(ours)
     ours.close()
+
+
+SEARCH = """
+import ctypes, os, sys
+needle = bytes(reversed(b'emosdnah-terces'))
+class Range(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('length', ctypes.c_size_t)]
+L = ctypes.CDLL(None)
+def readable(page):  # write() reports unreadable memory as EFAULT
+    return L.write(w, ctypes.c_void_p(page), ctypes.c_size_t(1)) == 1 and os.read(r, 1) is not None
+r, w = os.pipe()
+found = 0
+seen = {id(o) & ~0xfffff for o in __import__('gc').get_objects()}
+for start in sorted(seen):
+    for page in range(start, start + 0x100000, 4096):
+        if readable(page) and needle in ctypes.string_at(page, 4096): found += 1
+print(found)
+"""
+
+
+def test_a_program_finds_nothing_of_the_runs_before_it():
+    def found_after(num_runs):
+        sandbox = Sandbox(workers=1)
+        for n in range(num_runs):
+            filler = f"x{n} = 1\n" * (10 * n)
+            sandbox.run(f"{filler}print('secret-' 'handsome', input())", b"secret-handsome", Limits())
+        outcome = sandbox.run(SEARCH, b"", Limits(wall_s=30, memory_mb=1024))
+        sandbox.close()
+        assert outcome.end == "finished"
+        return int(outcome.stdout)
+
+    assert found_after(20) == found_after(0) >= 1  # what it looks for lies in its own memory
+
+
+def test_no_descriptor_is_left_open(sandbox):
+    sandbox.run(ADD, b"1 2", Limits())
+    sandbox.run(ADD, b"1 2", Limits())
+    before = len(os.listdir("/proc/self/fd"))
+    for code in (ADD, "1 / 0", "while True: print(1)", "import os; os._exit(0)"):
+        sandbox.run(code, b"1 2", Limits(wall_s=0.5))
+    assert len(os.listdir("/proc/self/fd")) == before
