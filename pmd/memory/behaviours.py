@@ -55,10 +55,7 @@ class _Text:
     """One distinct text with all active insights that say it."""
 
     insights: tuple[Insight, ...]
-
-    @property
-    def problem_ids(self) -> set[int]:
-        return {insight.problem_id for insight in self.insights}
+    problem_ids: frozenset[int]
 
     @property
     def order(self) -> tuple[int, int]:
@@ -75,6 +72,10 @@ def find_clusters(
     strategies = _distinct([insight for insight in insights if insight.polarity == "do"])
     vectors = _text_vectors(store, [*strategies, *lessons])
     do_vectors, avoid_vectors = vectors[: len(strategies)], vectors[len(strategies) :]
+    lessons_of: dict[int, list[int]] = {}  # problem id -> rows
+    for row, text in enumerate(lessons):
+        for problem_id in text.problem_ids:
+            lessons_of.setdefault(problem_id, []).append(row)
     found: list[Cluster] = []
     for polarity, texts, own_vectors in (("do", strategies, do_vectors), ("avoid", lessons, avoid_vectors)):
         if polarity not in polarities:
@@ -86,7 +87,9 @@ def find_clusters(
                 continue
             near: list[Insight] = []
             if polarity == "do":
-                near = _nearest_lessons(own_vectors[positions].mean(0), problem_ids, lessons, avoid_vectors)
+                rows = sorted({row for problem_id in problem_ids for row in lessons_of.get(problem_id, ())})
+                nearest = _nearest(own_vectors[positions].mean(0), avoid_vectors[rows])
+                near = [lessons[rows[position]].insights[0] for position in nearest]
             found.append(_cluster(polarity, members, near, problem_ids))
     return _continue_behaviours(store, found)
 
@@ -95,7 +98,8 @@ def _distinct(insights: list[Insight]) -> list[_Text]:
     by_text: dict[tuple[str, str], list[Insight]] = {}
     for insight in insights:
         by_text.setdefault((insight.kind, insight.text), []).append(insight)
-    return sorted((_Text(tuple(group)) for group in by_text.values()), key=lambda text: text.order)
+    texts = [_Text(tuple(group), frozenset(i.problem_id for i in group)) for group in by_text.values()]
+    return sorted(texts, key=lambda text: text.order)
 
 
 def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
@@ -126,20 +130,17 @@ def _agglomerate(vectors: np.ndarray, similarity: float) -> list[list[int]]:
     ordered = sorted(groups.values())
     if len(vectors) > len(head):
         centres = np.stack([head[group].mean(0) for group in ordered])
-        nearness = vectors[len(head) :] @ centres.T  # average similarity to each cluster's members
-        for row, best in enumerate(nearness.argmax(1).tolist(), start=len(head)):
-            if nearness[row - len(head), best] >= similarity:
-                ordered[best].append(row)
+        for start in range(len(head), len(vectors), MAX_CLUSTERED_TEXTS):
+            nearness = vectors[start : start + MAX_CLUSTERED_TEXTS] @ centres.T  # average similarity to the members
+            for row, best in enumerate(nearness.argmax(1).tolist()):
+                if nearness[row, best] >= similarity:
+                    ordered[best].append(start + row)
     return ordered
 
 
-def _nearest_lessons(
-    centre: np.ndarray, problem_ids: set[int], lessons: list[_Text], vectors: np.ndarray
-) -> list[Insight]:  # fmt: skip
-    same = [row for row, text in enumerate(lessons) if text.problem_ids & problem_ids]
-    nearness = np.round(vectors[same] @ centre, 5)
-    best = np.argsort(-nearness, kind="stable")[:MAX_LESSONS]
-    return [lessons[same[position]].insights[0] for position in best]
+def _nearest(centre: np.ndarray, vectors: np.ndarray) -> list[int]:
+    """Return the rows nearest to the centre, at most `MAX_LESSONS`."""
+    return np.argsort(-np.round(vectors @ centre, 5), kind="stable")[:MAX_LESSONS].tolist()
 
 
 def _cluster(polarity: str, members: list[_Text], lessons: list[Insight], problem_ids: set[int]) -> Cluster:
