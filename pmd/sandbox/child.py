@@ -33,6 +33,8 @@ FILE_NAME = "main.py"
 EXIT_ERROR = 1
 RESULT, READY, RULESET = 3, 4, 5
 RESULT, READY, RULESET = 3, 4, 5
+#: Address space beyond the limit: stacks of threads are reserved whole and used little. What is used is judged after.
+RESERVED_BYTES = 256 << 20
 STACK_BYTES, FILE_BYTES, NUM_FILES, NUM_THREADS = 120 << 20, 16 << 20, 128, 256
 RECURSION_LIMIT = 50_000
 #: Names that LiveCodeBench's harness puts before every program, in its order; its starter code relies on them.
@@ -112,7 +114,7 @@ def _shut_in(request: Request, confinement: "Confinement", offsets: tuple[int, .
 
 def _set_limits(request: Request, confinement: "Confinement") -> None:
     limits = {
-        resource.RLIMIT_AS: confinement.base_bytes + (request.memory_mb << 20),
+        resource.RLIMIT_AS: confinement.base_bytes + (request.memory_mb << 20) + RESERVED_BYTES,
         resource.RLIMIT_CPU: request.cpu_s,
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NOFILE: NUM_FILES,

@@ -254,13 +254,13 @@ class Sandbox:
 def outcome_of(reply: Reply, streams: Streams, limits: Limits) -> Outcome:
     """Name how a run ended, from what the kernel and the zygote say; the program's word only ever harms itself."""
     code = os.waitstatus_to_exitcode(reply.wait_status)
-    memory_full = reply.peak_kb * 1024 >= 0.9 * (limits.memory_mb << 20)
+    memory_full = reply.peak_kb > limits.memory_mb << 10
     end: End = "finished" if code == 0 else "runtime_error"
     if streams.flooded or code == -signal.SIGXFSZ:
         end = "output_limit"
     elif reply.end == protocol.TIMED_OUT or code == -signal.SIGXCPU or reply.cpu_s > math.ceil(limits.wall_s) + 0.9:
         end = "timeout"
-    elif code == protocol.EXIT_MEMORY or (code == -signal.SIGKILL and memory_full):
+    elif code == protocol.EXIT_MEMORY or memory_full:
         end = "memory"
     stdout, stderr, result = streams.texts
     if code < 0 and end == "runtime_error":

@@ -50,7 +50,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """How a run ended. `wait_status` is that of waitpid."""
+    """How a run ended. `wait_status` is that of waitpid, `peak_kb` the memory used beyond the interpreter's own."""
 
     end: int
     wait_status: int

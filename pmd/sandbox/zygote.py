@@ -7,6 +7,7 @@ pidfd, never for the end of a pipe, and kills at the wall limit, when the traine
 import contextlib
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -68,7 +69,8 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
     with contextlib.suppress(BlockingIOError):
         end = end if os.read(ready, 1) else protocol.NOT_STARTED
     os.close(ready)
-    return Reply(end, status, wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+    peak_kb = max(0, usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return Reply(end, status, wall_s, usage.ru_utime + usage.ru_stime, peak_kb)
 
 
 def _watch(pid: int, deadline: float, peer: socket.socket) -> int | None:

@@ -30,6 +30,11 @@ PROGRAMS = {
         "def f(n): return 3 if n == 0 else f(n - 1)\n"
         "t = threading.Thread(target=lambda: print(f(50000))); t.start(); t.join()"
     ),
+    "reserved, not used": "import mmap; x = mmap.mmap(-1, 300 << 20, mmap.MAP_PRIVATE); print(3)",
+    "huge stack thread": (
+        "import threading; threading.stack_size(1 << 28)\n"
+        "t = threading.Thread(target=lambda: print(3)); t.start(); t.join()"
+    ),
     "deep recursion": (
         "import sys; sys.setrecursionlimit(10**6)\ndef f(n): return 3 if n == 0 else f(n - 1)\nprint(f(100000))"
     ),

@@ -203,6 +203,8 @@ HANGS = {
 }
 #: Must be stopped for their memory.
 GREEDY = {
+    "a little too much": "x = bytearray(300 << 20); print(3)",
+    "for a moment": "x = b'x' * (300 << 20); del x; print(3)",
     "list": "x = [0] * 10**10",
     "bytes": "bytearray(10**11)",
     "doubling": "s = 'x'\nwhile True: s += s",

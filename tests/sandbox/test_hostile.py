@@ -22,11 +22,11 @@ GROUPS = {
     "greedy": (hostile.GREEDY, {**STDIN, "time_limit_s": 20}, {"memory"}),
     "stopped": (hostile.STOPPED, {**STDIN, "time_limit_s": 4}, {"memory", "runtime_error", "timeout"}),
     "flood": (hostile.FLOODS, {**STDIN, "time_limit_s": 20}, {"output_limit"}),
-    "correct": (correct.PROGRAMS, {**STDIN, "memory_mb": 512, "time_limit_s": 20}, {"ok"}),
-    "correct function": (correct.FUNCTIONS, {**CALL, "memory_mb": 512, "time_limit_s": 20}, {"ok"}),
+    "correct": (correct.PROGRAMS, {**STDIN, "time_limit_s": 20}, {"ok"}),
+    "correct function": (correct.FUNCTIONS, {**CALL, "time_limit_s": 20}, {"ok"}),
 }
-#: What the level without namespaces does not offer.
-NEEDS_NAMESPACES = {"write a file", "temporary file"}
+#: What the level without namespaces does not offer: a writable directory; as root, a bound on threads but memory.
+NEEDS_NAMESPACES = {"write a file", "temporary file", "thread bomb"}
 #: Names that the programs write to.
 LEFT_BEHIND = {"pmd_hostile", "pmd_hostile.py", "x", "l", "note"}
 

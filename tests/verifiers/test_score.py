@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from pmd.commands.score import main
+
+CODE = {"kind": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}], "time_limit_s": 5, "memory_mb": 512}
+TASKS = [
+    {"id": "code", "prompt": "p", "verifier": "code", "tests": CODE},
+    {"id": "call", "prompt": "p", "verifier": "code",
+     "tests": {"kind": "functional", "entry": "add", "cases": [{"args": [1, 2], "expected": 3}]}},
+    {"id": "choice", "prompt": "p\n\nA: x\nB: y", "verifier": "mcq", "answer": "B"},
+    {"id": "text", "messages": [{"role": "user", "content": "p"}], "verifier": "exact", "answer": "blue"},
+    {"id": "number", "prompt": "p", "verifier": "math", "answer": "\\frac{1}{2}"},
+    {"id": "tool", "prompt": "p", "verifier": "tool_use", "answer": '[{"Action": "go", "Action_Input": "{}"}]'},
+    {"id": "own", "prompt": "p", "verifier": "test_verifiers.Length"},
+    {"id": "broken", "prompt": "p", "verifier": "test_verifiers.crash"},
+    {"id": 7, "prompt": "p", "verifier": "exact", "answer": "x"},
+]  # fmt: skip
+COMPLETIONS = [
+    ("code", "```python\nprint(sum(map(int, input().split())))\n```", "ok"),
+    ("choice", "<answer>B</answer>", "ok"),
+    ("code", "```python\nprint(4)\n```", "wrong_answer"),
+    ("code", "```python\nprint(3)", "format"),
+    ("call", "```python\ndef add(a, b):\n    return a + b\n```", "ok"),
+    ("text", "<answer>blue</answer>", "ok"),
+    ("number", "\\boxed{0.5}", "ok"),
+    ("tool", "Action: go\nAction Input: {}", "ok"),
+    ("own", "abc", "ok"),
+    ("broken", "abc", "error"),
+    (7, "x", "ok"),
+    ("code", "```python\n1 / 0\n```", "runtime_error"),
+    ("choice", "<answer>A</answer>", "wrong_answer"),
+]
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def run(folder, tasks, completions, *flags):
+    write(folder / "t.jsonl", tasks)
+    write(folder / "c.jsonl", completions)
+    arguments = [f"--tasks={folder / 't.jsonl'}", f"--completions={folder / 'c.jsonl'}", f"--out={folder / 'v.jsonl'}"]
+    return main([*arguments, *flags])
+
+
+def test_verdicts_come_in_the_order_of_the_completions(tmp_path, capsys):
+    lines = [{"id": name, "completion": text} for name, text, _ in COMPLETIONS] * 3
+    assert run(tmp_path, TASKS, lines) == 0
+    verdicts = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert [(v["id"], v["status"]) for v in verdicts] == [(name, status) for name, _, status in COMPLETIONS] * 3
+    assert all(set(v) == {"id", "reward", "correct", "status", "feedback", "seconds"} for v in verdicts)
+    assert all(v["correct"] == (v["status"] == "ok") for v in verdicts)
+    said = capsys.readouterr().err
+    assert said.startswith("sandbox: level")
+    assert "scored 39" in said
+
+
+def test_every_bad_line_is_named_before_anything_runs(tmp_path, capsys):
+    bad_answer = {"id": "a", "prompt": "p", "verifier": "mcq", "answer": "b"}
+    tasks = [bad_answer, {"id": "n", "prompt": "p", "verifier": "no.such"}, "{"]
+    completions = [{"id": "a"}, {"completion": "x"}, "nonsense"]
+    assert run(tmp_path, tasks, completions, f"--out={tmp_path / 'no' / 'v'}") == 2
+    error = capsys.readouterr().err
+    named = [
+        "t.jsonl:1: answer",
+        "no.such",
+        "t.jsonl:3",
+        "c.jsonl:1: completion",
+        "c.jsonl:2: id",
+        "c.jsonl:3",
+        "--out",
+    ]
+    for words in named:
+        assert words in error, words
+    assert "Traceback" not in error
+    assert not (tmp_path / "v.jsonl").exists()
+
+
+def test_unknown_ids_and_missing_files(tmp_path, capsys):
+    assert run(tmp_path, TASKS[2:3], [{"id": "other", "completion": "B"}]) == 2
+    assert 'id="other": must be the id of a task' in capsys.readouterr().err
+    nowhere = str(tmp_path / "nowhere")
+    assert main(["--tasks", nowhere, "--completions", nowhere, "--out", str(tmp_path / "v")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("nowhere") >= 2
+
+
+@pytest.mark.parametrize("flag", ["--workers=0", "--sandbox=none"])
+def test_bad_flags(tmp_path, flag, capsys):
+    try:
+        code = run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "B"}], flag)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
