@@ -7,7 +7,7 @@ paired too. Intervals are percentiles of the redrawn differences.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,67 +81,90 @@ def pass_value(k: int) -> Callable[[Sequence[Sample]], float]:
 
 
 def compare(runs: Sequence[MethodRun], seed: int = 0, resamples: int = RESAMPLES) -> list[Comparison]:
-    """Compare every method with the first one. The runs of a method must hold the questions of all others.
+    """Compare every method with that of the first run.
+
+    Either all runs hold the same questions, or each run of a method holds those of one run of the baseline (a world
+    that a seed makes). In the first case one draw of questions serves all runs; in the second each pair has its own.
 
     Raises:
-        ValueError: if two runs do not hold the same questions.
+        ValueError: if the questions of a run are those of no run of the baseline.
     """
-    task_ids = sorted(runs[0].questions)
-    for run in runs:
-        if sorted(run.questions) != task_ids:
-            raise ValueError(f"a run of {run.method} holds other questions than the first run of {runs[0].method}")
-    domains = np.array([runs[0].questions[task_id].domain for task_id in task_ids])
     by_method: dict[str, list[MethodRun]] = defaultdict(list)
     for run in runs:
         by_method[run.method].append(run)
-    values = {
-        method: np.array([[run.questions[task_id].value for task_id in task_ids] for run in own])  # [runs, questions]
-        for method, own in by_method.items()
-    }
-    baseline = runs[0].method
-    return [
-        _compare_one(method, baseline, by_method, values, domains, derive_seed(seed, "compare", method), resamples)
-        for method in by_method
-    ]
+    baseline = by_method[runs[0].method]
+    found = []
+    for method, own in by_method.items():
+        drawn_by = np.random.default_rng(derive_seed(seed, "compare", method))
+        found.append(_compare_one(own, baseline, drawn_by, resamples))
+    return found
 
 
 def _compare_one(
-    method: str,
-    baseline: str,
-    runs: Mapping[str, Sequence[MethodRun]],
-    values: Mapping[str, np.ndarray],
-    domains: np.ndarray,
-    seed: int,
-    resamples: int,
+    own: Sequence[MethodRun], baseline: Sequence[MethodRun], generator: np.random.Generator, resamples: int
 ) -> Comparison:
-    own = values[method]
-    names = sorted(set(domains.tolist()))
-    by_domain = {name: float(own[:, domains == name].mean()) for name in names}
+    names = sorted({question.domain for run in own for question in run.questions.values()})
+    means = np.array([[_domain_mean(run, name) for name in names] for run in own])  # [runs, domains]
+    sizes = np.array([sum(q.domain == name for q in own[0].questions.values()) for name in names])
+    shares = sizes / sizes.sum()
     plain = Comparison(
-        method, len(own), own.shape[1], float(own.mean()), float(np.mean(list(by_domain.values()))), by_domain
+        method=own[0].method,
+        num_runs=len(own),
+        num_questions=int(sizes.sum()),
+        pooled=float((means @ shares).mean()),
+        domain_mean=float(means.mean()),
+        by_domain={name: float(mean) for name, mean in zip(names, means.mean(axis=0), strict=True)},
     )
-    if method == baseline:
+    if own[0].method == baseline[0].method:
         return plain
-    ours, theirs = _paired(runs[method], runs[baseline], own, values[baseline])
-    drawn = bootstrap(ours, theirs, domains, np.random.default_rng(seed), resamples)  # [resamples, domains]
-    observed = np.array([(ours[:, domains == n].mean() - theirs[:, domains == n].mean()) for n in names])
-    sizes = np.array([(domains == name).mean() for name in names])
-    return Comparison(
-        *(plain.method, plain.num_runs, plain.num_questions, plain.pooled, plain.domain_mean, plain.by_domain),
-        pooled_difference=_summarise(float(observed @ sizes), drawn @ sizes),
+    drawn = _draw(own, baseline, names, generator, resamples)  # [resamples, domains]
+    theirs = np.array([[_domain_mean(run, name) for name in names] for run in baseline])
+    observed = means.mean(axis=0) - theirs.mean(axis=0)
+    return replace(
+        plain,
+        pooled_difference=_summarise(float(observed @ shares), drawn @ shares),
         domain_mean_difference=_summarise(float(observed.mean()), drawn.mean(axis=1)),
         domain_differences={n: _summarise(float(observed[i]), drawn[:, i]) for i, n in enumerate(names)},
     )
 
 
-def _paired(
-    ours: Sequence[MethodRun], theirs: Sequence[MethodRun], our_values: np.ndarray, their_values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Order both methods' runs by seed where they ran the same seeds, so that the outer draw can pair them."""
-    our_order, their_order = (
-        sorted(range(len(r)), key=lambda i, r=r: (r[i].seed is None, r[i].seed)) for r in (ours, theirs)
-    )
-    return our_values[our_order], their_values[their_order]
+def _domain_mean(run: MethodRun, domain: str) -> float:
+    return float(np.mean([question.value for question in run.questions.values() if question.domain == domain]))
+
+
+def _draw(
+    own: Sequence[MethodRun],
+    baseline: Sequence[MethodRun],
+    names: Sequence[str],
+    generator: np.random.Generator,
+    resamples: int,
+) -> np.ndarray:
+    """Choose the draw that fits how the runs share their questions."""
+    if len({frozenset(run.questions) for run in (*own, *baseline)}) == 1:
+        task_ids = sorted(baseline[0].questions)
+        domains = np.array([baseline[0].questions[task_id].domain for task_id in task_ids])
+        ours, theirs = (np.array([_values(run, task_ids) for run in _by_seed(part)]) for part in (own, baseline))
+        return bootstrap(ours, theirs, domains, generator, resamples)
+    partners = {frozenset(run.questions): run for run in baseline}
+    if len(own) != len(baseline) or {frozenset(run.questions) for run in own} != set(partners):
+        raise ValueError(f"the runs of {own[0].method} hold other questions than those of {baseline[0].method}")
+    total = np.zeros((resamples, len(names)))
+    weights = _weights(generator, len(own), resamples)
+    for number, run in enumerate(_by_seed(own)):
+        task_ids = sorted(run.questions)
+        domains = np.array([run.questions[task_id].domain for task_id in task_ids])
+        ours, theirs = (np.array([_values(r, task_ids)]) for r in (run, partners[frozenset(task_ids)]))
+        total += weights[:, [number]] * bootstrap(ours, theirs, domains, generator, resamples)
+    return total
+
+
+def _values(run: MethodRun, task_ids: Sequence[str]) -> list[float]:
+    return [run.questions[task_id].value for task_id in task_ids]
+
+
+def _by_seed(runs: Sequence[MethodRun]) -> list[MethodRun]:
+    """Order runs by seed, so that the outer draw pairs the same seeds of both methods."""
+    return sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))
 
 
 def bootstrap(
@@ -149,7 +172,8 @@ def bootstrap(
 ) -> np.ndarray:
     """Return redrawn differences of the means, one column per domain in sorted order: [resamples, domains].
 
-    With equally many runs on both sides, runs are drawn in pairs; else independently.
+    `ours` and `theirs` are [runs, questions] over the same questions. With equally many runs on both sides, runs are
+    drawn in pairs; else independently.
     """
     columns = [np.flatnonzero(domains == name) for name in sorted(set(domains.tolist()))]
     paired = len(ours) == len(theirs)

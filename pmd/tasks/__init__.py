@@ -49,8 +49,7 @@ def _read(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
         case "tiny":
             from pmd.tasks.tiny import load_tiny
 
-            loaded = load_tiny(config.world, seed)
-            return (list(loaded) if not isinstance(loaded, dict) else [t for part in loaded.values() for t in part]), []
+            return [task for part in load_tiny(config.world, seed).values() for task in part], []
         case "sciknoweval":
             from pmd.tasks.sciknoweval import read_sciknoweval
 

@@ -55,6 +55,24 @@ def test_the_same_seed_gives_the_same_numbers_and_order_does_not_matter():
     assert {c.method: c for c in first} == {c.method: c for c in swapped}
 
 
+def test_worlds_made_by_seeds_are_drawn_one_by_one():
+    """Each seed has questions of its own, shared by the methods."""
+    generator = np.random.default_rng(0)
+    runs = []
+    for seed in range(4):
+        values = generator.uniform(size=30)
+        for method, shift in (("base", 0.0), ("pmd", 0.1)):
+            questions = {f"s{seed}/q{i}": Question("d", v + shift) for i, v in enumerate(values)}
+            runs.append(MethodRun(method, seed, questions))
+    _, found = compare(runs, resamples=500)
+    assert found.pooled_difference
+    assert (found.num_runs, found.num_questions) == (4, 30)
+    assert found.pooled_difference.difference == pytest.approx(0.1)
+    assert found.pooled_difference.low == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="other questions"):
+        compare(runs[:-1])
+
+
 def test_other_questions_are_refused():
     with pytest.raises(ValueError, match="other questions"):
         compare([run("base", 0, [0, 1]), run("pmd", 0, [0, 1, 1])])

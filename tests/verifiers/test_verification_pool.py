@@ -1,0 +1,88 @@
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pmd.types import Message, Task, Verdict
+from pmd.verifiers.pool import VerificationPool
+
+TASK = Task("t", (Message("user", "q"),), "exact", "train", answer="x")
+
+
+def gate():
+    """A verifier that waits until it is let through."""
+    event = threading.Event()
+
+    def wait(task: Task, text: str) -> Verdict:
+        event.wait()
+        return Verdict(1.0, True, "ok", answer=text)
+
+    return event, wait
+
+
+def test_verdicts_belong_to_their_completions():
+    with VerificationPool(workers=4) as pool:
+        futures = [pool.submit(TASK, "x" if n % 3 == 0 else "y") for n in range(200)]
+    assert [future.result().correct for future in futures] == [n % 3 == 0 for n in range(200)]
+    assert pool.num_hung == 0
+
+
+def test_submit_blocks_while_the_backlog_is_full():
+    event, wait = gate()
+    pool = VerificationPool(workers=1, backlog=2, verifier=wait)
+    submitted = []
+    thread = threading.Thread(target=lambda: [submitted.append(pool.submit(TASK, str(n))) for n in range(6)])
+    thread.start()
+    time.sleep(0.2)
+    assert len(submitted) == 3  # one in work, two waiting
+    event.set()
+    thread.join(5)
+    pool.close()
+    assert [future.result().answer for future in submitted] == [str(n) for n in range(6)]
+
+
+def test_a_hang_is_answered_counted_and_replaced():
+    event, wait = gate()
+
+    def sometimes(task: Task, text: str) -> Verdict:
+        return wait(task, text) if text == "hang" else Verdict(1.0, True, "ok")
+
+    pool = VerificationPool(workers=1, deadline_s=0.2, verifier=sometimes)
+    futures = [pool.submit(TASK, text) for text in ("hang", "fine", "hang", "fine")]
+    statuses = [future.result(5).status for future in futures]
+    assert statuses == ["error", "ok", "error", "ok"]
+    assert pool.num_hung == 2
+    pool.close()
+    event.set()
+
+
+def test_leaving_on_an_error_drops_what_waits():
+    event, wait = gate()
+    pool = VerificationPool(workers=1, verifier=wait)
+    futures = [pool.submit(TASK, "") for _ in range(4)]
+    time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt), pool:
+        raise KeyboardInterrupt
+    assert [future.cancelled() for future in futures] == [False, True, True, True]
+    event.set()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(TASK, "")
+
+
+def test_a_crash_is_an_error():
+    def crash(task: Task, text: str) -> Verdict:
+        raise SystemExit(1)
+
+    with VerificationPool(workers=1, verifier=crash) as pool:
+        assert [pool.submit(TASK, "").result(5).status for _ in range(3)] == ["error"] * 3
+
+
+def test_a_hanging_verifier_does_not_keep_the_interpreter():
+    code = (
+        "import time, threading\nfrom pmd.types import *\nfrom pmd.verifiers.pool import VerificationPool\n"
+        "task = Task('t', (Message('user', 'q'),), 'exact', 'train')\n"
+        "VerificationPool(1, verifier=lambda t, c: time.sleep(1000)).submit(task, 'x')\ntime.sleep(.1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=20, check=False).returncode == 0
