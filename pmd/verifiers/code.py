@@ -13,6 +13,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -70,22 +71,28 @@ def sandbox() -> Sandbox:
 
 
 def verify_code(task: Task, completion_text: str) -> Verdict:
-    """Run the program on every test; after one that ran into a limit, the rest are not run."""
+    """Run the program on its tests. Once one has failed, the rest only serve the feedback and get little time."""
     program = extract_program(completion_text, task.tests.get("scorer", "lcb"))
     if program is None:
         return Verdict(0.0, False, "format", feedback=NO_BLOCK)
     results: list[TestResult] = []
+    spare_s = float(task.tests.get("time_limit_s", DEFAULT_TIME_LIMIT_S))
     for case in task.tests["cases"]:
+        started = time.monotonic()
         results.append(run_test(program, task.tests, case))
-        if results[-1].status in ("timeout", "memory", "output_limit", "sandbox_error"):
+        has_failed = any(result.status != "ok" for result in results)
+        spare_s -= has_failed * (time.monotonic() - started)
+        if spare_s <= 0 or results[-1].status in ("timeout", "memory", "output_limit", "sandbox_error"):
             break
     failed = [result for result in results if result.status != "ok"]
     if not failed:
         return Verdict(1.0, True, "ok")
     if failed[-1].status == "sandbox_error":
         return Verdict(0.0, False, "sandbox_error")
-    num_passed, num_tests = len(results) - len(failed), len(task.tests["cases"])
-    return Verdict(0.0, False, failed[0].status, feedback=describe_failure(failed, num_passed, num_tests))
+    num_left = len(task.tests["cases"]) - len(results)
+    unrun = f"; {num_left} more were not run" if num_left else ""
+    heading = f"Passed {len(results) - len(failed)} of {len(results)} tests{unrun}."
+    return Verdict(0.0, False, failed[0].status, feedback=describe_failure(failed, heading))
 
 
 def extract_program(completion_text: str, scorer: str) -> str | None:
@@ -156,9 +163,8 @@ def same_value(returned: str, expected: Any) -> bool:
         return False
 
 
-def describe_failure(failed: list[TestResult], num_passed: int, num_tests: int) -> str:
+def describe_failure(failed: list[TestResult], heading: str) -> str:
     """Say the first runtime error, else the first limit hit, else the two shortest wrong answers."""
-    heading = f"Passed {num_passed} of {num_tests} tests."
     parts = [heading]
     limits = {"timeout": "Time limit exceeded", "memory": "Memory limit exceeded", "output_limit": "Too much output"}
     crashed = next((result for result in failed if result.status == "runtime_error"), None)

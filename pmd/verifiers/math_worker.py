@@ -4,12 +4,16 @@ The kernel ends it at the deadline (SIGALRM with its default action), so a hang 
 not even when the trainer was killed.
 """
 
+import contextlib
 import json
 import logging
+import os
 import resource
 import signal
 import sys
 from typing import Any
+
+from pmd.sandbox import kernel, landlock, rooms, seccomp
 
 MEMORY_BYTES = 4 << 30
 
@@ -27,6 +31,15 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     return {"correct": correct, "answer": str(given[-1]) if given else None}
 
 
+def _shut_in() -> None:
+    """Give up writing, the network and other processes where the kernel offers it: parsers see a model's words."""
+    with contextlib.suppress(OSError, KeyError):
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+        landlock.restrict(landlock.make_ruleset([sys.prefix, sys.base_prefix, *rooms.LIBRARIES], rooms.DEVICES))
+        program = seccomp.build_filter(kernel.MACHINE)
+        kernel.install_filter(seccomp.with_pid(program, seccomp.pid_offsets(program), os.getpid()))
+
+
 def main() -> None:
     """Answer questions until stdin ends."""
     import math_verify  # noqa: F401  # before the first deadline runs
@@ -34,6 +47,7 @@ def main() -> None:
     logging.disable(logging.WARNING)  # it warns with each answer that its own time-outs are off
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    _shut_in()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever a parser prints is no reply

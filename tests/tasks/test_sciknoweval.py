@@ -8,7 +8,7 @@ import pytest
 from pmd.config import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, find_duplicates, load_tasks
-from pmd.tasks.sciknoweval import divide_upstream, read_hub, split_permutation, system_prompt
+from pmd.tasks.sciknoweval import divide_upstream, own_split, read_hub, split_permutation, system_prompt
 
 DOMAINS = ["biology", "chemistry", "material", "physics"]
 
@@ -59,6 +59,19 @@ def test_duplicates_of_the_real_files(data_folder):
     assert len({held_out for _, held_out in report.same_stem}) >= 28
     assert duplicated_task_ids(tasks) == {report.same_prompt[0][0]}
     assert "1 training problems" in str(report)
+
+
+def test_the_own_split_has_no_question_on_both_sides(data_folder):
+    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=DOMAINS), seed=0)
+    everything = tasks["train"] + tasks["test"]
+    divided = own_split(everything, seed=5)
+    report = find_duplicates(divided)
+    assert not report.same_prompt
+    assert not report.same_stem
+    assert str(report).startswith("No problem")
+    assert {task.task_id for task in divided} == {task.task_id for task in everything}
+    for domain, count in (("biology", 50), ("chemistry", 210), ("material", 94), ("physics", 80)):
+        assert sum(t.domain == domain and t.split == "test" for t in divided) == pytest.approx(count, abs=2)
 
 
 def test_validation_share_keeps_equal_stems_on_one_side(data_folder):
