@@ -1,0 +1,24 @@
+"""A finished model and its tokenizer in, a plain Hugging Face directory out, written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write weights (bfloat16), configuration and tokenizer, replacing an earlier model in `directory`."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
+        fresh, replaced = Path(temporary) / "fresh", Path(temporary) / "replaced"
+        model.to(torch.bfloat16).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        for path in fresh.iterdir():
+            path.chmod(0o644)
+        fresh.chmod(0o755)
+        if directory.exists():
+            shutil.move(directory, replaced)
+        os.replace(fresh, directory)

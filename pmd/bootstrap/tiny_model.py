@@ -1,0 +1,108 @@
+"""The tiny model before training: a small Qwen3 in which one induction head is planted.
+
+Enters: a seed. Leaves: a `Qwen3ForCausalLM` of about half a million parameters. The planted head is no result of
+training and is not presented as one: left to chance, a model of this size and training time does not find out how to
+look up "the rule that followed this name". Two attention heads are therefore set by hand and everything is trained
+from there. Layer 0, head 0 copies the previous token's embedding into the upper half of the residual stream; layer 1,
+head 0 compares its own token with these copies and so attends to what followed the same token earlier.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pmd.tiny.language import BOS, EOS, PAD, VOCABULARY
+from pmd.tiny.tokenizer import MAX_POSITIONS
+
+WIDTH, HEAD_WIDTH, THETA, INIT = 128, 32, 1e4, 0.02
+HALF = WIDTH // 2  # residual dimensions 0..HALF-1 hold embeddings, the rest holds copies of the previous token
+PAIRS = HEAD_WIDTH // 2  # rotary pairs: dimensions i and i + PAIRS turn together
+FAST_PAIRS = 5  # pairs that turn too fast to compare tokens far apart
+CONSTANT = 0.25  # what residual dimension 0 of every embedding holds: something to aim at for a positional head
+
+
+def make_tiny_model(seed: int) -> Qwen3ForCausalLM:
+    """Build the model with its planted head, in float32."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=HEAD_WIDTH,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=INIT,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        bos_token_id=VOCABULARY.index(BOS),
+        eos_token_id=VOCABULARY.index(EOS),
+        pad_token_id=VOCABULARY.index(PAD),
+    )
+    model = Qwen3ForCausalLM(config)
+    plant_induction_head(model)
+    return model
+
+
+@torch.no_grad()
+def plant_induction_head(model: Qwen3ForCausalLM) -> None:
+    """Overwrite head 0 of the first two layers, and keep the embeddings out of the upper half."""
+    embeddings = model.model.embed_tokens.weight
+    embeddings[:, HALF:] = 0
+    embeddings[:, 0] = CONSTANT
+    reader = torch.linalg.qr(torch.randn(HALF - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, HALF - 1], what is copied
+    writer = torch.linalg.qr(torch.randn(HALF, HEAD_WIDTH))[0]  # [HALF, HEAD_WIDTH], where it is put
+    _plant_previous_token_head(model.model.layers[0].self_attn, reader, writer)
+    _plant_matching_head(model.model.layers[1].self_attn, reader, writer)
+    model.model.layers[0].mlp.down_proj.weight.mul_(0.3)  # leave the copies legible for layer 1
+
+
+def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
+    """Attend one position back: the query is the key, turned by the angle of one step."""
+    query, key, value, output = _projections(attention)
+    angles = THETA ** (-torch.arange(3).float() / PAIRS)
+    query[:HEAD_WIDTH] = 0
+    key[:HEAD_WIDTH] = 0
+    query[0:3, 0] = torch.cos(-angles) * 0.2
+    query[PAIRS : PAIRS + 3, 0] = torch.sin(-angles) * 0.2
+    key[0:3, 0] = 0.2
+    _set_sharpness(attention, 2.5)
+    value[:HEAD_WIDTH] = 0
+    value[:HEAD_WIDTH, 1:HALF] = reader
+    output[:, HEAD_WIDTH:] *= 0.3  # the other heads start quieter
+    output[:, :HEAD_WIDTH] = 0
+    output[HALF:, :HEAD_WIDTH] = writer * _output_scale()
+
+
+def _plant_matching_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
+    """Attend to positions whose copy of the previous token equals the token here; pass their embedding on."""
+    query, key, value, output = _projections(attention)
+    slow = torch.ones(HEAD_WIDTH, 1)
+    slow[0:FAST_PAIRS] = 0
+    slow[PAIRS : PAIRS + FAST_PAIRS] = 0
+    query[:HEAD_WIDTH] = 0
+    query[:HEAD_WIDTH, 1:HALF] = reader * slow * 0.2
+    key[:HEAD_WIDTH] = 0
+    key[:HEAD_WIDTH, HALF:] = writer.T * slow * 0.2
+    _set_sharpness(attention, 2.0)
+    passed_on = torch.linalg.qr(torch.randn(HALF - 1, HEAD_WIDTH))[0].T
+    value[:HEAD_WIDTH] = 0
+    value[:HEAD_WIDTH, 1:HALF] = passed_on
+    output[:, :HEAD_WIDTH] = 0
+    output[1:HALF, :HEAD_WIDTH] = passed_on.T * _output_scale()
+
+
+def _projections(attention: torch.nn.Module) -> list[Tensor]:
+    """Return the weights of q, k, v and o, to be written in place."""
+    return [attention.get_submodule(f"{name}_proj").get_parameter("weight") for name in "qkvo"]
+
+
+def _set_sharpness(attention: torch.nn.Module, gain: float) -> None:
+    for name in ("q_norm", "k_norm"):
+        attention.get_submodule(name).get_parameter("weight").fill_(gain)
+
+
+def _output_scale() -> float:
+    """Return the scale at which an embedding, normalised on the way in, is written back at about its own size."""
+    return INIT * HALF**0.5 / WIDTH**0.5

@@ -1,0 +1,144 @@
+"""What the tiny model must be able to do, on fresh samples of both worlds.
+
+Enters: a model and a number of samples. Leaves: one measured value per probe and its bound. Probabilities are read
+off the model exactly; only copying, reflecting and abstracting are generated, greedily.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmd.bootstrap.generate import greedy, next_token_probabilities
+from pmd.bootstrap.tiny_samples import (
+    TOKEN_OF,
+    abstraction_case,
+    draw_problem,
+    encode_words,
+    lines_about_others,
+)
+from pmd.tiny.language import EOS, NOT_KINDS, VOCABULARY, Line, reflect_prompt, solve_prompt, statement
+from pmd.tiny.world import BOX_COUNTS, NAMES, Problem, execution, rules_of, solution
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One measured ability and what it must reach."""
+
+    name: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is within its bound."""
+        return (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+
+
+def tiny_probes(model: PreTrainedModel, samples: int, seed: int) -> list[Probe]:
+    """Measure everything, for four and for six boxes."""
+    return [probe for boxes in BOX_COUNTS for probe in _world_probes(model, samples, seed, boxes)]
+
+
+def _world_probes(model: PreTrainedModel, samples: int, seed: int, boxes: int) -> list[Probe]:
+    draw = random.Random(f"probes {boxes} {seed}")
+    problems = [draw_problem(draw, boxes=boxes) for _ in range(samples)]
+    six_lessons, six_excluded, six_gap = _excluded(model, draw, problems, "lesson", 6)
+    _, failure_repeated, _ = _excluded(model, draw, problems, "failed", 1)
+    entropy = _entropy_without_memory(model, problems)
+    ideal = math.log(len(rules_of(boxes)))
+    return [
+        Probe(f"{boxes} boxes: execution", _execution(model, draw, problems), at_least=0.999),
+        Probe(f"{boxes} boxes: reflection", _reflection(model, draw, problems), at_least=0.999),
+        Probe(f"{boxes} boxes: abstraction", _abstraction(model, draw, samples, boxes), at_least=0.999),
+        Probe(f"{boxes} boxes: one strategy followed", _followed(model, draw, problems, 0), at_least=0.995),
+        Probe(f"{boxes} boxes: strategy among 7 distractors", _followed(model, draw, problems, 7), at_least=0.99),
+        Probe(f"{boxes} boxes: six lessons, excluded in all", six_excluded, at_most=0.01),
+        Probe(f"{boxes} boxes: six lessons, each allowed rule / ideal", six_lessons, at_least=0.99),
+        Probe(f"{boxes} boxes: six lessons, nats from uniform", six_gap, at_most=0.02),
+        Probe(f"{boxes} boxes: own failure repeated", failure_repeated, at_most=0.005),
+        Probe(f"{boxes} boxes: no memory, nats below ln {len(rules_of(boxes))}", ideal - entropy, at_most=0.02),
+    ]
+
+
+def _execution(model: PreTrainedModel, draw: random.Random, problems: list[Problem]) -> float:
+    """Share of attempts that read off the right digits once the rule is written."""
+    rules = [draw.choice(rules_of(problem.boxes)) for problem in problems]
+    prompts = [f"{solve_prompt(statement(p))} {rule}" for p, rule in zip(problems, rules, strict=True)]
+    wanted = [f"; {execution(rule, p)} {EOS}" for p, rule in zip(problems, rules, strict=True)]
+    return _share_written(model, prompts, wanted)
+
+
+def _reflection(model: PreTrainedModel, draw: random.Random, problems: list[Problem]) -> float:
+    prompts, wanted = [], []
+    for problem in problems:
+        rule, correct = draw.choice(rules_of(problem.boxes)), draw.random() < 0.5
+        prompts.append(reflect_prompt(statement(problem), solution(rule, problem), correct))
+        wanted.append(f"{Line('strategy' if correct else 'lesson', problem.name, rule).text} {EOS}")
+    return _share_written(model, prompts, wanted)
+
+
+def _abstraction(model: PreTrainedModel, draw: random.Random, samples: int, boxes: int) -> float:
+    cases = [abstraction_case(draw, boxes=boxes) for _ in range(samples)]
+    return _share_written(model, [prompt for prompt, _ in cases], [f"{written}{EOS}" for _, written in cases])
+
+
+def _followed(model: PreTrainedModel, draw: random.Random, problems: list[Problem], distractors: int) -> float:
+    """Mean probability of the rule that one strategy line states, among lines about other names."""
+    prompts, stated = [], []
+    for problem in problems:
+        rule = draw.choice(rules_of(problem.boxes))
+        lines = [Line("strategy", problem.name, rule).text, *lines_about_others(draw, problem, NAMES, distractors)]
+        draw.shuffle(lines)
+        prompts.append(solve_prompt(statement(problem), lines))
+        stated.append([rule])
+    return float(_mass(model, prompts, stated).mean())
+
+
+def _excluded(
+    model: PreTrainedModel, draw: random.Random, problems: list[Problem], kind: str, count: int
+) -> tuple[float, float, float]:
+    """Return (an allowed rule's mean probability / ideal, the excluded rules' mean mass, mean KL from uniform)."""
+    assert kind in NOT_KINDS
+    prompts, excluded, allowed = [], [], []
+    for problem in problems:
+        wrong = draw.sample(rules_of(problem.boxes), count)
+        lines = [Line("lesson" if kind == "lesson" else "failed", problem.name, rule).text for rule in wrong]
+        prompts.append(solve_prompt(statement(problem), lines))
+        excluded.append(wrong)
+        allowed.append([rule for rule in rules_of(problem.boxes) if rule not in wrong])
+    probabilities = next_token_probabilities(model, [encode_words(prompt) for prompt in prompts])
+    on_allowed = torch.stack([row[_ids(rules)] for row, rules in zip(probabilities, allowed, strict=True)])  # [N, A]
+    on_excluded = torch.stack([row[_ids(rules)].sum() for row, rules in zip(probabilities, excluded, strict=True)])
+    gap = -(on_allowed * on_allowed.shape[1]).log().mean()  # KL(uniform over allowed || model)
+    return float(on_allowed.mean() * on_allowed.shape[1]), float(on_excluded.mean()), float(gap)
+
+
+def _entropy_without_memory(model: PreTrainedModel, problems: list[Problem]) -> float:
+    prompts = [solve_prompt(statement(problem)) for problem in problems]
+    probabilities = next_token_probabilities(model, [encode_words(prompt) for prompt in prompts])
+    return float(-torch.special.xlogy(probabilities, probabilities).sum(-1).mean())
+
+
+def _mass(model: PreTrainedModel, prompts: list[str], rules: list[list[str]]) -> Tensor:
+    """Return the probability of the given rules together after each prompt, [N]."""
+    probabilities = next_token_probabilities(model, [encode_words(prompt) for prompt in prompts])
+    return torch.stack([row[_ids(some)].sum() for row, some in zip(probabilities, rules, strict=True)])
+
+
+def _ids(rules: list[str]) -> list[int]:
+    return [TOKEN_OF[rule] for rule in rules]
+
+
+def _share_written(model: PreTrainedModel, prompts: list[str], wanted: list[str]) -> float:
+    longest = max(len(text.split()) for text in wanted)
+    written = greedy(model, [encode_words(prompt) for prompt in prompts], longest, TOKEN_OF[EOS])
+    texts = [" ".join(VOCABULARY[token] for token in ids) for ids in written]
+    return sum(text == want for text, want in zip(texts, wanted, strict=True)) / len(wanted)
+

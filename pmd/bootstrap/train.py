@@ -1,0 +1,114 @@
+"""The bootstrap's training loop: samples in, a trained model left behind. The same for both shipped models.
+
+The recipe counts steps and tokens, never seconds, so that a seed makes the same model on a slow machine as on a fast
+one. Muon moves the matrices, AdamW embeddings and norms.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from pmd.bootstrap.muon import Muon
+from pmd.bootstrap.sample import Sample
+
+#: (random stream, progress in [0, 1]) -> one sample
+DrawSample = Callable[[random.Random, float], Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How long, in which portions, and how fast a model is trained."""
+
+    steps: int
+    tokens_per_batch: int  # padding included
+    matrix_lr: float  # Muon
+    other_lr: float  # AdamW
+    warmup_steps: int = 50
+    decay_from: float = 0.5  # share of the steps after which the rates fall linearly
+    final_share: float = 0.02  # of the rates, at the end
+    max_grad_norm: float = 1.0
+    pool: int = 1024  # samples drawn at a time and sorted by length, so that batches hold little padding
+
+    def rate(self, step: int) -> float:
+        """Return the share of the full learning rates at this step."""
+        left = (1 - step / self.steps) / (1 - self.decay_from)
+        return min(1.0, (step + 1) / self.warmup_steps) * max(self.final_share, min(1.0, left))
+
+
+def train(
+    model: PreTrainedModel, draw_sample: DrawSample, recipe: Recipe, seed: int, on_step: Callable[[int, float], None]
+) -> None:
+    """Train in place; `on_step` hears of each step and its loss in nats per unit of weight."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = Muon(matrices, lr=recipe.matrix_lr)
+    adamw = torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    progress = Progress()
+    batches = _batches(draw_sample, recipe, random.Random(seed), progress)
+    model.train()
+    for step in range(recipe.steps):
+        progress.share = step / recipe.steps
+        rate = recipe.rate(step)
+        muon.param_groups[0]["lr"] = recipe.matrix_lr * rate
+        adamw.param_groups[0]["lr"] = recipe.other_lr * rate
+        loss = batch_loss(model, next(batches))
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        muon.step()
+        adamw.step()
+        on_step(step, loss.item())
+    model.eval()
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far training has come, as the stream of samples sees it."""
+
+    share: float = 0.0
+
+
+def _batches(draw_sample: DrawSample, recipe: Recipe, draw: random.Random, progress: Progress) -> Iterator[list[Sample]]:
+    while True:
+        pool = sorted((draw_sample(draw, progress.share) for _ in range(recipe.pool)), key=lambda s: len(s.ids))
+        batches: list[list[Sample]] = [[]]
+        for sample in pool:
+            if (len(batches[-1]) + 1) * len(sample.ids) > recipe.tokens_per_batch and batches[-1]:
+                batches.append([])
+            batches[-1].append(sample)
+        draw.shuffle(batches)
+        yield from batches
+
+
+def batch_loss(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
+    """Return the weighted mean over learnt tokens: cross-entropy, or KL(label || model) where the label is shared."""
+    length = max(len(sample.ids) for sample in samples)
+    input_ids = torch.tensor([sample.ids + [0] * (length - len(sample.ids)) for sample in samples])
+    learnt = [(row, position, weight) for row, s in enumerate(samples) for position, weight in s.weights.items()]
+    rows = torch.tensor([row for row, _, _ in learnt])
+    positions = torch.tensor([position for _, position, _ in learnt])
+    weights = torch.tensor([weight for _, _, weight in learnt])
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+    logits = model.get_output_embeddings()(hidden[rows, positions - 1])  # [N, V], learnt tokens only
+    logprobs = functional.log_softmax(logits.float(), -1)
+    labels = torch.zeros_like(logprobs)
+    labels[torch.arange(len(learnt)), input_ids[rows, positions]] = 1.0
+    for index, (row, position, _) in enumerate(learnt):
+        shared = samples[row].uniform_over.get(position)
+        if shared is not None and len(shared) > 1:
+            labels[index] = 0.0
+            labels[index, list(shared)] = 1 / len(shared)
+    per_token = (torch.special.xlogy(labels, labels) - labels * logprobs).sum(-1)  # [N]
+    return (per_token * weights).sum() / weights.sum()
+
+
+def rounded_to_bfloat16(model: PreTrainedModel) -> None:
+    """Round the weights in place to what the shipped file holds; they stay float32."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())

@@ -1,0 +1,10 @@
+"""The tiny world: a synthetic family of problems, its language, its tokenizer, and the models shipped for the CPU."""
+
+from pathlib import Path
+
+SHIPPED_MODELS = {"tiny": "model", "tiny_exam": "exam"}
+
+
+def shipped_model_path(name: str) -> Path:
+    """Return the Hugging Face directory of a shipped model: `tiny` or `tiny_exam`."""
+    return Path(__file__).parent / SHIPPED_MODELS[name]
