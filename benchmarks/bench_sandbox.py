@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = os.cpu_count() or 1
     print(f"{'':28} {'median':>11} {'95 %':>11} {f'{threads} threads':>15}")
-    levels: list[Level] = ["namespaces", "landlock", "rlimits"]
+    levels: list[Level] = ["namespaces", "bubblewrap", "landlock", "rlimits"]
     for level in levels:
         sandbox = Sandbox(level=level)
 
@@ -72,7 +72,7 @@ def main() -> None:
         sandbox.close()
     report("plain python subprocess", lambda: run_command([]), options.runs // 4, threads)
     if shutil.which("bwrap"):
-        report("bubblewrap", lambda: run_command(BWRAP), options.runs // 4, threads)
+        report("plain python in bubblewrap", lambda: run_command(BWRAP), options.runs // 4, threads)
     else:
         print("bubblewrap: not installed")
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="completions judged at once")
     parser.add_argument(
         "--sandbox",
-        choices=["namespaces", "landlock", "rlimits"],
+        choices=["namespaces", "bubblewrap", "landlock", "rlimits"],
         help="run programs at this level only; rlimits is weak and must be asked for here (default: strongest)",
     )
     options = parser.parse_args(argv)

@@ -8,6 +8,7 @@ import atexit
 import math
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,17 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pmd.sandbox import protocol
+from pmd.sandbox import protocol, rooms
 from pmd.sandbox.protocol import Limits, Reply, Request
 from pmd.sandbox.streams import Streams
 
-Level = Literal["namespaces", "landlock", "rlimits"]
+Level = Literal["namespaces", "bubblewrap", "landlock", "rlimits"]
 End = Literal["finished", "runtime_error", "timeout", "memory", "output_limit", "sandbox_error"]
 START_S = 60.0
 #: How long after its wall limit a run may take to be reported before the worker counts as hung.
 GRACE_S = 10.0
-ROOT = str(Path(__file__).parents[2])
-START = f"import sys; sys.path.insert(0, {ROOT!r}); from pmd.sandbox.supervisor import main; main()"
 PROBE = b"""
 import ctypes, os, socket
 def refused(attempt):
@@ -70,15 +69,16 @@ class Worker:
     """One supervisor and its zygote."""
 
     def __init__(self, level: Level):
+        if level == "bubblewrap" and not shutil.which("bwrap"):
+            raise SandboxUnavailable("bwrap is not installed")
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-S", "-s", "-P", "-B", "-c", START]
             self.process = subprocess.Popen(
-                [*command, level, str(os.getpid()), sysconfig.get_path("purelib")],
+                supervisor_command(level),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={"PATH": os.defpath, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},
                 cwd="/",
                 start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which then ends us
             )
@@ -124,6 +124,20 @@ class Worker:
         self.peer.close()
         self.process.kill()
         self.process.wait()
+
+
+def supervisor_command(level: Level) -> list[str]:
+    """Return the command of a supervisor; at level `bubblewrap` it starts inside bubblewrap's namespaces."""
+    packages, root = sysconfig.get_path("purelib"), str(Path(__file__).parents[2])
+    start = f"import sys; sys.path.insert(0, {root!r}); from pmd.sandbox.supervisor import main; main()"
+    arguments = ["-S", "-s", "-P", "-B", "-c", start, level, str(os.getpid()), packages]
+    if level != "bubblewrap":
+        return [sys.executable, *arguments]
+    python = os.path.realpath(sys.executable)
+    shown = [*rooms.readable_paths(packages), python, f"{root}/pmd"]
+    binds = [word for path in shown for word in ("--ro-bind", path, path)]
+    walls = ["--unshare-all", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
+    return ["bwrap", *binds, *walls, "--size", str(rooms.TMPFS_BYTES), "--tmpfs", rooms.WRITABLE, python, *arguments]
 
 
 class Sandbox:
@@ -205,7 +219,7 @@ class Sandbox:
                 raise SandboxUnavailable("the sandbox was closed")
             if self.level is not None and (self.level == self.asked == "rlimits" or self._all):
                 return self._start_at(self.level)
-            levels: list[Level] = [self.asked] if self.asked else ["namespaces", "landlock"]
+            levels: list[Level] = [self.asked] if self.asked else ["namespaces", "bubblewrap", "landlock"]
             self.reasons = []
             for level in levels:
                 try:

@@ -25,8 +25,9 @@ def main() -> None:
     level, trainer_pid, site_packages = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     with socket.socket(fileno=os.dup(0)) as peer:
         _point_at_null(0)
-        trainer = os.pidfd_open(trainer_pid)
-        if os.getppid() != trainer_pid:
+        # From inside bubblewrap the trainer cannot be seen; the end of the socket then has to do.
+        trainer = os.pidfd_open(trainer_pid) if level != "bubblewrap" else None
+        if trainer is not None and os.getppid() != trainer_pid:
             return
         try:
             zygote = _fork_zygote(level, site_packages, peer)
@@ -36,10 +37,11 @@ def main() -> None:
     _wait(trainer, zygote)
 
 
-def _wait(trainer: int, zygote: int) -> None:
+def _wait(trainer: int | None, zygote: int) -> None:
     ended = os.pidfd_open(zygote)
     poll = select.poll()
-    poll.register(trainer, select.POLLIN)
+    if trainer is not None:
+        poll.register(trainer, select.POLLIN)
     poll.register(ended, select.POLLIN)
     poll.poll()
     with contextlib.suppress(ProcessLookupError):
@@ -55,12 +57,15 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
     if level == "namespaces":
         rooms.enter_namespaces()
         rooms.build_root(readable)
+    elif level == "bubblewrap":
+        missing.append("a bound on the number of files and threads")
     else:
         missing.append("namespaces")
         if user is not None and not _reachable_by(user, readable):
             user = None
             missing.append("a user of its own")
-    read_write = [rooms.WRITABLE, *rooms.DEVICES] if level == "namespaces" else list(rooms.DEVICES)
+    writable = level in ("namespaces", "bubblewrap")
+    read_write = [rooms.WRITABLE, *rooms.DEVICES] if writable else list(rooms.DEVICES)
     readable_now = [*readable, rooms.STDIN_FILE] if level == "namespaces" else readable
     ruleset, program = _optional_walls(level, (readable_now, read_write, [site_packages]), missing)
     pid = os.fork()
@@ -70,7 +75,12 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         confinement = Confinement(
-            own_root=level == "namespaces", user=user, ruleset=ruleset, filter=program, base_bytes=base_bytes
+            own_root=level == "namespaces",
+            writable=writable,
+            user=user,
+            ruleset=ruleset,
+            filter=program,
+            base_bytes=base_bytes,
         )
         _say_hello(peer, ready=True, text=", ".join(missing))
         serve(peer, confinement)

@@ -25,6 +25,7 @@ class Confinement(NamedTuple):
     """What every child of this zygote is shut in with."""
 
     own_root: bool  # in namespaces, with a root directory of its own
+    writable: bool  # with a small directory to write to
     user: int | None  # becomes this user
     ruleset: int | None  # Landlock
     filter: bytes | None  # seccomp
@@ -64,6 +65,7 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
     if confinement.own_root:
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing
+    if confinement.writable:
         rooms.clear_writable()
     os.set_blocking(ready, False)
     with contextlib.suppress(BlockingIOError):

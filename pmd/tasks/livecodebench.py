@@ -21,6 +21,7 @@ from typing import Any
 
 from pmd.config import DataConfig
 from pmd.tasks.code_tests import tests_problems
+from pmd.tasks.hub import load_rows
 from pmd.tasks.records import iterate_lines
 from pmd.tasks.splits import TRAIN_SUFFIX
 from pmd.types import Message, Split, Task
@@ -39,7 +40,7 @@ def read_livecodebench(config: DataConfig, seed: int) -> tuple[list[Task], list[
     """Return both tasks of each problem in the window, and a sentence for everything wrong with the files."""
     rows: Iterable[tuple[str, Mapping[str, Any] | str]]
     if config.path is None:
-        rows = ((HUB_ID, row) for row in read_hub())
+        rows = ((HUB_ID, row) for row in load_rows(HUB_ID, "test", HUB_REVISION))
     else:
         path = Path(config.path)
         files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
@@ -60,13 +61,6 @@ def read_livecodebench(config: DataConfig, seed: int) -> tuple[list[Task], list[
         except (ValueError, TypeError) as error:
             problems.append(f"{place}: {error}; give a line of code_generation_lite.")
     return tasks, problems
-
-
-def read_hub(repository: str = HUB_ID, revision: str | None = HUB_REVISION) -> Iterable[Mapping[str, Any]]:
-    """Load the rows through `datasets`: a Hub id, or a folder of the same form."""
-    from datasets import load_dataset
-
-    return load_dataset(repository, split="test", revision=revision)  # type: ignore[return-value]
 
 
 def make_tasks(row: Mapping[str, Any], seed: int) -> list[Task]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pmd.config import DataConfig
+from pmd.tasks.hub import load_rows
 from pmd.tasks.records import Line, read_lines
 from pmd.tasks.splits import hold_out
 from pmd.types import Message, Split, Task
@@ -30,7 +31,7 @@ REMEDY = "fix or remove the line"
 def read_sciknoweval(config: DataConfig) -> tuple[list[Task], list[str]]:
     """Return the problems of the domains asked for, and a sentence for everything wrong with the files."""
     if config.path is None:
-        return divide_upstream(read_hub(), config.domains), []
+        return divide_upstream(load_rows(HUB_ID, "test"), config.domains), []
     path = Path(config.path)
     if not path.exists():
         return [], [f"data.path={config.path}: no such file or folder; give the folder of the SciKnowEval files."]
@@ -45,13 +46,6 @@ def read_sciknoweval(config: DataConfig) -> tuple[list[Task], list[str]]:
             tasks += found
             problems += wrong
     return tasks, problems
-
-
-def read_hub(repository: str = HUB_ID) -> Iterable[Mapping[str, Any]]:
-    """Load the upstream rows through `datasets`: a Hub id, or a folder of the same form."""
-    from datasets import load_dataset
-
-    return load_dataset(repository, split="test")  # type: ignore[return-value]
 
 
 def system_prompt() -> str:

@@ -9,7 +9,8 @@ import pytest
 from pmd.config import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, load_tasks
-from pmd.tasks.livecodebench import decode_tests, make_tasks, read_hub, string_of_pickle
+from pmd.tasks.hub import load_rows
+from pmd.tasks.livecodebench import decode_tests, make_tasks, string_of_pickle
 from pmd.verifiers import verify
 
 
@@ -86,7 +87,7 @@ def test_the_window_and_the_protocol(tmp_path):
 
 def test_the_hub_code_reads_a_folder_of_the_same_form(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(row()) + "\n")
-    (loaded,) = list(read_hub(str(tmp_path), None))
+    (loaded,) = list(load_rows(str(tmp_path), "test"))
     assert make_tasks(loaded, 0) == make_tasks(row(), 0)
 
 

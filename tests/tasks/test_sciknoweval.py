@@ -8,7 +8,8 @@ import pytest
 from pmd.config import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, find_duplicates, load_tasks
-from pmd.tasks.sciknoweval import divide_upstream, own_split, read_hub, split_permutation, system_prompt
+from pmd.tasks.hub import load_rows
+from pmd.tasks.sciknoweval import divide_upstream, own_split, split_permutation, system_prompt
 
 DOMAINS = ["biology", "chemistry", "material", "physics"]
 
@@ -95,7 +96,7 @@ def test_smaller_subsets_are_prefixes_of_larger_ones(data_folder):
 def test_hub_rows_are_filtered_and_divided(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, UPSTREAM)))
-    tasks = divide_upstream(read_hub(str(tmp_path)), ["chemistry", "physics"])
+    tasks = divide_upstream(load_rows(str(tmp_path), "test"), ["chemistry", "physics"])
     sizes = Counter((task.domain, task.split) for task in tasks)
     assert sizes == {
         ("chemistry", "train"): 36,
@@ -142,3 +143,9 @@ def test_a_missing_path_is_named(tmp_path):
     assert len(problems) == 1
     assert "nowhere" in problems[0]
     assert "data.path" in problems[0]
+
+
+def test_a_hub_failure_says_what_to_do(tmp_path):
+    (tmp_path / "test.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match="a local copy"):
+        load_rows(str(tmp_path), "no such split")

@@ -1,0 +1,24 @@
+"""Load a data set from the Hugging Face Hub: an id enters, its rows leave, or a `ConfigError` with a remedy."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pmd.errors import ConfigError
+
+
+def load_rows(repository: str, split: str, revision: str | None = None) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of one split. A local folder of the same form serves as well as an id.
+
+    Raises:
+        ConfigError: if it cannot be loaded: no network, no such data set, no such split.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(repository, split=split, revision=revision)  # type: ignore[return-value]
+    except Exception as error:  # network, HTTP, cache and format errors share no base class
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise ConfigError(
+            f"data.path=null: {repository} cannot be loaded from the Hub ({reason}); check the network, or give "
+            "data.path a local copy."
+        ) from error
