@@ -89,15 +89,21 @@ def _show(path: str, base: str, *, devices: bool = False) -> None:
 
 
 def clear_writable() -> None:
-    """Remove what a run left in its writable directory. The run is over, so nothing changes underfoot."""
-    for name in os.listdir(WRITABLE):
-        _remove(os.path.join(WRITABLE, name))
+    """Remove what a run left in its writable directory. The run is over, so nothing changes underfoot.
 
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        for name in os.listdir(path):
-            _remove(os.path.join(path, name))
-        os.rmdir(path)
-    else:
-        os.unlink(path)
+    What lies in a directory is moved to the top before the directory goes: no depth and no length of path stops it.
+    """
+    moved = 0
+    while names := os.listdir(WRITABLE):
+        for name in names:
+            path = os.path.join(WRITABLE, name)
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            for inner in os.listdir(path):
+                moved += 1
+                while os.path.lexists(target := f"{WRITABLE}/moved-{moved}"):
+                    moved += 1
+                os.rename(os.path.join(path, inner), target)
+            os.rmdir(path)

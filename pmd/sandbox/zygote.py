@@ -19,6 +19,8 @@ from pmd.sandbox.protocol import Reply, Request
 
 #: How long a killed child may take to die before the zygote gives itself up.
 DYING_S = 5.0
+#: How long a child may take to shut itself in.
+STARTING_S = 5.0
 
 
 class Confinement(NamedTuple):
@@ -51,15 +53,14 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
     """Run one program to its end; None if the trainer went away meanwhile."""
     stdin = _stdin_file(request, confinement.own_root)
     ready, ready_writer = os.pipe()
-    started = time.monotonic()
     pid = os.fork()
     if pid == 0:
         child.main(request, stdin, ready_writer, confinement, offsets)
     for descriptor in {stdin, ready_writer, *request.files}:
         os.close(descriptor)
-    end = _watch(pid, started + request.wall_s, peer)
-    wall_s = time.monotonic() - started
-    if end is None:
+    watched = _watch(pid, ready, request.wall_s, peer)
+    os.close(ready)
+    if watched is None:
         return None
     _, status, usage = os.wait4(pid, 0)
     if confinement.own_root:
@@ -67,31 +68,45 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
             os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing
     if confinement.writable:
         rooms.clear_writable()
-    os.set_blocking(ready, False)
-    with contextlib.suppress(BlockingIOError):
-        end = end if os.read(ready, 1) else protocol.NOT_STARTED
-    os.close(ready)
     peak_kb = max(0, usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return Reply(end, status, wall_s, usage.ru_utime + usage.ru_stime, peak_kb)
+    return Reply(watched.end, status, watched.wall_s, usage.ru_utime + usage.ru_stime, peak_kb)
 
 
-def _watch(pid: int, deadline: float, peer: socket.socket) -> int | None:
-    """Wait until the child has ended or must; None if the trainer went away or the child cannot die."""
-    process = os.pidfd_open(pid)
+class Watched(NamedTuple):
+    """How a child ended, and the time since its program began."""
+
+    end: int
+    wall_s: float
+
+
+def _watch(pid: int, ready: int, wall_s: float, peer: socket.socket) -> Watched | None:
+    """Wait until the child has ended or must; None if the trainer went away or the child cannot die.
+
+    The wall limit counts from the child's byte on `ready`; a child without one has not begun to run the program.
+    """
+    process, started, begun = os.pidfd_open(pid), time.monotonic(), False
+    deadline = started + STARTING_S
     poll = select.poll()
-    poll.register(process, select.POLLIN)
-    poll.register(peer, select.POLLIN)
+    for descriptor in (process, peer.fileno(), ready):
+        poll.register(descriptor, select.POLLIN)
     try:
-        ready = {descriptor for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
-        if process in ready:
-            return protocol.ENDED
+        while True:
+            events = {descriptor for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+            if ready in events:
+                poll.unregister(ready)
+                if os.read(ready, 1):
+                    begun, started = True, time.monotonic()
+                    deadline = started + wall_s
+            if process in events:
+                return Watched(protocol.ENDED if begun else protocol.NOT_STARTED, time.monotonic() - started)
+            if events - {ready} or not events:
+                break
         os.kill(pid, signal.SIGKILL)
-        if ready and peer.recv(1) != protocol.KILL:
+        if events and peer.recv(1) != protocol.KILL:
             return None
         has_died = select.select([process], [], [], DYING_S)[0]
-        if not has_died:
-            return None
-        return protocol.ENDED if ready else protocol.TIMED_OUT
+        end = protocol.ENDED if events else protocol.TIMED_OUT
+        return Watched(end if begun else protocol.NOT_STARTED, time.monotonic() - started) if has_died else None
     finally:
         os.close(process)
 

@@ -22,6 +22,9 @@ REFUSED = {
     # forged verdicts
     "exit without output": "import os; os._exit(0)",
     "verdict on stdout": """print('{"correct": true, "reward": 1.0, "status": "ok"}')""",
+    "open descriptors": (
+        "import os\nfor fd in range(4, 4096):\n    try: os.fstat(fd); print(3); break\n    except OSError: pass"
+    ),
     "every descriptor": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'3\\n')\n    except OSError: pass",
     "reply frame on stdout": "import os; os.write(1, bytes(41) + b'3')",
     "look for expected output": (
@@ -167,6 +170,12 @@ REFUSED = {
     "extend stdin": attack("import os", "os.ftruncate(0, 1 << 30)"),
     "fill the small disk": attack("f = open('x', 'wb')", "for _ in range(1000): f.write(bytes(1 << 20))", "f.flush()"),
     "many files": attack("for n in range(100000): open(f'f{n}', 'w').close()"),
+    "deep folders": "import os\nwhile True:\n    os.mkdir('d' * 250); os.chdir('d' * 250)",
+    "closed folders": attack("import os", "os.mkdir('a', 0)", "os.mkdir('b', 0o111)", "open('b/c', 'w')", "1 / 0"),
+    "links to folders": attack("import os", "os.symlink('/', 'l')", "os.symlink('.', 'm')", "1 / 0"),
+    "strange names": attack(
+        "open(b'\\xff\\n', 'w')", "open('moved-1', 'w')", "import os; os.mkdir('moved-2')", "1 / 0"
+    ),
     "type into the terminal": attack("import fcntl", "fcntl.ioctl(0, 0x5412, b'x')"),
     "trainer's package": attack("import pmd.types"),
     "import torch": attack("import torch"),

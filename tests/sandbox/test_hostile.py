@@ -30,7 +30,7 @@ GROUPS = {
 GAPS = {
     "namespaces": set(),
     "landlock": {"write a file", "temporary file", "thread bomb"},
-    "bubblewrap": {"many files", "thread bomb"},
+    "bubblewrap": {"many files", "deep folders", "thread bomb"},
 }
 NEEDS_BWRAP = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")]
 #: Names that the programs write to.

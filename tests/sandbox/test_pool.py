@@ -87,6 +87,8 @@ def test_a_killed_worker_is_replaced(sandbox):
     sandbox.run(ADD, b"1 2", Limits())
     for worker in list(sandbox._all):
         os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+    time.sleep(0.1)  # the kernel takes the zygote after its supervisor
     outcome = sandbox.run(ADD, b"1 2", Limits())
     assert (outcome.end, outcome.stdout) == ("finished", b"3\n")
     assert sandbox.num_repeated >= 1
