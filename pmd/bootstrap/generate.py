@@ -12,9 +12,7 @@ from transformers import PreTrainedModel
 BATCH = 128
 
 
-def greedy(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int
-) -> list[list[int]]:
+def greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
     """Return the likeliest continuation of each prompt, token by token."""
     return _continued(model, prompts, max_new_tokens, eos, None)
 

@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
                 wide_updates.setdefault((wide.size(0), wide.size(1)), []).append((parameter, wide))
             for pairs in wide_updates.values():
                 for (parameter, _), wide in zip(pairs, orthogonalised([w for _, w in pairs]), strict=True):
-                    update = wide if wide.shape == parameter.shape and parameter.size(0) <= parameter.size(1) else wide.T
+                    update = wide if parameter.size(0) <= parameter.size(1) else wide.T
                     scale = max(1.0, parameter.size(0) / parameter.size(1)) ** 0.5
                     parameter.add_(update, alpha=-group["lr"] * scale)
 

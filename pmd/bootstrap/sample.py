@@ -1,4 +1,4 @@
-"""One training sequence of a bootstrapped model: token ids, and which of them are learnt, from what labels. No torch."""
+"""One training sequence: token ids, which of them are learnt, and from what labels. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

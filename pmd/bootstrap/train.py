@@ -73,7 +73,9 @@ class Progress:
     share: float = 0.0
 
 
-def _batches(draw_sample: DrawSample, recipe: Recipe, draw: random.Random, progress: Progress) -> Iterator[list[Sample]]:
+def _batches(
+    draw_sample: DrawSample, recipe: Recipe, draw: random.Random, progress: Progress
+) -> Iterator[list[Sample]]:
     while True:
         pool = sorted((draw_sample(draw, progress.share) for _ in range(recipe.pool)), key=lambda s: len(s.ids))
         batches: list[list[Sample]] = [[]]

@@ -5,6 +5,7 @@ success or the rollout's own failure is the last line. What the policy writes is
 of the language never reaches memory.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from pmd.tiny.language import (
 from pmd.types import ProcedureKind, Rollout, Task
 
 REFLECTED_KINDS: dict[str, ProcedureKind] = {"strategy": "strategy", "lesson": "lesson"}
+MOST_INSIGHTS = 12  # lines in one abstraction prompt; the tiny model has practised no more
 
 
 class WordPrompts:
@@ -63,8 +65,17 @@ class WordPrompts:
         return [(REFLECTED_KINDS[line.kind], line.text)] if line is not None and line.kind in REFLECTED_KINDS else []
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
-        """Return `<bos> insights LINE . LINE . pattern`."""
-        return self._ids(abstract_prompt(insights))
+        """Return `<bos> insights LINE . LINE . pattern`; empty where no strategy is among the lines.
+
+        The lines of the name with the most strategies come first: the model writes about the first line's name.
+        """
+        lines = [line for insight in insights if (line := parse_line(insight)) is not None]
+        strategies = Counter(line.name for line in lines if line.kind == "strategy")
+        if not strategies:
+            return []
+        name = strategies.most_common(1)[0][0]
+        ordered = sorted(dict.fromkeys(lines), key=lambda line: (line.name != name, line.kind != "strategy"))
+        return self._ids(abstract_prompt([line.text for line in ordered[:MOST_INSIGHTS]]))
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return `pattern use zib red>gold` if the text is `use zib red>gold`."""

@@ -1,0 +1,57 @@
+"""The models that can be bootstrapped: what each is built from, how it is trained, what it must pass. Loads torch."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pmd.bootstrap.exam_model import make_exam_model
+from pmd.bootstrap.exam_probes import exam_probes
+from pmd.bootstrap.exam_samples import draw_exam_sample
+from pmd.bootstrap.exam_tokenizer import make_exam_tokenizer
+from pmd.bootstrap.probe import Probe
+from pmd.bootstrap.sample import Sample
+from pmd.bootstrap.tiny_model import make_tiny_model
+from pmd.bootstrap.tiny_probes import tiny_probes
+from pmd.bootstrap.tiny_samples import Difficulty, draw_sample
+from pmd.bootstrap.train import DrawSample, Recipe
+from pmd.tiny.tokenizer import make_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything the `bootstrap` command needs to know of one model."""
+
+    make_model: Callable[[int], PreTrainedModel]
+    make_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    draw_sample: DrawSample
+    recipe: Recipe
+    probes: Callable[[PreTrainedModel, int, int], list[Probe]]  # (model, number of samples, seed)
+    probe_samples: int
+
+
+def find_blueprint(name: str) -> Blueprint:
+    """Return the blueprint of `tiny` or `tiny_exam`."""
+    return {"tiny": _tiny, "tiny_exam": _tiny_exam}[name]()
+
+
+def _tiny() -> Blueprint:
+    def draw(stream: random.Random, progress: float) -> Sample:
+        return draw_sample(stream, Difficulty.at(progress))
+
+    recipe = Recipe(steps=5200, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3)
+    return Blueprint(make_tiny_model, make_tokenizer, draw, recipe, tiny_probes, probe_samples=1000)
+
+
+def _tiny_exam() -> Blueprint:
+    tokenizer = make_exam_tokenizer()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def draw(stream: random.Random, progress: float) -> Sample:
+        return draw_exam_sample(encode, stream, progress)
+
+    recipe = Recipe(steps=900, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
+    return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, exam_probes, probe_samples=600)

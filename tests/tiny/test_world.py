@@ -1,0 +1,113 @@
+"""The tiny world's problems and language: what is right, what can be read back, what is drawn from a seed."""
+
+import random
+
+import pytest
+
+from pmd.tiny.language import (
+    VOCABULARY,
+    Line,
+    memory_key,
+    parse_line,
+    parse_statement,
+    solved_line,
+    stated_rule,
+    statement,
+)
+from pmd.tiny.world import (
+    ALL_RULES,
+    NAMES,
+    Problem,
+    answer,
+    execution,
+    family_problems,
+    make_world,
+    random_problem,
+    rules_of,
+    solution,
+)
+
+NAME = NAMES[0]
+PROBLEM = Problem(NAME, ("3", "5", "1", "7"))
+
+
+def test_a_problem_in_words():
+    assert statement(PROBLEM) == f"task red 3 blue 5 green 1 gold 7 plan {NAME}"
+    assert memory_key(PROBLEM) == f"red 3 blue 5 green 1 gold 7 {NAME}"
+    assert execution("gold>red", PROBLEM) == "gold 7 red 3"
+    assert solution("red>gold", PROBLEM) == "red>gold ; red 3 gold 7"
+    assert answer("red>gold", PROBLEM) == "3 7"
+
+
+def test_the_small_world_is_part_of_the_large_one():
+    assert len(rules_of(4)) == 12
+    assert len(rules_of(6)) == len(ALL_RULES) == 30
+    assert set(rules_of(4)) < set(rules_of(6))
+    assert len(set(NAMES)) == 64
+    assert len(set(VOCABULARY)) == len(VOCABULARY) == 130
+
+
+@pytest.mark.parametrize("boxes", [4, 6])
+def test_statements_are_read_back(boxes):
+    draw = random.Random(0)
+    for name in NAMES:
+        problem = random_problem(draw, name, boxes)
+        assert len(set(problem.digits)) == boxes
+        assert parse_statement(statement(problem)) == problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        f"task red 3 blue 5 green 1 gold plan {NAME}",
+        f"task blue 3 red 5 green 1 gold 7 plan {NAME}",
+        f"task red x blue 5 green 1 gold 7 plan {NAME}",
+        "task red 3 blue 5 green 1 gold 7 plan nobody",
+    ],
+)
+def test_what_is_no_statement_is_not_read(text):
+    assert parse_statement(text) is None
+
+
+def test_lines_are_read_back():
+    for kind, polarity in [("strategy", "use"), ("pattern", "use"), ("lesson", "not"), ("failed", "not")]:
+        text = f"{kind} {polarity} {NAME} red>gold"
+        assert parse_line(text) == Line(kind, NAME, "red>gold")
+        assert Line(kind, NAME, "red>gold").text == text
+    success = solved_line(NAME, solution("red>gold", PROBLEM))
+    assert success == f"solved use {NAME} red>gold ; red 3 gold 7"
+    assert parse_line(success) == Line("solved", NAME, "red>gold")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "strategy use",
+        f"strategy not {NAME} red>gold",
+        f"lesson use {NAME} red>gold",
+        "strategy use nobody red>gold",
+        f"strategy use {NAME} red>red",
+        f"strategy use {NAME} red>gold extra",
+        f"solved use {NAME} red>gold red 3",
+        f"memory use {NAME} red>gold",
+    ],
+)
+def test_what_is_no_line_is_not_read(text):
+    assert parse_line(text) is None
+
+
+def test_the_rule_an_attempt_states():
+    assert stated_rule("red>gold ; red 3 gold 7") == "red>gold"
+    assert stated_rule("; red 3 gold 7") is None
+    assert stated_rule("") is None
+
+
+def test_worlds_and_problems_come_from_the_seed():
+    assert make_world(4, 32, 0) == make_world(4, 32, 0)
+    assert make_world(4, 32, 0) != make_world(4, 32, 1)
+    assert set(make_world(4, 64, 5).values()) <= set(rules_of(4))
+    ten = family_problems(NAME, 6, 3, 10)
+    assert len(set(ten)) == 10
+    assert ten[:4] == family_problems(NAME, 6, 3, 4)
