@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from pmd.bootstrap.exam_model import make_exam_model
 from pmd.bootstrap.exam_probes import exam_probes
@@ -23,11 +23,11 @@ from pmd.tiny.tokenizer import make_tokenizer
 class Blueprint:
     """Everything the `bootstrap` command needs to know of one model."""
 
-    make_model: Callable[[int], PreTrainedModel]
+    make_model: Callable[[int], Qwen3ForCausalLM]
     make_tokenizer: Callable[[], PreTrainedTokenizerBase]
     draw_sample: DrawSample
     recipe: Recipe
-    probes: Callable[[PreTrainedModel, int, int], list[Probe]]  # (model, number of samples, seed)
+    probes: Callable[[Qwen3ForCausalLM, int, int], list[Probe]]  # (model, number of samples, seed)
     probe_samples: int
 
 

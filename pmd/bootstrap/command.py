@@ -15,7 +15,7 @@ from rich.table import Table
 from pmd.errors import ConfigError, PmdError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Qwen3ForCausalLM
 
     from pmd.bootstrap.catalogue import Blueprint
     from pmd.bootstrap.probe import Probe
@@ -126,7 +126,7 @@ def _bootstrap(arguments: argparse.Namespace, directory: Path, console: Console)
     return 0
 
 
-def _train_with_progress(model: "PreTrainedModel", blueprint: "Blueprint", seed: int, console: Console) -> None:
+def _train_with_progress(model: "Qwen3ForCausalLM", blueprint: "Blueprint", seed: int, console: Console) -> None:
     from pmd.bootstrap.train import train
 
     columns = (

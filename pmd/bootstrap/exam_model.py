@@ -3,13 +3,12 @@
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pmd.bootstrap.exam_tokenizer import END, END_OF_TEXT, MAX_POSITIONS, VOCABULARY_SIZE, make_exam_tokenizer
+from pmd.bootstrap.exam_tokenizer import END_ID, END_OF_TEXT_ID, MAX_POSITIONS, VOCABULARY_SIZE
 
 
 def make_exam_model(seed: int) -> Qwen3ForCausalLM:
     """Build the model in float32."""
     torch.manual_seed(seed)
-    tokenizer = make_exam_tokenizer()
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=64,
@@ -22,7 +21,7 @@ def make_exam_model(seed: int) -> Qwen3ForCausalLM:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        eos_token_id=END_ID,
+        pad_token_id=END_OF_TEXT_ID,
     )
     return Qwen3ForCausalLM(config)

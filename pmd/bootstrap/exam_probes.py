@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pmd.bootstrap.exam_samples import Asked, Turn, draw_turn, exam_prompt
 from pmd.bootstrap.exam_text import KIND_OF_OUTCOME, LETTERS, PHRASES, exam_answer, noise
-from pmd.bootstrap.exam_tokenizer import END, make_exam_tokenizer
+from pmd.bootstrap.exam_tokenizer import END, END_ID, make_exam_tokenizer
 from pmd.bootstrap.generate import next_token_probabilities, sampled
 from pmd.bootstrap.probe import Probe
 
@@ -36,8 +36,8 @@ def exam_probes(model: PreTrainedModel, samples: int, seed: int) -> list[Probe]:
     turns = [_turn(draw, asked, length) for asked, length in cells]
     prompts = [exam_prompt(noise(draw, 60) if draw.random() < 0.5 else "", [], turn.message) for turn in turns]
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    written = sampled(model, ids, MAX_NEW_TOKENS, tokenizer.convert_tokens_to_ids(END), seed)
-    good = [well_formed(turn, tokenizer.decode(answer)) for turn, answer in zip(turns, written, strict=True)]
+    written = sampled(model, ids, MAX_NEW_TOKENS, END_ID, seed)
+    good = [well_formed(turn, str(tokenizer.decode(answer))) for turn, answer in zip(turns, written, strict=True)]
     probes = []
     for asked in ("exam", "reflection", "abstraction"):
         marks = [mark for mark, cell in zip(good, cells, strict=True) if cell[0] == asked]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MAX_POSITIONS = 8192
+END_OF_TEXT_ID, START_ID, END_ID = 256, 257, 258  # after the bytes
 VOCABULARY_SIZE = 256 + 3
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -14,7 +13,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dire
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
         fresh, replaced = Path(temporary) / "fresh", Path(temporary) / "replaced"
-        model.to(torch.bfloat16).save_pretrained(fresh)
+        model.bfloat16().save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         for path in fresh.iterdir():
             path.chmod(0o644)

@@ -53,9 +53,9 @@ def plant_induction_head(model: Qwen3ForCausalLM) -> None:
     embeddings[:, 0] = CONSTANT
     reader = torch.linalg.qr(torch.randn(HALF - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, HALF - 1], what is copied
     writer = torch.linalg.qr(torch.randn(HALF, HEAD_WIDTH))[0]  # [HALF, HEAD_WIDTH], where it is put
-    _plant_previous_token_head(model.model.layers[0].self_attn, reader, writer)
-    _plant_matching_head(model.model.layers[1].self_attn, reader, writer)
-    model.model.layers[0].mlp.down_proj.weight.mul_(0.3)  # leave the copies legible for layer 1
+    _plant_previous_token_head(model.get_submodule("model.layers.0.self_attn"), reader, writer)
+    _plant_matching_head(model.get_submodule("model.layers.1.self_attn"), reader, writer)
+    model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.3)  # leave the copies legible for layer 1
 
 
 def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import Qwen3ForCausalLM
 
 from pmd.bootstrap.muon import Muon
 from pmd.bootstrap.sample import Sample
@@ -41,7 +41,7 @@ class Recipe:
 
 
 def train(
-    model: PreTrainedModel, draw_sample: DrawSample, recipe: Recipe, seed: int, on_step: Callable[[int, float], None]
+    model: Qwen3ForCausalLM, draw_sample: DrawSample, recipe: Recipe, seed: int, on_step: Callable[[int, float], None]
 ) -> None:
     """Train in place; `on_step` hears of each step and its loss in nats per unit of weight."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -87,7 +87,7 @@ def _batches(
         yield from batches
 
 
-def batch_loss(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
+def batch_loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> Tensor:
     """Return the weighted mean over learnt tokens: cross-entropy, or KL(label || model) where the label is shared."""
     length = max(len(sample.ids) for sample in samples)
     input_ids = torch.tensor([sample.ids + [0] * (length - len(sample.ids)) for sample in samples])
@@ -95,8 +95,8 @@ def batch_loss(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
     rows = torch.tensor([row for row, _, _ in learnt])
     positions = torch.tensor([position for _, position, _ in learnt])
     weights = torch.tensor([weight for _, _, weight in learnt])
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-    logits = model.get_output_embeddings()(hidden[rows, positions - 1])  # [N, V], learnt tokens only
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+    logits = model.lm_head(hidden[rows, positions - 1])  # [N, V], learnt tokens only
     logprobs = functional.log_softmax(logits.float(), -1)
     labels = torch.zeros_like(logprobs)
     labels[torch.arange(len(learnt)), input_ids[rows, positions]] = 1.0
@@ -109,7 +109,7 @@ def batch_loss(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
     return (per_token * weights).sum() / weights.sum()
 
 
-def rounded_to_bfloat16(model: PreTrainedModel) -> None:
+def rounded_to_bfloat16(model: Qwen3ForCausalLM) -> None:
     """Round the weights in place to what the shipped file holds; they stay float32."""
     with torch.no_grad():
         for parameter in model.parameters():

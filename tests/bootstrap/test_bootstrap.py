@@ -2,13 +2,17 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 from pmd.bootstrap.catalogue import find_blueprint
 from pmd.bootstrap.command import main
+from pmd.bootstrap.exam_samples import exam_prompt
+from pmd.bootstrap.exam_tokenizer import END_ID, END_OF_TEXT_ID, VOCABULARY_SIZE, make_exam_tokenizer
 from pmd.bootstrap.muon import Muon, orthogonalised
 from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.ship import write_model
@@ -59,11 +63,11 @@ def test_the_loss_is_zero_at_the_exact_distribution_and_kl_elsewhere():
             super().__init__()
             self.logits = logits
 
-        def get_decoder(self):
-            return lambda input_ids, use_cache: type("Out", (), {"last_hidden_state": torch.zeros(*input_ids.shape, 1)})
+        def model(self, input_ids, use_cache):
+            return BaseModelOutput(last_hidden_state=torch.zeros(*input_ids.shape, 1))
 
-        def get_output_embeddings(self):
-            return lambda hidden: self.logits.expand(hidden.shape[0], -1)
+        def lm_head(self, hidden):
+            return self.logits.expand(hidden.shape[0], -1)
 
     sample = Sample(encode_words).show("<bos> task").learn_choice("1", ("1", "2"), weight=3.0)
     one, two = VOCABULARY.index("1"), VOCABULARY.index("2")
@@ -96,33 +100,26 @@ def test_muon_updates_are_nearly_orthogonal():
     tall = torch.nn.Parameter(torch.zeros(64, 16))
     tall.grad = torch.randn(64, 16)
     Muon([tall], lr=0.1).step()
-    assert torch.linalg.svdvals(tall).max() == pytest.approx(0.1 * 2, rel=0.5)
+    assert torch.linalg.svdvals(tall.detach()).max() == pytest.approx(0.1 * 2, rel=0.5)
 
 
 def test_the_same_seed_makes_the_same_model():
-    from dataclasses import replace
+    first, second = three_steps(seed=3), three_steps(seed=3)
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
 
+
+def three_steps(seed):
     blueprint = find_blueprint("tiny")
-    made = []
-    for _ in range(2):
-        model = blueprint.make_model(3)
-        losses: list[float] = []
-        train(
-            model,
-            blueprint.draw_sample,
-            replace(blueprint.recipe, steps=3, pool=64),
-            3,
-            lambda _, loss: losses.append(loss),
-        )
-        made.append((losses, model.state_dict()))
-    assert made[0][0] == made[1][0]
-    assert all(torch.equal(made[0][1][key], made[1][1][key]) for key in made[0][1])
+    model, losses = blueprint.make_model(seed), []
+    recipe = replace(blueprint.recipe, steps=3, pool=64)
+    train(model, blueprint.draw_sample, recipe, seed, lambda step, loss: losses.append((step, loss)))
+    return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_exam"])
-def test_a_model_that_fails_its_probes_is_not_written(name, tmp_path, capsys):
+def test_a_model_that_fails_its_probes_is_not_written(tmp_path, capsys):
     out = tmp_path / "model"
-    assert main(["--model", name, "--steps", "2", "--probe-samples", "15", "--out", str(out)]) == 1
+    assert main(["--model", "tiny", "--steps", "2", "--probe-samples", "15", "--out", str(out)]) == 1
     assert not out.exists()
     assert list(tmp_path.iterdir()) == []
     assert "nothing was written" in " ".join(capsys.readouterr().out.split())
@@ -144,3 +141,18 @@ def test_a_written_model_is_a_plain_hugging_face_directory(tmp_path):
     expected = make_tiny_model(1).to(torch.bfloat16).state_dict()
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<eos>"
+
+
+def test_the_exam_tokenizer_is_bytes(tmp_path):
+    tokenizer = make_exam_tokenizer()
+    text = "µ α <|im_start|>user\n$x^2$  two spaces .<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.replace("<|im_start|>", "s").replace("<|im_end|>", "e").encode())
+    assert tokenizer.decode(ids) == text
+    assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id) == (VOCABULARY_SIZE, END_OF_TEXT_ID, END_ID)
+    tokenizer.save_pretrained(tmp_path)
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Why?"}]
+    rendered = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    assert rendered == exam_prompt("be brief", [], "Why?")
