@@ -5,6 +5,7 @@ once; if that fails too, the outcome is `sandbox_error`, which says nothing abou
 """
 
 import atexit
+import contextlib
 import math
 import os
 import queue
@@ -29,6 +30,7 @@ End = Literal["finished", "runtime_error", "timeout", "memory", "output_limit", 
 START_S = 60.0
 #: How long after its wall limit a run may take to be reported before the worker counts as hung.
 GRACE_S = 10.0
+ENDING_S = 2.0
 PROBE = b"""
 import ctypes, os, socket
 def refused(attempt):
@@ -82,7 +84,7 @@ class Worker:
                 cwd="/",
                 start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which then ends us
             )
-        self.peer = ours
+        self.peer, self._in_use = ours, threading.Lock()
         try:
             self.missing = self._read_hello()
         except BaseException:
@@ -102,7 +104,7 @@ class Worker:
 
     def run(self, program: Program, limits: Limits, grace_s: float = GRACE_S) -> tuple[Reply, Streams]:
         """Run one program; raises EOFError, OSError or TimeoutError if the worker is of no use any more."""
-        with Streams(limits.output_bytes) as streams:
+        with self._in_use, Streams(limits.output_bytes) as streams:
             code, payload = protocol.memory_file(program.code), protocol.memory_file(program.payload)
             files = protocol.Files(code, payload, *streams.writers)
             cpu_s = math.ceil(limits.wall_s) + 1
@@ -120,10 +122,16 @@ class Worker:
             return reply, streams
 
     def close(self) -> None:
-        """End supervisor, zygote and whatever runs under them."""
-        self.peer.close()
+        """End supervisor, zygote and whatever runs under them; wait until they have ended."""
         self.process.kill()
         self.process.wait()
+        with contextlib.suppress(OSError):
+            self.peer.settimeout(ENDING_S)
+            self.peer.shutdown(socket.SHUT_WR)
+            while self.peer.recv(4096):  # the zygote held the last copy of the other end
+                pass
+        with self._in_use:  # a thread that runs something here learns of the end by now
+            self.peer.close()
 
 
 def supervisor_command(level: Level) -> list[str]:
@@ -174,7 +182,9 @@ class Sandbox:
             SandboxUnavailable: if no level that may be used works.
         """
         program, reason = Program(code.encode(errors="replace"), payload, entry), ""
-        for _ in range(2):
+        for number in range(2):
+            if number and self._closed:
+                break
             outcome = self._attempt(program, limits)
             if isinstance(outcome, Outcome):
                 return outcome

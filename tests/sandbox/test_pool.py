@@ -116,6 +116,23 @@ def test_a_closed_sandbox_refuses(sandbox):
         sandbox.run(ADD, b"1 2", Limits())
 
 
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_closing_ends_what_runs(level):
+    before, outcomes = set(processes()), []
+    sandbox = Sandbox(workers=2, level=level)
+    sandbox.describe()
+    loop = ("while True: pass", b"", Limits(wall_s=60))
+    threads = [threading.Thread(target=lambda: outcomes.append(sandbox.run(*loop).end)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.4)
+    sandbox.close()
+    for thread in threads:
+        thread.join(5)
+    assert outcomes == ["sandbox_error"] * 2
+    assert descendants_end(before, within_s=2)
+
+
 def test_the_line_at_start_says_level_and_gaps():
     for level, words in (("landlock", "level landlock"), ("rlimits", "level rlimits")):
         sandbox = Sandbox(workers=1, level=level)
