@@ -123,7 +123,7 @@ def _set_limits(request: Request, confinement: "Confinement") -> None:
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    if confinement.user is not None:
+    if confinement.user is not None and confinement.user >= rooms.FIRST_OWN_USER:
         limits[resource.RLIMIT_NPROC] = NUM_THREADS  # counts this user's threads, and no one else is this user
     for which, most in limits.items():
         hard = resource.getrlimit(which)[1]

@@ -20,6 +20,8 @@ PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
 #: Places to build the new root on: nothing that the program needs lies below them.
 BUILDING_PLACES = ("/sys", "/mnt", "/media", "/srv", "/proc", "/tmp")
 WRITABLE, STDIN_FILE = "/tmp", "/dev/stdin"
+#: Users from here on belong to no one: a worker's programs run as this plus its process id.
+FIRST_OWN_USER = 1_000_000_000
 TMPFS_BYTES, TMPFS_FILES = 16 << 20, 512
 
 

@@ -16,7 +16,6 @@ from pmd.sandbox import child, kernel, landlock, rooms, seccomp
 from pmd.sandbox.protocol import HELLO
 from pmd.sandbox.zygote import Confinement, serve
 
-FIRST_OWN_USER = 1_000_000_000
 NOBODY = 65534
 
 
@@ -112,13 +111,16 @@ def _user_for_programs() -> int | None:
     """Return a user id that no one else has, nobody's where the range is closed to us, None when not root."""
     if os.getuid() != 0:
         return None
-    with open("/proc/self/uid_map") as file:
-        ranges = [tuple(map(int, line.split())) for line in file]
-    own = FIRST_OWN_USER + os.getpid()
-    for user in (own, NOBODY):
-        if any(first <= user < first + count for first, _, count in ranges):
+    for user in (rooms.FIRST_OWN_USER + os.getpid(), NOBODY):
+        if all(_is_mapped(user, f"/proc/self/{kind}_map") for kind in ("uid", "gid")):
             return user
     return None
+
+
+def _is_mapped(number: int, path: str) -> bool:
+    with open(path) as file:
+        ranges = [tuple(map(int, line.split())) for line in file]
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 def _reachable_by(user: int, paths: list[str]) -> bool:
