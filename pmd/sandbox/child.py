@@ -95,7 +95,7 @@ def _arrange_descriptors(descriptors: tuple[int, ...], ruleset: int | None) -> N
 def _shut_in(request: Request, confinement: "Confinement", offsets: tuple[int, ...]) -> None:
     """Take away, in an order in which each step is still allowed: session, user, capabilities, files, calls."""
     os.setsid()
-    os.chdir(rooms.WRITABLE if confinement.writable else "/")
+    os.chdir(confinement.writable or "/")
     _set_limits(request, confinement)
     if confinement.user is not None:
         os.setgroups([])

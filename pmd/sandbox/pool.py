@@ -141,11 +141,11 @@ def supervisor_command(level: Level) -> list[str]:
     arguments = ["-S", "-s", "-P", "-B", "-c", start, level, str(os.getpid()), packages]
     if level != "bubblewrap":
         return [sys.executable, *arguments]
-    python = os.path.realpath(sys.executable)
-    shown = [*rooms.readable_paths(packages), python, f"{root}/pmd"]
-    binds = [word for path in shown for word in ("--ro-bind", path, path)]
+    python, readable = os.path.realpath(sys.executable), rooms.readable_paths(packages)
+    place = ["--size", str(rooms.TMPFS_BYTES), "--tmpfs", rooms.writable_place(readable)]
+    binds = [word for path in (*readable, python, f"{root}/pmd") for word in ("--ro-bind", path, path)]
     walls = ["--unshare-all", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
-    return ["bwrap", *binds, *walls, "--size", str(rooms.TMPFS_BYTES), "--tmpfs", rooms.WRITABLE, python, *arguments]
+    return ["bwrap", *place, *binds, *walls, python, *arguments]
 
 
 class Sandbox:

@@ -19,7 +19,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
 #: Places to build the new root on: nothing that the program needs lies below them.
 BUILDING_PLACES = ("/sys", "/mnt", "/media", "/srv", "/proc", "/tmp")
-WRITABLE, STDIN_FILE = "/tmp", "/dev/stdin"
+STDIN_FILE = "/dev/stdin"
 #: Users from here on belong to no one: a worker's programs run as this plus its process id.
 FIRST_OWN_USER = 1_000_000_000
 TMPFS_BYTES, TMPFS_FILES = 16 << 20, 512
@@ -42,6 +42,11 @@ def readable_paths(site_packages: str) -> list[str]:
     return [*python_paths(), *package_paths(site_packages), *(path for path in LIBRARIES if os.path.exists(path))]
 
 
+def writable_place(readable: list[str]) -> str:
+    """Return where a program may write, in a root of its own: /tmp, unless something that must be seen lies there."""
+    return "/box" if _lies_below("/tmp", [*readable, __file__]) else "/tmp"
+
+
 def enter_namespaces() -> None:
     """Leave the host's namespaces; when not root, as root of a user namespace of our own."""
     user, group = os.getuid(), os.getgid()
@@ -54,7 +59,7 @@ def enter_namespaces() -> None:
             file.write(content)
 
 
-def build_root(readable: list[str]) -> None:
+def build_root(readable: list[str], writable: str) -> None:
     """Make a root directory in memory that shows the readable paths, and move into it."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     base = next(place for place in BUILDING_PLACES if os.path.isdir(place) and not _lies_below(place, readable))
@@ -64,9 +69,9 @@ def build_root(readable: list[str]) -> None:
     for path in DEVICES:
         _show(path, base, devices=True)
     os.close(os.open(base + STDIN_FILE, os.O_CREAT | os.O_WRONLY, 0o444))
-    os.makedirs(base + WRITABLE, exist_ok=True)
+    os.makedirs(base + writable, exist_ok=True)
     limits = f"size={TMPFS_BYTES},nr_inodes={TMPFS_FILES},mode=1777"
-    kernel.mount("tmpfs", base + WRITABLE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, limits)
+    kernel.mount("tmpfs", base + writable, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, limits)
     kernel.change_root(base)
 
 
@@ -90,22 +95,22 @@ def _show(path: str, base: str, *, devices: bool = False) -> None:
     kernel.make_read_only(target, devices=devices)
 
 
-def clear_writable() -> None:
+def clear_writable(place: str) -> None:
     """Remove what a run left in its writable directory. The run is over, so nothing changes underfoot.
 
     What lies in a directory is moved to the top before the directory goes: no depth and no length of path stops it.
     """
     moved = 0
-    while names := os.listdir(WRITABLE):
+    while names := os.listdir(place):
         for name in names:
-            path = os.path.join(WRITABLE, name)
+            path = os.path.join(place, name)
             if os.path.islink(path) or not os.path.isdir(path):
                 os.unlink(path)
                 continue
             os.chmod(path, 0o700)
             for inner in os.listdir(path):
                 moved += 1
-                while os.path.lexists(target := f"{WRITABLE}/moved-{moved}"):
+                while os.path.lexists(target := f"{place}/moved-{moved}"):
                     moved += 1
                 os.rename(os.path.join(path, inner), target)
             os.rmdir(path)

@@ -52,10 +52,11 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
     base_bytes = child.prepare(site_packages if rooms.package_paths(site_packages) else "")
     user = _user_for_programs()
     readable = rooms.readable_paths(site_packages)
+    writable = rooms.writable_place(readable) if level in ("namespaces", "bubblewrap") else ""
     missing: list[str] = []
     if level == "namespaces":
         rooms.enter_namespaces()
-        rooms.build_root(readable)
+        rooms.build_root(readable, writable)
     elif level == "bubblewrap":
         missing.append("a bound on the number of files and threads")
     else:
@@ -63,8 +64,7 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
         if user is not None and not _reachable_by(user, readable):
             user = None
             missing.append("a user of its own")
-    writable = level in ("namespaces", "bubblewrap")
-    read_write = [rooms.WRITABLE, *rooms.DEVICES] if writable else list(rooms.DEVICES)
+    read_write = [*([writable] if writable else []), *rooms.DEVICES]
     readable_now = [*readable, rooms.STDIN_FILE] if level == "namespaces" else readable
     ruleset, program = _optional_walls(level, (readable_now, read_write, [site_packages]), missing)
     pid = os.fork()

@@ -27,7 +27,7 @@ class Confinement(NamedTuple):
     """What every child of this zygote is shut in with."""
 
     own_root: bool  # in namespaces, with a root directory of its own
-    writable: bool  # with a small directory to write to
+    writable: str  # a small directory to write to; empty if there is none
     user: int | None  # becomes this user
     ruleset: int | None  # Landlock
     filter: bytes | None  # seccomp
@@ -67,7 +67,7 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing
     if confinement.writable:
-        rooms.clear_writable()
+        rooms.clear_writable(confinement.writable)
     peak_kb = max(0, usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return Reply(watched.end, status, watched.wall_s, usage.ru_utime + usage.ru_stime, peak_kb)
 
