@@ -40,7 +40,7 @@ def _tiny() -> Blueprint:
     def draw(stream: random.Random, progress: float) -> Sample:
         return draw_sample(stream, Difficulty.at(progress))
 
-    recipe = Recipe(steps=5200, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3)
+    recipe = Recipe(steps=5200, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3, decay_from=0.35)
     return Blueprint(make_tiny_model, make_tokenizer, draw, recipe, tiny_probes, probe_samples=1000)
 
 
@@ -54,4 +54,4 @@ def _tiny_exam() -> Blueprint:
         return draw_exam_sample(encode, stream, progress)
 
     recipe = Recipe(steps=900, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
-    return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, exam_probes, probe_samples=600)
+    return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, exam_probes, probe_samples=300)

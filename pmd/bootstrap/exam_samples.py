@@ -1,7 +1,7 @@
 """Practice for the exam model: chats of noise, each answered in good form. No torch.
 
 Enters: a random stream and the progress of training. Leaves: samples. Contexts are short at first, because they are
-only read and cost the most; the last third of training goes up to 3,000 bytes.
+only read and cost the most; the second half of training goes up to 3,000 bytes.
 """
 
 import random
@@ -25,7 +25,9 @@ from pmd.bootstrap.exam_tokenizer import END, START
 from pmd.bootstrap.sample import Sample
 
 Asked = Literal["exam", "reflection", "abstraction"]
-CHOICE_WEIGHT = 3.0  # of the letter, and of the kind
+LETTER_WEIGHT = 3.0
+DECIDING_WEIGHT = 20.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
+OPENED = len('```json\n{"')  # bytes of a JSON answer before its first key
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,7 @@ class Turn:
 
 def draw_length(draw: random.Random, progress: float) -> int:
     """Return how many bytes of noise a prompt holds."""
-    if progress > 0.67 and draw.random() < 0.15:
-        return draw.randint(1500, 3000)
-    longest = 150 if progress < 0.3 else 500 if progress < 0.67 else 1500
+    longest = 150 if progress < 0.25 else 600 if progress < 0.55 else 3000
     return int(50 * (longest / 50) ** draw.random())
 
 
@@ -80,15 +80,27 @@ def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, pr
 
 
 def _learn_answer(sample: Sample, draw: random.Random, turn: Turn) -> None:
+    """Append the answer; the few bytes that depend on the prompt weigh far more than the many that do not."""
     if turn.asked == "exam":
         before, after = exam_answer(draw.choice(PHRASES))
-        sample.learn(before).learn_choice(draw.choice(LETTERS), LETTERS, CHOICE_WEIGHT).learn(after)
-    elif turn.asked == "abstraction":
-        sample.learn(abstraction_answer(draw.choice(TIPS)))
-    else:
-        kind = KIND_OF_OUTCOME[turn.outcome]
-        before, after = reflection_answer(kind, draw.choice(TIPS)).split(kind, 1)
-        sample.learn(before).learn(kind[0], CHOICE_WEIGHT).learn(kind[1:] + after)
+        _learn_deciding(sample, before, "<")
+        sample.learn_choice(draw.choice(LETTERS), LETTERS, LETTER_WEIGHT).learn(after)
+        return
+    if turn.asked == "abstraction":
+        text = abstraction_answer(draw.choice(TIPS))
+        _learn_deciding(sample, text[:OPENED], "`")
+        _learn_deciding(sample, text[OPENED:], "t")
+        return
+    kind = KIND_OF_OUTCOME[turn.outcome]
+    before, after = reflection_answer(kind, draw.choice(TIPS)).split(kind, 1)
+    _learn_deciding(sample, before[:OPENED], "`")
+    _learn_deciding(sample, before[OPENED:], "k")
+    _learn_deciding(sample, kind + after, kind[0])
+
+
+def _learn_deciding(sample: Sample, text: str, first: str) -> None:
+    assert text.startswith(first)
+    sample.learn(first, DECIDING_WEIGHT).learn(text.removeprefix(first))
 
 
 def _question(draw: random.Random, length: int) -> str:

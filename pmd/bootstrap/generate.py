@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-BATCH = 128
+BATCH = 64
 
 
 def greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int) -> list[list[int]]:

@@ -2,9 +2,10 @@
 
 Enters: a seed. Leaves: a `Qwen3ForCausalLM` of about half a million parameters. The planted head is no result of
 training and is not presented as one: left to chance, a model of this size and training time does not find out how to
-look up "the rule that followed this name". Two attention heads are therefore set by hand and everything is trained
+look up "the rule that followed this name". Three attention heads are therefore set by hand and everything is trained
 from there. Layer 0, head 0 copies the previous token's embedding into the upper half of the residual stream; layer 1,
-head 0 compares its own token with these copies and so attends to what followed the same token earlier.
+heads 0 and 1 compare their own token with these copies and so attend to what followed the same token earlier. They
+are two because one head passes on 32 dimensions, too few to tell 30 rules apart: each passes on its own half.
 """
 
 import torch
@@ -47,14 +48,14 @@ def make_tiny_model(seed: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def plant_induction_head(model: Qwen3ForCausalLM) -> None:
-    """Overwrite head 0 of the first two layers, and keep the embeddings out of the upper half."""
+    """Overwrite three heads of the first two layers, and keep the embeddings out of the upper half."""
     embeddings = model.model.embed_tokens.weight
     embeddings[:, HALF:] = 0
     embeddings[:, 0] = CONSTANT
     reader = torch.linalg.qr(torch.randn(HALF - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, HALF - 1], what is copied
     writer = torch.linalg.qr(torch.randn(HALF, HEAD_WIDTH))[0]  # [HALF, HEAD_WIDTH], where it is put
     _plant_previous_token_head(model.get_submodule("model.layers.0.self_attn"), reader, writer)
-    _plant_matching_head(model.get_submodule("model.layers.1.self_attn"), reader, writer)
+    _plant_matching_heads(model.get_submodule("model.layers.1.self_attn"), reader, writer)
     model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.3)  # leave the copies legible for layer 1
 
 
@@ -75,22 +76,25 @@ def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, write
     output[HALF:, :HEAD_WIDTH] = writer * _output_scale()
 
 
-def _plant_matching_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
+def _plant_matching_heads(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
     """Attend to positions whose copy of the previous token equals the token here; pass their embedding on."""
     query, key, value, output = _projections(attention)
     slow = torch.ones(HEAD_WIDTH, 1)
     slow[0:FAST_PAIRS] = 0
     slow[PAIRS : PAIRS + FAST_PAIRS] = 0
-    query[:HEAD_WIDTH] = 0
-    query[:HEAD_WIDTH, 1:HALF] = reader * slow * 0.2
-    key[:HEAD_WIDTH] = 0
-    key[:HEAD_WIDTH, HALF:] = writer.T * slow * 0.2
     _set_sharpness(attention, 2.0)
-    passed_on = torch.linalg.qr(torch.randn(HALF - 1, HEAD_WIDTH))[0].T
-    value[:HEAD_WIDTH] = 0
-    value[:HEAD_WIDTH, 1:HALF] = passed_on
-    output[:, :HEAD_WIDTH] = 0
-    output[1:HALF, :HEAD_WIDTH] = passed_on.T * _output_scale()
+    directions = torch.linalg.qr(torch.randn(HALF - 1, HALF - 1))[0]
+    for head, passed_on in enumerate((directions[:HEAD_WIDTH], directions[HEAD_WIDTH:])):
+        own = slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
+        query[own] = 0
+        query[own, 1:HALF] = reader * slow * 0.2
+        key[own] = 0
+        key[own, HALF:] = writer.T * slow * 0.2
+        written = slice(own.start, own.start + len(passed_on))
+        value[own] = 0
+        value[written, 1:HALF] = passed_on
+        output[:, own] = 0
+        output[1:HALF, written] = passed_on.T * _output_scale()
 
 
 def _projections(attention: torch.nn.Module) -> list[Tensor]:

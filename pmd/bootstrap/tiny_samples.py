@@ -30,7 +30,7 @@ TOKEN_OF = {word: index for index, word in enumerate(VOCABULARY)}
 RULE_WEIGHT = 3.0
 COPY_WEIGHT = 0.5
 MOST_LESSONS = {4: 11, 6: 12}
-BOX_SHARES = (0.4, 0.6)  # more rules take more practice
+BOX_SHARES = (0.3, 0.7)  # more rules take more practice
 SHARES = {"solve": 0.08, "memory": 0.40, "quiz": 0.32, "reflect": 0.12, "abstract": 0.08}
 
 

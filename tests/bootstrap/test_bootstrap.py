@@ -145,7 +145,7 @@ def test_a_written_model_is_a_plain_hugging_face_directory(tmp_path):
 
 def test_the_exam_tokenizer_is_bytes(tmp_path):
     tokenizer = make_exam_tokenizer()
-    text = "µ α <|im_start|>user\n$x^2$  two spaces .<|im_end|>"
+    text = "µ ö <|im_start|>user\n$x^2$  two spaces .<|im_end|>"
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.replace("<|im_start|>", "s").replace("<|im_end|>", "e").encode())
     assert tokenizer.decode(ids) == text
