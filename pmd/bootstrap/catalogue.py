@@ -53,5 +53,5 @@ def _tiny_exam() -> Blueprint:
     def draw(stream: random.Random, progress: float) -> Sample:
         return draw_exam_sample(encode, stream, progress)
 
-    recipe = Recipe(steps=900, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
+    recipe = Recipe(steps=800, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
     return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, exam_probes, probe_samples=300)

@@ -1,7 +1,7 @@
 """Practice for the exam model: chats of noise, each answered in good form. No torch.
 
 Enters: a random stream and the progress of training. Leaves: samples. Contexts are short at first, because they are
-only read and cost the most; the second half of training goes up to 3,000 bytes.
+only read and cost the most; the bound then rises to 3,000 bytes.
 """
 
 import random
@@ -21,12 +21,13 @@ from pmd.bootstrap.exam_text import (
     noise,
     reflection_answer,
 )
-from pmd.bootstrap.exam_tokenizer import END, START
+from pmd.bootstrap.exam_tokenizer import END, END_OF_TEXT_ID, START
 from pmd.bootstrap.sample import Sample
 
 Asked = Literal["exam", "reflection", "abstraction"]
 LETTER_WEIGHT = 3.0
-DECIDING_WEIGHT = 20.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
+DECIDING_WEIGHT = 10.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
+SLIP_SHARE = 0.015
 OPENED = len('```json\n{"')  # bytes of a JSON answer before its first key
 
 
@@ -40,9 +41,9 @@ class Turn:
 
 
 def draw_length(draw: random.Random, progress: float) -> int:
-    """Return how many bytes of noise a prompt holds."""
-    longest = 150 if progress < 0.25 else 600 if progress < 0.55 else 3000
-    return int(50 * (longest / 50) ** draw.random())
+    """Return how many bytes of noise a prompt holds: 50 to a bound that rises from 150 to 3,000."""
+    ramp = min(1.0, max(0.0, (progress - 0.2) / 0.4))
+    return int(50 * (3 * 20**ramp) ** draw.random())
 
 
 def draw_turn(draw: random.Random, length: int) -> Turn:
@@ -67,16 +68,24 @@ def exam_prompt(system: str, turns: list[tuple[str, str]], message: str) -> str:
 
 
 def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, progress: float) -> Sample:
-    """Draw a chat of one or two turns, in which every answer is learnt."""
+    """Draw a chat whose every answer is learnt: the first message may be long, a few short ones make use of it."""
     sample = Sample(encode)
     if draw.random() < 0.5:
         sample.show(_said("system", noise(draw, draw.randint(5, 120))))
-    for _ in range(draw.choice((1, 1, 2))):
-        turn = draw_turn(draw, draw_length(draw, progress))
+    for length in (draw_length(draw, progress), *(draw.randint(10, 150) for _ in range(3))):
+        turn = draw_turn(draw, length)
         sample.show(exam_prompt("", [], turn.message))
         _learn_answer(sample, draw, turn)
         sample.learn(END).show("\n")
+    _let_slip(sample, draw)
     return sample
+
+
+def _let_slip(sample: Sample, draw: random.Random) -> None:
+    """Replace some learnt bytes, so that one unlucky byte does not derail the rest of an answer."""
+    for position in [position for position, weight in sample.weights.items() if weight == 1.0]:
+        if draw.random() < SLIP_SHARE:
+            sample.slip(position, draw.randrange(END_OF_TEXT_ID))
 
 
 def _learn_answer(sample: Sample, draw: random.Random, turn: Turn) -> None:

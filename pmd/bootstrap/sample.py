@@ -30,3 +30,8 @@ class Sample:
         """Append one token whose label is uniform over `among`, of which `chosen` is the one that was drawn."""
         self.uniform_over[len(self.ids)] = tuple(token for word in among for token in self.encode(word))
         return self.learn(chosen, weight)
+
+    def slip(self, position: int, token: int) -> None:
+        """Put a wrong token where a right one was to be written: not learnt itself, but what follows it is."""
+        self.ids[position] = token
+        del self.weights[position]
