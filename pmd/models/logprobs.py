@@ -1,8 +1,11 @@
 """Log-probs, entropy and divergence of completion tokens from hidden states. Nothing of shape [B, L, V] ever exists.
 
 Enters: a causal LM and right- or left-padded sequences; then hidden states [N, H] of N completion tokens and an output
-head [V, H]. Leaves: per-token values [N]. Logits exist for `chunk_tokens` tokens at a time and are computed again in
-the backward pass. This is the one place where positions shift by one: the state before a token predicts it.
+head [V, H]. Leaves: per-token values [N]. This is the one place where positions shift by one: the state before a token
+predicts it.
+
+Logits exist for `chunk_tokens` tokens at a time; how their gradient survives them is the matter of `chunks.py`, which
+a reader may skip: its result equals that of whole logits, to rounding.
 """
 
 from collections.abc import Sequence
@@ -11,26 +14,30 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pmd.objective.divergence import Alpha, divergence_from_logprobs, on_support
+from pmd.errors import AlignmentError, ConfigError
+from pmd.models.chunks import ChunkedTerms, Scoring, TeacherPart
+from pmd.objective.divergence import Alpha, check_divergence
 
-CHUNK_ELEMENTS = 64 * 1024 * 1024  # logits that exist at once, per policy: 256 MB in float32
+__all__ = ["TeacherPart", "TokenTerms", "backbone", "completion_hidden_states", "output_head", "token_terms"]
 
-
-@dataclass(frozen=True, slots=True)
-class TeacherPart:
-    """One policy that scores the completion; the teacher's logits are the weighted sum over its parts."""
-
-    hidden: Tensor  # [N, H]
-    head: Tensor  # [V, H]
-    weight: float
+#: Logits of one chunk, per policy: 64 MB in float32 on a CPU; more on a GPU, whose matrix products need more rows.
+CHUNK_ELEMENTS = {"cpu": 16 * 1024 * 1024}
+CHUNK_ELEMENTS_DEFAULT = 64 * 1024 * 1024
+#: Settings under which some architectures scale or cap their logits, and the value that changes nothing.
+LOGIT_SETTINGS = {
+    "final_logit_softcapping": None,  # Gemma 2
+    "logits_soft_cap": None,  # RecurrentGemma
+    "logit_scale": 1.0,  # Cohere
+    "logits_scaling": 1.0,  # Granite
+    "lm_head_multiplier": 1.0,  # Falcon-H1
+}
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTerms:
-    """Per completion token, rollout after rollout; all [N], float32."""
+    """Per completion token, rollout after rollout; all [N], float32 (float64 if the hidden states are)."""
 
     student_logprobs: Tensor  # of the sampled token; carries the gradient
     entropy: Tensor  # of the student; no gradient
@@ -46,8 +53,16 @@ def completion_hidden_states(
     Args:
         input_ids: [B, L] prompt and completion, padded on either side.
         attention_mask: [B, L], 1 where a token is real.
-        completion_mask: [B, L] bool, the tokens to be scored; never the first of a row.
+        completion_mask: [B, L] bool, the tokens to be scored.
+
+    Raises:
+        AlignmentError: a token to be scored is padding, or no real token stands before it.
     """
+    real = attention_mask.bool()
+    predictable = real & real.roll(1, dims=1)
+    predictable[:, 0] = False
+    if (completion_mask & ~predictable).any():
+        raise AlignmentError("completion_mask marks padding, or a token that no real token precedes.")
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = backbone(model)(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -65,16 +80,28 @@ def output_head(model: PreTrainedModel) -> Tensor:
     """Return the output head's weight [V, H].
 
     Raises:
-        NotImplementedError: the head has a bias or caps its logits, which this file does not compute.
+        ConfigError: the logits are more than hidden state times weight, which this file does not compute.
     """
     inner = _unwrap(model)
-    head = cast(torch.nn.Linear, inner.get_output_embeddings())
-    softcap = inner.config.to_dict().get("final_logit_softcapping")
-    if getattr(head, "bias", None) is not None or softcap:
-        raise NotImplementedError(
-            f"{type(inner).__name__}: output heads with a bias or capped logits are not supported"
+    name, head = type(inner).__name__, inner.get_output_embeddings()
+    problems = []
+    if type(head) is not torch.nn.Linear:
+        problems.append(
+            f"model: the output head of {name} is a {type(head).__name__}, not a plain linear layer; "
+            "leave it out of LoRA's target modules and of quantisation."
         )
-    return head.weight
+    elif head.bias is not None:
+        problems.append(f"model: the output head of {name} has a bias, which is not supported; use another model.")
+    settings = inner.config.get_text_config().to_dict()
+    for setting, neutral in LOGIT_SETTINGS.items():
+        if settings.get(setting, neutral) not in (neutral, None):
+            problems.append(
+                f"model: {name} has {setting}={settings[setting]}, which changes its logits and is not supported; "
+                "use another model."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return cast(torch.nn.Linear, head).weight
 
 
 def token_terms(
@@ -86,56 +113,51 @@ def token_terms(
     alpha: Alpha = 1.0,
     top_k: int | None = None,
     tail: bool = True,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
 ) -> TokenTerms:
     """Score N completion tokens [N] from student hidden states [N, H], in chunks, against the teacher if there is one.
 
-    Heads may differ between student and teacher, and in size of H; V must be the same.
+    Heads may differ between student and teacher, in H and in dtype; V must be the same. Logits are computed in the
+    head's dtype, everything after them in float32 at least. Gradients reach `student_hidden` and `student_head`.
+
+    Args:
+        temperature: divides the logits of both policies.
+        chunk_tokens: tokens whose logits exist at once; None fits them into tens of megabytes (CPU) or 256 (GPU).
+
+    Raises:
+        AlignmentError: student, targets and teacher do not describe the same tokens or vocabulary.
+        ValueError: alpha, top_k or temperature out of range.
     """
-    chunk = max(1, CHUNK_ELEMENTS // student_head.shape[0])
-    columns: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(target_ids), chunk):
-        rows = slice(start, start + chunk)
-        parts = [TeacherPart(part.hidden[rows], part.head, part.weight) for part in teacher]
-        terms = checkpoint(
-            _chunk_terms,
-            student_hidden[rows], student_head, target_ids[rows], parts, alpha, top_k, tail,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
-        columns.append(cast(tuple[Tensor, ...], terms))
-    student_logprobs, entropy, *rest = (torch.cat(column) for column in zip(*columns, strict=True))
+    check_divergence(alpha, top_k)
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    _check_aligned(student_hidden, student_head, target_ids, teacher)
+    num_elements = CHUNK_ELEMENTS.get(student_hidden.device.type, CHUNK_ELEMENTS_DEFAULT)
+    scoring = Scoring(
+        tuple(TeacherPart(part.hidden.detach(), part.head.detach(), part.weight) for part in teacher),
+        alpha, top_k, tail, temperature,
+        chunk_tokens or max(1, num_elements // student_head.shape[0]),
+        wants_gradient=torch.is_grad_enabled(),
+    )  # fmt: skip
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        values = cast(tuple[Tensor, ...], ChunkedTerms.apply(student_hidden, student_head, target_ids, scoring))
+    student_logprobs, entropy, *rest = values
     divergence, teacher_logprobs = rest if rest else (None, None)
     return TokenTerms(student_logprobs, entropy, divergence, teacher_logprobs)
 
 
-def _chunk_terms(
-    hidden: Tensor,
-    head: Tensor,
-    target_ids: Tensor,
-    teacher: Sequence[TeacherPart],
-    alpha: Alpha,
-    top_k: int | None,
-    tail: bool,
-) -> tuple[Tensor, ...]:
-    """Score one chunk: (student log-probs, entropy) or (student log-probs, entropy, divergence, teacher log-probs)."""
-    student = _log_softmax(hidden, head)  # [n, V]
-    student_logprobs = student.gather(-1, target_ids[:, None])[:, 0]
-    entropy = -(student.detach().exp() * student.detach()).sum(-1)
-    if not teacher:
-        return student_logprobs, entropy
-    with torch.no_grad():
-        logits = sum(part.weight * (part.hidden @ part.head.T).float() for part in teacher)
-        reference = cast(Tensor, logits).log_softmax(-1)
-        teacher_logprobs = reference.gather(-1, target_ids[:, None])[:, 0]
-    if top_k is not None and top_k < student.shape[-1]:
-        support = student.detach().topk(top_k, dim=-1).indices
-        student = on_support(student.gather(-1, support), tail=tail)
-        reference = on_support(reference.gather(-1, support), tail=tail)
-    return student_logprobs, entropy, divergence_from_logprobs(student, reference, alpha), teacher_logprobs
-
-
-def _log_softmax(hidden: Tensor, head: Tensor) -> Tensor:
-    logits = hidden @ head.T
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+def _check_aligned(hidden: Tensor, head: Tensor, target_ids: Tensor, teacher: Sequence[TeacherPart]) -> None:
+    problems = []
+    if len(hidden) != len(target_ids):
+        problems.append(f"{len(hidden)} student hidden states for {len(target_ids)} completion tokens")
+    for part in teacher:
+        if len(part.hidden) != len(target_ids):
+            problems.append(f"{len(part.hidden)} teacher hidden states for {len(target_ids)} completion tokens")
+        if len(part.head) != len(head):
+            problems.append(f"a teacher of {len(part.head)} tokens for a student of {len(head)}")
+    if problems:
+        raise AlignmentError("; ".join(problems) + ".")
 
 
 def _unwrap(model: PreTrainedModel) -> PreTrainedModel:

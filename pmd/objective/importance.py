@@ -17,9 +17,14 @@ from torch import Tensor
 class ImportanceWeights:
     """What corrects each token, and which tokens can be corrected at all."""
 
-    old_logprobs: Float[Tensor, " N"]  # of the policy that sampled, as well as it is known
+    old_logprobs: Float[Tensor, " N"]  # of the policy that sampled, as well as it is known; no gradient
     engine_weight: Float[Tensor, " N"]  # sg(min(old / engine, cap)); 0 where the engine reported nothing
     known: Bool[Tensor, " N"]
+
+    @property
+    def num_missing(self) -> int:
+        """Count the tokens that are dropped for want of a sampling log-prob."""
+        return int((~self.known).sum())
 
 
 def importance_weights(
@@ -34,11 +39,13 @@ def importance_weights(
         on_policy: tokens sampled by the very weights that are being trained.
         engine_cap: cap on old / engine; None turns the correction off.
     """
-    known = ~sampling_logprobs.isnan()
-    sampled = torch.where(known, sampling_logprobs, 0.0)
-    old = torch.where(on_policy, student_logprobs.detach(), sampled)
-    weight = torch.ones_like(old) if engine_cap is None else (old - sampled).exp().clamp(max=engine_cap)
-    return ImportanceWeights(old, weight * known, known)
+    student, sampling = student_logprobs.detach(), sampling_logprobs.detach()
+    known = ~sampling.isnan()
+    # A dropped token is given the student's own log-prob: every ratio is 1 and finite, its weight of 0 removes it.
+    sampling = torch.where(known, sampling, student)
+    old = torch.where(on_policy, student, sampling)
+    weight = torch.ones_like(old) if engine_cap is None else (old - sampling).exp().clamp(max=engine_cap)
+    return ImportanceWeights(old, torch.where(known, weight, 0.0), known)
 
 
 def policy_ratio(
@@ -47,4 +54,4 @@ def policy_ratio(
     """Return sg(min(student / old, cap)) (SDPO's clip); ones where the cap is None."""
     if cap is None:
         return torch.ones_like(old_logprobs)
-    return (student_logprobs.detach() - old_logprobs).exp().clamp(max=cap)
+    return (student_logprobs.detach() - old_logprobs.detach()).exp().clamp(max=cap)

@@ -43,7 +43,7 @@ def combined_loss(inputs: LossInputs, config: ObjectiveConfig) -> Loss:
     """Return the weighted mix that `config` describes."""
     student, weights = inputs.student_logprobs, inputs.token_weights
     importance = importance_weights(student, inputs.sampling_logprobs, inputs.on_policy, config.engine_cap)
-    total, parts = (student * 0.0).sum(), {}
+    total, parts = student.new_zeros(()), {}
     if config.policy_gradient > 0:
         per_token = per_token_policy_loss(
             student,
@@ -64,7 +64,9 @@ def combined_loss(inputs: LossInputs, config: ObjectiveConfig) -> Loss:
         kl = weighted_sum(inputs.per_token_initial_kl, weights)
         total, parts["loss/initial_kl"] = total + config.kl_weight * kl, kl.item()
     parts["loss/total"] = total.item()
-    parts["sampling/missing_logprobs"] = float((~importance.known).sum())
+    if not total.requires_grad:  # no term is switched on: a zero that can still be differentiated
+        total = total + 0.0 * student.sum()
+    parts["sampling/missing_logprobs"] = float(importance.num_missing)
     parts["sampling/engine_gap"] = _engine_gap(inputs, importance.known)
     return Loss(total, parts)
 
