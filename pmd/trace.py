@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pmd.models.logprobs import TokenTerms
 from pmd.rollouts.batch import Batch, Example, MicroBatch
+
+PER_TOKEN = ("per_token_divergence", "student_logprobs", "teacher_logprobs", "entropy")
 
 
 class StepTrace:
@@ -24,8 +26,9 @@ class StepTrace:
         self.epoch, self.step = batch.epoch, batch.step
         self.records: list[dict[str, Any]] = []
 
-    def add(self, micro_batch: MicroBatch, per_token: dict[str, Tensor]) -> None:
+    def add(self, micro_batch: MicroBatch, terms: TokenTerms) -> None:
         """Split per-token values [N] by rollout and record them."""
+        per_token = {name: value for name in PER_TOKEN if (value := getattr(terms, name)) is not None}
         lengths = [len(example.completion_ids) for example in micro_batch.examples]
         columns = {name: torch.split(values.detach().float().cpu(), lengths) for name, values in per_token.items()}
         for row, example in enumerate(micro_batch.examples):

@@ -94,6 +94,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class InsightDraft:
+    """One insight as the policy wrote it, not yet in memory."""
+
+    task_id: str
+    kind: ProcedureKind
+    text: str
+    rollout_ids: tuple[str, ...]  # the attempts it was learnt from
+
+
+@dataclass(frozen=True, slots=True)
 class Procedure:
     """One memory entry, as retrieval hands it to the teacher."""
 

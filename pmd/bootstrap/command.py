@@ -27,7 +27,6 @@ MODEL_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
 }
 DESCRIPTION = """\
 Make one of the models that ship with pmd, from a seed, on one CPU core.

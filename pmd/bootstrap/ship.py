@@ -14,7 +14,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dire
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
         fresh, replaced = Path(temporary) / "fresh", Path(temporary) / "replaced"
         model.bfloat16().save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh, save_jinja_files=False)  # one file less to ship
         for path in fresh.iterdir():
             path.chmod(0o644)
         fresh.chmod(0o755)

@@ -46,4 +46,5 @@ class Evaluator:
             Sample(task.task_id, task.domain, rollout.verdict.correct, rollout.verdict.reward, rollout.verdict.answer)
             for (task, _), group in zip(prompts, attempts.groups, strict=True)
             for rollout in group
+            if rollout.verdict.scored
         ]

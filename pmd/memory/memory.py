@@ -1,19 +1,19 @@
 """The memory of one run: store, problem index and retriever behind the few calls that training makes.
 
 Enter: training tasks, their verified rollouts, drafts of insights, an abstraction function. Leave: procedures for the
-teacher. Read-only within an epoch; `learn` is the only way in and moves the generation by one.
+teacher. Read-only within an epoch; `learn` is the only way in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pmd.config import MemoryConfig
-from pmd.memory.behaviours import behaviour_drafts, clusters
+from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import make_embedder
 from pmd.memory.index import ProblemIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
-from pmd.types import Draft, Procedure, Rollout, Task
+from pmd.types import InsightDraft, Procedure, Rollout, Task
 
 #: Texts of the insights of each cluster in; one behaviour line each out, None where the model's output is malformed.
 Abstraction = Callable[[Sequence[Sequence[str]]], Sequence[str | None]]
@@ -52,11 +52,14 @@ class ProceduralMemory:
         self,
         tasks: Mapping[str, Task],
         rollouts: Sequence[Rollout],
-        drafts: Sequence[Draft],
+        drafts: Sequence[InsightDraft],
         abstraction: Abstraction,
         policy_version: int,
     ) -> int:
-        """Write one epoch: experiences, insights, behaviours; all or nothing. Return malformed abstractions.
+        """Write one epoch: experiences and insights, then the behaviours behind them; two generations.
+
+        Returns:
+            how many clusters the policy could not put into words.
 
         Raises:
             MemoryStoreError: a task is not of the training split, or the store cannot be written.
@@ -82,13 +85,19 @@ class ProceduralMemory:
                         policy_version=policy_version,
                         parents=parents,
                     )
-            found = clusters(self.store, self.config)
-            changed = [cluster for cluster in found if cluster.changed]
-            texts = abstraction([cluster.texts for cluster in changed]) if changed else []
-            behaviours = behaviour_drafts(found, dict(zip((c.key for c in changed), texts, strict=True)))
-            writer.replace_behaviours(behaviours, policy_version=policy_version)
+        clusters = find_clusters(self.store, self.config)
+        changed = [cluster for cluster in clusters if cluster.changed]
+        asked = [[item.text for item in (*cluster.insights, *cluster.lessons)] for cluster in changed]
+        texts = dict(zip((id(cluster) for cluster in changed), abstraction(asked), strict=True))
+        with self.store.update() as writer:
+            drafts_of_behaviours = [cluster.draft(texts.get(id(cluster))) for cluster in clusters]
+            writer.replace_behaviours(drafts_of_behaviours, policy_version=policy_version)
         self.retriever.refresh()
-        return sum(text is None for text in texts)
+        return sum(text is None for text in texts.values())
+
+    def log_retrievals(self, step: int, group_id: str, procedures: Sequence[Procedure]) -> None:
+        """Remember what a group's teacher was shown; written with the next epoch."""
+        self.store.log_retrievals(step, group_id, list(procedures))
 
     def snapshot(self) -> bytes:
         """Return the whole store as bytes, for a checkpoint."""

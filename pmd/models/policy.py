@@ -60,6 +60,10 @@ class Policy(nn.Module):
         """Yield (teacher, student) tensors that correspond."""
         raise NotImplementedError
 
+    def is_own_state(self, name: str) -> bool:
+        """Whether the tensor `name` of the state dict belongs in a checkpoint: it cannot be loaded again."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Move an EMA teacher towards the student: teacher <- (1 - rate) teacher + rate student."""
@@ -96,6 +100,10 @@ class FullPolicy(Policy):
         """Yield (teacher, student) parameters."""
         assert self.teacher is not None
         yield from zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+
+    def is_own_state(self, name: str) -> bool:
+        """Everything but the copy of the initial policy."""
+        return not name.startswith("initial.")
 
     def train(self, mode: bool = True) -> "FullPolicy":
         """Set the student's mode; the frozen copies stay in eval mode."""
@@ -154,6 +162,10 @@ class AdapterPolicy(Policy):
         for name, teacher in parameters.items():
             if ".teacher." in name:
                 yield teacher, parameters[name.replace(".teacher.", ".student.")]
+
+    def is_own_state(self, name: str) -> bool:
+        """The adapters, and nothing of the base."""
+        return ".student." in name or ".teacher." in name
 
     def _activate(self, adapter: str) -> None:
         """Switch adapters. The teacher is set for inference, or PEFT would make it trainable."""

@@ -12,24 +12,14 @@ from pmd.config import ReflectionConfig
 from pmd.prompts.format import PromptFormat
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
-from pmd.types import ProcedureKind, Rollout, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """One insight as the policy wrote it."""
-
-    task_id: str
-    kind: ProcedureKind
-    text: str
-    rollout_ids: tuple[str, ...]  # the attempts it was learnt from
+from pmd.types import InsightDraft, Rollout, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Reflections:
     """What one round of reflection gave, and what it cost."""
 
-    drafts: tuple[Draft, ...]
+    drafts: tuple[InsightDraft, ...]
     num_prompts: int
     num_malformed: int
     num_tokens: int  # generated
@@ -54,7 +44,7 @@ def reflect(
         lines = prompts.parse_reflection(text)
         num_malformed += not lines
         rollout_ids = tuple(rollout.rollout_id for rollout in group)
-        drafts += [Draft(group[0].task_id, kind, line, rollout_ids) for kind, line in lines]
+        drafts += [InsightDraft(group[0].task_id, kind, line, rollout_ids) for kind, line in lines]
     return Reflections(tuple(drafts), len(asked), num_malformed, num_tokens)
 
 
@@ -65,9 +55,13 @@ def abstract(
     config: ReflectionConfig,
     key: str,
 ) -> list[str | None]:
-    """Return the behaviour behind each cluster of insight texts; None where the output is malformed."""
-    texts, _ = _write(engine, [prompts.abstraction(insights) for insights in clusters], config, key)
-    return [prompts.parse_abstraction(text) for text in texts]
+    """Return the behaviour behind each cluster of insight texts; None where there is none or it is malformed."""
+    asked = [(position, ids) for position, insights in enumerate(clusters) if (ids := prompts.abstraction(insights))]
+    texts, _ = _write(engine, [ids for _, ids in asked], config, key)
+    behaviours: list[str | None] = [None] * len(clusters)
+    for (position, _), text in zip(asked, texts, strict=True):
+        behaviours[position] = prompts.parse_abstraction(text)
+    return behaviours
 
 
 def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfig, key: str) -> tuple[list[str], int]:

@@ -49,6 +49,11 @@ class Sequences:
         """The completion tokens, row after row: [N]."""
         return self.input_ids[self.completion_mask]
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, attention mask, completion mask."""
+        return self.input_ids, self.attention_mask, self.completion_mask
+
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
@@ -72,6 +77,11 @@ class MicroBatch:
     distillation_weights: Tensor  # [N]: 1 with context, objective.anchor_weight without
     token_weights: Tensor  # [N]: the weights that add up to 1 over all tokens of the step
 
+    def per_token(self, per_rollout: Sequence[float]) -> Tensor:
+        """Repeat one value per rollout over its completion tokens: [N]."""
+        lengths = self.student.completion_mask.sum(1)
+        return torch.tensor(per_rollout, device=lengths.device).repeat_interleave(lengths)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -82,14 +92,7 @@ class Batch:
     step: int  # of the run, counted from 0
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def micro_batches(
-        self,
-        max_tokens: int,
-        pad_id: int,
-        anchor_weight: float,
-        reduction: Literal["token", "sequence"],
-        device: torch.device,
-    ) -> Iterator[MicroBatch]:
+    def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `layout.max_tokens` padded tokens (a longer single rollout stands alone)."""
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         for rows in _split_by_tokens(self.examples, layout.max_tokens):
@@ -109,14 +112,12 @@ def _split_by_tokens(examples: Sequence[Example], max_tokens: int) -> list[list[
     return groups
 
 
-def _collate(
-    examples: list[Example], weights: list[float], layout: BatchLayout, device: torch.device
-) -> MicroBatch:
+def _collate(examples: list[Example], weights: list[float], layout: BatchLayout, device: torch.device) -> MicroBatch:
     student = pad_sequences([(e.rollout.prompt_ids, e.completion_ids) for e in examples], layout.pad_id, device)
     teacher = pad_sequences([(e.context.prompt_ids, e.completion_ids) for e in examples], layout.pad_id, device)
     if not torch.equal(student.completion_ids, teacher.completion_ids):
         raise AlignmentError("student and teacher would score different completion tokens.")
-    lengths = torch.tensor([len(e.completion_ids) for e in examples], device=device)
+    lengths = student.completion_mask.sum(1)
 
     def per_token(per_rollout: list[float]) -> Tensor:
         return torch.tensor(per_rollout, device=device).repeat_interleave(lengths)

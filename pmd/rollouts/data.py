@@ -88,7 +88,7 @@ class RolloutDataModule(LightningDataModule):
         """Join each scored rollout of a group with its advantage and its teacher context."""
         procedures, past_success, generation = [], None, 0
         if self.memory is not None:
-            procedures = self.memory.retrieve(task, seed=random.getrandbits(62), group_id=group[0].group_id)
+            procedures = self.memory.retrieve(task, seed=random.getrandbits(62))
             past_success = self.memory.past_success(task)
             generation = self.memory.generation
         contexts = self.contexts.build(task, group, procedures, past_success, generation, random)

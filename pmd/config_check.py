@@ -1,0 +1,166 @@
+"""What no single key can tell: combinations that cannot run, missing files, malformed data lines.
+
+Enters: a loaded configuration. Leaves: all problems in words (key, value, rule, remedy), before any weights load and
+without importing torch.
+"""
+
+import ast
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from pmd.config import RunConfig
+from pmd.config_load import LoadedConfig
+from pmd.errors import ConfigError
+from pmd.tasks import describe_data_problems
+
+#: Trainer arguments that this program sets itself, and where to say the same thing.
+OWN_TRAINER_ARGUMENTS = {
+    "callbacks": "the sections verification, reflection and memory",
+    "logger": "run_dir (metrics.csv) and wandb",
+    "accumulate_grad_batches": "rollouts.micro_batch_tokens",
+    "gradient_clip_val": "optimizer.max_grad_norm",
+    "gradient_clip_algorithm": "optimizer.max_grad_norm",
+    "default_root_dir": "run_dir",
+    "reload_dataloaders_every_n_epochs": "nothing: every epoch streams fresh rollouts anyway",
+}
+
+
+def check_config(loaded: LoadedConfig) -> None:
+    """Raise one ConfigError with every problem of the configuration, or return.
+
+    Raises:
+        ConfigError: the configuration cannot be run.
+    """
+    run = loaded.run
+    problems = [
+        *loaded.problems,
+        *_trainer_problems(loaded.trainer),
+        *_model_problems(run),
+        *_method_problems(run),
+        *_memory_problems(run),
+        *describe_data_problems(run.data),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _trainer_problems(trainer: dict[str, object]) -> list[str]:
+    problems = [
+        f"trainer.{key}={trainer[key]} is set by pmd; use {instead}."
+        for key, instead in OWN_TRAINER_ARGUMENTS.items()
+        if key in trainer
+    ]
+    known = _trainer_arguments()
+    for key in trainer.keys() - set(known):
+        problems.append(f"trainer.{key}={trainer[key]} is not an argument of Lightning's Trainer; check the spelling.")
+    for key in ("devices", "num_nodes"):
+        if trainer.get(key, 1) not in (1, "1", "auto", [0]):
+            problems.append(f"trainer.{key}={trainer[key]} is not supported: pmd trains on one device; use 1.")
+    epochs = trainer.get("max_epochs")
+    if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
+        problems.append(f"trainer.max_epochs={epochs!r} must be a whole number of at least 1.")
+    return problems
+
+
+def _model_problems(run: RunConfig) -> list[str]:
+    model, problems = run.model, []
+    if model.finetune == "qlora" and not cuda_is_available():
+        problems.append("model.finetune=qlora needs a CUDA device and none was found; use lora or full.")
+    if model.finetune == "qlora" and find_spec("bitsandbytes") is None:
+        problems.append("model.finetune=qlora needs bitsandbytes; pip install 'pmd[gpu]'.")
+    looks_like_path = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
+    if looks_like_path and not (Path(model.path) / "config.json").is_file():
+        problems.append(f"model.path={model.path} holds no config.json; give a Hugging Face model directory or id.")
+    if (model.path == "tiny") != (run.data.task == "tiny"):
+        problems.append(
+            f"model.path={model.path} with data.task={run.data.task}: the model `tiny` speaks the tiny world's "
+            "110-word language and nothing else; use both or neither (`tiny_exam` reads any text)."
+        )
+    if (model.prompts == "words") != (run.data.task == "tiny"):
+        expected = "words" if run.data.task == "tiny" else "chat"
+        problems.append(f"model.prompts={model.prompts} with data.task={run.data.task}; use {expected}.")
+    return problems
+
+
+def _method_problems(run: RunConfig) -> list[str]:
+    objective, rollouts, teacher, problems = run.objective, run.rollouts, run.teacher, []
+    if objective.policy_gradient == 0 and objective.distillation == 0 and objective.update_policy:
+        problems.append(
+            "objective.policy_gradient=0 with objective.distillation=0 trains nothing; give one a weight, or set "
+            "objective.update_policy=false."
+        )
+    if objective.policy_gradient > 0 and rollouts.group_size < 2:
+        problems.append(
+            f"rollouts.group_size={rollouts.group_size} with objective.policy_gradient={objective.policy_gradient}: "
+            "an advantage compares rollouts of one group; use at least 2."
+        )
+    if teacher.context == "sibling" and rollouts.group_size < 2 and not teacher.feedback:
+        problems.append("teacher.context=sibling with rollouts.group_size=1 shows nothing; use at least 2.")
+    if rollouts.updates_per_batch > rollouts.problems_per_step:
+        problems.append(
+            f"rollouts.updates_per_batch={rollouts.updates_per_batch} exceeds "
+            f"rollouts.problems_per_step={rollouts.problems_per_step}; each update needs a problem."
+        )
+    if rollouts.temperature != 1.0:
+        problems.append(
+            f"rollouts.temperature={rollouts.temperature}: the importance weights compare untempered log-probs; use 1.0."
+        )
+    if teacher.refresh_epochs is not None and teacher.kind != "frozen":
+        problems.append(f"teacher.refresh_epochs={teacher.refresh_epochs} needs teacher.kind=frozen, not {teacher.kind}.")
+    verification = run.verification
+    largest = max(verification.pass_at, default=1)
+    if min(verification.pass_at, default=0) < 1:
+        problems.append(f"verification.pass_at={verification.pass_at} must be whole numbers of at least 1.")
+    if largest > verification.final_samples:
+        problems.append(
+            f"verification.pass_at={verification.pass_at} needs verification.final_samples of at least {largest}, "
+            f"not {verification.final_samples}."
+        )
+    return problems
+
+
+def _memory_problems(run: RunConfig) -> list[str]:
+    memory, problems = run.memory, []
+    if memory.k > memory.capacity:
+        problems.append(f"memory.k={memory.k} exceeds memory.capacity={memory.capacity}; lower k or raise capacity.")
+    uses_memory = run.objective.distillation > 0 and run.teacher.context in ("memory", "both")
+    if run.teacher.context == "memory" and run.objective.distillation > 0 and not memory.enabled:
+        problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling or none.")
+    if uses_memory and memory.enabled and not memory.levels:
+        problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
+    if memory.enabled and memory.embedder != "hash" and find_spec("sentence_transformers") is None:
+        problems.append(f"memory.embedder={memory.embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
+    if run.wandb != "off" and find_spec("wandb") is None:
+        problems.append(f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'.")
+    return problems
+
+
+@cache
+def cuda_is_available() -> bool:
+    """Ask the driver whether there is a device, without loading torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+@cache
+def _trainer_arguments() -> frozenset[str]:
+    """Read the names of the Trainer's arguments from its source: importing Lightning takes seconds."""
+    package = find_spec("lightning")
+    if package is None or package.origin is None:
+        raise ConfigError("lightning is not installed; pip install pmd.")
+    source = Path(package.origin).parent / "pytorch" / "trainer" / "trainer.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    init = next(
+        item
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Trainer"
+        for item in node.body
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    )
+    return frozenset(argument.arg for argument in [*init.args.args, *init.args.kwonlyargs]) - {"self"}

@@ -1,0 +1,153 @@
+"""Configuration files and command-line overrides in; one `RunConfig` and Lightning's trainer section out.
+
+Files are merged left to right, overrides come last, `${...}` interpolation is resolved at the very end, so an overlay
+may refer to a key of its base. Every problem is collected (types, bounds, unknown keys here; combinations and data in
+`config_check.py`) and none of it imports torch.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from pmd.config import RunConfig
+from pmd.errors import ConfigError
+
+
+@dataclass
+class LoadedConfig:
+    """A merged configuration, as plain values and as objects."""
+
+    run: RunConfig
+    trainer: dict[str, Any]
+    plain: dict[str, Any]  # the resolved configuration without defaults
+    name: str  # stem of the first configuration file
+    problems: list[str] = field(default_factory=list)
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Merge files and `key=value` overrides; problems are collected in the result, not raised.
+
+    Raises:
+        ConfigError: a file is missing or is no YAML mapping; nothing further can be said then.
+    """
+    layers, problems = [], []
+    for file in files:
+        try:
+            layer = OmegaConf.load(file)
+            if not OmegaConf.is_dict(layer):
+                raise YAMLError("the top level must be a mapping of sections")
+            layers.append(layer)
+        except FileNotFoundError:
+            problems.append(f"--config={file} does not exist; check the path (configs/ holds the complete runs).")
+        except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+            problems.append(f"--config={file} is not readable YAML: {' '.join(str(error).split())}")
+    try:
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        problems.append(f"override is not readable: {' '.join(str(error).split())}; write --section.key=value.")
+    if problems:
+        raise ConfigError(problems)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"interpolation failed: {' '.join(str(error).split())}") from None
+    plain = typing.cast(dict[str, Any], plain)
+    trainer = plain.get("trainer") or {}
+    run, problems = build_section(RunConfig, {k: v for k, v in plain.items() if k != "trainer"}, "", extra=["trainer"])
+    if not isinstance(trainer, dict):
+        problems.append(f"trainer={trainer!r} must be a mapping of Lightning Trainer arguments.")
+        trainer = {}
+    name = Path(files[0]).stem if files else "run"
+    return LoadedConfig(run, trainer, plain, name, problems)
+
+
+def build_section(section: type, values: dict[str, Any], prefix: str, extra: Sequence[str] = ()) -> tuple[Any, list[str]]:
+    """Make a config dataclass from plain values; return it (defaults where a value is bad) and what is wrong."""
+    problems: list[str] = []
+    hints = typing.get_type_hints(section)
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    for key in values.keys() - fields.keys():
+        close = get_close_matches(str(key), [*fields, *extra], n=1)
+        remedy = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join([*fields, *extra])}."
+        problems.append(f"{prefix}{key}={_shown(values[key])} is not a known key; {remedy}")
+    kept: dict[str, Any] = {}
+    for key in (name for name in fields if name in values):
+        hint, value, path = hints[key], values[key], prefix + key
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                problems.append(f"{path}={_shown(value)} must be a section with keys of its own.")
+                continue
+            kept[key], nested = build_section(typing.cast(type, hint), value, path + ".")
+            problems += nested
+            continue
+        converted = _convert(value, hint)
+        if converted is _WRONG:
+            problems.append(f"{path}={_shown(value)} must be {_describe(hint)}.")
+            continue
+        bound = _bound_problem(path, converted, fields[key].metadata)
+        if bound:
+            problems.append(bound)
+        else:
+            kept[key] = converted
+    return section(**kept), problems
+
+
+_WRONG = object()
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Return `value` as the hinted type, without guessing: only int -> float is widened."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        results = [_convert(value, option) for option in get_args(hint)]
+        return next((result for result in results if result is not _WRONG), _WRONG)
+    if origin is Literal:
+        return next((option for option in get_args(hint) if option == value and type(option) is type(value)), _WRONG)
+    if origin is list:
+        items = [_convert(item, get_args(hint)[0]) for item in value] if isinstance(value, list) else [_WRONG]
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if hint is type(None):
+        return None if value is None else _WRONG
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is hint else _WRONG
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(option) for option in args) if len(args) > 1 else str(args[0])
+    if origin is list:
+        return f"a list, each {_describe(args[0])}"
+    names = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, str(hint))
+
+
+def _bound_problem(path: str, value: Any, metadata: typing.Mapping[str, Any]) -> str | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if value != value:
+        return f"{path}={value} must be a number."
+    if "least" in metadata and value < metadata["least"]:
+        return f"{path}={value} must be at least {metadata['least']}."
+    if "above" in metadata and value <= metadata["above"]:
+        return f"{path}={value} must be above {metadata['above']}."
+    if "most" in metadata and value > metadata["most"]:
+        return f"{path}={value} must be at most {metadata['most']}."
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
