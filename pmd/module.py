@@ -66,6 +66,10 @@ class PMDModule(LightningModule):
         self.log("loss", totals["loss/total"], prog_bar=True, logger=False, batch_size=1)
         self.log("reward", batch.metrics["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Return the batch as it is: its tensors are made on the device, micro-batch by micro-batch."""
+        return batch
+
     def configure_optimizers(self) -> Any:
         """Return AdamW over the trainable weights, with a linear warm-up to a constant rate."""
         config = self.optimizer_config

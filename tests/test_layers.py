@@ -10,7 +10,7 @@ ROOT = Path(pmd.__file__).parent
 LAYERS = [
     "errors", "types", "seeds", "config", "tiny", "sandbox", "tasks", "verifiers", "config_load", "config_check",
     "prompts", "memory", "teacher", "objective", "models", "rollouts", "reflection", "trace", "run_dir", "evaluation",
-    "bootstrap", "module", "callbacks", "sweep", "commands", "cli", "__main__",
+    "bootstrap", "module", "callbacks", "sweep", "commands", "cli", "build", "__main__",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from pmd.bootstrap.exam_model import make_exam_model
+from pmd.bootstrap.exam_model import make_exam_model, sharpen
 from pmd.bootstrap.exam_probes import exam_probes
 from pmd.bootstrap.exam_samples import draw_exam_sample
 from pmd.bootstrap.exam_tokenizer import make_exam_tokenizer
@@ -15,7 +15,7 @@ from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.tiny_model import make_tiny_model
 from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample
-from pmd.bootstrap.train import DrawSample, Recipe
+from pmd.bootstrap.train import DrawSample, Recipe, rounded_to_bfloat16
 from pmd.tiny.tokenizer import make_tokenizer
 
 
@@ -27,6 +27,7 @@ class Blueprint:
     make_tokenizer: Callable[[], PreTrainedTokenizerBase]
     draw_sample: DrawSample
     recipe: Recipe
+    finish: Callable[[Qwen3ForCausalLM], None]  # applied once, after training
     probes: Callable[[Qwen3ForCausalLM, int, int], list[Probe]]  # (model, number of samples, seed)
     probe_samples: int
 
@@ -41,7 +42,9 @@ def _tiny() -> Blueprint:
         return draw_sample(stream, Difficulty.at(progress))
 
     recipe = Recipe(steps=5200, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3, decay_from=0.35)
-    return Blueprint(make_tiny_model, make_tokenizer, draw, recipe, tiny_probes, probe_samples=1000)
+    return Blueprint(
+        make_tiny_model, make_tokenizer, draw, recipe, rounded_to_bfloat16, tiny_probes, probe_samples=1000
+    )
 
 
 def _tiny_exam() -> Blueprint:
@@ -53,5 +56,9 @@ def _tiny_exam() -> Blueprint:
     def draw(stream: random.Random, progress: float) -> Sample:
         return draw_exam_sample(encode, stream, progress)
 
+    def finish(model: Qwen3ForCausalLM) -> None:
+        sharpen(model)
+        rounded_to_bfloat16(model)
+
     recipe = Recipe(steps=800, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
-    return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, exam_probes, probe_samples=300)
+    return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, finish, exam_probes, probe_samples=300)

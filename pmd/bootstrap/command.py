@@ -32,10 +32,10 @@ DESCRIPTION = """\
 Make one of the models that ship with pmd, from a seed, on one CPU core.
 
   tiny       half a million parameters, the words of the tiny world. It attempts problems, uses memory lines in its
-             prompt, reflects on attempts and abstracts patterns; it knows no family's rule. About 11 minutes.
+             prompt, reflects on attempts and abstracts patterns; it knows no family's rule. About 12 minutes.
   tiny_exam  0.2 million parameters, bytes. It has the manners of a multiple-choice exam and no knowledge at all: even
              letters, stock study tips. For running the whole loop on real questions where no weights can be
-             downloaded. About 4 minutes.
+             downloaded. About 5 minutes.
 """
 EPILOG = """\
 The model is measured by its probes after its weights are rounded to bfloat16. If one probe fails, nothing is written
@@ -97,7 +97,6 @@ def _bootstrap(arguments: argparse.Namespace, directory: Path, console: Console)
 
     from pmd.bootstrap.catalogue import find_blueprint
     from pmd.bootstrap.ship import write_model
-    from pmd.bootstrap.train import rounded_to_bfloat16
 
     torch.set_num_threads(1)  # at this size a second thread only gets in the way
     blueprint = find_blueprint(arguments.model)
@@ -106,7 +105,7 @@ def _bootstrap(arguments: argparse.Namespace, directory: Path, console: Console)
     started = time.process_time()
     model = blueprint.make_model(arguments.seed)
     _train_with_progress(model, blueprint, arguments.seed, console)
-    rounded_to_bfloat16(model)
+    blueprint.finish(model)
     seconds = time.process_time() - started
     with console.status("probing"):
         # A seed of its own, far from the training seeds people use.

@@ -1,7 +1,7 @@
 """What the exam model must be able to do, on fresh chats of noise of all lengths.
 
-Enters: a model and a number of samples. Leaves: the shares of well-formed answers (exam answers are drawn at
-temperature 1, reflections and abstractions are greedy, as in a run), and how far the letters are from even.
+Enters: a model and a number of samples. Leaves: the shares of well-formed answers, drawn at temperature 1, and how
+far its letters are from even.
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pmd.bootstrap.exam_samples import Asked, Turn, draw_turn, exam_prompt
 from pmd.bootstrap.exam_text import KIND_OF_OUTCOME, LETTERS, PHRASES, exam_answer, noise
 from pmd.bootstrap.exam_tokenizer import END, END_ID, make_exam_tokenizer
-from pmd.bootstrap.generate import greedy, next_token_probabilities, sampled
+from pmd.bootstrap.generate import next_token_probabilities, sampled
 from pmd.bootstrap.probe import Probe
 
 LENGTHS = (60, 250, 800, 1600, 3000)  # bytes of noise
@@ -36,9 +36,7 @@ def exam_probes(model: PreTrainedModel, samples: int, seed: int) -> list[Probe]:
     turns = [_turn(draw, asked, length) for asked, length in cells]
     prompts = [exam_prompt(noise(draw, 60) if draw.random() < 0.5 else "", [], turn.message) for turn in turns]
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    num_exam = sum(asked == "exam" for asked, _ in cells)  # these come first
-    written = sampled(model, ids[:num_exam], MAX_NEW_TOKENS, END_ID, seed)
-    written += greedy(model, ids[num_exam:], MAX_NEW_TOKENS, END_ID)
+    written = sampled(model, ids, MAX_NEW_TOKENS, END_ID, seed)
     good = [well_formed(turn, str(tokenizer.decode(answer))) for turn, answer in zip(turns, written, strict=True)]
     probes = []
     for asked in ("exam", "reflection", "abstraction"):

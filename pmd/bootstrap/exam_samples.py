@@ -26,7 +26,7 @@ from pmd.bootstrap.sample import Sample
 
 Asked = Literal["exam", "reflection", "abstraction"]
 LETTER_WEIGHT = 3.0
-DECIDING_WEIGHT = 10.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
+DECIDING_WEIGHT = 20.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
 SLIP_SHARE = 0.005
 OPENED = len('```json\n{"')  # bytes of a JSON answer before its first key
 

@@ -42,7 +42,7 @@ class ProceduralMemory:
 
     def retrieve(self, task: Task, *, seed: int) -> list[Procedure]:
         """Return at most k procedures for `task`, in an order drawn from `seed`."""
-        return self.retriever.retrieve(task.memory_key, seed=seed, task_id=task.task_id)
+        return self.retriever.retrieve(task.memory_key or task.question, seed=seed, task_id=task.task_id)
 
     def past_success(self, task: Task) -> str | None:
         """Return a verified success of this very task from an earlier epoch."""

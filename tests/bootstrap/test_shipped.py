@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pmd.bootstrap.exam_probes import exam_probes
+from pmd.bootstrap.exam_probes import EXAM, exam_probes
 from pmd.bootstrap.exam_text import noise
-from pmd.bootstrap.generate import greedy, sampled
+from pmd.bootstrap.generate import sampled
 from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.prompts.chat import ChatPrompts
 from pmd.tiny import SHIPPED_MODELS, shipped_model_path
@@ -48,51 +48,55 @@ def test_exam_passes_its_probes():
     assert [f"{p.name}: {p.value:.4f}" for p in probes if not (p.passed or (p.at_least and p.value > 0.93))] == []
 
 
-def test_exam_model_speaks_through_the_chat_prompts():
-    """The wording it was trained on is noise; here it meets the product's own prompts."""
-    model, tokenizer = load("tiny_exam"), AutoTokenizer.from_pretrained(shipped_model_path("tiny_exam"))
-    prompts, draw = ChatPrompts(tokenizer), random.Random(0)
-    answer = "<reasoning>\nI compare the options one by one.\n</reasoning>\n<answer>\n{}\n</answer>"
-    question = "Which of these is a noble gas?\n\nA: Ne\nB: $O_2$\nC: \\mathrm{N}_2\nD: Cl\nPlease reason step by step."
-    tasks = [
-        Task(
-            "t",
-            (Message("system", noise(draw, 300)), Message("user", f"{noise(draw, 200)} {question}")),
-            "mcq",
-            "train",
-        )
-        for _ in range(8)
+# The wording it was trained on is noise; from here on it meets the product's own prompts.
+
+REPLY = "<reasoning>\nI compare.\n</reasoning>\n<answer>\n{}\n</answer>"
+QUESTION = "Which is a noble gas?\n\nA: Ne\nB: $O_2$\nC: \\mathrm{N}_2\nD: Cl\nPlease reason step by step."
+RIGHT = Rollout("r", "g", "t", (1,), Completion((1,), (0.0,), REPLY.format("A"), "stop", 0), Verdict(1.0, True, "ok"))
+WRONG = Rollout(
+    *("w", "g", "t", (1,)),
+    Completion((1,), (0.0,), REPLY.format("B"), "stop", 0),
+    Verdict(0.0, False, "wrong_answer", feedback="The answer is not right."),
+)
+
+
+@pytest.fixture(scope="module")
+def exam():
+    return load("tiny_exam"), ChatPrompts(AutoTokenizer.from_pretrained(shipped_model_path("tiny_exam")))
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    draw = random.Random(0)
+    questions = [f"{noise(draw, 200)} {QUESTION}" for _ in range(10)]
+    return [Task("t", (Message("system", noise(draw, 300)), Message("user", q)), "mcq", "train") for q in questions]
+
+
+def written(exam, prompt_ids):
+    model, prompts = exam
+    return [prompts.tokenizer.decode(ids) for ids in sampled(model, prompt_ids, 160, prompts.tokenizer.eos_token_id, 0)]
+
+
+def test_exam_attempts(exam, tasks):
+    prompts = exam[1]
+    asked = [prompts.student(task) for task in tasks]
+    asked += [prompts.teacher(task, ["Read twice: slowly."], REPLY.format("C"), None) for task in tasks]
+    answers = [EXAM.fullmatch(text.removesuffix("<|im_end|>")) for text in written(exam, asked)]
+    assert sum(answer is not None for answer in answers) >= 18
+
+
+def test_exam_reflections_name_the_kind(exam, tasks):
+    prompts = exam[1]
+    groups = {"strategy": [RIGHT], "lesson": [WRONG], "contrast": [RIGHT, WRONG]}
+    asked = [(kind, prompts.reflection(task, group)[0]) for task in tasks for kind, group in groups.items()]
+    parsed = [
+        prompts.parse_reflection(text.removesuffix("<|im_end|>")) for text in written(exam, [p for _, p in asked])
     ]
-    right = [
-        Rollout("r", "g", "t", (1,), Completion((1,), (0.0,), answer.format("A"), "stop", 0), Verdict(1.0, True, "ok"))
-    ]
-    feedback = "The answer is not right."
-    wrong = [
-        Rollout(
-            "w",
-            "g",
-            "t",
-            (1,),
-            Completion((1,), (0.0,), answer.format("B"), "stop", 0),
-            Verdict(0.0, False, "wrong_answer", feedback),
-        )
-    ]
-    groups = [("strategy", right), ("lesson", wrong), ("contrast", right + wrong)]
-    asked = [(kind, prompts.reflection(task, group)[0]) for task in tasks for kind, group in groups]
-    written = greedy(model, [ids for _, ids in asked], 160, tokenizer.eos_token_id)
-    parsed = [prompts.parse_reflection(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
     good = [[kind for kind, _ in items] == [wanted] for (wanted, _), items in zip(asked, parsed, strict=True)]
-    assert sum(good) >= 0.9 * len(good)
-    pattern = sampled(
-        model,
-        [prompts.abstraction(["Read twice: slowly.", "Draw it: neatly."])] * 8,
-        240,
-        tokenizer.eos_token_id,
-        seed=0,
-    )
-    assert sum(prompts.parse_abstraction(tokenizer.decode(ids)) is not None for ids in pattern) >= 7
-    attempts = sampled(model, [prompts.student(task) for task in tasks] * 2, 240, tokenizer.eos_token_id, seed=0)
-    assert sum("</answer><|im_end|>" in tokenizer.decode(ids) for ids in attempts) >= 15
-    taught = [prompts.teacher(task, ["Read twice: slowly."], answer.format("C"), None) for task in tasks]
-    attempts = sampled(model, taught, 240, tokenizer.eos_token_id, seed=0)
-    assert sum("</answer><|im_end|>" in tokenizer.decode(ids) for ids in attempts) >= 7
+    assert sum(good) >= 27
+
+
+def test_exam_abstractions(exam):
+    prompts = exam[1]
+    texts = written(exam, [prompts.abstraction(["Read twice: slowly.", "Draw it: neatly."])] * 10)
+    assert sum(prompts.parse_abstraction(text.removesuffix("<|im_end|>")) is not None for text in texts) >= 9

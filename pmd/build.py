@@ -1,0 +1,221 @@
+"""From a checked configuration to a finished run: makes every object once, fixes the callback order, runs, reports."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from rich.console import Console
+
+from pmd.callbacks.memory import MemoryUpdateCallback
+from pmd.callbacks.reflect import ReflectionCallback
+from pmd.callbacks.sync import WeightSyncCallback
+from pmd.callbacks.trace import TraceCallback
+from pmd.callbacks.verify import VerificationCallback
+from pmd.cli import resolved_yaml
+from pmd.config import RunConfig
+from pmd.config_load import LoadedConfig
+from pmd.evaluation.evaluate import Evaluator
+from pmd.evaluation.metrics import score_samples
+from pmd.evaluation.report import Phase, draw_curves, print_table, write_results
+from pmd.memory.memory import ProceduralMemory
+from pmd.module import PMDModule
+from pmd.prompts import make_prompts
+from pmd.rollouts.data import RolloutDataModule
+from pmd.rollouts.hf import HFEngine
+from pmd.run_dir import RunDir, choose_run_dir
+from pmd.tasks import duplicated_task_ids, load_tasks
+from pmd.types import Split, Task
+
+CONSOLE = Console(stderr=False)
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI for the `trainer` section alone: it checks and instantiates Lightning's own arguments."""
+
+    def __init__(self, trainer: dict[str, Any]):
+        defaults = {"max_epochs": 1, "accelerator": "auto", "devices": 1, "log_every_n_steps": 1}
+        super().__init__(
+            LightningModule,
+            run=False,
+            args={"trainer": trainer},
+            save_config_callback=None,
+            trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
+        """Add the trainer only; pmd's sections are checked and built without jsonargparse."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+
+    def instantiate_classes(self) -> None:
+        """Leave the trainer to `trainer_for`, which knows callbacks and loggers."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def trainer_for(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+        """Return the trainer with exactly these callbacks, in this order."""
+        arguments = dict(self.config_init["trainer"]) | {"callbacks": callbacks, "logger": loggers}
+        return Trainer(**arguments)
+
+
+@dataclass
+class Run:
+    """Everything a run consists of."""
+
+    config: RunConfig
+    run_dir: RunDir
+    tasks: Mapping[Split, list[Task]]
+    module: PMDModule
+    data: RolloutDataModule
+    memory: ProceduralMemory | None
+    evaluator: Evaluator
+
+
+def build(config: RunConfig, run_dir: RunDir) -> Run:
+    """Load the problems and the weights, open the memory."""
+    tasks = load_tasks(config.data, config.seed_everything)
+    module = PMDModule(config)
+    prompts = make_prompts(config.model.prompts, module.tokenizer)
+    engine = HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)
+    memory = None
+    if config.memory.enabled:
+        keys = [task.memory_key or task.question for task in tasks["train"]]
+        memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks))
+    evaluator = Evaluator(
+        engine, prompts, config.verification, config.rollouts.max_new_tokens, config.seed_everything
+    )
+    data = RolloutDataModule(config, tasks, engine, prompts, memory)
+    return Run(config, run_dir, tasks, module, data, memory, evaluator)
+
+
+def callbacks_of(run: Run) -> list[Callback]:
+    """Return the callbacks in the order of the epoch calendar: verify, reflect, memory, sync, trace, checkpoint."""
+    config, engine = run.config, run.data.engine
+    by_id = {task.task_id: task for task in run.tasks["train"]}
+    callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
+    if run.memory is not None:
+        reflection = ReflectionCallback(
+            engine, run.data.prompts, by_id, config.reflection, config.memory, config.seed_everything
+        )
+        callbacks += [reflection, MemoryUpdateCallback(run.memory, reflection)]
+    callbacks.append(WeightSyncCallback(engine))
+    if config.trace_every:
+        callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
+    checkpoint = ModelCheckpoint(
+        dirpath=run.run_dir.checkpoints,
+        filename="best",
+        monitor="verify/avg",
+        mode="max",
+        save_last=True,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    return [*callbacks, checkpoint]
+
+
+def run(command: str, loaded: LoadedConfig) -> int:
+    """Carry out `fit`, `validate` or `test`."""
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|not empty|`isinstance.treespec).*")
+    config = loaded.run
+    if command != "fit":
+        return _evaluate(command, config)
+    run_dir = choose_run_dir(config.run_dir, loaded.name, config.ckpt_path is not None)
+    checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    run_dir.config.write_text(resolved_yaml(loaded), encoding="utf-8")
+    cli = TrainerCLI(loaded.trainer)
+    run = build(config, run_dir)
+    trainer = cli.trainer_for(callbacks_of(run), _loggers(config, run_dir, checkpoint))
+    _announce(run, trainer)
+    phases = {"initial": measure(run, with_memory=False)} if checkpoint is None else {}
+    started = time.perf_counter()
+    trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
+    seconds = time.perf_counter() - started
+    if trainer.interrupted:
+        return 130
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
+    facts = {
+        "method": config.method,
+        "seed": config.seed_everything,
+        "rollouts": trainer.global_step // config.rollouts.updates_per_batch * config.rollouts.group_size
+        * config.rollouts.problems_per_step,
+        "updates": run.module.policy_version,
+        "fit_s": seconds,
+    }  # fmt: skip
+    results = write_results(run_dir, facts, phases)
+    draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
+    print_table(results, None, CONSOLE)
+    CONSOLE.print(f"Everything of this run is in {run_dir.root}: results.json, curves.png, metrics.csv, checkpoints/")
+    return 0
+
+
+def measure(run: Run, *, with_memory: bool) -> Phase:
+    """Evaluate the test problems now."""
+    verification = run.config.verification
+    samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples)
+    conditioned = None
+    if with_memory and run.memory is not None:
+        shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.memory)
+        conditioned = score_samples(shown, (1,)).avg
+    return Phase(samples, score_samples(samples, verification.pass_at), conditioned)
+
+
+def _evaluate(command: str, config: RunConfig) -> int:
+    """Evaluate a checkpoint, or the untrained policy, without opening any memory."""
+    config.memory.enabled = False
+    run = build(config, RunDir(choose_existing(config)))
+    if config.ckpt_path:
+        state = torch.load(run.run_dir.checkpoint(config.ckpt_path), map_location="cpu", weights_only=False)
+        run.module.on_load_checkpoint(state)
+        run.module.load_state_dict(state["state_dict"], strict=False)
+    split: Split = "validation" if command == "validate" else "test"
+    samples = run.evaluator.memory_free(run.tasks[split], config.verification.final_samples)
+    phase = Phase(samples, score_samples(samples, config.verification.pass_at))
+    name = config.ckpt_path or "initial"
+    print_table({"method": f"{config.method}, {split}", "phases": {name: phase.as_json()}}, None, CONSOLE)
+    return 0
+
+
+def choose_existing(config: RunConfig) -> Any:
+    """Return the run directory that `validate` and `test` read from."""
+    from pathlib import Path
+
+    return Path(config.run_dir or ".")
+
+
+def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Any) -> list[Logger]:
+    """Return the CSV logger, holding the rows that a resumed run already has, and wandb where asked for."""
+    rows = run_dir.read_metrics() if checkpoint is not None else []
+    csv_logger = CSVLogger(run_dir.root, name="", version="", flush_logs_every_n_steps=20)
+    if checkpoint is not None:
+        done = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"]
+        for row in rows:
+            if float(row["step"]) < done:
+                csv_logger.experiment.log_metrics({k: float(v) for k, v in row.items() if v}, int(float(row["step"])))
+    loggers: list[Logger] = [csv_logger]
+    if config.wandb != "off":
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(WandbLogger(project="pmd", save_dir=run_dir.root, offline=config.wandb == "offline"))
+    return loggers
+
+
+def _announce(run: Run, trainer: Trainer) -> None:
+    """Print the arithmetic of the run before it starts."""
+    rollouts, steps = run.config.rollouts, run.data.steps_per_epoch
+    epochs = trainer.max_epochs or 0
+    CONSOLE.print(
+        f"{run.config.method}: {rollouts.problems_per_step} problems x {rollouts.group_size} attempts = "
+        f"{rollouts.problems_per_step * rollouts.group_size} rollouts a batch, {rollouts.updates_per_batch} update(s) "
+        f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}"
+    )
