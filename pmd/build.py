@@ -88,9 +88,7 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
         memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks))
-    evaluator = Evaluator(
-        engine, prompts, config.verification, config.rollouts.max_new_tokens, config.seed_everything
-    )
+    evaluator = Evaluator(engine, prompts, config.verification, config.rollouts.max_new_tokens, config.seed_everything)
     data = RolloutDataModule(config, tasks, engine, prompts, memory)
     return Run(config, run_dir, tasks, module, data, memory, evaluator)
 

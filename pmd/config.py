@@ -238,8 +238,12 @@ class RunConfig:
         None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
     )
     seed_everything: int = option(0, "Seed of everything that is drawn.", least=0)
-    wandb: Literal["off", "online", "offline"] = option("off", "Also log to Weights & Biases (needs the extra `wandb`).")
-    trace_every: int = option(1, "Keep what `pmd inspect step` shows of every this many steps; 0 keeps nothing.", least=0)
+    wandb: Literal["off", "online", "offline"] = option(
+        "off", "Also log to Weights & Biases (needs the extra `wandb`)."
+    )
+    trace_every: int = option(
+        1, "Keep what `pmd inspect step` shows of every this many steps; 0 keeps nothing.", least=0
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

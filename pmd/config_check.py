@@ -108,7 +108,9 @@ def _method_problems(run: RunConfig) -> list[str]:
             f"rollouts.temperature={rollouts.temperature}: the importance weights compare untempered log-probs; use 1.0."
         )
     if teacher.refresh_epochs is not None and teacher.kind != "frozen":
-        problems.append(f"teacher.refresh_epochs={teacher.refresh_epochs} needs teacher.kind=frozen, not {teacher.kind}.")
+        problems.append(
+            f"teacher.refresh_epochs={teacher.refresh_epochs} needs teacher.kind=frozen, not {teacher.kind}."
+        )
     verification = run.verification
     largest = max(verification.pass_at, default=1)
     if min(verification.pass_at, default=0) < 1:
@@ -127,7 +129,7 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append(f"memory.k={memory.k} exceeds memory.capacity={memory.capacity}; lower k or raise capacity.")
     uses_memory = run.objective.distillation > 0 and run.teacher.context in ("memory", "both")
     if run.teacher.context == "memory" and run.objective.distillation > 0 and not memory.enabled:
-        problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling or none.")
+        problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling.")
     if uses_memory and memory.enabled and not memory.levels:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
     if memory.enabled and memory.embedder != "hash" and find_spec("sentence_transformers") is None:

@@ -70,7 +70,9 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
     return LoadedConfig(run, trainer, plain, name, problems)
 
 
-def build_section(section: type, values: dict[str, Any], prefix: str, extra: Sequence[str] = ()) -> tuple[Any, list[str]]:
+def build_section(
+    section: type, values: dict[str, Any], prefix: str, extra: Sequence[str] = ()
+) -> tuple[Any, list[str]]:
     """Make a config dataclass from plain values; return it (defaults where a value is bad) and what is wrong."""
     problems: list[str] = []
     hints = typing.get_type_hints(section)

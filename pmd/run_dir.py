@@ -1,13 +1,13 @@
 """The directory that holds everything of one run.
 
-    config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
-    metrics.csv      what was logged, by step
-    checkpoints/     last.ckpt and best.ckpt, each the whole state: weights, optimizer, teacher, memory, positions
-    memory/          memory.sqlite and its index
-    traces/          per-token records of the steps, for `pmd inspect step`
-    samples.jsonl    every evaluation sample of the final table
-    results.json     the final table
-    curves.png       the picture
+config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
+metrics.csv      what was logged, by step
+checkpoints/     last.ckpt and best.ckpt, each the whole state: weights, optimizer, teacher, memory, positions
+memory/          memory.sqlite and its index
+traces/          per-token records of the steps, for `pmd inspect step`
+samples.jsonl    every evaluation sample of the final table
+results.json     the final table
+curves.png       the picture
 """
 
 import csv

@@ -89,10 +89,12 @@ def draw_curves(run_dir: RunDir, title: str) -> None:
 
     rows = run_dir.read_metrics()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    memory_labels = {f"memory/{name}": name for name in ("insights", "behaviours", "experiences")}
+    accuracy_labels = {"verify/avg": "without memory", "verify/memory_conditioned_avg": "memory in the prompt"}
     panels = [
-        ("held-out accuracy", {"verify/avg": "without memory", "verify/memory_conditioned_avg": "memory in the prompt"}),
+        ("held-out accuracy", accuracy_labels),
         ("training rollouts", {"rollout/reward": "reward", "rollout/solved_groups": "groups with a success"}),
-        ("memory", {"memory/insights": "insights", "memory/behaviours": "behaviours", "memory/experiences": "experiences"}),
+        ("memory", memory_labels),
     ]  # fmt: skip
     for axis, (heading, names) in zip(axes, panels, strict=True):
         for name, label in names.items():

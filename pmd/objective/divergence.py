@@ -78,9 +78,7 @@ def likeliest(student_logprobs: Float[Tensor, "*N V"], top_k: int | None) -> Int
     return student_logprobs.detach().topk(top_k, dim=-1, sorted=False).indices
 
 
-def on_support(
-    logprobs: Float[Tensor, "*N V"], support: Int[Tensor, "*N K"], *, tail: bool
-) -> Float[Tensor, "*N _"]:
+def on_support(logprobs: Float[Tensor, "*N V"], support: Int[Tensor, "*N K"], *, tail: bool) -> Float[Tensor, "*N _"]:
     """Reduce log-probs to the support: with the mass of all other tokens appended [K + 1], or renormalised [K]."""
     inside = logprobs.gather(-1, support)
     if not tail:

@@ -30,7 +30,7 @@ class PromptFormat(Protocol):
         ...
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
-        """Return the prompt that asks for the pattern behind a cluster of insights; empty where none can be asked for."""
+        """Return the prompt that asks for the pattern behind a cluster of insights; empty where there is none."""
         ...
 
     def parse_abstraction(self, text: str) -> str | None:
