@@ -25,6 +25,8 @@ final model needs no memory.
                          python -m pmd fit --config configs/tiny.yaml --config configs/methods/grpo.yaml
   validate   evaluate a checkpoint on the validation problems, without any memory
   test       evaluate a checkpoint on the test problems, without any memory
+  export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
+  inspect    the teacher's prompt and the per-token divergence of any rollout: inspect step RUN
   compare    paired bootstrap of two or more runs
   score      verify completions that were made elsewhere
   memory     look into a memory store: stats, list, show, search, ...
@@ -35,6 +37,8 @@ final model needs no memory.
 COMMANDS = {
     "bootstrap": "pmd.bootstrap.command",
     "compare": "pmd.commands.compare",
+    "export": "pmd.commands.export",
+    "inspect": "pmd.commands.inspect",
     "memory": "pmd.commands.memory",
     "score": "pmd.commands.score",
 }

@@ -105,7 +105,7 @@ def _method_problems(run: RunConfig) -> list[str]:
         )
     if rollouts.temperature != 1.0:
         problems.append(
-            f"rollouts.temperature={rollouts.temperature}: the importance weights compare untempered log-probs; use 1.0."
+            f"rollouts.temperature={rollouts.temperature}: importance weights compare untempered log-probs; use 1.0."
         )
     if teacher.refresh_epochs is not None and teacher.kind != "frozen":
         problems.append(

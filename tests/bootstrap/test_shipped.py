@@ -44,8 +44,8 @@ def test_the_shipped_tokenizer_is_the_one_in_the_code():
 
 def test_exam_passes_its_probes():
     # Fewer samples than the command takes: allow for their noise.
-    probes = exam_probes(load("tiny_exam"), samples=90, seed=1)
-    assert [f"{p.name}: {p.value:.4f}" for p in probes if not (p.passed or (p.at_least and p.value > 0.93))] == []
+    probes = exam_probes(load("tiny_exam"), samples=30, seed=1)
+    assert [f"{p.name}: {p.value:.4f}" for p in probes if not (p.passed or (p.at_least and p.value >= 0.9))] == []
 
 
 # The wording it was trained on is noise; from here on it meets the product's own prompts.

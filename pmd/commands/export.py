@@ -1,0 +1,42 @@
+"""`python -m pmd export RUN --out DIR`: a run's student as a plain Hugging Face checkpoint, or adapter.
+
+Enters: a run directory. Leaves: a folder that `transformers` (with `peft` for an adapter) loads alone. No memory goes
+with it: the student never needed any.
+"""
+
+import argparse
+from pathlib import Path
+
+from pmd.config_check import check_config
+from pmd.config_load import load_config
+from pmd.errors import ConfigError
+from pmd.run_dir import RunDir
+
+
+def main(argv: list[str]) -> int:
+    """Write the export; return 0."""
+    parser = argparse.ArgumentParser(prog="python -m pmd export", description="Export a run's student.")
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--out", required=True, help="folder to write, new or empty")
+    parser.add_argument("--ckpt", default="last", help="last, best or a checkpoint file")
+    arguments = parser.parse_args(argv)
+    run_dir, out = RunDir(Path(arguments.run)), Path(arguments.out)
+    loaded = load_config([run_dir.config])
+    check_config(loaded)
+    checkpoint = run_dir.checkpoint(arguments.ckpt)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out} exists and is not empty; give a new folder.")
+
+    import torch
+
+    from pmd.module import PMDModule
+
+    module = PMDModule(loaded.run)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"], strict=False)
+    with module.policy.weights("student") as model:
+        model.save_pretrained(out)
+    module.tokenizer.save_pretrained(out)
+    print(f"exported {checkpoint} to {out}")
+    return 0

@@ -1,0 +1,83 @@
+"""The whole loop on a small tiny world: learning moves, memory grows, resuming equals never stopping."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
+    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+]  # fmt: skip
+
+
+def pmd(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-m", "pmd", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def fit(run_dir: Path, epochs: int, *arguments: str) -> None:
+    pmd(
+        "fit", "--config", "configs/tiny.yaml", *SMALL, f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}",
+        *arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    fit(run_dir, 2)
+    return run_dir
+
+
+def test_a_run_leaves_everything(whole):
+    results = json.loads((whole / "results.json").read_text())
+    assert set(results["phases"]) == {"initial", "last"}
+    assert results["updates"] == 4
+    for name in ("config.yaml", "metrics.csv", "curves.png", "samples.jsonl", "checkpoints/last.ckpt"):
+        assert (whole / name).is_file(), name
+    assert len(list((whole / "traces").glob("*.gz"))) == 4
+
+
+def test_resuming_equals_never_stopping(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    fit(run_dir, 1)
+    fit(run_dir, 2, "--ckpt_path=last")
+    one = torch.load(whole / "checkpoints/last.ckpt", weights_only=False)
+    two = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=False)
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), name
+
+
+def test_no_held_out_problem_is_in_memory(whole):
+    listed = pmd("memory", "list", str(whole), "--json").stdout
+    assert "/train/" in listed
+    assert "/test/" not in listed
+    assert "/validation/" not in listed
+
+
+def test_inspect_and_export(whole, tmp_path):
+    shown = pmd("inspect", "step", str(whole), "--step", "3").stdout
+    assert "teacher prompt" in shown
+    pmd("export", str(whole), "--out", str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+def test_all_problems_of_a_configuration_are_told_at_once():
+    done = pmd(
+        "fit", "--config", "configs/tiny.yaml", "--memory.kk=3", "--optimizer.lr=fast", "--memory.capacity=2",
+        "--model.finetune=qlora", code=2,
+    )  # fmt: skip
+    for words in ("memory.kk", "memory.k?", "optimizer.lr", "memory.capacity=2", "qlora"):
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
