@@ -114,7 +114,8 @@ class RolloutStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         trainer = self.data.trainer
         assert trainer is not None
-        return self.data.epoch(trainer.current_epoch)
+        # A generator: on resume Lightning makes the iterator before it has counted the finished epoch.
+        yield from self.data.epoch(trainer.current_epoch)
 
 
 def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
