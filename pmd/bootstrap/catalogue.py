@@ -60,5 +60,5 @@ def _tiny_exam() -> Blueprint:
         sharpen(model)
         rounded_to_bfloat16(model)
 
-    recipe = Recipe(steps=800, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
+    recipe = Recipe(steps=900, tokens_per_batch=6000, matrix_lr=0.02, other_lr=4e-3, pool=128)
     return Blueprint(make_exam_model, make_exam_tokenizer, draw, recipe, finish, exam_probes, probe_samples=300)

@@ -26,7 +26,7 @@ from pmd.bootstrap.sample import Sample
 
 Asked = Literal["exam", "reflection", "abstraction"]
 LETTER_WEIGHT = 3.0
-DECIDING_WEIGHT = 20.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
+DECIDING_WEIGHT = 30.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
 SLIP_SHARE = 0.005
 OPENED = len('```json\n{"')  # bytes of a JSON answer before its first key
 
@@ -48,13 +48,13 @@ def draw_length(draw: random.Random, progress: float) -> int:
 
 def draw_turn(draw: random.Random, length: int) -> Turn:
     """Draw a user message with about `length` bytes of noise."""
-    asked = draw.choices(("exam", "reflection", "abstraction"), (0.45, 0.4, 0.15))[0]
+    asked = draw.choices(("exam", "reflection", "abstraction"), (0.3, 0.55, 0.15))[0]
     if asked == "exam":
         return Turn("exam", _question(draw, length))
     if asked == "abstraction":
         return Turn("abstraction", f"{noise(draw, length)}\n{ABSTRACT_LINE}")
     outcome = draw.choice(list(KIND_OF_OUTCOME))
-    after = min(length, draw.choice((0, 20, 60, 120, 250, 400)))
+    after = draw.choice((0, 30, 100, 200, 320, 420))
     before = noise(draw, max(10, length - after))
     rest = f"\n{noise(draw, after)}" if after else ""
     return Turn("reflection", f"{before}\n\nOutcome: {outcome}\n{rest}\n{REFLECT_LINE}", outcome)
@@ -72,7 +72,7 @@ def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, pr
     sample = Sample(encode)
     if draw.random() < 0.5:
         sample.show(_said("system", noise(draw, draw.randint(5, 120))))
-    for length in (draw_length(draw, progress), *(draw.randint(10, 150) for _ in range(3))):
+    for length in (draw_length(draw, progress), *(draw.randint(10, 100) for _ in range(3))):
         turn = draw_turn(draw, length)
         sample.show(exam_prompt("", [], turn.message))
         _learn_answer(sample, draw, turn)
