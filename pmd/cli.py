@@ -28,6 +28,7 @@ final model needs no memory.
   export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
   inspect    the teacher's prompt and the per-token divergence of any rollout: inspect step RUN
   compare    paired bootstrap of two or more runs
+  sweep      many runs from one grid, with a table over seeds: sweep GRID.yaml
   score      verify completions that were made elsewhere
   memory     look into a memory store: stats, list, show, search, ...
   bootstrap  make the shipped tiny models again from their seed
@@ -41,6 +42,7 @@ COMMANDS = {
     "inspect": "pmd.commands.inspect",
     "memory": "pmd.commands.memory",
     "score": "pmd.commands.score",
+    "sweep": "pmd.commands.sweep",
 }
 TRAINING = ("fit", "validate", "test")
 

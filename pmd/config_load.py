@@ -117,6 +117,11 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin is list:
         items = [_convert(item, get_args(hint)[0]) for item in value] if isinstance(value, list) else [_WRONG]
         return _WRONG if any(item is _WRONG for item in items) else items
+    if origin is dict:
+        pairs = {str(k): _convert(v, get_args(hint)[1]) for k, v in value.items()} if isinstance(value, dict) else None
+        return _WRONG if pairs is None or any(v is _WRONG for v in pairs.values()) else pairs
+    if hint is Any:
+        return value
     if hint is type(None):
         return None if value is None else _WRONG
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -132,7 +137,16 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(option) for option in args) if len(args) > 1 else str(args[0])
     if origin is list:
         return f"a list, each {_describe(args[0])}"
-    names = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if origin is dict:
+        return f"a mapping, each value {_describe(args[1])}"
+    names = {
+        Any: "anything",
+        type(None): "null",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }
     return names.get(hint, str(hint))
 
 

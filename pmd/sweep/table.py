@@ -1,0 +1,183 @@
+"""Finished run directories in; one row per arm with mean and standard error over seeds, as table, Markdown and plot."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pmd.run_dir import RunDir
+from pmd.sweep.grid import PlannedRun, row_label
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over seeds and its standard error (nan for a single seed)."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {100 * self.error:.1f}"
+        return "-" if math.isnan(self.mean) else f"{100 * self.mean:.1f}{error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One arm with one choice on each axis: its quantities over the seeds that finished."""
+
+    block: str
+    arm: str
+    label: str
+    num_seeds: int
+    num_failed: int
+    rollouts: int
+    updates: int
+    quantities: Mapping[str, Estimate]  # avg, pass@k, coverage@k, with memory
+    best: bool = False  # the highest avg among the choices of its arm, where there are several
+
+
+def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
+    """Summarise what has finished. Every block begins with the policy before training, evaluated by its first arm."""
+    groups: dict[tuple[str, str, str], list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
+    rows: list[Row] = []
+    for (block, arm, label), own in groups.items():
+        results = [json.loads(p.read_text()) for run in own if (p := RunDir(run.run_dir).results).is_file()]
+        if block not in [row.block for row in rows]:
+            rows.append(_row(block, BASE, BASE, [r for r in results if "initial" in r["phases"]], "initial", 0))
+        rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
+    return [_marked(row, rows) for row in rows]
+
+
+def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
+    """Print the table, block by block."""
+    names = _quantity_names(rows)
+    table = Table(title=f"{title}: test problems, mean ± standard error over seeds, in percent")
+    for heading in ("", "method"):
+        table.add_column(heading)
+    for heading in ["seeds", "rollouts", "updates", *names]:
+        table.add_column(heading, justify="right")
+    last = None
+    for row in rows:
+        if last is not None and row.block != last:
+            table.add_section()
+        cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
+        seeds = str(row.num_seeds) + (f" ({row.num_failed} missing)" if row.num_failed else "")
+        style = "bold" if row.best else None
+        table.add_row(
+            row.block if row.block != last else "", row.label + (" *" if row.best else ""), seeds,
+            f"{row.rollouts:,}", str(row.updates), *cells, style=style,
+        )  # fmt: skip
+        last = row.block
+    console.print(table)
+    if any(row.best for row in rows):
+        console.print("* the highest avg among the choices of its arm")
+
+
+def write_rows(rows: Sequence[Row], out: Path, title: str) -> None:
+    """Write table.md, sweep.json and sweep.png into `out`."""
+    names = _quantity_names(rows)
+    heading = ["", "method", "seeds", "rollouts", "updates", *names]
+    lines = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * (len(heading) - 2)]
+    last = None
+    for row in rows:
+        cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
+        label = f"**{row.label}**" if row.best else row.label
+        block = row.block if row.block != last else ""
+        lines.append(
+            f"| {block} | {label} | {row.num_seeds} | {row.rollouts:,} | {row.updates} | {' | '.join(cells)} |"
+        )
+        last = row.block
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "sweep.json").write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    _draw(rows, out / "sweep.png", title)
+
+
+def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]], phase: str, failed: int) -> Row:
+    collected: dict[str, list[float]] = {}
+    for result in results:
+        scores = result["phases"][phase]
+        values = {"avg": scores["avg"]}
+        values |= {f"pass@{k}": value for k, value in scores["pass_at"].items() if k != "1"}
+        values["with memory"] = scores["memory_conditioned"]
+        for name, value in values.items():
+            if value is not None:
+                collected.setdefault(name, []).append(value)
+    trained = phase != "initial" and bool(results)
+    return Row(
+        block=block,
+        arm=arm,
+        label=label,
+        num_seeds=len(results),
+        num_failed=failed,
+        rollouts=results[0]["rollouts"] if trained else 0,
+        updates=results[0]["updates"] if trained else 0,
+        quantities={name: _estimate(values) for name, values in collected.items()},
+    )
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(mean, math.nan)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Estimate(mean, math.sqrt(variance / len(values)))
+
+
+def _marked(row: Row, rows: Sequence[Row]) -> Row:
+    """Mark the row whose avg is the highest among several choices of one arm."""
+    rivals = [r for r in rows if (r.block, r.arm) == (row.block, row.arm) and "avg" in r.quantities]
+    if len(rivals) < 2 or row is not max(rivals, key=lambda r: r.quantities["avg"].mean):
+        return row
+    return Row(**{name: getattr(row, name) for name in Row.__slots__ if name != "best"}, best=True)
+
+
+def _quantity_names(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row.quantities if name != "with memory")
+    return [*names, *(["with memory"] if any("with memory" in row.quantities for row in rows) else [])]
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    quantities = {
+        name: {"mean": e.mean, "error": None if math.isnan(e.error) else e.error} for name, e in row.quantities.items()
+    }
+    facts = {name: getattr(row, name) for name in Row.__slots__ if name != "quantities"}
+    return facts | {"quantities": quantities}
+
+
+def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
+    """Draw grouped bars: a group per block, a bar per arm (its best choice), one panel per quantity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    several = {(r.block, r.arm) for r in rows if r.best}
+    shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
+    blocks = list(dict.fromkeys(row.block for row in shown))
+    arms = list(dict.fromkeys(row.arm for row in shown))
+    names = [name for name in _quantity_names(rows) if name != "with memory"]
+    figure, axes = plt.subplots(1, len(names), figsize=(7 * len(names), 4.5), layout="constrained", squeeze=False)
+    width = 0.85 / len(arms)
+    for axis, name in zip(axes[0], names, strict=True):
+        for position, arm in enumerate(arms):
+            own = [r for r in shown if r.arm == arm and name in r.quantities]
+            places = [blocks.index(r.block) + (position - (len(arms) - 1) / 2) * width for r in own]
+            heights = [100 * r.quantities[name].mean for r in own]
+            errors = [0.0 if math.isnan(e := r.quantities[name].error) else 100 * e for r in own]
+            axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
+        axis.set(title=f"{name}, no memory in the prompt", ylabel="percent", ylim=(0, 102))
+        axis.set_xticks(range(len(blocks)), blocks)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0][0].legend(fontsize="small", loc="upper left")
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
