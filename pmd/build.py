@@ -123,6 +123,8 @@ def run(command: str, loaded: LoadedConfig) -> int:
     """Carry out `fit`, `validate` or `test`."""
     warnings.filterwarnings("ignore", message=".*(does not have many workers|not empty|`isinstance.treespec).*")
     config = loaded.run
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
     if command != "fit":
         return _evaluate(command, config)
     run_dir = choose_run_dir(config.run_dir, loaded.name, config.ckpt_path is not None)
@@ -133,7 +135,7 @@ def run(command: str, loaded: LoadedConfig) -> int:
     run = build(config, run_dir)
     trainer = cli.trainer_for(callbacks_of(run), _loggers(config, run_dir, checkpoint))
     _announce(run, trainer)
-    phases = {"initial": measure(run, with_memory=False)} if checkpoint is None else {}
+    phases = {"initial": measure(run, with_memory=False)}  # fit has not loaded a checkpoint yet
     started = time.perf_counter()
     trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
     seconds = time.perf_counter() - started
@@ -142,14 +144,14 @@ def run(command: str, loaded: LoadedConfig) -> int:
     for logger in trainer.loggers:
         logger.finalize("success")
     phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
+    phases["best"] = _measure_best(run, trainer, phases["last"])
     facts = {
         "method": config.method,
         "seed": config.seed_everything,
-        "rollouts": trainer.global_step // config.rollouts.updates_per_batch * config.rollouts.group_size
-        * config.rollouts.problems_per_step,
+        "rollouts": trainer.current_epoch * len(run.tasks["train"]) * config.rollouts.group_size,
         "updates": run.module.policy_version,
         "fit_s": seconds,
-    }  # fmt: skip
+    }
     results = write_results(run_dir, facts, phases)
     draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
     print_table(results, None, CONSOLE)
@@ -168,14 +170,29 @@ def measure(run: Run, *, with_memory: bool) -> Phase:
     return Phase(samples, score_samples(samples, verification.pass_at), conditioned)
 
 
+def _measure_best(run: Run, trainer: Trainer, last: Phase) -> Phase:
+    """Evaluate the checkpoint that did best on the validation problems; the policy is that checkpoint's afterwards."""
+    checkpoint = run.run_dir.checkpoints / "best.ckpt"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    if state["global_step"] == trainer.global_step:
+        return last
+    _load_policy(run, state)
+    return measure(run, with_memory=False)
+
+
+def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
+    """Put a checkpoint's weights into the policy."""
+    run.module.on_load_checkpoint(dict(state))
+    run.module.load_state_dict(state["state_dict"], strict=False)
+
+
 def _evaluate(command: str, config: RunConfig) -> int:
     """Evaluate a checkpoint, or the untrained policy, without opening any memory."""
     config.memory.enabled = False
     run = build(config, RunDir(choose_existing(config)))
     if config.ckpt_path:
         state = torch.load(run.run_dir.checkpoint(config.ckpt_path), map_location="cpu", weights_only=False)
-        run.module.on_load_checkpoint(state)
-        run.module.load_state_dict(state["state_dict"], strict=False)
+        _load_policy(run, state)
     split: Split = "validation" if command == "validate" else "test"
     samples = run.evaluator.memory_free(run.tasks[split], config.verification.final_samples)
     phase = Phase(samples, score_samples(samples, config.verification.pass_at))

@@ -238,6 +238,9 @@ class RunConfig:
         None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
     )
     seed_everything: int = option(0, "Seed of everything that is drawn.", least=0)
+    cpu_threads: int | None = option(
+        None, "Threads of torch on the CPU; null leaves it to torch. A tiny model is fastest on one.", least=1
+    )
     wandb: Literal["off", "online", "offline"] = option(
         "off", "Also log to Weights & Biases (needs the extra `wandb`)."
     )

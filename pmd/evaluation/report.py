@@ -58,10 +58,10 @@ def write_results(run_dir: RunDir, facts: Mapping[str, Any], phases: Mapping[str
 def print_table(results: Mapping[str, Any], chance: float | None, console: Console | None = None) -> None:
     """Print the final table: one row per moment, the test problems without memory, and with it beside."""
     first = next(iter(results["phases"].values()))
-    ks = list(first["pass_at"])
+    ks = [k for k in first["pass_at"] if k != "1"] or ["1"]  # pass@1 is avg
     table = Table(title=f"{results['method']}: {first['num_tasks']} test problems x "
                   f"{first['num_samples'] // first['num_tasks']} samples, no memory in the prompt")  # fmt: skip
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ["avg", "± s.e.", *(f"pass@{k}" for k in ks), f"coverage@{ks[-1]}", "valid", "with memory"]:
         table.add_column(heading, justify="right")
     for name, phase in results["phases"].items():
