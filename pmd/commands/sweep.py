@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(wrong)
     out = options.out or Path("runs") / options.grid.stem
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has room
     runs = plan(options.grid, out)
     left = unfinished(runs)
     if options.dry_run:
@@ -67,10 +69,12 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Conso
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not runs) as progress:
         bar = progress.add_task("runs", total=len(runs))
-        for run, code in launch(runs, jobs, threads):
+        for number, (run, code) in enumerate(launch(runs, jobs, threads), start=1):
             if code != 0:
                 failed.append(run)
                 progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}")
+            if not console.is_terminal:
+                console.print(f"{number}/{len(runs)} {_name(run)}")  # a bar shows nothing in a file
             progress.update(bar, advance=1, description=f"last: {_name(run)}")
     return failed
 

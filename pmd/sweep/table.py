@@ -58,25 +58,20 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
 
 
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
-    """Print the table, block by block."""
+    """Print the table, a block per section."""
     names = _quantity_names(rows)
-    table = Table(title=f"{title}: test problems, mean ± standard error over seeds, in percent")
-    for heading in ("", "method"):
-        table.add_column(heading)
-    for heading in ["seeds", "rollouts", "updates", *names]:
-        table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        if last is not None and row.block != last:
-            table.add_section()
-        cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
-        seeds = str(row.num_seeds) + (f" ({row.num_failed} missing)" if row.num_failed else "")
-        style = "bold" if row.best else None
-        table.add_row(
-            row.block if row.block != last else "", row.label + (" *" if row.best else ""), seeds,
-            f"{row.rollouts:,}", str(row.updates), *cells, style=style,
-        )  # fmt: skip
-        last = row.block
+    table = Table(title=f"{title}: test problems, mean ± standard error over seeds, in percent", caption=_effort(rows))
+    table.add_column("method", no_wrap=True)
+    for heading in [*names, "seeds"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for block, own in _by_block(rows).items():
+        table.add_section()
+        if block:
+            table.add_row(block, style="italic")
+        for row in own:
+            cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
+            seeds = str(row.num_seeds) + (f" of {row.num_seeds + row.num_failed}" if row.num_failed else "")
+            table.add_row(f"  {row.label}{' *' if row.best else ''}", *cells, seeds, style="bold" if row.best else None)
     console.print(table)
     if any(row.best for row in rows):
         console.print("* the highest avg among the choices of its arm")
@@ -85,20 +80,31 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
 def write_rows(rows: Sequence[Row], out: Path, title: str) -> None:
     """Write table.md, sweep.json and sweep.png into `out`."""
     names = _quantity_names(rows)
-    heading = ["", "method", "seeds", "rollouts", "updates", *names]
-    lines = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * (len(heading) - 2)]
-    last = None
-    for row in rows:
-        cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
-        label = f"**{row.label}**" if row.best else row.label
-        block = row.block if row.block != last else ""
-        lines.append(
-            f"| {block} | {label} | {row.num_seeds} | {row.rollouts:,} | {row.updates} | {' | '.join(cells)} |"
-        )
-        last = row.block
+    lines = [_effort(rows), "", f"| method | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
+    for block, own in _by_block(rows).items():
+        lines += [f"| *{block}* |" + " |" * (len(names) + 1)] if block else []
+        for row in own:
+            cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
+            label = f"**{row.label}**" if row.best else row.label
+            lines.append(f"| {label} | {' | '.join(cells)} | {row.num_seeds} |")
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "sweep.json").write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     _draw(rows, out / "sweep.png", title)
+
+
+def _by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(row.block, []).append(row)
+    return blocks
+
+
+def _effort(rows: Sequence[Row]) -> str:
+    """Say how many rollouts and updates each run had; a frozen policy has the rollouts and no update."""
+    rollouts = sorted({row.rollouts for row in rows if row.rollouts})
+    updates = sorted({row.updates for row in rows if row.updates})
+    each = [" or ".join(f"{n:,}" for n in numbers) or "no" for numbers in (rollouts, updates)]
+    return f"{each[0]} rollouts and {each[1]} updates a run; the base policy is not trained."
 
 
 def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]], phase: str, failed: int) -> Row:
