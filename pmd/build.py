@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,7 @@ def run(command: str, loaded: LoadedConfig) -> int:
         "rollouts": trainer.current_epoch * len(run.tasks["train"]) * config.rollouts.group_size,
         "updates": run.module.policy_version,
         "fit_s": seconds,
+        "totals": _totals(run_dir),
     }
     results = write_results(run_dir, facts, phases)
     draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
@@ -168,6 +170,16 @@ def measure(run: Run, *, with_memory: bool) -> Phase:
         shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.memory)
         conditioned = score_samples(shown, (1,)).avg
     return Phase(samples, score_samples(samples, verification.pass_at), conditioned)
+
+
+def _totals(run_dir: RunDir) -> dict[str, float]:
+    """Sum over the run what training cost: seconds by part, tokens of rollouts and of reflections."""
+    totals: dict[str, float] = defaultdict(float)
+    for row in run_dir.read_metrics():
+        for name, value in row.items():
+            if value and (name.startswith("time/") or name.endswith("/num_tokens")):
+                totals[name] += float(value)
+    return {name: round(value, 3) for name, value in sorted(totals.items())}
 
 
 def _measure_best(run: Run, trainer: Trainer, last: Phase) -> Phase:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pmd.errors import ConfigError
@@ -51,7 +52,7 @@ def launch(runs: Sequence[PlannedRun], jobs: int, threads: int) -> Iterator[tupl
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pmd.build"])
     waiting = list(reversed(runs))
-    running: dict[int, tuple[PlannedRun, multiprocessing.process.BaseProcess]] = {}
+    running: dict[int, tuple[PlannedRun, BaseProcess]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -68,7 +69,7 @@ def launch(runs: Sequence[PlannedRun], jobs: int, threads: int) -> Iterator[tupl
         _stop(running)
 
 
-def _stop(running: Mapping[int, tuple[PlannedRun, multiprocessing.process.BaseProcess]]) -> None:
+def _stop(running: Mapping[int, tuple[PlannedRun, BaseProcess]]) -> None:
     for _, process in running.values():
         process.terminate()
     for _, process in running.values():
