@@ -22,17 +22,19 @@ from pmd.callbacks.verify import VerificationCallback
 from pmd.cli import resolved_yaml
 from pmd.config import RunConfig
 from pmd.config_load import LoadedConfig
-from pmd.evaluation.evaluate import Evaluator
+from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
+from pmd.evaluation.pass_plot import draw_pass_at
 from pmd.evaluation.report import Phase, draw_curves, print_table, write_results
 from pmd.memory.memory import ProceduralMemory
 from pmd.module import PMDModule
 from pmd.prompts import make_prompts
 from pmd.rollouts.data import RolloutDataModule
 from pmd.rollouts.hf import HFEngine
-from pmd.run_dir import RunDir, choose_run_dir
-from pmd.tasks import duplicated_task_ids, load_tasks
+from pmd.run_dir import RunDir, choose_run_dir, find_run_dir
+from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
 from pmd.types import Split, Task
+from pmd.verifiers import prepare_verifiers
 
 CONSOLE = Console(stderr=False)
 
@@ -82,6 +84,7 @@ class Run:
 def build(config: RunConfig, run_dir: RunDir) -> Run:
     """Load the problems and the weights, open the memory."""
     tasks = load_tasks(config.data, config.seed_everything)
+    _prepare(tasks, config)
     module = PMDModule(config)
     prompts = make_prompts(config.model.prompts, module.tokenizer)
     engine = HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)
@@ -92,6 +95,16 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     evaluator = Evaluator(engine, prompts, config.verification, config.rollouts.max_new_tokens, config.seed_everything)
     data = RolloutDataModule(config, tasks, engine, prompts, memory)
     return Run(config, run_dir, tasks, module, data, memory, evaluator)
+
+
+def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
+    """Refuse verifiers that cannot be used; say how programs are shut in, and what stands in train and test."""
+    everything = [task for part in tasks.values() for task in part]
+    for line in prepare_verifiers(everything, config.verification.sandbox):
+        CONSOLE.print(line, markup=False, soft_wrap=True)
+    duplicates = find_duplicates(everything)
+    if duplicates.same_prompt or duplicates.same_stem:
+        CONSOLE.print(str(duplicates), markup=False, soft_wrap=True)
 
 
 def callbacks_of(run: Run) -> list[Callback]:
@@ -127,7 +140,7 @@ def run(command: str, loaded: LoadedConfig) -> int:
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     if command != "fit":
-        return _evaluate(command, config)
+        return _evaluate(command, loaded)
     run_dir = choose_run_dir(config.run_dir, loaded.name, config.ckpt_path is not None)
     checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
     run_dir.root.mkdir(parents=True, exist_ok=True)
@@ -154,9 +167,9 @@ def run(command: str, loaded: LoadedConfig) -> int:
         "fit_s": seconds,
         "totals": _totals(run_dir),
     }
-    results = write_results(run_dir, facts, phases)
+    results = write_results(run_dir, facts | evaluation_facts(config, run.tasks["test"]), phases)
     draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
-    print_table(results, None, CONSOLE)
+    print_table(results, results["chance"], CONSOLE)
     CONSOLE.print(f"Everything of this run is in {run_dir.root}: results.json, curves.png, metrics.csv, checkpoints/")
     return 0
 
@@ -198,26 +211,28 @@ def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
     run.module.load_state_dict(state["state_dict"], strict=False)
 
 
-def _evaluate(command: str, config: RunConfig) -> int:
-    """Evaluate a checkpoint, or the untrained policy, without opening any memory."""
+def _evaluate(command: str, loaded: LoadedConfig) -> int:
+    """Evaluate a checkpoint, or the untrained policy, without opening any memory; leave RUN/COMMAND-CHECKPOINT/."""
+    config = loaded.run
     config.memory.enabled = False
-    run = build(config, RunDir(choose_existing(config)))
-    if config.ckpt_path:
-        state = torch.load(run.run_dir.checkpoint(config.ckpt_path), map_location="cpu", weights_only=False)
-        _load_policy(run, state)
+    run_dir = find_run_dir(config, loaded.folder, loaded.name)
+    checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
+    run = build(config, run_dir)
+    if checkpoint is not None:
+        _load_policy(run, torch.load(checkpoint, map_location="cpu", weights_only=False))
     split: Split = "validation" if command == "validate" else "test"
-    samples = run.evaluator.memory_free(run.tasks[split], config.verification.final_samples)
-    phase = Phase(samples, score_samples(samples, config.verification.pass_at))
-    name = config.ckpt_path or "initial"
-    print_table({"method": f"{config.method}, {split}", "phases": {name: phase.as_json()}}, None, CONSOLE)
+    tasks, name = run.tasks[split], checkpoint.stem if checkpoint else "initial"
+    samples = run.evaluator.memory_free(tasks, config.verification.final_samples)
+    out = RunDir(run_dir.root / f"{command}-{name}")
+    out.root.mkdir(parents=True, exist_ok=True)
+    facts = {"method": config.method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
+    facts |= evaluation_facts(config, tasks)
+    results = write_results(out, facts, {name: Phase(samples, score_samples(samples, config.verification.pass_at))})
+    title = f"{config.method}, seed {config.seed_everything}, {split} problems, {name}"
+    draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
+    print_table(results | {"method": f"{config.method}, {split}"}, results["chance"], CONSOLE)
+    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", soft_wrap=True)
     return 0
-
-
-def choose_existing(config: RunConfig) -> Any:
-    """Return the run directory that `validate` and `test` read from."""
-    from pathlib import Path
-
-    return Path(config.run_dir or ".")
 
 
 def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Any) -> list[Logger]:

@@ -138,6 +138,14 @@ class DataConfig:
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
         ["chemistry"], "SciKnowEval domains."
     )
+    own_split: bool = option(
+        False, "SciKnowEval: divide 90/10 anew by `seed`, no question on both sides; false is SDPO's split."
+    )
+    scorer: Literal["lcb", "sdpo"] = option(
+        "lcb", "LiveCodeBench: the program is the last code block (`lcb`) or the longest (`sdpo`)."
+    )
+    first_day: str = option("2025-02-01", "LiveCodeBench: first contest day, as YYYY-MM-DD; the default begins v6.")
+    end_day: str = option("2025-05-01", "LiveCodeBench: the contest day after the last one used.")
     validation_share: float = option(
         0.0, "Share of the training problems held out for validation; 0 validates on the test split.", least=0, most=0.5
     )
@@ -179,6 +187,15 @@ class VerificationConfig:
     pass_at: list[int] = option([1, 8], "The k of pass@k, coverage@k and maj@k in tables.")
     memory_conditioned: bool = option(
         True, "Also score the policy with memory in its prompt, to see what is not yet internalised."
+    )
+    workers: int | None = option(
+        None, "Completions verified at once while others are generated; null is one per core.", least=1
+    )
+    deadline_s: float = option(
+        900.0, "A verification that takes longer is given up, counted, and not learned from.", above=0
+    )
+    sandbox: Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"] = option(
+        "strongest", "Level that programs run at; `rlimits` is weak and runs only if it is named here."
     )
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pmd.config import RunConfig
+from pmd.config import DataConfig, RunConfig
 from pmd.config_load import LoadedConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems
@@ -40,6 +40,7 @@ def check_config(loaded: LoadedConfig) -> None:
         *_model_problems(run),
         *_method_problems(run),
         *_memory_problems(run),
+        *_data_problems(run.data),
         *describe_data_problems(run.data),
     ]
     if problems:
@@ -136,6 +137,18 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append(f"memory.embedder={memory.embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
     if run.wandb != "off" and find_spec("wandb") is None:
         problems.append(f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'.")
+    return problems
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.own_split and data.task != "sciknoweval":
+        problems.append(f"data.own_split=true divides SciKnowEval alone, not data.task={data.task}; remove it.")
+    if data.scorer != "lcb" and data.task != "livecodebench":
+        problems.append(
+            f"data.scorer={data.scorer} is LiveCodeBench's choice of rules, not that of data.task={data.task}; remove "
+            "it (a jsonl problem names its own in `tests`)."
+        )
     return problems
 
 

@@ -30,6 +30,7 @@ class LoadedConfig:
     trainer: dict[str, Any]
     plain: dict[str, Any]  # the resolved configuration without defaults
     name: str  # stem of the first configuration file
+    folder: Path  # where the first configuration file lies
     problems: list[str] = field(default_factory=list)
 
 
@@ -67,7 +68,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
         problems.append(f"trainer={trainer!r} must be a mapping of Lightning Trainer arguments.")
         trainer = {}
     name = Path(files[0]).stem if files else "run"
-    return LoadedConfig(run, trainer, plain, name, problems)
+    folder = Path(files[0]).parent if files else Path()
+    return LoadedConfig(run, trainer, plain, name, folder, problems)
 
 
 def build_section(

@@ -21,6 +21,10 @@ class EngineError(PmdError):
     """The rollout engine failed: it died, timed out, or returned what was not asked for."""
 
 
+class VerificationError(PmdError):
+    """Verification as a whole is broken: too many verifiers hang, or not one verdict says anything."""
+
+
 class AlignmentError(PmdError):
     """Two things that must describe the same tokens, rollouts or versions do not."""
 

@@ -8,6 +8,7 @@ traces/          per-token records of the steps, for `pmd inspect step`
 samples.jsonl    every evaluation sample of the final table
 results.json     the final table
 curves.png       the picture
+test-NAME/       what `pmd test` says of checkpoint NAME: results.json, samples.jsonl, pass_at_k.png
 """
 
 import csv
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmd.config import RunConfig
 from pmd.errors import ConfigError
 
 
@@ -57,6 +59,10 @@ class RunDir:
     @property
     def curves(self) -> Path:
         return self.root / "curves.png"
+
+    @property
+    def pass_at_k(self) -> Path:
+        return self.root / "pass_at_k.png"
 
     def checkpoint(self, name: str) -> Path:
         """Return the file that `ckpt_path` means: `last`, `best`, or a path.
@@ -99,6 +105,19 @@ def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
             f"run_dir={wanted} is not empty; resume it with --ckpt_path=last, or give another directory, or remove it."
         )
     return RunDir(root)
+
+
+def find_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
+    """Return the directory that `validate` and `test` read from and write below.
+
+    It is run_dir; else the folder of the configuration file, if that is a run's own; else, for the untrained policy, a
+    new one.
+    """
+    if config.run_dir is not None:
+        return RunDir(Path(config.run_dir))
+    if (config_folder / "checkpoints").is_dir():
+        return RunDir(config_folder)
+    return choose_run_dir(None, name, resume=config.ckpt_path in ("last", "best"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -54,6 +54,26 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class CaseCounts:
+    """How many tests of a program passed. A test that was not run, because others had failed, has not passed."""
+
+    num_tests: int
+    num_passed: int
+    num_public: int = 0  # tests that whoever chooses among several programs may look at
+    num_public_passed: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of all tests that passed."""
+        return self.num_passed / self.num_tests
+
+    @property
+    def hidden_pass(self) -> bool:
+        """Whether every test that is not public passed."""
+        return self.num_passed - self.num_public_passed == self.num_tests - self.num_public
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verifier says of one completion."""
 
@@ -63,6 +83,7 @@ class Verdict:
     feedback: str = ""  # words for the model; never the expected answer
     answer: str | None = None  # the answer extracted from the completion, None where there is none
     seconds: float = 0.0
+    tests: CaseCounts | None = None  # of verifiers that run tests
 
     @property
     def scored(self) -> bool:

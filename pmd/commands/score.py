@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from pmd.errors import ConfigError
 from pmd.tasks.jsonl import read_task_file
 from pmd.tasks.records import Line, iterate_lines, shown
 from pmd.types import Task, Verdict
-from pmd.verifiers import describe_verifier_problem, verify
+from pmd.verifiers import describe_verifier_problem
+from pmd.verifiers.pool import VerificationPool
 
 DESCRIPTION = """Score completions that were made elsewhere.
 
@@ -30,7 +31,8 @@ Task lines hold `id`, `prompt` (or `messages`), `verifier` (mcq, exact, math, to
 or
   {"kind": "functional", "entry": "add", "cases": [{"args": [1, 2], "expected": 3}]}
 with `scorer` lcb (default) or sdpo. Completion lines hold `id` and `completion`; several may share an id.
-Verdict lines hold `id`, `reward`, `correct`, `status`, `feedback`, `seconds`."""
+Verdict lines hold `id`, `reward`, `correct`, `status`, `feedback`, `seconds`; for code also `passed`, the share of
+tests that passed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -131,30 +133,29 @@ def _check_completion(line: Line, known: set[str] | None) -> list[str]:
 def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[str, Verdict]]:
     """Yield verdicts in the order of the lines, a bounded number of lines ahead."""
     waiting: deque[tuple[str, Future[Verdict]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with VerificationPool(workers) as pool:
         for line in iterate_lines(path):
             assert isinstance(line, Line)  # checked before
             task_id = str(line.fields["id"])
-            waiting.append((line.fields["id"], pool.submit(verify, tasks[task_id], line.fields["completion"])))
+            waiting.append((line.fields["id"], pool.submit(tasks[task_id], line.fields["completion"])))
             if len(waiting) >= 4 * workers:
                 name, future = waiting.popleft()
                 yield name, future.result()
         while waiting:
             name, future = waiting.popleft()
             yield name, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _fields(verdict: Verdict) -> dict[str, Any]:
-    return {
+    passed = {"passed": round(verdict.tests.share, 6)} if verdict.tests else {}
+    fields = {
         "reward": verdict.reward,
         "correct": verdict.correct,
         "status": verdict.status,
         "feedback": verdict.feedback,
         "seconds": round(verdict.seconds, 6),
     }
+    return fields | passed
 
 
 if __name__ == "__main__":

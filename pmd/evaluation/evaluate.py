@@ -5,15 +5,18 @@ Enters: an engine, tasks, a prompt format. Leaves: samples for `metrics.py`. Wor
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pmd.config import VerificationConfig
+from pmd.config import RunConfig, VerificationConfig
+from pmd.errors import VerificationError
+from pmd.evaluation.chance import chance_scores
 from pmd.evaluation.metrics import Sample
 from pmd.memory.memory import ProceduralMemory
 from pmd.prompts.format import PromptFormat
 from pmd.rollouts.attempt import attempt
 from pmd.rollouts.engine import Engine, Sampling
 from pmd.seeds import derive_seed
-from pmd.types import Task
+from pmd.types import UNSCORED, Task, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,33 @@ class Evaluator:
     def _score(self, prompts: list[tuple[Task, list[int]]], num_samples: int) -> list[Sample]:
         """Sample with seeds that depend on the task alone, so that two policies are compared on the same draws."""
         sampling = Sampling(self.config.temperature, self.max_new_tokens, self.config.top_p)
-        attempts = attempt(self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate")
-        return [
-            Sample(task.task_id, task.domain, rollout.verdict.correct, rollout.verdict.reward, rollout.verdict.answer)
+        attempts = attempt(self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.config)
+        samples = [
+            sample_of(task, rollout.verdict)
             for (task, _), group in zip(prompts, attempts.groups, strict=True)
             for rollout in group
-            if rollout.verdict.scored
         ]
+        if all(sample.status in UNSCORED for sample in samples):
+            raise VerificationError(
+                f"not one of {len(samples)} completions could be verified: each verdict is sandbox_error or error; "
+                "the warnings above say why."
+            )
+        return samples
+
+
+def evaluation_facts(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return what one must know to compare results: sampling, the scorer of programs, and what guessing scores."""
+    verification = config.verification
+    scorers = sorted({task.tests.get("scorer", "lcb") for task in tasks if task.verifier == "code"})
+    return {
+        "sampling": {"temperature": verification.temperature, "top_p": verification.top_p},
+        "scorer": ", ".join(scorers) or None,
+        "chance": chance_scores(tasks, verification.pass_at),
+    }
+
+
+def sample_of(task: Task, verdict: Verdict) -> Sample:
+    """Return what the metrics need of one verified completion."""
+    return Sample(
+        task.task_id, task.domain, verdict.correct, verdict.reward, verdict.answer, verdict.status, verdict.tests
+    )

@@ -7,20 +7,39 @@ averaged over questions. Resampling with replacement is biased low (n=16, c=1: .
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from pmd.types import UNSCORED, CaseCounts, VerdictStatus
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One verified completion. Leave out completions whose verdict says nothing (`Verdict.scored` is False)."""
+    """One verified completion. One whose verdict says nothing is counted and otherwise left out of all scores."""
 
     task_id: str
     domain: str
     correct: bool
     reward: float
     answer: str | None = None  # the extracted answer; None where none was found
+    status: VerdictStatus = "ok"
+    tests: CaseCounts | None = None  # of verifiers that run tests
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the completion holds an answer, or a program."""
+        return self.answer is not None or (self.tests is not None and self.status != "format")
+
+    @property
+    def choice(self) -> tuple[float, bool]:
+        """What best-of-n chooses by, and whether the chosen one is right.
+
+        By the public tests where there are some, and right on the others; else by the reward itself.
+        """
+        if self.tests is None or not self.tests.num_public:
+            return self.reward, self.correct
+        return self.tests.num_public_passed / self.tests.num_public, self.tests.hidden_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +51,15 @@ class Scores:
     avg: float  # avg@k and avg@1: the mean of the questions' means
     avg_error: float  # standard error, clustered by question; nan for one question
     reward: float  # mean of the questions' mean rewards
-    valid_rate: float  # share of samples with an extracted answer
+    valid_rate: float  # share of samples that hold an answer
+    passed_tests: float  # mean of the questions' mean share of passed tests; nan where there are no tests
     pass_at: dict[int, float]
     maj_at: dict[int, float]
     coverage_at: dict[int, float]  # expected number of distinct answers
     headroom_at: dict[int, float]  # pass@k - avg@1
+    best_of: dict[int, float]  # best-of-n: the one of n samples that `Sample.choice` ranks first
+    pass_at_error: dict[int, float]  # standard errors of pass@k, clustered by question
+    num_unscored: int = 0  # samples left out because their verdict says nothing
     by_domain: dict[str, "Scores"] = field(default_factory=dict)
     domain_avg: float = math.nan  # plain mean of the domains' avg, beside the pooled `avg`
     domain_avg_error: float = math.nan
@@ -46,25 +69,26 @@ def score_samples(samples: Sequence[Sample], ks: Sequence[int] = (1, 8)) -> Scor
     """Score all samples together and per domain.
 
     Raises:
-        ValueError: if there is no sample.
+        ValueError: if no sample has a verdict that says something.
     """
+    num_samples = len(samples)
+    samples = [sample for sample in samples if sample.status not in UNSCORED]
     if not samples:
-        raise ValueError("score_samples needs at least one sample")
+        raise ValueError(f"score_samples needs at least one scored sample; of {num_samples} given none is")
     by_domain: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_domain[sample.domain].append(sample)
     domains = {domain: _score(part, ks, {}) for domain, part in sorted(by_domain.items())}
-    return _score(samples, ks, domains)
+    return replace(_score(samples, ks, domains), num_unscored=num_samples - len(samples))
 
 
 def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Scores]) -> Scores:
-    questions: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        questions[sample.task_id].append(sample)
-    groups = list(questions.values())
+    groups = group_by_task(samples)
     possible = sorted({k for k in ks if k <= min(map(len, groups))})
     means = np.array([np.mean([s.correct for s in group]) for group in groups], dtype=float)
-    pass_at = {k: _mean([pass_at_k(len(g), sum(s.correct for s in g), k) for g in groups]) for k in possible}
+    passed = {k: [pass_at_k(len(g), sum(s.correct for s in g), k) for g in groups] for k in possible}
+    pass_at = {k: _mean(values) for k, values in passed.items()}
+    shares = [[s.tests.share for s in group if s.tests] for group in groups]
     avg = _mean(means.tolist())
     return Scores(
         num_tasks=len(groups),
@@ -72,15 +96,31 @@ def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Sc
         avg=avg,
         avg_error=clustered_error(means),
         reward=_mean([_mean([s.reward for s in group]) for group in groups]),
-        valid_rate=_mean([s.answer is not None for s in samples]),
+        valid_rate=_mean([s.is_valid for s in samples]),
+        passed_tests=_mean([_mean(share) for share in shares if share]),
         pass_at=pass_at,
         maj_at={k: _mean([maj_at_k([(s.answer, s.correct) for s in g], k) for g in groups]) for k in possible},
         coverage_at={k: _mean([coverage_at_k([s.answer for s in g], k) for g in groups]) for k in possible},
         headroom_at={k: value - avg for k, value in pass_at.items()},
+        best_of={k: _mean([_best_of(g, k) for g in groups]) for k in possible},
+        pass_at_error={k: clustered_error(np.array(values)) for k, values in passed.items()},
         by_domain=by_domain,
         domain_avg=_mean([scores.avg for scores in by_domain.values()]),
         domain_avg_error=math.sqrt(sum(s.avg_error**2 for s in by_domain.values())) / max(1, len(by_domain)),
     )
+
+
+def group_by_task(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Return the samples of each question, in the order in which the questions come."""
+    questions: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        questions[sample.task_id].append(sample)
+    return list(questions.values())
+
+
+def _best_of(group: Sequence[Sample], n: int) -> float:
+    chosen_by, right = zip(*(sample.choice for sample in group), strict=True)
+    return best_of_n(chosen_by, right, n)
 
 
 def _mean(values: Sequence[float]) -> float:

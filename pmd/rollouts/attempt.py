@@ -1,21 +1,22 @@
 """Attempt and verify: prompts go to the engine, completions come back as verified rollouts.
 
 Training, evaluation and anything else that wants rollouts come through here. Each completion is verified as it
-arrives, while the engine still holds others.
+arrives, by threads of its own where that takes longer than a moment, while the engine generates others.
 """
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+from pmd.config import VerificationConfig
 from pmd.errors import EngineError
-from pmd.models.policy import Role
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
-from pmd.types import Completion, Rollout, Task
-from pmd.verifiers import verify
+from pmd.types import Completion, Rollout, Task, Verdict
+from pmd.verifiers.pool import VerificationPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Attempts:
 
     groups: list[list[Rollout]]
     generate_s: float
-    verify_s: float
+    verify_s: float  # spent waiting for verdicts: what verification costs beyond generation
+    num_hung: int = 0  # verifications given up at their deadline
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -38,7 +40,7 @@ def attempt(
     num_samples: int,
     sampling: Sampling,
     key: str,
-    role: Role = "student",
+    verification: VerificationConfig,
 ) -> Attempts:
     """Attempt each task `num_samples` times and verify every attempt.
 
@@ -50,29 +52,43 @@ def attempt(
     started, verify_s = time.perf_counter(), 0.0
     where = [(task, tuple(ids), sample) for task, ids in prompts for sample in range(num_samples)]
     requests = [Request(ids, derive_seed(key, task.task_id, sample)) for task, ids, sample in where]
-    rollouts: list[Rollout | None] = [None] * len(where)
-    arrivals = tqdm(
-        engine.generate(requests, sampling, role), total=len(requests), desc="rollouts", leave=False, delay=2.0
-    )
-    for position, completion in arrivals:
-        _check(completion, rollouts[position], requests[position])
-        task, ids, sample = where[position]
-        verifying = time.perf_counter()
-        verdict = verify(task, completion.text)
-        verify_s += time.perf_counter() - verifying
-        group_id = f"{key}/{task.task_id}"
-        rollouts[position] = Rollout(f"{group_id}#{sample}", group_id, task.task_id, ids, completion, verdict)
-    complete = [rollout for rollout in rollouts if rollout is not None]
-    if len(complete) != len(requests):
-        raise EngineError(f"the engine returned {len(complete)} of {len(requests)} completions; nothing was scored.")
-    groups = [complete[start : start + num_samples] for start in range(0, len(complete), num_samples)]
-    return Attempts(groups, time.perf_counter() - started - verify_s, verify_s)
+    answers: list[tuple[Completion, Future[Verdict]] | None] = [None] * len(where)
+    with VerificationPool(verification.workers, verification.deadline_s) as pool:
+        arrivals = tqdm(
+            engine.generate(requests, sampling), total=len(requests), desc="rollouts", leave=False, delay=2.0
+        )
+        for position, completion in arrivals:
+            task, _, sample = where[position]
+            _check(completion, requests[position], f"{key}/{task.task_id}#{sample}", is_second=answers[position])
+            submitting = time.perf_counter()
+            answers[position] = completion, pool.submit(task, completion.text)
+            verify_s += time.perf_counter() - submitting
+        complete = [answer for answer in answers if answer is not None]
+        if len(complete) != len(requests):
+            raise EngineError(
+                f"the engine returned {len(complete)} of {len(requests)} completions; nothing was scored."
+            )
+        waiting = time.perf_counter()
+        rollouts = [
+            _rollout(key, *place, completion, verdict.result())
+            for place, (completion, verdict) in zip(where, complete, strict=True)
+        ]
+        verify_s += time.perf_counter() - waiting
+    groups = [rollouts[start : start + num_samples] for start in range(0, len(rollouts), num_samples)]
+    return Attempts(groups, time.perf_counter() - started - verify_s, verify_s, pool.num_hung)
 
 
-def _check(completion: Completion, earlier: Rollout | None, request: Request) -> None:
+def _rollout(
+    key: str, task: Task, ids: tuple[int, ...], sample: int, completion: Completion, verdict: Verdict
+) -> Rollout:
+    group_id = f"{key}/{task.task_id}"
+    return Rollout(f"{group_id}#{sample}", group_id, task.task_id, ids, completion, verdict)
+
+
+def _check(completion: Completion, request: Request, rollout_id: str, *, is_second: object) -> None:
     """Refuse a completion that was not generated once and whole."""
-    if earlier is not None:
-        raise EngineError(f"the engine returned rollout {earlier.rollout_id} twice.")
+    if is_second:
+        raise EngineError(f"the engine returned rollout {rollout_id} twice.")
     if not completion.token_ids or len(completion.token_ids) != len(completion.logprobs):
         raise EngineError(
             f"the engine returned {len(completion.token_ids)} tokens with {len(completion.logprobs)} log-probs "

@@ -69,13 +69,14 @@ class RolloutDataModule(LightningDataModule):
         key = f"{self.config.seed_everything}/train/{epoch}/{step}"
         prompts = [(task, self.prompts.student(task)) for task in tasks]
         sampling = Sampling(config.temperature, config.max_new_tokens)
-        attempts = attempt(self.engine, prompts, config.group_size, sampling, key)
+        attempts = attempt(self.engine, prompts, config.group_size, sampling, key, self.config.verification)
         started = time.perf_counter()
         examples = [
             self._examples(task, group, Random(derive_seed(key, task.task_id, "context")))
             for task, group in zip(tasks, attempts.groups, strict=True)
         ]
         metrics = _rollout_metrics(attempts.groups) | {
+            "rollout/hung": float(attempts.num_hung),
             "time/rollout_s": attempts.generate_s,
             "time/verify_s": attempts.verify_s,
             "time/context_s": time.perf_counter() - started,
@@ -124,7 +125,9 @@ def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     scored = [r for r in rollouts if r.verdict.scored]
     mixed = sum(0 < sum(r.verdict.correct for r in group) < len(group) for group in groups)
     lengths = [len(r.completion.token_ids) for r in rollouts]
-    return {
+    tested = [r.verdict.tests.share for r in rollouts if r.verdict.tests]
+    passed_tests = {"rollout/passed_tests": sum(tested) / len(tested)} if tested else {}
+    return passed_tests | {
         "rollout/reward": sum(r.verdict.reward for r in scored) / max(1, len(scored)),
         "rollout/solved_groups": sum(any(r.verdict.correct for r in group) for group in groups) / len(groups),
         "rollout/mixed_groups": mixed / len(groups),

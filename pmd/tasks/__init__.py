@@ -3,6 +3,8 @@
 Held-out problems never reach memory: `duplicated_task_ids` names the training problems that repeat one.
 """
 
+from datetime import date
+
 from pmd.config import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks.records import shown
@@ -39,9 +41,24 @@ def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
 
 def describe_data_problems(config: DataConfig) -> list[str]:
     """Return what is wrong with the local files of a run, without raising and without touching the network."""
+    if problems := _window_problems(config):
+        return problems
     if config.task == "tiny" or (config.path is None and config.task in ("sciknoweval", "livecodebench")):
         return []
     return shown(_read(config, config.seed or 0)[1])
+
+
+def _window_problems(config: DataConfig) -> list[str]:
+    """Say what is wrong with LiveCodeBench's date window."""
+    days, problems = [], []
+    for key, value in (("first_day", config.first_day), ("end_day", config.end_day)):
+        try:
+            days.append(date.fromisoformat(value))
+        except ValueError:
+            problems.append(f"data.{key}={value} must be a day such as 2025-02-01.")
+    if not problems and days[0] >= days[1]:
+        problems.append(f"data.first_day={config.first_day} must lie before data.end_day={config.end_day}.")
+    return problems
 
 
 def _read(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
@@ -53,7 +70,7 @@ def _read(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
         case "sciknoweval":
             from pmd.tasks.sciknoweval import read_sciknoweval
 
-            return read_sciknoweval(config)
+            return read_sciknoweval(config, seed)
         case "jsonl":
             from pmd.tasks.jsonl import read_jsonl
 

@@ -1,7 +1,8 @@
 """The form of a programming problem's `tests`: the mapping enters, a sentence per broken rule leaves.
 
 `{"kind": "stdin", "cases": [{"input", "output"}], "time_limit_s", "memory_mb"}` or
-`{"kind": "functional", "entry", "cases": [{"args", "expected"}], ...}`; `scorer` is `lcb` (default) or `sdpo`.
+`{"kind": "functional", "entry", "cases": [{"args", "expected"}], ...}`; `scorer` is `lcb` (default) or `sdpo`;
+the first `num_public` cases (default 0) are public: best-of-n chooses by them and is scored on the rest.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ def tests_problems(tests: Mapping[str, Any] | None) -> list[str]:
         bad = [number for number, case in enumerate(cases) if not _case_fits(kind, case)]
         form = "{input: text, output: text}" if kind == "stdin" else "{args: list, expected: value}"
         problems += [f"cases[{number}] must be {form}" for number in bad[:5]]
+        num_public = tests.get("num_public", 0)
+        if type(num_public) is not int or not 0 <= num_public <= len(cases):
+            problems.append(f"num_public must be a whole number from 0 to {len(cases)}")
     problems += _limit_problems(tests)
     if tests.get("scorer", "lcb") not in ("lcb", "sdpo"):
         problems.append("scorer must be lcb or sdpo")

@@ -1,5 +1,6 @@
 """LiveCodeBench v6 (Jain et al. 2024, arXiv 2403.07974): programming problems of a date window; `Task`s leave.
 
+The window is data.first_day to data.end_day; the defaults are v6's (131 problems).
 From the Hub (`livecodebench/code_generation_lite`, revision refs/pr/6) or a local file or folder of JSON Lines of the
 same form. Train and test are the same problems, as in SDPO: training sees the public tests and a seeded half of the
 private ones, evaluation sees all. The two tasks of a problem share its id but for the suffix `/train`.
@@ -27,7 +28,6 @@ from pmd.tasks.splits import TRAIN_SUFFIX
 from pmd.types import Message, Split, Task
 
 HUB_ID, HUB_REVISION = "livecodebench/code_generation_lite", "refs/pr/6"
-FIRST_DAY, END_DAY = date(2025, 2, 1), date(2025, 5, 1)  # v6: 131 problems; the end is exclusive
 TIME_LIMIT_S, MEMORY_MB = 6.0, 4096
 MOST_BYTES = 1 << 29
 STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
@@ -48,22 +48,26 @@ def read_livecodebench(config: DataConfig, seed: int) -> tuple[list[Task], list[
             return [], [f"data.path={path}: holds no JSON Lines file; give LiveCodeBench's file or folder."]
         entries = (entry for file in files for entry in iterate_lines(file))
         rows = (("", e) if isinstance(e, str) else (f"{e.path}:{e.number}", e.fields) for e in entries)
+    first_day, end_day = date.fromisoformat(config.first_day), date.fromisoformat(config.end_day)
     tasks: list[Task] = []
     problems: list[str] = []
     for place, row in rows:
         try:
             if isinstance(row, str):
                 problems.append(row)
-            elif FIRST_DAY <= date.fromisoformat(str(row["contest_date"])[:10]) < END_DAY:
-                tasks += make_tasks(row, seed)
+            elif first_day <= date.fromisoformat(str(row["contest_date"])[:10]) < end_day:
+                tasks += make_tasks(row, seed, config.scorer)
         except KeyError as error:
             problems.append(f"{place}: {error.args[0]} is missing; give a line of code_generation_lite.")
         except (ValueError, TypeError) as error:
             problems.append(f"{place}: {error}; give a line of code_generation_lite.")
+    if not tasks and not problems:
+        window = f"data.first_day={config.first_day} and data.end_day={config.end_day}"
+        problems.append(f"{window}: no problem of {config.path or HUB_ID} lies between them; widen the window.")
     return tasks, problems
 
 
-def make_tasks(row: Mapping[str, Any], seed: int) -> list[Task]:
+def make_tasks(row: Mapping[str, Any], seed: int, scorer: str = "lcb") -> list[Task]:
     """Return the training and the test task of one problem.
 
     Raises:
@@ -87,6 +91,7 @@ def make_tasks(row: Mapping[str, Any], seed: int) -> list[Task]:
     for part_id, split, cases in parts:
         kind = {"kind": "functional", "entry": name} if name else {"kind": "stdin"}
         tests = {**kind, "cases": cases, "time_limit_s": TIME_LIMIT_S, "memory_mb": MEMORY_MB}
+        tests |= {"scorer": scorer, "num_public": len(public)}
         if wrong := tests_problems(tests):
             raise ValueError(f"its tests cannot be run: {'; '.join(wrong)}")
         difficulty = row.get("difficulty", "")

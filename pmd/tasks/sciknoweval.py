@@ -28,8 +28,13 @@ TYPES = ("mcq-4-choices", "mcq-2-choices")
 REMEDY = "fix or remove the line"
 
 
-def read_sciknoweval(config: DataConfig) -> tuple[list[Task], list[str]]:
+def read_sciknoweval(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     """Return the problems of the domains asked for, and a sentence for everything wrong with the files."""
+    tasks, problems = _read(config)
+    return (own_split(tasks, seed) if config.own_split else tasks), problems
+
+
+def _read(config: DataConfig) -> tuple[list[Task], list[str]]:
     if config.path is None:
         return divide_upstream(load_rows(HUB_ID, "test"), config.domains), []
     path = Path(config.path)

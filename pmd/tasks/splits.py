@@ -24,11 +24,11 @@ class DuplicateReport:
     def __str__(self) -> str:
         if not self.same_prompt and not self.same_stem:
             return "No problem stands in both train and held-out data."
-        return (
-            f"{len({train for train, _ in self.same_prompt})} training problems are word for word held-out problems "
-            f"and are kept out of memory; {len({held for _, held in self.same_stem})} held-out questions recur in "
-            "training with other options."
-        )
+        num_same = len({train for train, _ in self.same_prompt})
+        num_recurring = len({held_out for _, held_out in self.same_stem})
+        parts = [f"Training problems that are word for word held-out problems, and kept out of memory: {num_same}."]
+        parts += [f"Held-out questions that recur in training with other options: {num_recurring}."]
+        return " ".join(parts[:1] * bool(num_same) + parts[1:] * bool(num_recurring))
 
 
 def prompt_of(task: Task) -> str:

@@ -9,14 +9,16 @@ import importlib
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
+from pmd.errors import ConfigError
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.types import Task, Verdict
 
 Verifier = Callable[[Task, str], Verdict]
+SandboxChoice = Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"]
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +79,27 @@ def describe_verifier_problem(name: str) -> str | None:
     if not callable(found):
         return f"verifier={name}: must take (task, completion); name a function, or a class with __call__."
     return None
+
+
+def prepare_verifiers(tasks: Iterable[Task], sandbox_level: SandboxChoice) -> list[str]:
+    """Check every verifier of the tasks and fix the sandbox's level; return what to say at the start of a run.
+
+    Raises:
+        ConfigError: with every verifier that cannot be used.
+    """
+    names = sorted({task.verifier for task in tasks})
+    if "code" in names:
+        from pmd.verifiers.code import choose_sandbox_level
+
+        choose_sandbox_level(None if sandbox_level == "strongest" else sandbox_level)
+    problems = [problem for name in names if (problem := describe_verifier_problem(name))]
+    if problems:
+        raise ConfigError(problems)
+    if "code" not in names:
+        return []
+    from pmd.verifiers.code import sandbox
+
+    return [sandbox().describe()]
 
 
 def _describe_sandbox_problem() -> str | None:

@@ -10,6 +10,7 @@ nothing. Every test runs in a fresh process. Feedback follows SDPO and so quotes
 """
 
 import json
+import logging
 import os
 import re
 import threading
@@ -21,7 +22,7 @@ from typing import Any
 
 from pmd.sandbox.pool import Level, Limits, Outcome, Sandbox
 from pmd.tasks.code_tests import DEFAULT_MEMORY_MB, DEFAULT_TIME_LIMIT_S
-from pmd.types import Task, Verdict, VerdictStatus
+from pmd.types import CaseCounts, Task, Verdict, VerdictStatus
 
 BLANKS = " \t\r\n\v\f"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -30,6 +31,7 @@ LEAST_OUTPUT_BYTES = 1 << 20
 MOST_PART, MOST_FEEDBACK = 450, 2000
 NO_BLOCK = "The completion holds no closed code block; put the whole program between ```python and ```."
 
+log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _sandboxes: dict[int, Sandbox] = {}
 _level: list[Level | None] = [None]
@@ -71,10 +73,10 @@ def sandbox() -> Sandbox:
 
 
 def verify_code(task: Task, completion_text: str) -> Verdict:
-    """Run the program on its tests. Once one has failed, the rest only serve the feedback and get little time."""
+    """Run the program on its tests. Once one has failed, the rest serve feedback and counts, and get little time."""
     program = extract_program(completion_text, task.tests.get("scorer", "lcb"))
     if program is None:
-        return Verdict(0.0, False, "format", feedback=NO_BLOCK)
+        return Verdict(0.0, False, "format", feedback=NO_BLOCK, tests=count_tests(task.tests, []))
     results: list[TestResult] = []
     spare_s = float(task.tests.get("time_limit_s", DEFAULT_TIME_LIMIT_S))
     for case in task.tests["cases"]:
@@ -85,14 +87,22 @@ def verify_code(task: Task, completion_text: str) -> Verdict:
         if spare_s <= 0 or results[-1].status in ("timeout", "memory", "output_limit", "sandbox_error"):
             break
     failed = [result for result in results if result.status != "ok"]
+    counts = count_tests(task.tests, results)
     if not failed:
-        return Verdict(1.0, True, "ok")
+        return Verdict(1.0, True, "ok", tests=counts)
     if failed[-1].status == "sandbox_error":
+        log.warning("the sandbox failed on task %s: %s", task.task_id, failed[-1].error)
         return Verdict(0.0, False, "sandbox_error")
     num_left = len(task.tests["cases"]) - len(results)
     unrun = f"; {num_left} more were not run" if num_left else ""
     heading = f"Passed {len(results) - len(failed)} of {len(results)} tests{unrun}."
-    return Verdict(0.0, False, failed[0].status, feedback=describe_failure(failed, heading))
+    return Verdict(0.0, False, failed[0].status, feedback=describe_failure(failed, heading), tests=counts)
+
+
+def count_tests(tests: Mapping[str, Any], results: list[TestResult]) -> CaseCounts:
+    """Count what passed; the first `num_public` tests are the public ones, and `results` begin with the first test."""
+    passed, num_public = [result.status == "ok" for result in results], int(tests.get("num_public", 0))
+    return CaseCounts(len(tests["cases"]), sum(passed), num_public, sum(passed[:num_public]))
 
 
 def extract_program(completion_text: str, scorer: str) -> str | None:

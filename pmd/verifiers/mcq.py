@@ -25,7 +25,10 @@ def verify_mcq(task: Task, completion_text: str) -> Verdict:
 
 
 def option_letters(task: Task) -> frozenset[str]:
-    """Return the letters that the question offers; all capitals if it lists none as `A: ...`, `A. ...` or `A) ...`."""
-    return frozenset(re.findall(r"^\s*\(?([A-Z])[:.)] ", task.question, re.MULTILINE)) or frozenset(
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    )
+    """Return the letters that the question offers; all capitals if it lists none."""
+    return listed_letters(task) or frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def listed_letters(task: Task) -> frozenset[str]:
+    """Return the letters that the question lists as `A: ...`, `A. ...` or `A) ...`."""
+    return frozenset(re.findall(r"^\s*\(?([A-Z])[:.)] ", task.question, re.MULTILINE))

@@ -1,6 +1,7 @@
 """Verify while the engine generates: tasks and completions enter from one thread, futures of verdicts leave.
 
-Back-pressure: `submit` blocks while the backlog is full. Deadlines: a verification that overruns its own is answered
+Verifiers that only look at text are quicker than a thread and run where they are submitted. For all others:
+back-pressure: `submit` blocks while the backlog is full. Deadlines: a verification that overruns its own is answered
 with status `error` and counted; its thread is abandoned and replaced, since Python cannot end it. All threads are
 daemons, so neither Ctrl-C nor the end of the trainer waits for one that hangs; programs under test end with the
 sandbox, which ends with the process.
@@ -16,12 +17,16 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from pmd.errors import VerificationError
 from pmd.types import Task, Verdict
 from pmd.verifiers import verify
 
+#: Their time is bounded by the length of the completion, and short.
+IN_PLACE = frozenset({"boxes", "exact", "mcq", "tool_use"})
 DEADLINE_S = 900.0
-#: More than this many abandoned threads mean that verification as a whole is broken.
+#: More abandoned threads than this at one time mean that verification as a whole is broken.
 MOST_ABANDONED = 64
+ABANDONED = "verification, abandoned"
 
 
 @dataclass(eq=False, slots=True)
@@ -32,13 +37,15 @@ class Job:
     completion_text: str
     future: "Future[Verdict]" = field(default_factory=Future)
     deadline: float = float("inf")  # set when a thread takes it
+    thread: threading.Thread | None = None  # which one took it
 
 
 class VerificationPool:
     """Threads that verify. Use it as a context manager: leaving it waits for what was submitted, or drops it on error.
 
     Raises (from `submit`):
-        RuntimeError: if the pool was closed, or too many verifications hang.
+        VerificationError: if too many verifications hang.
+        RuntimeError: if the pool was closed.
     """
 
     def __init__(
@@ -51,41 +58,51 @@ class VerificationPool:
         self.num_workers = workers or os.cpu_count() or 1
         self.deadline_s, self.verifier = deadline_s, verifier
         self.num_hung = 0
-        self._jobs: queue.Queue[Job | None] = queue.Queue(backlog or 8 * self.num_workers)
-        self._running: set[Job] = set()
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        for _ in range(self.num_workers):
-            self._start(self._work)
-        self._start(self._watch)
+        self._room = threading.Semaphore(backlog or 8 * self.num_workers)
+        self._waiting: queue.Queue[Job | None] = queue.Queue()
+        self._unanswered: set[Job] = set()
+        self._change = threading.Condition()
+        self._started, self._closed = False, threading.Event()
 
     def submit(self, task: Task, completion_text: str) -> "Future[Verdict]":
-        """Queue one verification; block while the backlog is full."""
+        """Verify in place, or queue; block while the backlog is full."""
         job = Job(task, completion_text)
+        if task.verifier in IN_PLACE:
+            job.future.set_result(self.verifier(task, completion_text))
+            return job.future
         while True:
             if self._closed.is_set():
                 raise RuntimeError("the verification pool is closed")
-            if self.num_hung > MOST_ABANDONED:
-                raise RuntimeError(f"{self.num_hung} verifications hung; the last of verifier {task.verifier}")
-            with contextlib.suppress(queue.Full):
-                self._jobs.put(job, timeout=0.5)
-                return job.future
+            num_abandoned = sum(thread.name == ABANDONED for thread in threading.enumerate())
+            if num_abandoned > MOST_ABANDONED:
+                raise VerificationError(
+                    f"{num_abandoned} verifications hang beyond verification.deadline_s={self.deadline_s}, the latest "
+                    f"of a task with verifier {task.verifier}; mend the verifier, or give it an end of its own."
+                )
+            if self._room.acquire(timeout=0.5):
+                break
+        with self._change:
+            self._unanswered.add(job)
+        self._waiting.put(job)
+        if not self._started:
+            self._started = True
+            for what in (*[self._work] * self.num_workers, self._watch):
+                self._start(what)
+        return job.future
 
     def close(self, *, drop: bool = False) -> None:
         """Finish what was submitted, or cancel what has not begun; start nothing more."""
         if self._closed.is_set():
             return
-        if drop:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    job = self._jobs.get_nowait()
-                    if job:
-                        job.future.cancel()
-        for _ in range(self.num_workers):
-            self._jobs.put(None)
-        while not drop and (self._running or not self._jobs.empty()):
-            time.sleep(0.005)
+        with self._change:
+            if drop:
+                for job in self._unanswered:
+                    job.future.cancel()
+            else:
+                self._change.wait_for(lambda: not self._unanswered)
         self._closed.set()
+        for _ in range(self.num_workers):
+            self._waiting.put(None)
 
     def __enter__(self) -> "VerificationPool":
         return self
@@ -94,39 +111,43 @@ class VerificationPool:
         self.close(drop=kind is not None)
 
     def _start(self, what: Callable[[], None]) -> None:
-        threading.Thread(target=what, name=f"verify{what.__name__}", daemon=True).start()
+        threading.Thread(target=what, name="verification", daemon=True).start()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            with self._lock:
-                job.deadline = time.monotonic() + self.deadline_s
-                self._running.add(job)
+        while (job := self._waiting.get()) is not None:
+            self._room.release()
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            with self._change:
+                job.thread, job.deadline = threading.current_thread(), time.monotonic() + self.deadline_s
             try:
                 verdict = self.verifier(job.task, job.completion_text)
             except BaseException as error:  # a verifier that ends its thread must not end the pool
-                verdict = Verdict(0.0, False, "error", feedback="")
+                verdict = Verdict(0.0, False, "error")
                 del error
-            with self._lock:
-                abandoned = job not in self._running
-            if abandoned:
-                return  # another thread has taken this one's place
-            _answer(job, verdict)
-            with self._lock:
-                self._running.discard(job)
+            if not self._answer(job, verdict):
+                return  # given up, and another thread has taken this one's place
 
     def _watch(self) -> None:
         """Abandon what overruns its deadline."""
         while not self._closed.wait(min(0.5, self.deadline_s / 4)):
             now = time.monotonic()
-            with self._lock:
-                late = [job for job in self._running if now > job.deadline]
-                self._running.difference_update(late)
-                self.num_hung += len(late)
+            with self._change:
+                late = [job for job in self._unanswered if now > job.deadline]
             for job in late:
-                self._start(self._work)
-                _answer(job, Verdict(0.0, False, "error", seconds=self.deadline_s))
+                if self._answer(job, Verdict(0.0, False, "error", seconds=self.deadline_s)):
+                    assert job.thread
+                    job.thread.name = ABANDONED
+                    self.num_hung += 1
+                    self._start(self._work)
 
-
-def _answer(job: Job, verdict: Verdict) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled, or answered at its deadline
-        job.future.set_result(verdict)
+    def _answer(self, job: Job, verdict: Verdict) -> bool:
+        """Answer unless that has been done; say whether this was the answer."""
+        with self._change:
+            is_first = job in self._unanswered
+            self._unanswered.discard(job)
+            if is_first:
+                with contextlib.suppress(InvalidStateError):  # cancelled
+                    job.future.set_result(verdict)
+                self._change.notify_all()
+        return is_first

@@ -16,7 +16,7 @@ from typing import Any
 
 from pmd.types import Task, Verdict
 
-ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+ACTION = re.compile(r"^[ \t]*Action:(.*)$", re.MULTILINE)
 INPUT = re.compile(r"^[ \t]*Action Input:[ \t]*", re.MULTILINE)
 OPTIONAL = "[Optional]"
 MOST_CALLS = 200
@@ -49,12 +49,13 @@ def parse_calls(text: str) -> list[tuple[str, str]] | str:
     for action, following in zip(actions, [*actions[1:], None], strict=True):
         part = text[action.end() : following.start() if following else len(text)]
         found = INPUT.search(part)
+        name = action[1].strip(" \t\r")
         if not found:
-            return f"The call of {action[1][:80]} has no `Action Input:` line."
+            return f"The call of {name[:80]} has no `Action Input:` line."
         inputs = _read_object(part[found.end() :])
         if inputs is None:
-            return f"The input of {action[1][:80]} is not a JSON object."
-        calls.append((action[1], inputs))
+            return f"The input of {name[:80]} is not a JSON object."
+        calls.append((name, inputs))
     return calls
 
 

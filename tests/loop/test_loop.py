@@ -41,7 +41,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything(whole):
     results = json.loads((whole / "results.json").read_text())
-    assert set(results["phases"]) == {"initial", "last"}
+    assert set(results["phases"]) == {"initial", "last", "best"}
     assert results["updates"] == 4
     for name in ("config.yaml", "metrics.csv", "curves.png", "samples.jsonl", "checkpoints/last.ckpt"):
         assert (whole / name).is_file(), name

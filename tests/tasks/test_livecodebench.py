@@ -125,3 +125,19 @@ def test_the_format_samples_are_scored(data_folder):
     mean = next(task for task in tasks["test"] if task.task_id.endswith("pmd_mean"))
     full_precision = SOLUTIONS["pmd_mean"].replace(":.10f", "")
     assert verify(mean, f"```\n{full_precision}\n```").status == "wrong_answer"  # numbers are compared exactly
+
+
+def test_window_and_scorer_are_choices_of_the_configuration(tmp_path):
+    days = ["2024-12-31", "2025-01-01", "2025-01-31", "2025-02-01"]
+    config = write(tmp_path / "a.jsonl", [row(question_id=day, contest_date=f"{day}T00:00:00") for day in days])
+    config = replace(config, first_day="2025-01-01", end_day="2025-02-01", scorer="sdpo")
+    tasks = load_tasks(config, seed=0)["test"]
+    assert [task.task_id for task in tasks] == [f"livecodebench/{day}" for day in days[1:3]]
+    assert {task.tests["scorer"] for task in tasks} == {"sdpo"}
+    assert {task.tests["num_public"] for task in tasks} == {1}
+    (empty,) = describe_data_problems(replace(config, first_day="2020-01-01", end_day="2020-01-02"))
+    assert "widen the window" in empty
+    wrong = describe_data_problems(replace(config, first_day="tomorrow", end_day="2025-02-30"))
+    assert [problem.split("=")[0] for problem in wrong] == ["data.first_day", "data.end_day"]
+    (order,) = describe_data_problems(replace(config, first_day="2025-02-01", path=None))
+    assert "must lie before" in order

@@ -59,7 +59,7 @@ def test_duplicates_of_the_real_files(data_folder):
     assert report.same_prompt[0][0].startswith("sciknoweval/material/")
     assert len({held_out for _, held_out in report.same_stem}) >= 28
     assert duplicated_task_ids(tasks) == {report.same_prompt[0][0]}
-    assert "1 training problems" in str(report)
+    assert "kept out of memory: 1." in str(report)
 
 
 def test_the_own_split_has_no_question_on_both_sides(data_folder):
@@ -149,3 +149,12 @@ def test_a_hub_failure_says_what_to_do(tmp_path):
     (tmp_path / "test.jsonl").write_text("{}")
     with pytest.raises(ConfigError, match="a local copy"):
         load_rows(str(tmp_path), "no such split")
+
+
+def test_the_own_split_is_a_choice_of_the_configuration(data_folder):
+    config = DataConfig(task="sciknoweval", path=str(data_folder), domains=["physics"], own_split=True)
+    tasks, again, other = (load_tasks(config, seed=seed) for seed in (0, 0, 1))
+    assert tasks == again != other
+    report = find_duplicates(tasks["train"] + tasks["test"])
+    assert not report.same_prompt + report.same_stem
+    assert len(tasks["train"] + tasks["test"]) == 800

@@ -51,7 +51,9 @@ def test_verdicts_come_in_the_order_of_the_completions(tmp_path, capsys):
     assert run(tmp_path, TASKS, lines) == 0
     verdicts = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert [(v["id"], v["status"]) for v in verdicts] == [(name, status) for name, _, status in COMPLETIONS] * 3
-    assert all(set(v) == {"id", "reward", "correct", "status", "feedback", "seconds"} for v in verdicts)
+    fields = {"id", "reward", "correct", "status", "feedback", "seconds"}
+    assert all(set(v) - {"passed"} == fields and ("passed" in v) == (v["id"] in ("code", "call")) for v in verdicts)
+    assert all(v["passed"] == float(v["correct"]) for v in verdicts if "passed" in v)  # each has one test
     assert all(v["correct"] == (v["status"] == "ok") for v in verdicts)
     said = capsys.readouterr().err
     assert said.startswith("sandbox: level")

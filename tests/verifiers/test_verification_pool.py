@@ -2,13 +2,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
+from pmd.errors import VerificationError
 from pmd.types import Message, Task, Verdict
-from pmd.verifiers.pool import VerificationPool
+from pmd.verifiers.pool import MOST_ABANDONED, VerificationPool
 
-TASK = Task("t", (Message("user", "q"),), "exact", "train", answer="x")
+TASK = Task("t", (Message("user", "q"),), "own.verifier", "train", answer="x")
 
 
 def gate():
@@ -23,10 +25,41 @@ def gate():
 
 
 def test_verdicts_belong_to_their_completions():
-    with VerificationPool(workers=4) as pool:
-        futures = [pool.submit(TASK, "x" if n % 3 == 0 else "y") for n in range(200)]
+    def judge(task: Task, text: str) -> Verdict:
+        time.sleep(0.001 * (int(text) % 5))
+        return Verdict(0.0, int(text) % 3 == 0, "ok", answer=text)
+
+    with VerificationPool(workers=4, verifier=judge) as pool:
+        futures = [pool.submit(TASK, str(n)) for n in range(200)]
     assert [future.result().correct for future in futures] == [n % 3 == 0 for n in range(200)]
+    assert [future.result().answer for future in futures] == [str(n) for n in range(200)]
     assert pool.num_hung == 0
+
+
+def test_what_only_looks_at_text_is_verified_in_place():
+    before = set(threading.enumerate())
+    with VerificationPool() as pool:
+        futures = [pool.submit(replace(TASK, verifier="exact"), text) for text in ("x", "y")]
+        assert [future.done() for future in futures] == [True, True]
+        assert [future.result().correct for future in futures] == [True, False]
+        assert set(threading.enumerate()) == before
+        assert pool.submit(replace(TASK, verifier="no.such"), "x").result(5).status == "error"
+        assert len(set(threading.enumerate()) - before) == pool.num_workers + 1
+
+
+def test_too_many_hanging_verifications_end_the_run():
+    event, wait = gate()
+
+    def submit_all() -> None:
+        with VerificationPool(8, deadline_s=0.05, verifier=wait) as pool:
+            for _ in range(MOST_ABANDONED + 20):
+                pool.submit(TASK, "").result(5)
+
+    try:
+        with pytest.raises(VerificationError, match=r"deadline_s=0\.05.*own\.verifier"):
+            submit_all()
+    finally:
+        event.set()
 
 
 def test_submit_blocks_while_the_backlog_is_full():
@@ -82,7 +115,7 @@ def test_a_crash_is_an_error():
 def test_a_hanging_verifier_does_not_keep_the_interpreter():
     code = (
         "import time, threading\nfrom pmd.types import *\nfrom pmd.verifiers.pool import VerificationPool\n"
-        "task = Task('t', (Message('user', 'q'),), 'exact', 'train')\n"
+        "task = Task('t', (Message('user', 'q'),), 'own.verifier', 'train')\n"
         "VerificationPool(1, verifier=lambda t, c: time.sleep(1000)).submit(task, 'x')\ntime.sleep(.1)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=20, check=False).returncode == 0

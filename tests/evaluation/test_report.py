@@ -1,0 +1,105 @@
+"""The final table, its files, and what guessing scores."""
+
+import itertools
+import json
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pmd.evaluation.chance import chance_scores
+from pmd.evaluation.metrics import Sample, score_samples
+from pmd.evaluation.pass_plot import chosen_ks, draw_pass_at
+from pmd.evaluation.report import Phase, print_table, write_results
+from pmd.run_dir import RunDir
+from pmd.types import CaseCounts, Message, Task
+
+
+def question(task_id, domain, letters, verifier="mcq"):
+    options = "\n".join(f"{letter}: option" for letter in letters)
+    return Task(task_id, (Message("user", f"Q?\n\n{options}"),), verifier, "test", answer="A", domain=domain)
+
+
+TASKS = [question("1", "x", "ABCD"), question("2", "x", "AB"), question("3", "y", "ABCD")]
+
+
+def test_chance_against_enumeration():
+    chance = chance_scores(TASKS, [1, 3])
+    assert chance
+    x, y = (chance["by_domain"][domain] for domain in "xy")
+    for numbers, found in (((4, 2, 4), chance), ((4, 2), x), ((4,), y)):
+        draws = [list(itertools.product(range(m), repeat=3)) for m in numbers]
+        assert found["avg"] == pytest.approx(np.mean([1 / m for m in numbers]))
+        assert found["pass_at"][1] == pytest.approx(found["avg"])
+        assert found["pass_at"][3] == pytest.approx(np.mean([np.mean([0 in d for d in own]) for own in draws]))
+        assert found["coverage_at"][3] == pytest.approx(np.mean([np.mean([len(set(d)) for d in own]) for own in draws]))
+
+
+def test_guessing_means_nothing_without_listed_options():
+    assert chance_scores([*TASKS, question("4", "x", "")], [1]) is None
+    assert chance_scores([*TASKS, question("4", "x", "ABCD", "exact")], [1]) is None
+    assert chance_scores([], [1]) is None
+
+
+def samples(pattern, task_id, domain, **fields):
+    return [Sample(task_id, domain, c == "A", float(c == "A"), None if c == "." else c, **fields) for c in pattern]
+
+
+ALL = [*samples("AABC", "1", "x"), *samples("BBBB", "2", "x"), *samples("AA.A", "3", "y")]
+
+
+def table_of(results, chance):
+    text = StringIO()
+    print_table(results, chance, Console(file=text, width=100))
+    return text.getvalue()
+
+
+def test_results_hold_everything_by_domain_and_averaged(tmp_path):
+    unscored = [Sample("1", "x", False, 0.0, status="sandbox_error")] * 3
+    everything = [*ALL, *unscored]
+    phase = Phase(everything, score_samples(everything, [1, 2]))
+    results = write_results(RunDir(tmp_path), {"method": "m"}, {"last": phase})
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    last = results["phases"]["last"]
+    assert last["avg"] == pytest.approx((0.5 + 0 + 0.75) / 3)
+    assert last["domain_mean"]["avg"] == pytest.approx((0.25 + 0.75) / 2)
+    assert last["headroom_at"]["2"] == pytest.approx(last["pass_at"]["2"] - last["avg"])
+    assert last["best_of"] == pytest.approx(last["pass_at"])  # chosen by the verifier itself
+    assert last["domain_mean"]["headroom_at"]["2"] == pytest.approx(
+        np.mean([part["headroom_at"]["2"] for part in last["by_domain"].values()])
+    )
+    assert last["by_domain"]["y"]["avg_error"] is None  # one question has no spread
+    assert (last["num_samples"], last["num_unscored"]) == (12, 3)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 15
+    third = [(row["sample"], row["answer"]) for row in rows if row["task_id"] == "3"]
+    assert third == [(0, "A"), (1, "A"), (2, None), (3, "A")]
+    printed = table_of(results, chance_scores(TASKS, [1, 2]))
+    for words in ("last checkpoint", "mean of domains", "chance", "41.7", "50.0", "3 samples could not be verified"):
+        assert words in printed
+    assert "…" not in printed
+
+
+def test_best_of_n_chooses_by_public_tests_and_is_judged_by_the_others():
+    """One sample passes the public test alone, one every other test but it, one everything."""
+    public_only, hidden_only, whole = CaseCounts(3, 1, 1, 1), CaseCounts(3, 2, 1, 0), CaseCounts(3, 3, 1, 1)
+    given = [Sample("1", "", t is whole, float(t is whole), None, "ok", t) for t in (public_only, hidden_only, whole)]
+    scores = score_samples(given, [1, 2, 3])
+    assert scores.best_of == pytest.approx({1: 2 / 3, 2: (0 + 1 / 2 + 1) / 3, 3: 1 / 2})
+    assert scores.pass_at[3] == 1.0
+    assert scores.passed_tests == pytest.approx((1 / 3 + 2 / 3 + 1) / 3)
+    assert scores.valid_rate == 1.0
+    printed = table_of({"method": "m", "phases": {"last": Phase(given, scores).as_json()}}, None)
+    assert "tests" in printed
+    assert "best" in printed
+
+
+def test_the_plot_is_drawn_with_any_number_of_samples(tmp_path):
+    for number, given in enumerate((ALL, samples("A", "1", "x"), samples("..", "1", "x"))):
+        path = tmp_path / f"{number}.png"
+        draw_pass_at(path, {"initial": given, "last": ALL}, TASKS, "title")
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert chosen_ks(1) == [1]
+    assert chosen_ks(16)[-1] == 16
+    assert len(chosen_ks(1000)) <= 64
