@@ -132,11 +132,12 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = list(get_args(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in args)
     if origin is Literal:
-        return "one of " + ", ".join(str(option) for option in args) if len(args) > 1 else str(args[0])
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(option) for option in args)
     if origin is list:
         return f"a list, each {_describe(args[0])}"
     if origin is dict:

@@ -6,7 +6,8 @@ a step is reduced once over all its micro-batches.
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ class PMDModule(LightningModule):
         self.tokenizer = load_tokenizer(config.model)
         self.layout = BatchLayout(
             max_tokens=config.rollouts.micro_batch_tokens,
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=cast(int, self.tokenizer.pad_token_id),
             anchor_weight=config.objective.anchor_weight,
             reduction=config.objective.reduction,
         )
@@ -46,23 +47,26 @@ class PMDModule(LightningModule):
         self.policy = make_policy(load_base(config.model), config.model, config.teacher, needs_initial=needs_initial)
         self.policy_version = 0  # optimizer steps applied to the student
         self.trace: StepTrace | None = None  # of the latest step
+        self.seconds = defaultdict[str, float](float)  # of the latest step, by part
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on all rollouts of `batch`."""
         torch.manual_seed(derive_seed(self.seed, "dropout", batch.step))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
-        self.trace, self.seconds, totals = StepTrace(batch), Counter(), Counter()
+        self.trace, totals = StepTrace(batch), defaultdict[str, float](float)
+        self.seconds.clear()
         for micro_batch in batch.micro_batches(self.layout, self.device):
             terms, initial_kl = self._score(micro_batch)
             loss = self._loss(micro_batch, terms, initial_kl)
             with _Timer(self, "time/backward_s"):
                 self.manual_backward(loss.total)
-            totals.update(loss.parts)
+            for name, value in loss.parts.items():
+                totals[name] += value
             totals["student/entropy"] += float((terms.entropy * micro_batch.token_weights).sum())
             self.trace.add(micro_batch, terms)
         grad_norm = self._step(optimizer)
-        self.log_dict(self._metrics(batch, totals | {"student/grad_norm": grad_norm}), batch_size=1)
+        self.log_dict(self._metrics(batch, totals) | {"student/grad_norm": grad_norm}, batch_size=1)
         self.log("loss", totals["loss/total"], prog_bar=True, logger=False, batch_size=1)
         self.log("reward", batch.metrics["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
 
@@ -160,7 +164,7 @@ class PMDModule(LightningModule):
             self.policy.after_step()
         return norm.item()
 
-    def _metrics(self, batch: Batch, totals: Counter) -> dict[str, float]:
+    def _metrics(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, float]:
         """Join the step's losses with what the rollouts, the teacher's contexts and the clock say."""
         examples = batch.examples
         contexts = {

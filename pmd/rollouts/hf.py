@@ -6,6 +6,7 @@ a completion does not depend on how requests are batched.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class HFEngine:
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, batch: int):
         self.policy = policy
         self.tokenizer = tokenizer
+        self.pad_id = cast(int, tokenizer.pad_token_id)
         self.batch = batch
         self.policy_version = 0
 
@@ -69,7 +71,7 @@ class HFEngine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return token ids [B, T], log-probs [B, T] and lengths [B]; what lies beyond a row's length is padding."""
         device = next(model.parameters()).device
-        input_ids, attention_mask = _left_pad([r.prompt_ids for r in requests], self.tokenizer.pad_token_id, device)
+        input_ids, attention_mask = _left_pad([r.prompt_ids for r in requests], self.pad_id, device)
         uniforms = torch.from_numpy(
             np.stack([np.random.default_rng(r.seed).random(sampling.max_new_tokens) for r in requests])
         ).to(device)  # [B, max_new_tokens], float64
@@ -110,13 +112,13 @@ class HFEngine:
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=cast(str, self.tokenizer.decode(token_ids, skip_special_tokens=True)),
             finish_reason="stop" if token_ids[-1] in self._stop_ids() else "length",
             policy_version=self.policy_version,
         )
 
     def _stop_ids(self) -> list[int]:
-        return [self.tokenizer.eos_token_id]
+        return [cast(int, self.tokenizer.eos_token_id)]
 
 
 def _left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
