@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
 def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Console) -> list[PlannedRun]:
     """Run what is left under a progress bar; return the runs that failed."""
     failed: list[PlannedRun] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the way that stops the runs
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
