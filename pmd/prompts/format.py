@@ -5,11 +5,12 @@ template with the text files beside it. Both are pure: no engine, no store.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pmd.types import ProcedureKind, Rollout, Task
 
 
+@runtime_checkable
 class PromptFormat(Protocol):
     """One dialect of prompts."""
 
