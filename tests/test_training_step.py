@@ -25,9 +25,8 @@ def examples(count: int = 8) -> list[Example]:
     draw = random.Random(0)
     made = []
     for number in range(count):
-        prompt, shown, completion = (
-            tuple(draw.randrange(3, 110) for _ in range(draw.randrange(low, high))) for low, high in ((4, 20), (6, 40), (1, 9))
-        )  # fmt: skip
+        lengths = [draw.randrange(low, high) for low, high in ((4, 20), (6, 40), (1, 9))]
+        prompt, shown, completion = (tuple(draw.randrange(3, 110) for _ in range(length)) for length in lengths)
         logprobs = tuple(-draw.random() * 4 for _ in completion[1:])
         record = Completion(completion, (None, *logprobs) if number == 3 else (-1.0, *logprobs), "", "stop", number % 2)
         rollout = Rollout(f"r{number}", f"g{number // 2}", f"t{number // 2}", prompt, record, Verdict(1.0, True, "ok"))
