@@ -27,9 +27,10 @@ from pmd.evaluation.metrics import score_samples
 from pmd.evaluation.pass_plot import draw_pass_at
 from pmd.evaluation.report import Phase, draw_curves, print_table, write_results
 from pmd.memory.memory import ProceduralMemory
+from pmd.models.load import load_tokenizer
 from pmd.module import PMDModule
 from pmd.prompts import make_prompts
-from pmd.rollouts.data import RolloutDataModule
+from pmd.rollouts.data import RolloutDataModule, refuse_long_prompts
 from pmd.rollouts.hf import HFEngine
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
@@ -85,8 +86,9 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     """Load the problems and the weights, open the memory."""
     tasks = load_tasks(config.data, config.seed_everything)
     _prepare(tasks, config)
+    prompts = make_prompts(config.model.prompts, load_tokenizer(config.model))
+    refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
     module = PMDModule(config)
-    prompts = make_prompts(config.model.prompts, module.tokenizer)
     engine = HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)
     memory = None
     if config.memory.enabled:

@@ -48,6 +48,14 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that end a completion: the tokenizer's, and those of the model's generation settings."""
+    settings = model.generation_config
+    named = settings.eos_token_id if settings is not None else None
+    listed = named if isinstance(named, list) else [named]
+    return sorted({token_id for token_id in (tokenizer.eos_token_id, *listed) if isinstance(token_id, int)})
+
+
 def is_local_model(path: str) -> bool:
     """Whether `path` names shipped or local weights rather than something on the Hub."""
     return path in SHIPPED or Path(path).is_dir()

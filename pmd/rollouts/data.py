@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from pmd.config import RunConfig
+from pmd.errors import ConfigError
 from pmd.memory.memory import ProceduralMemory
 from pmd.objective.policy_gradient import group_advantages
 from pmd.prompts.format import PromptFormat
@@ -117,6 +118,22 @@ class RolloutStream(IterableDataset):
         assert trainer is not None
         # A generator: on resume Lightning makes the iterator before it has counted the finished epoch.
         yield from self.data.epoch(trainer.current_epoch)
+
+
+def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFormat, max_tokens: int) -> None:
+    """Refuse problems whose prompt is too long, before any weights load. Nothing is ever cut.
+
+    Raises:
+        ConfigError: with the longest prompt and the ids of the problems.
+    """
+    lengths = {task.task_id: len(prompts.student(task)) for split in tasks.values() for task in split}
+    long = [task_id for task_id, length in lengths.items() if length > max_tokens]
+    if long:
+        shown = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
+        raise ConfigError(
+            f"rollouts.max_prompt_tokens={max_tokens} is exceeded by {len(long)} of {len(lengths)} problems ({shown}); "
+            f"the longest prompt has {max(lengths.values())} tokens: raise it, or leave these problems out."
+        )
 
 
 def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:

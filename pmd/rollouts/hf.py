@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pmd.errors import EngineError
+from pmd.models.load import stop_ids
 from pmd.models.policy import Policy, Role
 from pmd.rollouts.engine import Request, Sampling
 from pmd.types import Completion
@@ -28,6 +29,8 @@ class HFEngine:
         self.pad_id = cast(int, tokenizer.pad_token_id)
         self.batch = batch
         self.policy_version = 0
+        with policy.weights("student") as model:
+            self.stop_ids = stop_ids(model, tokenizer)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
@@ -75,7 +78,7 @@ class HFEngine:
         uniforms = torch.from_numpy(
             np.stack([np.random.default_rng(r.seed).random(sampling.max_new_tokens) for r in requests])
         ).to(device)  # [B, max_new_tokens], float64
-        eos = torch.tensor(self._stop_ids(), device=device)
+        eos = torch.tensor(self.stop_ids, device=device)
         done = torch.zeros(len(requests), dtype=torch.bool, device=device)
         lengths = torch.zeros(len(requests), dtype=torch.long, device=device)
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -113,7 +116,7 @@ class HFEngine:
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
             text=cast(str, self.tokenizer.decode(token_ids, skip_special_tokens=True)),
-            finish_reason="stop" if token_ids[-1] in self._stop_ids() else "length",
+            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
             policy_version=self.policy_version,
         )
 

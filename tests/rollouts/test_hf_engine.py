@@ -1,4 +1,4 @@
-"""The embedded engine: what it samples, from which distribution, and that nothing but prompt, seed and policy matter."""
+"""The embedded engine: what it samples, and that nothing but prompt, seed and policy matter."""
 
 import random
 from collections import Counter
@@ -85,7 +85,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass():
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7)])
 def test_the_first_token_follows_the_distribution(temperature, top_p):
-    """Frequencies of 4,000 draws against exact probabilities: a chi-square statistic within 5 deviations of its mean."""
+    """4,000 draws against exact probabilities: the chi-square statistic lies within 5 deviations of its mean."""
     one, draws = engine(batch=4000, scale=0.5), 4000
     found = run(one, [Request(PROMPTS[0], seed) for seed in range(draws)], Sampling(temperature, 1, top_p))
     counts = Counter(c.token_ids[0] for c in found)
@@ -125,3 +125,14 @@ def test_weights_that_have_diverged_are_refused():
         one.policy.student.lm_head.weight.fill_(float("nan"))
     with pytest.raises(EngineError, match=r"optimizer\.lr"):
         run(one, [Request(PROMPTS[0], 0)], Sampling(1.0, 2))
+
+
+def test_every_stop_token_of_the_model_ends_a_completion():
+    """Chat models name several: the end of a turn and the end of a text."""
+    one = engine(scale=0.2)
+    one.policy.student.generation_config.eos_token_id = [TOKENIZER.eos_token_id, 50, 51, 52]
+    several = HFEngine(one.policy, TOKENIZER, 64)
+    found = run(several, [Request(PROMPTS[0], seed) for seed in range(300)], Sampling(1.0, 12))
+    last = {c.token_ids[-1] for c in found if c.finish_reason == "stop"}
+    assert last & {50, 51, 52}
+    assert not any({50, 51, 52} & set(c.token_ids[:-1]) for c in found)
