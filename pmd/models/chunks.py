@@ -10,10 +10,11 @@ and their gradients. What survives a chunk's logits is chosen by what is trained
     head trained         its gradient is a sum over tokens that waits for the loss, so the student's logits are computed
                          again in the backward pass; the teacher's too if the whole vocabulary is compared.
 
-The derivatives are written out (`Scoring.by_logits`) because they need two tensors [n, V] where autograd keeps eight.
+The derivatives are written out (`Scoring.by_logits`) because they need three tensors [n, V], shared by all chunks,
+where autograd keeps eight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmd.objective.divergence import Alpha, at_least_float32, divergence_and_slope, likeliest, on_support
+
+#: Below this mass of the tail, a sum of float32 probabilities may have lost digits to underflow.
+FAINT_TAIL = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +65,76 @@ class Scoring:
 
     def student_logprobs(self, hidden: Tensor, head: Tensor) -> Tensor:
         """Return log-probs [n, V], in memory of their own."""
-        return _normalised(_logits(hidden, head), self.temperature)
+        logits = torch.empty(len(hidden), len(head), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
+        return self.normalised(_logits(hidden, head, logits), torch.empty_like(logits))
 
-    def teacher_logprobs(self, rows: slice) -> Tensor:
-        """Return the teacher's log-probs [n, V]: its parts' logits, weighted and summed, then normalised."""
+    def teacher_logprobs(self, rows: slice, out: Tensor, probs: Tensor) -> Tensor:
+        """Write the teacher's log-probs [n, V] to `out`: its parts' logits, weighted, summed, then normalised."""
         first, *others = self.teacher
-        logits = _logits(first.hidden[rows], first.head).mul_(first.weight)
+        logits = _logits(first.hidden[rows], first.head, out).mul_(first.weight)
         for part in others:
-            logits.add_(_logits(part.hidden[rows], part.head), alpha=part.weight)
-        return _normalised(logits, self.temperature)
+            logits.add_(_logits(part.hidden[rows], part.head, probs), alpha=part.weight)
+        return self.normalised(logits, probs)
+
+    def normalised(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """Turn logits into log-probs in their own memory; `probs` receives the probabilities."""
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        logits.sub_(logits.amax(-1, keepdim=True))
+        total = torch.exp(logits, out=probs).sum(-1, keepdim=True)
+        probs.div_(total)
+        return logits.sub_(total.log())
 
     def compare(self, student: Tensor, teacher: Tensor) -> Comparison:
-        """Compare log-probs [n, V] on the support."""
+        """Compare log-probs [n, V] on the support, or [n, V] whole."""
         support = likeliest(student, self.top_k)
         if support is not None:
             student = on_support(student, support, tail=self.tail)
             teacher = on_support(teacher, support, tail=self.tail)
         divergence, slope = divergence_and_slope(student, teacher, self.alpha)
         return Comparison(divergence, slope, None if support is None else (support, student))
+
+    def compare_in_place(self, rows: slice, target: Tensor, buffers: Sequence[Tensor]) -> tuple[Comparison, Tensor]:
+        """Compare log-probs in buffer 0 (probs in buffer 1) with the teacher's; return its target log-probs too.
+
+        With a support, buffer 1 is left with the student's distribution outside it, given that the token lies there,
+        and buffer 0 is overwritten; without one, buffer 0 keeps the student's log-probs.
+        """
+        student, probs, third = buffers
+        support = likeliest(student, self.top_k)
+        if support is None:
+            teacher = self.teacher_logprobs(rows, third, probs)
+            return self.compare(student, teacher), teacher.gather(-1, target)[:, 0]
+        student_reduced = self.reduced(student, probs, support)
+        teacher = self.teacher_logprobs(rows, student, third)
+        teacher_target = teacher.gather(-1, target)[:, 0]
+        teacher_reduced = self.reduced(teacher, third, support)
+        divergence, slope = divergence_and_slope(student_reduced, teacher_reduced, self.alpha)
+        return Comparison(divergence, slope, (support, student_reduced)), teacher_target
+
+    def reduced(self, logprobs: Tensor, probs: Tensor, support: Tensor) -> Tensor:
+        """Return what `on_support` returns, without copies; `probs` becomes the distribution outside the support."""
+        inside = logprobs.gather(-1, support)
+        if not self.tail:
+            return inside - inside.logsumexp(-1, keepdim=True)
+        rest = probs.scatter_(-1, support, 0.0).sum(-1, keepdim=True)
+        log_rest, faint = rest.log(), rest[:, 0] < FAINT_TAIL
+        if faint.any():
+            exact = on_support(logprobs[faint], support[faint], tail=True)[:, -1:]
+            log_rest[faint], rest[faint] = exact, 1.0
+            outside = (logprobs[faint] - exact).exp().nan_to_num(0.0, posinf=0.0)
+            probs[faint] = outside.scatter(-1, support[faint], 0.0)
+        probs.div_(rest)
+        return torch.cat([inside, log_rest], dim=-1)
+
+    def by_logits_in_place(self, target: Tensor, comparison: Comparison | None, buffers: Sequence[Tensor]) -> Tensor:
+        """Return what `by_logits` returns, from what `compare_in_place` left in the buffers."""
+        if comparison is None:
+            return _target_slope(buffers[1], target)
+        if comparison.on_support is None or not self.tail:
+            return self.by_logits(buffers[0], target, comparison)
+        by_logits = self._slope_on_support(comparison)
+        return buffers[1].mul_(by_logits[:, -1:]).scatter_(-1, comparison.on_support[0], by_logits[:, :-1])
 
     def by_logits(self, student: Tensor, target: Tensor, comparison: Comparison | None) -> Tensor:
         """Return the derivative [n, V] by the student's logits z of the divergence D, or of the target's log-prob.
@@ -87,16 +143,21 @@ class Scoring:
         u_tail - s_tail sum(u), is spread as the student spreads the tail's mass, s_j / s_tail. Overwrites `student`.
         """
         if comparison is None:
-            return student.exp_().neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=student.dtype))
-        total = comparison.slope.sum(-1, keepdim=True)
+            return _target_slope(student.exp_(), target)
         if comparison.on_support is None:
+            total = comparison.slope.sum(-1, keepdim=True)
             return comparison.slope.sub_(student.exp_().mul_(total))
         support, supported = comparison.on_support
-        by_logits = comparison.slope - supported.exp() * total  # [n, K] or, with the tail, [n, K + 1]
+        by_logits = self._slope_on_support(comparison)
         if not self.tail:
             return student.zero_().scatter_(-1, support, by_logits)
         student.sub_(supported[:, -1:]).exp_().mul_(by_logits[:, -1:])
         return student.scatter_(-1, support, by_logits[:, :-1])
+
+    def _slope_on_support(self, comparison: Comparison) -> Tensor:
+        """Return the derivative by the logits on the support: [n, K] or, with the tail, [n, K + 1]."""
+        assert comparison.on_support is not None
+        return comparison.slope - comparison.on_support[1].exp() * comparison.slope.sum(-1, keepdim=True)
 
 
 class ChunkedTerms(torch.autograd.Function):
@@ -111,18 +172,19 @@ class ChunkedTerms(torch.autograd.Function):
         ctx.comparisons = []
         dtype = at_least_float32(hidden[:0]).dtype
         columns = [hidden.new_empty(len(target_ids), dtype=dtype) for _ in range(4 if scoring.teacher else 2)]
+        memory = _buffers(hidden, head, min(scoring.chunk_tokens, len(target_ids)), dtype)
         for rows in scoring.chunks(len(target_ids)):
-            student, target = scoring.student_logprobs(hidden[rows], head), target_ids[rows, None]
+            buffers = [buffer[: rows.stop - rows.start] for buffer in memory]
+            target = target_ids[rows, None]
+            student = scoring.normalised(_logits(hidden[rows], head, buffers[0]), buffers[1])
             columns[0][rows] = student.gather(-1, target)[:, 0]
-            columns[1][rows] = -torch.linalg.vecdot(student.exp(), student)
+            columns[1][rows] = -torch.bmm(buffers[1][:, None], student[:, :, None])[:, 0, 0]
             comparison = None
             if scoring.teacher:
-                teacher = scoring.teacher_logprobs(rows)
-                comparison = scoring.compare(student, teacher)
-                columns[2][rows], columns[3][rows] = comparison.divergence, teacher.gather(-1, target)[:, 0]
-                del teacher
+                comparison, columns[3][rows] = scoring.compare_in_place(rows, target, buffers)
+                columns[2][rows] = comparison.divergence
             if ctx.by_hidden is not None:
-                by_logits = scoring.by_logits(student, target, comparison)
+                by_logits = scoring.by_logits_in_place(target, comparison, buffers)
                 ctx.by_hidden[rows] = _product(by_logits, head) / scoring.temperature
             elif head_needs:
                 # A comparison of the whole vocabulary is too large to keep: it is made again.
@@ -149,15 +211,20 @@ class ChunkedTerms(torch.autograd.Function):
         if by_logprobs is None and by_divergence is None:
             return d_hidden, d_head, None, None
         for number, rows in enumerate(scoring.chunks(len(target_ids))):
-            student = scoring.student_logprobs(hidden[rows], head)
-            by_logits = torch.zeros_like(student)
+            student, target = scoring.student_logprobs(hidden[rows], head), target_ids[rows, None]
+            by_logits = None
             if by_divergence is not None:
-                comparison = ctx.comparisons[number] or scoring.compare(student, scoring.teacher_logprobs(rows))
-                by_logits += (
-                    scoring.by_logits(student.clone(), target_ids[rows, None], comparison) * by_divergence[rows, None]
-                )
+                comparison = ctx.comparisons[number] if ctx.comparisons else None
+                if comparison is None:
+                    teacher = torch.empty_like(student)
+                    scoring.teacher_logprobs(rows, teacher, torch.empty_like(student))
+                    comparison = scoring.compare(student, teacher)
+                own = student if by_logprobs is None else student.clone()
+                by_logits = scoring.by_logits(own, target, comparison).mul_(by_divergence[rows, None])
             if by_logprobs is not None:
-                by_logits += scoring.by_logits(student, target_ids[rows, None], None) * by_logprobs[rows, None]
+                of_target = scoring.by_logits(student, target, None).mul_(by_logprobs[rows, None])
+                by_logits = of_target if by_logits is None else by_logits.add_(of_target)
+            assert by_logits is not None
             by_logits /= scoring.temperature
             d_hidden[rows] += _product(by_logits, head)
             if d_head is not None:
@@ -165,16 +232,20 @@ class ChunkedTerms(torch.autograd.Function):
         return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return logits [n, V], computed in the head's dtype and then at least float32."""
-    return at_least_float32(hidden.to(head.dtype) @ head.T)
+def _buffers(hidden: Tensor, head: Tensor, num_tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return the three tensors [chunk, V] of all chunks: a CPU needs longer to get fresh memory than to fill it."""
+    return [torch.empty(num_tokens, len(head), dtype=dtype, device=hidden.device) for _ in range(3)]
 
 
-def _normalised(logits: Tensor, temperature: float) -> Tensor:
-    """Return log-probs in the memory of `logits`."""
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """Write logits [n, V] to `out`, computed in the head's dtype."""
+    hidden = hidden.to(head.dtype)
+    return torch.mm(hidden, head.T, out=out) if out.dtype == head.dtype else out.copy_(hidden @ head.T)
+
+
+def _target_slope(probs: Tensor, target: Tensor) -> Tensor:
+    """Return the derivative of the target's log-prob by the logits, in the memory of `probs`."""
+    return probs.neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=probs.dtype))
 
 
 def _product(by_logits: Tensor, other: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from pmd.objective.divergence import Alpha, check_divergence
 
 __all__ = ["TeacherPart", "TokenTerms", "backbone", "completion_hidden_states", "output_head", "token_terms"]
 
-#: Logits of one chunk, per policy: 64 MB in float32 on a CPU; more on a GPU, whose matrix products need more rows.
-CHUNK_ELEMENTS = {"cpu": 16 * 1024 * 1024}
+#: Elements of one tensor [chunk, V], of which three exist: 128 MB in float32 on a CPU; more on a GPU, whose matrix
+#: products need more rows.
+CHUNK_ELEMENTS = {"cpu": 32 * 1024 * 1024}
 CHUNK_ELEMENTS_DEFAULT = 64 * 1024 * 1024
 #: Settings under which some architectures scale or cap their logits, and the value that changes nothing.
 LOGIT_SETTINGS = {
@@ -123,7 +124,7 @@ def token_terms(
 
     Args:
         temperature: divides the logits of both policies.
-        chunk_tokens: tokens whose logits exist at once; None fits them into tens of megabytes (CPU) or 256 (GPU).
+        chunk_tokens: tokens whose logits exist at once; None fits them into `CHUNK_ELEMENTS`.
 
     Raises:
         AlignmentError: student, targets and teacher do not describe the same tokens or vocabulary.
