@@ -43,9 +43,20 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         resolve_model_path(config.path), dtype=DTYPES[config.dtype], quantization_config=quantization
     )
+    if config.finetune == "qlora":
+        _keep_packing(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval()
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Forbid the CPU path that repacks 4-bit weights in the first eval pass: gradients after it come out wrong."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
