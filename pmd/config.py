@@ -173,6 +173,10 @@ class RolloutsConfig:
     micro_batch_tokens: int = option(
         16384, "Tokens, padding included, in one forward pass; smaller uses less memory.", least=1
     )
+    share_prefixes: Literal["off", "teacher", "both"] = option(
+        "both",
+        "Compute the prompt that a group's rollouts share once, where it pays: for the teacher, or the student too.",
+    )
 
 
 @dataclass

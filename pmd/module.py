@@ -17,8 +17,9 @@ from torch import Tensor
 from pmd.config import RunConfig
 from pmd.errors import AlignmentError
 from pmd.models.load import load_base, load_tokenizer
-from pmd.models.logprobs import TeacherPart, TokenTerms, completion_hidden_states, output_head, token_terms
+from pmd.models.logprobs import TeacherPart, TokenTerms, output_head, token_terms
 from pmd.models.policy import Role, make_policy
+from pmd.models.prefixes import run_hidden_states
 from pmd.objective.loss import Loss, LossInputs, combined_loss
 from pmd.rollouts.batch import Batch, BatchLayout, MicroBatch, Sequences
 from pmd.seeds import derive_seed
@@ -41,6 +42,7 @@ class PMDModule(LightningModule):
             pad_id=cast(int, self.tokenizer.pad_token_id),
             anchor_weight=config.objective.anchor_weight,
             reduction=config.objective.reduction,
+            share_prefixes=config.rollouts.share_prefixes,
         )
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         needs_initial = config.objective.kl_weight > 0
@@ -114,7 +116,7 @@ class PMDModule(LightningModule):
             with _Timer(self, "time/initial_s"), torch.no_grad():
                 initial = [self._teacher_part("initial", micro_batch.student, 1.0)]
         with _Timer(self, "time/student_s"), self.policy.weights("student") as model:
-            hidden = completion_hidden_states(model, *micro_batch.student.tensors)
+            hidden = run_hidden_states(model, *micro_batch.student.tensors, micro_batch.student.prefix_runs)
             target_ids, head = micro_batch.student.completion_ids, output_head(model)
             config = self.objective
             terms = token_terms(
@@ -126,7 +128,8 @@ class PMDModule(LightningModule):
 
     def _teacher_part(self, role: Role, sequences: Sequences, weight: float) -> TeacherPart:
         with self.policy.weights(role) as model:
-            return TeacherPart(completion_hidden_states(model, *sequences.tensors), output_head(model), weight)
+            hidden = run_hidden_states(model, *sequences.tensors, sequences.prefix_runs)
+            return TeacherPart(hidden, output_head(model), weight)
 
     def _loss(self, micro_batch: MicroBatch, terms: TokenTerms, initial_kl: Tensor | None) -> Loss:
         versions = micro_batch.per_token([e.rollout.completion.policy_version for e in micro_batch.examples])

@@ -2,16 +2,19 @@
 
 Enters: the examples of one optimizer step (a rollout, its advantage, its teacher context). Leaves: micro-batches of at
 most a given number of padded tokens, whose losses add up to the loss of the whole step, however they were split.
+
+Rollouts of a group that share a long prompt stay together, as rows of one run, so that the prompt is computed once.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pmd.errors import AlignmentError
+from pmd.models.prefixes import PrefixRun, prefix_run
 from pmd.objective.reduce import token_weights
 from pmd.teacher.context import TeacherContext
 from pmd.types import Rollout
@@ -43,6 +46,7 @@ class Sequences:
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor  # bool
+    prefix_runs: Sequence[PrefixRun] = ()  # cover all rows, or empty: nothing is shared
 
     @property
     def completion_ids(self) -> Tensor:
@@ -63,6 +67,7 @@ class BatchLayout:
     pad_id: int
     anchor_weight: float  # distillation weight of rollouts whose teacher saw nothing extra
     reduction: Literal["token", "sequence"]
+    share_prefixes: Literal["off", "teacher", "both"] = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,65 @@ class Batch:
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `layout.max_tokens` padded tokens (a longer single rollout stands alone)."""
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
-        for rows in _split_by_tokens(self.examples, layout.max_tokens):
-            yield _collate([self.examples[i] for i in rows], [weights[i] for i in rows], layout, device)
+        for plan in _plans(self.examples, layout):
+            examples = [self.examples[i] for i in plan.rows]
+            yield _collate(examples, [weights[i] for i in plan.rows], plan, layout, device)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One micro-batch: positions of its rollouts, row after row, and what neighbouring rows share."""
+
+    rows: list[int] = field(default_factory=list)
+    student: list[PrefixRun] = field(default_factory=list)  # cover all rows, or none
+    teacher: list[PrefixRun] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, part: "_Plan") -> None:
+        start = len(self.rows)
+        self.rows += part.rows
+        self.student += [replace(run, start=run.start + start, stop=run.stop + start) for run in part.student]
+        self.teacher += [replace(run, start=run.start + start, stop=run.stop + start) for run in part.teacher]
+        self.num_tokens += part.num_tokens
+
+
+def _plans(examples: Sequence[Example], layout: BatchLayout) -> Iterator[_Plan]:
+    """Yield the micro-batches: first the groups that share a prompt, largest first, then all other rollouts."""
+    groups: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.rollout.group_id if layout.share_prefixes != "off" else str(i), []).append(i)
+    parts = [part for rows in groups.values() for part in _shared_parts(examples, rows, layout)]
+    plan = _Plan()
+    for part in sorted(parts, key=lambda part: -part.num_tokens):
+        if plan.rows and plan.num_tokens + part.num_tokens > layout.max_tokens:
+            yield plan
+            plan = _Plan()
+        plan.add(part)
+    if plan.rows:
+        yield plan
+    shared = {i for part in parts for i in part.rows}
+    others = [i for i in range(len(examples)) if i not in shared]
+    for rows in _split_by_tokens([examples[i] for i in others], layout.max_tokens):
+        yield _Plan([others[row] for row in rows])
+
+
+def _shared_parts(examples: Sequence[Example], rows: list[int], layout: BatchLayout) -> Iterator[_Plan]:
+    """Yield a group whose rollouts share a prompt, halved until each part is small enough; nothing where none pays."""
+    if len(rows) == 1:
+        return
+    runs = []
+    for side in ("student", "teacher"):
+        pairs = [_pair(examples[i], side) for i in rows]
+        run = prefix_run([prompt for prompt, _ in pairs], [len(prompt) + len(ids) for prompt, ids in pairs])
+        shares = layout.share_prefixes == "both" or side == layout.share_prefixes
+        runs.append(run if shares else replace(run, prefix=0))
+    num_tokens = max(run.num_tokens for run in runs)
+    if num_tokens > layout.max_tokens:
+        middle = len(rows) // 2
+        yield from _shared_parts(examples, rows[:middle], layout)
+        yield from _shared_parts(examples, rows[middle:], layout)
+    elif any(run.prefix for run in runs):
+        yield _Plan(rows, [runs[0]], [runs[1]], num_tokens)
 
 
 def _split_by_tokens(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
@@ -112,9 +174,18 @@ def _split_by_tokens(examples: Sequence[Example], max_tokens: int) -> list[list[
     return groups
 
 
-def _collate(examples: list[Example], weights: list[float], layout: BatchLayout, device: torch.device) -> MicroBatch:
-    student = pad_sequences([(e.rollout.prompt_ids, e.completion_ids) for e in examples], layout.pad_id, device)
-    teacher = pad_sequences([(e.context.prompt_ids, e.completion_ids) for e in examples], layout.pad_id, device)
+def _pair(example: Example, side: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the prompt of the student or of the teacher, and the completion."""
+    prompt_ids = example.rollout.prompt_ids if side == "student" else example.context.prompt_ids
+    return prompt_ids, example.completion_ids
+
+
+def _collate(
+    examples: list[Example], weights: list[float], plan: _Plan, layout: BatchLayout, device: torch.device
+) -> MicroBatch:
+    student = pad_sequences([_pair(e, "student") for e in examples], layout.pad_id, device)
+    teacher = pad_sequences([_pair(e, "teacher") for e in examples], layout.pad_id, device)
+    student, teacher = replace(student, prefix_runs=plan.student), replace(teacher, prefix_runs=plan.teacher)
     if not torch.equal(student.completion_ids, teacher.completion_ids):
         raise AlignmentError("student and teacher would score different completion tokens.")
     lengths = student.completion_mask.sum(1)
