@@ -31,7 +31,8 @@ from pmd.models.load import load_tokenizer
 from pmd.module import PMDModule
 from pmd.prompts import make_prompts
 from pmd.rollouts.data import RolloutDataModule, refuse_long_prompts
-from pmd.rollouts.hf import HFEngine
+from pmd.rollouts.make import check_engine, make_engine
+from pmd.rollouts.vllm_parity import ParityCheck
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
 from pmd.types import Split, Task
@@ -84,12 +85,13 @@ class Run:
 
 def build(config: RunConfig, run_dir: RunDir) -> Run:
     """Load the problems and the weights, open the memory."""
+    check_engine(config)
     tasks = load_tasks(config.data, config.seed_everything)
     _prepare(tasks, config)
     prompts = make_prompts(config.model.prompts, load_tokenizer(config.model))
     refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
     module = PMDModule(config)
-    engine = HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)
+    engine = make_engine(config, module.policy, module.tokenizer)
     memory = None
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
@@ -119,7 +121,7 @@ def callbacks_of(run: Run) -> list[Callback]:
             engine, run.data.prompts, by_id, config.reflection, config.memory, config.seed_everything
         )
         callbacks += [reflection, MemoryUpdateCallback(run.memory, reflection)]
-    callbacks.append(WeightSyncCallback(engine))
+    callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, _parity(run)))
     if config.trace_every:
         callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     checkpoint = ModelCheckpoint(
@@ -135,9 +137,21 @@ def callbacks_of(run: Run) -> list[Callback]:
     return [*callbacks, checkpoint]
 
 
+def _parity(run: Run) -> ParityCheck | None:
+    """Return the check of an engine that holds weights of its own."""
+    vllm = run.config.rollouts.vllm
+    if run.config.rollouts.engine == "hf" or vllm.parity_completions == 0:
+        return None
+    prompts = [run.data.prompts.student(task) for task in run.tasks["train"][: vllm.parity_completions]]
+    return ParityCheck(run.data.engine, run.module.policy, prompts, vllm, run.module.layout.pad_id)
+
+
 def run(command: str, loaded: LoadedConfig) -> int:
     """Carry out `fit`, `validate` or `test`."""
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|not empty|`isinstance.treespec).*")
+    warnings.filterwarnings(
+        "ignore",
+        message=".*(does not have many workers|It is recommended to use `self.log|not empty|`isinstance.treespec).*",
+    )
     config = loaded.run
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
@@ -208,9 +222,10 @@ def _measure_best(run: Run, trainer: Trainer, last: Phase) -> Phase:
 
 
 def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint's weights into the policy."""
+    """Put a checkpoint's weights into the policy, and into the engine."""
     run.module.on_load_checkpoint(dict(state))
     run.module.load_state_dict(state["state_dict"], strict=False)
+    run.data.engine.sync(run.module.policy_version)
 
 
 def _evaluate(command: str, loaded: LoadedConfig) -> int:

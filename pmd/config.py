@@ -6,18 +6,10 @@ Sections hold plain values only; objects are made from them in `cli.py`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-def option(
-    default: Any, help: str, *, least: float | None = None, above: float | None = None, most: float | None = None
-) -> Any:
-    """Declare a config field: its default, one sentence of help, and its bounds (`above` is exclusive)."""
-    bounds = {"least": least, "above": above, "most": most}
-    metadata = {"help": help, **{k: v for k, v in bounds.items() if v is not None}}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from pmd.config_engines import VLLMConfig
+from pmd.config_option import option
 
 
 @dataclass
@@ -160,7 +152,10 @@ class DataConfig:
 class RolloutsConfig:
     """How the student attempts problems, and how attempts become batches."""
 
-    engine: Literal["hf"] = option("hf", "`hf` generates with the training weights themselves.")
+    engine: Literal["hf", "vllm"] = option(
+        "hf", "`hf` generates with the training weights themselves, `vllm` with vLLM in this process."
+    )
+    vllm: VLLMConfig = field(default_factory=VLLMConfig, metadata={"help": "vLLM's settings."})
     problems_per_step: int = option(32, "Problems in one rollout batch.", least=1)
     group_size: int = option(8, "Attempts at each problem.", least=1)
     updates_per_batch: int = option(1, "Optimizer steps per rollout batch; the problems are split among them.", least=1)

@@ -1,4 +1,4 @@
-"""After every optimizer step the engine takes over the student's weights; after an epoch a frozen teacher may too."""
+"""After a rollout batch's optimizer steps the engine takes the student's weights; after an epoch a teacher may too."""
 
 import time
 
@@ -7,30 +7,42 @@ from lightning import Callback, LightningModule, Trainer
 from pmd.module import PMDModule
 from pmd.rollouts.batch import Batch
 from pmd.rollouts.engine import Engine
+from pmd.rollouts.vllm_parity import ParityCheck
 
 
 class WeightSyncCallback(Callback):
     """Keeps the engine at the policy's version, so that each completion can name the weights that sampled it."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, updates_per_batch: int, parity: ParityCheck | None):
+        self.engine, self.updates_per_batch, self.parity = engine, updates_per_batch, parity
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the engine up to a fresh or resumed policy."""
-        assert isinstance(pl_module, PMDModule)
-        self.engine.sync(pl_module.policy_version)
+        self._sync(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Give the GPU to the trainer."""
+        self.engine.sleep()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Hand the engine the weights that the step made."""
-        assert isinstance(pl_module, PMDModule)
-        started = time.perf_counter()
-        self.engine.sync(pl_module.policy_version)
-        pl_module.log("time/sync_s", time.perf_counter() - started, batch_size=1)
+        """Hand the engine the weights that the steps of this rollout batch made."""
+        if (batch.step + 1) % self.updates_per_batch == 0:
+            pl_module.log_dict(self._sync(trainer, pl_module), batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refresh a frozen teacher that is due."""
         assert isinstance(pl_module, PMDModule)
         refreshed = pl_module.policy.after_epoch(trainer.current_epoch)
         pl_module.log("teacher/refreshed", float(refreshed), batch_size=1)
+
+    def _sync(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Wake the engine, hand it the weights, and see that it computes what the trainer computes."""
+        assert isinstance(pl_module, PMDModule)
+        started = time.perf_counter()
+        self.engine.wake()
+        waking = time.perf_counter()
+        self.engine.sync(pl_module.policy_version)
+        seconds = {"time/wake_s": waking - started, "time/sync_s": time.perf_counter() - waking}
+        return seconds | (self.parity.measure(trainer.precision_plugin.forward_context()) if self.parity else {})

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pmd.errors import EngineError
 from pmd.models.load import stop_ids
 from pmd.models.policy import Policy, Role
-from pmd.rollouts.engine import Request, Sampling
+from pmd.rollouts.engine import Request, Sampling, stop_ids
 from pmd.types import Completion
 
 
@@ -28,6 +28,7 @@ class HFEngine:
         self.tokenizer = tokenizer
         self.pad_id = cast(int, tokenizer.pad_token_id)
         self.batch = batch
+        self.stop_ids = stop_ids(policy, tokenizer)
         self.policy_version = 0
         with policy.weights("student") as model:
             self.stop_ids = stop_ids(model, tokenizer)
@@ -119,9 +120,6 @@ class HFEngine:
             finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
             policy_version=self.policy_version,
         )
-
-    def _stop_ids(self) -> list[int]:
-        return [cast(int, self.tokenizer.eos_token_id)]
 
 
 def _left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

