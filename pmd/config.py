@@ -208,6 +208,9 @@ class ReflectionConfig:
     )
     temperature: float = option(0.0, "0 is greedy.", least=0)
     max_new_tokens: int = option(512, "Longest reflection.", least=1)
+    max_prompt_tokens: int = option(
+        16384, "Longest prompt of a reflection; longer ones are not asked, and counted.", least=1
+    )
     max_groups: int | None = option(
         None, "Reflect on at most this many groups an epoch, chosen by seed; null is all.", least=1
     )

@@ -39,6 +39,7 @@ def check_config(loaded: LoadedConfig) -> None:
         *_trainer_problems(loaded.trainer),
         *_model_problems(run),
         *_method_problems(run),
+        *_engine_problems(run),
         *_memory_problems(run),
         *_data_problems(run.data),
         *describe_data_problems(run.data),
@@ -120,6 +121,33 @@ def _method_problems(run: RunConfig) -> list[str]:
         problems.append(
             f"verification.pass_at={verification.pass_at} needs verification.final_samples of at least {largest}, "
             f"not {verification.final_samples}."
+        )
+    return problems
+
+
+def _engine_problems(run: RunConfig) -> list[str]:
+    vllm, finetune, problems = run.rollouts.vllm, run.model.finetune, []
+    if run.rollouts.engine == "hf":
+        return []
+    package = find_spec("vllm")
+    if package is None or package.origin is None:
+        problems.append("rollouts.engine=vllm needs vLLM; pip install 'pmd[gpu]' (README, \"vLLM\"), or use hf.")
+    if vllm.kv_cache_memory_bytes is None and not cuda_is_available():
+        problems.append(
+            "rollouts.vllm.kv_cache_memory_bytes=null needs a CUDA device and none was found; on a CPU give the "
+            "KV cache a size, e.g. 67108864."
+        )
+    if vllm.quantization != "none" and not cuda_is_available():
+        problems.append(f"rollouts.vllm.quantization={vllm.quantization} needs a CUDA device; use none.")
+    if vllm.quantization != "none" and finetune == "full":
+        problems.append(
+            f"rollouts.vllm.quantization={vllm.quantization} with model.finetune=full: trained weights are loaded as "
+            "they are; use none, or train an adapter."
+        )
+    if finetune == "qlora" and run.model.dtype != "bfloat16":
+        problems.append(
+            f"model.dtype={run.model.dtype} with model.finetune=qlora: vLLM serves the base in bfloat16, or in its own "
+            "rollouts.vllm.quantization; use bfloat16."
         )
     return problems
 

@@ -58,6 +58,7 @@ class ReflectionCallback(Callback):
                 "reflect/num_prompts": float(self.latest.num_prompts),
                 "reflect/num_insights": float(len(self.latest.drafts)),
                 "reflect/malformed": float(self.latest.num_malformed),
+                "reflect/overlong": float(self.latest.num_overlong),
                 "reflect/num_tokens": float(self.latest.num_tokens),
                 "time/reflect_s": time.perf_counter() - started,
             },

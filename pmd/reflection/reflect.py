@@ -23,6 +23,7 @@ class Reflections:
     num_prompts: int
     num_malformed: int
     num_tokens: int  # generated
+    num_overlong: int = 0  # prompts that were not asked: above reflection.max_prompt_tokens
 
 
 def reflect(
@@ -37,7 +38,8 @@ def reflect(
     chosen = list(groups)
     if config.max_groups is not None and len(chosen) > config.max_groups:
         chosen = Random(derive_seed(key, "groups")).sample(chosen, config.max_groups)
-    asked = [(group, ids) for group in chosen for ids in prompts.reflection(tasks[group[0].task_id], group)]
+    wanted = [(group, ids) for group in chosen for ids in prompts.reflection(tasks[group[0].task_id], group)]
+    asked = [(group, ids) for group, ids in wanted if len(ids) <= config.max_prompt_tokens]
     texts, num_tokens = _write(engine, [ids for _, ids in asked], config, key)
     drafts, num_malformed = [], 0
     for (group, _), text in zip(asked, texts, strict=True):
@@ -45,7 +47,7 @@ def reflect(
         num_malformed += not lines
         rollout_ids = tuple(rollout.rollout_id for rollout in group)
         drafts += [InsightDraft(group[0].task_id, kind, line, rollout_ids) for kind, line in lines]
-    return Reflections(tuple(drafts), len(asked), num_malformed, num_tokens)
+    return Reflections(tuple(drafts), len(asked), num_malformed, num_tokens, len(wanted) - len(asked))
 
 
 def abstract(
@@ -56,7 +58,8 @@ def abstract(
     key: str,
 ) -> list[str | None]:
     """Return the behaviour behind each cluster of insight texts; None where there is none or it is malformed."""
-    asked = [(position, ids) for position, insights in enumerate(clusters) if (ids := prompts.abstraction(insights))]
+    wanted = [(position, prompts.abstraction(insights)) for position, insights in enumerate(clusters)]
+    asked = [(position, ids) for position, ids in wanted if 0 < len(ids) <= config.max_prompt_tokens]
     texts, _ = _write(engine, [ids for _, ids in asked], config, key)
     behaviours: list[str | None] = [None] * len(clusters)
     for (position, _), text in zip(asked, texts, strict=True):

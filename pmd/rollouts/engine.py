@@ -7,7 +7,7 @@ else was in the batch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -69,4 +69,4 @@ def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
     with policy.weights("student") as model:
         named = model.generation_config.eos_token_id if model.generation_config is not None else None
     also = named if isinstance(named, list) else [] if named is None else [named]
-    return tuple(dict.fromkeys([int(tokenizer.eos_token_id), *(int(i) for i in also)]))
+    return tuple(dict.fromkeys([cast(int, tokenizer.eos_token_id), *also]))

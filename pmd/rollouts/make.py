@@ -57,5 +57,6 @@ def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
 
 def longest_sequence(config: RunConfig) -> int:
     """Return the longest prompt with its completion that the sections allow."""
-    prompt = max(config.rollouts.max_prompt_tokens, config.teacher.max_prompt_tokens)
-    return prompt + max(config.rollouts.max_new_tokens, config.reflection.max_new_tokens)
+    attempted = max(config.rollouts.max_prompt_tokens, config.teacher.max_prompt_tokens)
+    reflected = config.reflection.max_prompt_tokens + config.reflection.max_new_tokens
+    return max(attempted + config.rollouts.max_new_tokens, reflected)

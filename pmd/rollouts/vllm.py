@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -114,7 +115,7 @@ class VLLMEngine:
                 f"request {generation.key} was cut at {len(ids)} of {sampling.max_new_tokens} tokens; "
                 "raise rollouts.vllm.max_model_len."
             )
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
         finish_reason = "stop" if ids[-1:] and ids[-1] in self.stop_ids else "length"
         return Completion(ids, logprobs, text, finish_reason, self.policy_version)
 

@@ -160,7 +160,10 @@ class VLLMRuntime:
                 raise EngineError(f"vLLM {self.version} did not take the adapter {folder}.")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the base weights; names are those of the Hugging Face checkpoint."""
+        """Replace the base weights; names are those of the Hugging Face checkpoint, a tied output head among them.
+
+        On a CPU vLLM keeps a copy of its own of a tied head, which stays as it was if it is not named.
+        """
         with _trainer_state_kept():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 

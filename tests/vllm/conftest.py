@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from vllm_checkpoints import make_checkpoint
 
+from pmd.bootstrap.random_model import make_random_model
 from pmd.rollouts.vllm_adapter import EngineSettings, VLLMRuntime
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3")
+    return make_random_model(tmp_path_factory.mktemp("model") / "qwen3")
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,8 @@ def only_runtime(checkpoint) -> Iterator[VLLMRuntime]:
 @pytest.fixture
 def runtime(only_runtime, checkpoint) -> VLLMRuntime:
     """The same vLLM with the checkpoint's own weights and an empty cache, whatever another test left in it."""
-    only_runtime.load_weights(load_file(checkpoint / "model.safetensors").items())
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied in the file, a copy of its own in vLLM
+    only_runtime.load_weights(weights.items())
     only_runtime.reset_cache()
     return only_runtime

@@ -19,12 +19,12 @@ REQUESTS = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS * 2)]
 
 
 def parity(engine: VLLMEngine, bound: float = 1e-4) -> ParityCheck:
-    config = VLLMConfig(parity_completions=len(PROMPTS), parity_bound=bound)
+    config = VLLMConfig(parity_completions=len(PROMPTS), parity_tokens=8, parity_bound=bound)
     return ParityCheck(engine, engine.policy, PROMPTS, config, pad_id=engine.tokenizer.pad_token_id)
 
 
 def greedy(engine, role="student"):
-    return dict(engine.generate(REQUESTS[:3], Sampling(0.0, 24), role))
+    return dict(engine.generate(REQUESTS[:3], Sampling(0.0, 8), role))
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
