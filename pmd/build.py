@@ -174,12 +174,13 @@ def run(command: str, loaded: LoadedConfig) -> int:
     for logger in trainer.loggers:
         logger.finalize("success")
     phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
+    updates = run.module.policy_version
     phases["best"] = _measure_best(run, trainer, phases["last"])
     facts = {
         "method": config.method,
         "seed": config.seed_everything,
         "rollouts": trainer.current_epoch * len(run.tasks["train"]) * config.rollouts.group_size,
-        "updates": run.module.policy_version,
+        "updates": updates,
         "fit_s": seconds,
         "totals": _totals(run_dir),
     }

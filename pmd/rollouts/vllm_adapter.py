@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,7 @@ class VLLMRuntime:
         Args:
             adapter: folder of a loaded adapter, or None for the base alone.
         """
-        from vllm.inputs import tokens_input
-
+        tokens_input = import_module("vllm.inputs").tokens_input
         engine, open_keys = self.llm.llm_engine, set[str]()
         lora = None if adapter is None else self._lora_request(adapter)
         try:
@@ -196,10 +196,9 @@ class VLLMRuntime:
 
     def _start(self) -> Any:
         with _trainer_state_kept():
-            from vllm import LLM
-
+            vllm = import_module("vllm")
             try:
-                return LLM(**self.settings.arguments(), skip_tokenizer_init=True)
+                return vllm.LLM(**self.settings.arguments(), skip_tokenizer_init=True)
             except (RuntimeError, ValueError, AssertionError) as error:
                 raise EngineError(
                     f"vLLM {self.version} did not start ({type(error).__name__}: {str(error)[:500]}). If memory is the "
@@ -207,10 +206,8 @@ class VLLMRuntime:
                 ) from error
 
     def _params(self, request: Request, sampling: Sampling, stop_ids: Sequence[int]) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
+        vllm = import_module("vllm.sampling_params")
+        return vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
@@ -218,14 +215,14 @@ class VLLMRuntime:
             logprobs=0,  # the sampled token's own, of the untempered policy
             stop_token_ids=list(stop_ids),
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=vllm.RequestOutputKind.FINAL_ONLY,
         )
 
     def _lora_request(self, folder: Path, load_inplace: bool = False) -> Any:
-        from vllm.lora.request import LoRARequest
-
         number = {"student": 1, "teacher": 2}[folder.name]
-        return LoRARequest(folder.name, number, str(folder), load_inplace=load_inplace)
+        return import_module("vllm.lora.request").LoRARequest(
+            folder.name, number, str(folder), load_inplace=load_inplace
+        )
 
 
 def _generation(output: Any) -> Generation:
