@@ -7,11 +7,9 @@ else was in the batch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from pmd.models.policy import Policy, Role
+from pmd.models.policy import Role
 from pmd.types import Completion
 
 
@@ -62,11 +60,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release everything."""
         ...
-
-
-def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the tokens that end a completion: the tokenizer's end of sequence, and those the checkpoint names."""
-    with policy.weights("student") as model:
-        named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    also = named if isinstance(named, list) else [] if named is None else [named]
-    return tuple(dict.fromkeys([cast(int, tokenizer.eos_token_id), *also]))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pmd.errors import EngineError
 from pmd.models.load import stop_ids
 from pmd.models.policy import Policy, Role
-from pmd.rollouts.engine import Request, Sampling, stop_ids
+from pmd.rollouts.engine import Request, Sampling
 from pmd.types import Completion
 
 
@@ -28,7 +28,6 @@ class HFEngine:
         self.tokenizer = tokenizer
         self.pad_id = cast(int, tokenizer.pad_token_id)
         self.batch = batch
-        self.stop_ids = stop_ids(policy, tokenizer)
         self.policy_version = 0
         with policy.weights("student") as model:
             self.stop_ids = stop_ids(model, tokenizer)

@@ -15,8 +15,9 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from pmd.errors import EngineError
+from pmd.models.load import stop_ids
 from pmd.models.policy import AdapterPolicy, Policy, Role
-from pmd.rollouts.engine import Request, Sampling, stop_ids
+from pmd.rollouts.engine import Request, Sampling
 from pmd.rollouts.vllm_adapter import Generation, VLLMRuntime
 from pmd.types import Completion
 
@@ -29,7 +30,8 @@ class VLLMEngine:
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, runtime: VLLMRuntime):
         self.policy, self.tokenizer, self.runtime = policy, tokenizer, runtime
         self.policy_version = 0
-        self.stop_ids = stop_ids(policy, tokenizer)
+        with policy.weights("student") as model:
+            self.stop_ids = tuple(stop_ids(model, tokenizer))
         self._holds: Role | None = None  # full fine-tuning: whose weights vLLM has; LoRA: `student` once it was pushed
         self._lock = threading.RLock()
         self._adapters = tempfile.TemporaryDirectory(prefix="pmd-adapters-")
