@@ -26,11 +26,13 @@ def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenize
     if config.rollouts.engine == "hf":
         return HFEngine(policy, tokenizer, config.rollouts.engine_batch)
     from pmd.rollouts.vllm import VLLMEngine
-    from pmd.rollouts.vllm_adapter import VLLMRuntime
+    from pmd.rollouts.vllm_adapter import VLLMRuntime, spare_from_compilation
 
     with policy.weights("student") as model:
         longest = model.config.get_text_config().max_position_embeddings
-    return VLLMEngine(policy, tokenizer, VLLMRuntime(engine_settings(config, longest)))
+    runtime = VLLMRuntime(engine_settings(config, longest))
+    spare_from_compilation(policy)
+    return VLLMEngine(policy, tokenizer, runtime)
 
 
 def engine_settings(config: RunConfig, longest: int) -> EngineSettings:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pmd.errors import ConfigError, EngineError
 from pmd.rollouts.engine import Request, Sampling
@@ -223,6 +223,17 @@ class VLLMRuntime:
         return import_module("vllm.lora.request").LoRARequest(
             folder.name, number, str(folder), load_inplace=load_inplace
         )
+
+
+def spare_from_compilation(trained: nn.Module) -> None:
+    """Let the trainer's modules compute as they did before vLLM started.
+
+    Where vLLM takes an architecture from transformers (OLMo 3), it gives the class a `__call__` that compiles
+    and reads an attribute that only instances made by vLLM have.
+    """
+    for module in trained.modules():
+        if type(module).__call__ is not nn.Module.__call__ and not hasattr(module, "do_not_compile"):
+            module.do_not_compile = True  # pyright: ignore[reportArgumentType]
 
 
 def _generation(output: Any) -> Generation:
