@@ -115,6 +115,7 @@ def _convert(value: Any, hint: Any) -> Any:
         results = [_convert(value, option) for option in get_args(hint)]
         return next((result for result in results if result is not _WRONG), _WRONG)
     if origin is Literal:
+        value = "off" if value is False and "off" in get_args(hint) else value  # YAML reads a bare off as false
         return next((option for option in get_args(hint) if option == value and type(option) is type(value)), _WRONG)
     if origin is list:
         items = [_convert(item, get_args(hint)[0]) for item in value] if isinstance(value, list) else [_WRONG]
