@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
+from pmd.callbacks.audit import AuditCallback
 from pmd.callbacks.memory import MemoryUpdateCallback
 from pmd.callbacks.reflect import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
@@ -32,6 +33,7 @@ from pmd.module import PMDModule
 from pmd.prompts import make_prompts
 from pmd.rollouts.data import RolloutDataModule, refuse_long_prompts
 from pmd.rollouts.make import check_engine, make_engine
+from pmd.rollouts.scoring import PolicyScorer
 from pmd.rollouts.vllm_parity import ParityCheck
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
@@ -112,7 +114,7 @@ def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
 
 
 def callbacks_of(run: Run) -> list[Callback]:
-    """Return the callbacks in the order of the epoch calendar: verify, reflect, memory, sync, trace, checkpoint."""
+    """Return the callbacks in the order of the epoch calendar: verify, reflect, audit, memory, sync, trace, save."""
     config, engine = run.config, run.data.engine
     by_id = {task.task_id: task for task in run.tasks["train"]}
     callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
@@ -120,7 +122,13 @@ def callbacks_of(run: Run) -> list[Callback]:
         reflection = ReflectionCallback(
             engine, run.data.prompts, by_id, config.reflection, config.memory, config.seed_everything
         )
-        callbacks += [reflection, MemoryUpdateCallback(run.memory, reflection)]
+        callbacks.append(reflection)
+        auditing = None
+        if config.memory.audit_groups:
+            scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, config.rollouts.micro_batch_tokens)
+            auditing = AuditCallback(run.memory, reflection, scorer, config.teacher.max_prompt_tokens)
+            callbacks.append(auditing)
+        callbacks.append(MemoryUpdateCallback(run.memory, reflection, auditing, run.run_dir.items))
     callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, _parity(run)))
     if config.trace_every:
         callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))

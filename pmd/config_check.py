@@ -163,6 +163,10 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
     if memory.enabled and memory.embedder != "hash" and find_spec("sentence_transformers") is None:
         problems.append(f"memory.embedder={memory.embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
+    if memory.import_path is not None and not Path(memory.import_path).is_file():
+        problems.append(f"memory.import_path={memory.import_path} is no file; give what `pmd memory export` wrote.")
+    if memory.probation and memory.audit_groups == 0:
+        problems.append("memory.probation=true with memory.audit_groups=0 retrieves nothing ever; set audit_groups.")
     if run.wandb != "off" and find_spec("wandb") is None:
         problems.append(f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'.")
     return problems

@@ -3,7 +3,7 @@
 config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
 metrics.csv      what was logged, by step
 checkpoints/     last.ckpt and best.ckpt, each the whole state: weights, optimizer, teacher, memory, positions
-memory/          memory.sqlite and its index
+memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
 samples.jsonl    every evaluation sample of the final table
 results.json     the final table
@@ -43,6 +43,10 @@ class RunDir:
     @property
     def memory(self) -> Path:
         return self.root / "memory" / "memory.sqlite"
+
+    @property
+    def items(self) -> Path:
+        return self.root / "memory" / "items"
 
     @property
     def traces(self) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 Split = Literal["train", "validation", "test"]
 Level = Literal[0, 1, 2]
 ProcedureKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
+InsightAction = Literal["add", "keep", "edit", "retire"]
 VerdictStatus = Literal[
     "ok",
     "wrong_answer",
@@ -116,12 +117,14 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class InsightDraft:
-    """One insight as the policy wrote it, not yet in memory."""
+    """One change to a problem's insights as the policy wrote it, not yet in memory."""
 
     task_id: str
     kind: ProcedureKind
     text: str
     rollout_ids: tuple[str, ...]  # the attempts it was learnt from
+    action: InsightAction = "add"
+    target_id: int | None = None  # the insight that is kept, edited or retired
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +138,5 @@ class Procedure:
     problem_id: int | None  # None for behaviours, which belong to several problems
     task_id: str | None  # the train task it was learnt from
     similarity: float = 0.0  # of the query to the problem (level 0, 1) or to the behaviour, in [-1, 1]
+    score: float = 0.0  # by which it was ranked within its kind
+    propensity: float = 1.0  # probability with which it was chosen for its place

@@ -1,6 +1,7 @@
 """What must leave when a cap is reached. Every choice is by stored values and ids, so two equal builds stay equal."""
 
 from pmd.memory.ledger import Ledger
+from pmd.memory.records import LIVE
 
 
 def bound_experiences(ledger: Ledger, problem_id: int, correct: bool, cap: int) -> None:
@@ -27,29 +28,33 @@ def delete_unlinked_experiences(ledger: Ledger) -> None:
 def bound_insights(ledger: Ledger, problem_id: int, keep: int, cap: int) -> None:
     """Retire insights of a problem above the cap, never the one just written.
 
-    The kind that the problem has most of gives way first (lessons before others where equal), so that lessons cannot
-    drive out a strategy; within it the least supported, then the oldest.
+    What is absorbed gives way first, then the kind that the problem has most of (lessons before others where equal),
+    so that lessons cannot drive out a strategy; within it the least supported, then the oldest.
     """
     rows = ledger.db.execute(  # `+` keeps SQLite from walking the index of all active insights
-        "SELECT id, kind, support FROM insights WHERE problem_id = ? AND +status = 'active' ORDER BY id", (problem_id,)
+        f"SELECT id, kind, support, status FROM insights WHERE problem_id = ? AND (+{LIVE} OR +status = 'shadow')"
+        " ORDER BY id",
+        (problem_id,),
     ).fetchall()
     while len(rows) > cap:
         count = {kind: sum(row[1] == kind for row in rows) for kind in {row[1] for row in rows}}
         candidates = [row for row in rows if row[0] != keep]
-        leaving = min(candidates, key=lambda row: (-count[row[1]], row[1] != "lesson", row[2], row[0]))
+        leaving = min(
+            candidates, key=lambda row: (row[3] != "absorbed", -count[row[1]], row[1] != "lesson", row[2], row[0])
+        )
         ledger.change(1, leaving[0], {"status": "retired"}, "cap of the problem")
         rows.remove(leaving)
 
 
 def bound_store(ledger: Ledger, capacity: int) -> None:
     """Retire active insights above the capacity: the oldest copies of a text first, then the longest unseen."""
-    active = ledger.db.execute("SELECT count(*) FROM insights WHERE status = 'active'").fetchone()[0]
+    active = ledger.db.execute(f"SELECT count(*) FROM insights WHERE {LIVE}").fetchone()[0]
     if active <= capacity:
         return
     leaving = ledger.db.execute(
         "SELECT id, copies > 1 FROM (SELECT id, last_generation,"
         " row_number() OVER (PARTITION BY kind, content ORDER BY id DESC) AS copies"
-        " FROM insights WHERE status = 'active')"
+        f" FROM insights WHERE {LIVE})"
         " ORDER BY copies > 1 DESC, CASE WHEN copies > 1 THEN id ELSE last_generation END, id LIMIT ?",
         (active - capacity,),
     ).fetchall()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import Embedder, load_embedder
+from pmd.memory.migrations import SCHEMA_VERSION, STEPS, migrate
 
-SCHEMA_VERSION = 1
 APPLICATION_ID = 0x706D6431  # "pmd1"
 
 
@@ -77,9 +77,9 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
         raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
     if damage != ["ok"]:
         raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); restore it from a checkpoint.")
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION and version not in STEPS:
         raise MemoryStoreError(
-            f"memory store={path} has schema version={version}, this program reads {SCHEMA_VERSION}; "
+            f"memory store={path} has schema version={version}, this program reads {min(STEPS)} to {SCHEMA_VERSION}; "
             "use the pmd version that wrote it, or start a new store."
         )
     if embedder is None:
@@ -91,6 +91,31 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
             "embedder and training problems as the run that built the store, or start a new store."
         )
     return embedder
+
+
+def brought_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sqlite3.Connection:
+    """Return a connection whose tables are of the present schema version.
+
+    The file itself is migrated where it may be written; a reader gets a migrated copy in memory.
+    """
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version == SCHEMA_VERSION:
+        return db
+    try:
+        if read_only:
+            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            db.backup(copy)
+            db.close()
+            db = copy
+        migrate(db, version)
+        if read_only:
+            db.execute("PRAGMA query_only=ON")
+    except sqlite3.DatabaseError as error:
+        raise MemoryStoreError(
+            f"memory store={path} could not be brought from schema version={version} to {SCHEMA_VERSION} ({error}); "
+            "it is unchanged. Check free disk space and permissions."
+        ) from error
+    return db
 
 
 def replace(path: Path, data: bytes) -> None:

@@ -1,12 +1,16 @@
 """The leak filter: an insight that gives a problem's answer away is quarantined, never retrieved.
 
-The store keeps fingerprints of answers, not answers; the filter compares fingerprints of word windows.
+The store keeps fingerprints of answers, not answers; the filter compares fingerprints of word windows, also of every
+second word, because answers of several parts are stated with a label before each part. Code and long quotations of a
+solution give an answer away in other ways.
 """
 
 import hashlib
 import re
+from collections.abc import Iterable
 
 SHORT_ANSWER_CHARS = 2  # such an answer (a letter, a digit) occurs by accident: it leaks only where it is announced
+COPIED_WORDS = 8  # so many words in a row, as in a solution or a test but not in the problem, are a quotation
 _ANNOUNCED = re.compile(r"(?:answer|option|choice|correct|result)\W+(?:(?:is|was|are|be|to|of|one)\W+){0,3}$")
 
 
@@ -26,12 +30,28 @@ def leak_reason(text: str, answer_sha: str, num_words: int, num_chars: int) -> s
         return ""
     folded = text.casefold()
     matches = list(re.finditer(r"\w+", folded))
-    for start in range(len(matches) - num_words + 1):
-        window = matches[start : start + num_words]
-        if fingerprint([match.group() for match in window]) != answer_sha:
-            continue
-        if num_chars > SHORT_ANSWER_CHARS:
-            return "states the answer"
-        if _ANNOUNCED.search(folded[: window[0].start()]):
-            return "announces the answer"
+    for stride in (1, 2) if num_words > 1 else (1,):
+        for start in range(len(matches) - stride * (num_words - 1)):
+            window = matches[start : start + stride * (num_words - 1) + 1 : stride]
+            if fingerprint([match.group() for match in window]) != answer_sha:
+                continue
+            if num_chars > SHORT_ANSWER_CHARS or num_words > 1:
+                return "states the answer"
+            if _ANNOUNCED.search(folded[: window[0].start()]):
+                return "announces the answer"
     return ""
+
+
+def copy_reason(text: str, question: str, sources: Iterable[str]) -> str:
+    """Say whether the text holds code, or quotes a solution or test at length; empty where it does neither."""
+    if "```" in text:
+        return "contains code"
+    grams = _grams(text) - _grams(question)
+    if grams and any(grams & _grams(source) for source in sources):
+        return "quotes a solution"
+    return ""
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = answer_words(text)
+    return {tuple(words[start : start + COPIED_WORDS]) for start in range(len(words) - COPIED_WORDS + 1)}

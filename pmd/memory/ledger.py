@@ -46,7 +46,7 @@ class Ledger:
         before = {column: old[column] for column in new if column != "embedding"}
         after = {column: new[column] for column in before}
         if parents is not None:
-            old_parents, new_parents = self._parents(level, item_id), sorted(set(parents))
+            old_parents, new_parents = self.parents(level, item_id), sorted(set(parents))
             if new_parents != old_parents:
                 before["parents"], after["parents"] = old_parents, new_parents
                 self.db.execute("DELETE FROM links WHERE child_level = ? AND child_id = ?", (level, item_id))
@@ -60,12 +60,14 @@ class Ledger:
         return True
 
     def seen_again(self, level: int, item_id: int, values: dict[str, Any], parents: Iterable[int] = ()) -> None:
-        """Count one more sighting and its evidence; a retired item comes back."""
+        """Count one more sighting and its evidence; a retired item comes back, unless audits found it harmful."""
         support, status = self.db.execute(
             f"SELECT support, status FROM {TABLES[level]} WHERE id = ?", (item_id,)
         ).fetchone()
-        values = {"support": support + 1, "status": "active" if status == "retired" else status} | values
-        evidence = [*self._parents(level, item_id), *parents] if level > 0 else None
+        if status == "retired" and not self.is_harmful(level, item_id):
+            status = "active"
+        values = {"support": support + 1, "status": status} | values
+        evidence = [*self.parents(level, item_id), *parents] if level > 0 else None
         self.change(level, item_id, values, "seen again", evidence)
 
     def delete(self, level: int, item_id: int, reason: str) -> None:
@@ -73,7 +75,7 @@ class Ledger:
         cursor = self.db.execute(f"SELECT * FROM {TABLES[level]} WHERE id = ?", (item_id,))
         row = dict(zip([column[0] for column in cursor.description], cursor.fetchone(), strict=True))
         row.pop("embedding", None)
-        row["parents"] = self._parents(level, item_id)
+        row["parents"] = self.parents(level, item_id)
         self.db.execute("DELETE FROM links WHERE child_level = ? AND child_id = ?", (level, item_id))
         self.db.execute(f"DELETE FROM {TABLES[level]} WHERE id = ?", (item_id,))
         self._log(level, item_id, "delete", row, None, reason)
@@ -85,7 +87,16 @@ class Ledger:
         self._link(level, row["id"], row["parents"])
         self._log(level, row["id"], "add", None, None, reason)
 
-    def _parents(self, level: int, item_id: int) -> list[int]:
+    def is_harmful(self, level: int, item_id: int) -> bool:
+        """Whether audits retired the item."""
+        found = self.db.execute(
+            "SELECT 1 FROM ops WHERE level = ? AND item_id = ? AND reason LIKE 'audit: harmful%' LIMIT 1",
+            (level, item_id),
+        ).fetchone()
+        return found is not None
+
+    def parents(self, level: int, item_id: int) -> list[int]:
+        """Return the ids of the items one level below that an item rests on."""
         rows = self.db.execute(
             "SELECT parent_id FROM links WHERE child_level = ? AND child_id = ? ORDER BY parent_id", (level, item_id)
         )

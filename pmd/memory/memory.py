@@ -5,18 +5,33 @@ teacher. Read-only within an epoch; `learn` is the only way in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pmd.config import MemoryConfig
+from pmd.memory.audits import ItemAudit
 from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import make_embedder
 from pmd.memory.index import ProblemIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
-from pmd.types import InsightDraft, Procedure, Rollout, Task
+from pmd.memory.transfer import import_file
+from pmd.memory.write import Writer
+from pmd.types import InsightDraft, Procedure, ProcedureKind, Rollout, Task
 
 #: Texts of the insights of each cluster in; one behaviour line each out, None where the model's output is malformed.
 Abstraction = Callable[[Sequence[Sequence[str]]], Sequence[str | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What one epoch's update did beside writing."""
+
+    num_wordless: int  # clusters that the policy could not put into words
+    num_refused: int  # drafts with an unknown target, or that would retire what audits found useful
+    num_merged: int
+    changed_by_audits: dict[str, int]  # new status -> items
 
 
 class ProceduralMemory:
@@ -34,6 +49,9 @@ class ProceduralMemory:
         self.excluded = excluded
         self._embedder = make_embedder(config.embedder, train_keys)
         self._open()
+        if config.import_path is not None and self.generation == 0:
+            import_file(self.store, Path(config.import_path), excluded)
+            self.retriever.refresh()
 
     @property
     def generation(self) -> int:
@@ -55,49 +73,79 @@ class ProceduralMemory:
         drafts: Sequence[InsightDraft],
         abstraction: Abstraction,
         policy_version: int,
-    ) -> int:
-        """Write one epoch: experiences and insights, then the behaviours behind them; two generations.
-
-        Returns:
-            how many clusters the policy could not put into words.
+        audits: Sequence[ItemAudit] = (),
+    ) -> Learnt:
+        """Write one epoch, all of it or nothing: audits, experiences, insights, and the behaviours behind them.
 
         Raises:
             MemoryStoreError: a task is not of the training split, or the store cannot be written.
         """
         with self.store.update() as writer:
-            problem_ids, experience_ids = {}, {}
-            for rollout in rollouts:
-                if rollout.task_id in self.excluded or not rollout.verdict.scored:
-                    continue
-                if rollout.task_id not in problem_ids:
-                    problem_ids[rollout.task_id] = writer.add_problem(tasks[rollout.task_id])
-                experience_ids[rollout.rollout_id] = writer.add_experience(
-                    problem_ids[rollout.task_id], rollout, rollout.completion.policy_version
+            changed_by_audits = writer.audit(audits)
+            problem_ids, num_refused = self._write_attempts(writer, tasks, rollouts, drafts, policy_version)
+            num_merged = writer.merge(problem_ids.values())
+            writer.bound()
+            clusters = find_clusters(self.store, self.config)
+            changed = [cluster for cluster in clusters if cluster.changed]
+            texts = dict(
+                zip(
+                    (id(cluster) for cluster in changed),
+                    abstraction([cluster.texts for cluster in changed]),
+                    strict=True,
                 )
-            for draft in drafts:
-                if draft.task_id in problem_ids:
-                    known = (experience_ids.get(rollout_id) for rollout_id in draft.rollout_ids)
-                    parents = [experience for experience in known if experience is not None]
-                    writer.add_insight(
-                        problem_ids[draft.task_id],
-                        draft.kind,
-                        draft.text,
-                        policy_version=policy_version,
-                        parents=parents,
-                    )
-        clusters = find_clusters(self.store, self.config)
-        changed = [cluster for cluster in clusters if cluster.changed]
-        asked = [[item.text for item in (*cluster.insights, *cluster.lessons)] for cluster in changed]
-        texts = dict(zip((id(cluster) for cluster in changed), abstraction(asked), strict=True))
-        with self.store.update() as writer:
-            drafts_of_behaviours = [cluster.draft(texts.get(id(cluster))) for cluster in clusters]
-            writer.replace_behaviours(drafts_of_behaviours, policy_version=policy_version)
+            )
+            writer.replace_behaviours(
+                [cluster.draft(texts.get(id(cluster))) for cluster in clusters], policy_version=policy_version
+            )
         self.retriever.refresh()
-        return sum(text is None for text in texts.values())
+        return Learnt(sum(text is None for text in texts.values()), num_refused, num_merged, changed_by_audits)
 
-    def log_retrievals(self, step: int, group_id: str, procedures: Sequence[Procedure]) -> None:
-        """Remember what a group's teacher was shown; written with the next epoch."""
-        self.store.log_retrievals(step, group_id, list(procedures))
+    def _write_attempts(
+        self,
+        writer: Writer,
+        tasks: Mapping[str, Task],
+        rollouts: Sequence[Rollout],
+        drafts: Sequence[InsightDraft],
+        policy_version: int,
+    ) -> tuple[dict[str, int], int]:
+        """Write attempts and what was learnt from them; returns the problems' ids and how many drafts were refused."""
+        problem_ids: dict[str, int] = {}
+        experience_ids: dict[str, int | None] = {}
+        num_refused = 0
+        for rollout in rollouts:
+            if rollout.task_id in self.excluded or not rollout.verdict.scored:
+                continue
+            if rollout.task_id not in problem_ids:
+                problem_ids[rollout.task_id] = writer.add_problem(tasks[rollout.task_id])
+            experience_ids[rollout.rollout_id] = writer.add_experience(
+                problem_ids[rollout.task_id], rollout, rollout.completion.policy_version
+            )
+        for draft in drafts:
+            if draft.task_id in problem_ids:
+                known = (experience_ids.get(rollout_id) for rollout_id in draft.rollout_ids)
+                parents = [experience for experience in known if experience is not None]
+                num_refused += not writer.apply_draft(problem_ids[draft.task_id], draft, policy_version, parents)
+        return problem_ids, num_refused
+
+    def shadows(self, task_id: str) -> list[Procedure]:
+        """Return the insights of one problem that are still on probation."""
+        return [
+            Procedure(item.id, 1, cast(ProcedureKind, item.kind), item.text, item.problem_id, task_id, 1.0)
+            for item in self.retriever.shadows(task_id)
+        ]
+
+    def known_insights(self, task_id: str) -> list[Procedure]:
+        """Return all insights of one problem that a reflection on it may keep, edit or retire."""
+        return [
+            Procedure(item.id, 1, cast(ProcedureKind, item.kind), item.text, item.problem_id, task_id, 1.0)
+            for item in self.retriever.insights(task_id)
+        ]
+
+    def log_retrievals(
+        self, step: int, group_id: str, procedures: Sequence[Procedure], dropped: Sequence[Procedure] = ()
+    ) -> None:
+        """Remember what a group's teacher was shown and what it had no room for; written with the next epoch."""
+        self.store.log_retrievals(step, group_id, procedures, dropped)
 
     def snapshot(self) -> bytes:
         """Return the whole store as bytes, for a checkpoint."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Statuses of items that retrieval may return; an absorbed item stays one: a frozen teacher knows it only from memory.
+LIVE = "status IN ('active', 'absorbed')"
 #: Table of each level.
 TABLES = {0: "experiences", 1: "insights", 2: "behaviours"}
 
@@ -51,6 +53,7 @@ class Insight:
     support: int
     leak: str
     status: str
+    usefulness: float | None = None  # nats per token, from audits
 
     @property
     def polarity(self) -> str:
@@ -70,6 +73,7 @@ class Behaviour:
     policy_version: int
     version: int
     status: str
+    usefulness: float | None
     member_ids: tuple[int, ...]  # insights
     problem_ids: tuple[int, ...]
 
@@ -90,27 +94,30 @@ def read_problems(db: sqlite3.Connection) -> list[Problem]:
     return [Problem(*row) for row in rows]
 
 
-def read_experiences(db: sqlite3.Connection, status: str | None = "active") -> list[Experience]:
+def _has_status(status: str | None) -> str:
+    """Return the condition for one status, `live` ones, or (None) any."""
+    return {None: "TRUE", "live": LIVE}.get(status, f"status = '{status}'")
+
+
+def read_experiences(db: sqlite3.Connection, status: str | None = "live") -> list[Experience]:
     """Return the experiences of one status (None: all) in id order."""
     rows = db.execute(
         "SELECT e.id, problem_id, task_id, rollout_id, policy_version, response, reward, correct, feedback, support,"
-        " status FROM experiences e JOIN problems p ON p.id = problem_id WHERE ? IS NULL OR status = ? ORDER BY e.id",
-        (status, status),
+        f" status FROM experiences e JOIN problems p ON p.id = problem_id WHERE {_has_status(status)} ORDER BY e.id"
     )
     return [Experience(*row) for row in rows]
 
 
-def read_insights(db: sqlite3.Connection, status: str | None = "active") -> list[Insight]:
+def read_insights(db: sqlite3.Connection, status: str | None = "live") -> list[Insight]:
     """Return the insights of one status (None: all) in id order."""
     rows = db.execute(
-        "SELECT i.id, problem_id, task_id, kind, content, policy_version, support, leak, status"
-        " FROM insights i JOIN problems p ON p.id = problem_id WHERE ? IS NULL OR status = ? ORDER BY i.id",
-        (status, status),
+        "SELECT i.id, problem_id, task_id, kind, content, policy_version, support, leak, status, usefulness"
+        f" FROM insights i JOIN problems p ON p.id = problem_id WHERE {_has_status(status)} ORDER BY i.id"
     )
     return [Insight(*row) for row in rows]
 
 
-def read_behaviours(db: sqlite3.Connection, status: str | None = "active") -> list[Behaviour]:
+def read_behaviours(db: sqlite3.Connection, status: str | None = "live") -> list[Behaviour]:
     """Return the behaviours of one status (None: all) with their members, in id order."""
     members: dict[int, list[int]] = {}
     problems: dict[int, set[int]] = {}
@@ -121,9 +128,8 @@ def read_behaviours(db: sqlite3.Connection, status: str | None = "active") -> li
         members.setdefault(behaviour_id, []).append(insight_id)
         problems.setdefault(behaviour_id, set()).add(problem_id)
     rows = db.execute(
-        "SELECT id, polarity, content, support, evidence_sha, policy_version, version, status FROM behaviours"
-        " WHERE ? IS NULL OR status = ? ORDER BY id",
-        (status, status),
+        "SELECT id, polarity, content, support, evidence_sha, policy_version, version, status, usefulness"
+        f" FROM behaviours WHERE {_has_status(status)} ORDER BY id"
     )
     return [
         Behaviour(*row, member_ids=tuple(members.get(row[0], ())), problem_ids=tuple(sorted(problems.get(row[0], ()))))
@@ -132,8 +138,8 @@ def read_behaviours(db: sqlite3.Connection, status: str | None = "active") -> li
 
 
 def read_vectors(db: sqlite3.Connection, table: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids [n] and vectors [n, D] of a table in id order; for items, the active ones."""
-    where = " WHERE embedding IS NOT NULL" if table == "problems" else " WHERE status = 'active'"
+    """Return ids [n] and vectors [n, D] of a table in id order; for items, the live ones."""
+    where = " WHERE embedding IS NOT NULL" if table == "problems" else f" WHERE {LIVE}"
     rows = db.execute(f"SELECT id, embedding FROM {table}{where} ORDER BY id").fetchall()
     ids = np.array([row[0] for row in rows], dtype=np.int64)
     return ids, blobs_to_matrix((row[1] for row in rows), dimension)

@@ -2,7 +2,8 @@
 
 The neighbours of a query are problems; their items follow. Each kind has its quota, because lessons are many and would
 crowd out the rest. Within a kind, a text is ranked by the sum of the squared similarities of the neighbours that speak
-for it: near problems count most, and a text learnt on several of them comes first.
+for it: near problems count most, and a text learnt on several of them comes first. What audits found of a text's use
+moves its rank (rank.py).
 """
 
 import random
@@ -16,6 +17,8 @@ from pmd.config import MemoryConfig
 from pmd.errors import AlignmentError
 from pmd.memory.embed import Embedder
 from pmd.memory.index import SIMILARITY_DECIMALS, ProblemIndex
+from pmd.memory.rank import Ranking
+from pmd.memory.records import Insight
 from pmd.memory.store import MemoryStore
 from pmd.memory.view import View, build_view
 from pmd.types import Procedure, ProcedureKind
@@ -33,26 +36,6 @@ class Query:
     seed: int  # of the order in which the items are returned
     task_id: str | None = None  # the task itself: its own attempts are left to `past_success`
     exclude_task_id: str | None = None  # neither this task's attempts nor its insights are returned
-
-
-class _Ranking:
-    """Texts of one kind or more, each with the neighbours' support for it."""
-
-    def __init__(self) -> None:
-        self._scores: dict[str, float] = {}
-        self._procedures: dict[str, Procedure] = {}
-
-    def add(self, procedure: Procedure, similarity: float) -> None:
-        """Count one more neighbour that speaks for a text; the nearest one's procedure stands for it."""
-        self._procedures.setdefault(procedure.text, procedure)
-        self._scores[procedure.text] = self._scores.get(procedure.text, 0.0) + max(similarity, 0.0) ** 2
-
-    def best(self, quota: int, taken: list[Procedure]) -> list[Procedure]:
-        """Return the quota's best whose text is not taken; ties by id."""
-        texts = {procedure.text for procedure in taken}
-        free = [procedure for text, procedure in self._procedures.items() if text not in texts]
-        free.sort(key=lambda p: (-round(self._scores[p.text], SIMILARITY_DECIMALS), p.procedure_id))
-        return free[: max(quota, 0)]
 
 
 class Retriever:
@@ -103,6 +86,15 @@ class Retriever:
         success = view.successes.get(view.problem_ids.get(task_id, -1))
         return success.response if success is not None else None
 
+    def insights(self, task_id: str) -> list[Insight]:
+        """Return the insights of this very task that may be retrieved, and its shadows."""
+        problem_id = self._current_view().problem_ids.get(task_id, -1)
+        return [*self._view.insights.get(problem_id, ()), *self._view.shadows.get(problem_id, ())]
+
+    def shadows(self, task_id: str) -> list[Insight]:
+        """Return the insights of this very task that are on probation."""
+        return list(self._current_view().shadows.get(self._view.problem_ids.get(task_id, -1), ()))
+
     def log_retrievals(self, step: int, group_id: str, procedures: Sequence[Procedure]) -> None:
         """Remember what a teacher was shown; written with the store's next update."""
         self._store.log_retrievals(step, group_id, procedures)
@@ -119,16 +111,17 @@ class Retriever:
         """Fill the quotas in order: behaviours, strategies and contrasts, experience, lessons with what is left."""
         config = self._config
         hits, floor = self._neighbours(view, query, hits)
-        strategies, lessons = self._insights(view, hits)
+        strategies, lessons = self._insights(view, query, hits)
         max_experiences = config.k if set(config.levels) == {0} else 1
         chosen: list[Procedure] = []
+        draws = random.Random(f"{query.seed}/explore")
         for ranking, quota in (
             (self._behaviours(view, vector, hits, floor), config.max_behaviours),
             (strategies, config.max_strategies),
             (self._experiences(view, query, hits), max_experiences),
             (lessons, config.k if config.max_lessons is None else config.max_lessons),
         ):
-            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen)
+            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen, draws)
         random.Random(query.seed).shuffle(chosen)
         return chosen
 
@@ -139,22 +132,25 @@ class Retriever:
         floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
         return [hit for hit in allowed if hit[1] >= floor][: self._config.neighbours], floor
 
-    def _insights(self, view: View, hits: Hits) -> tuple[_Ranking, _Ranking]:
-        strategies, lessons = _Ranking(), _Ranking()
+    def _insights(self, view: View, query: Query, hits: Hits) -> tuple[Ranking, Ranking]:
+        strategies, lessons = Ranking(self._config), Ranking(self._config)
         if 1 not in self._config.levels:
             return strategies, lessons
+        scope, own_id = self._config.scope, view.problem_ids.get(query.task_id or "")
         for problem_id, similarity in hits:
+            if scope != "both" and (problem_id == own_id) != (scope == "own"):
+                continue
             for insight in view.insights.get(problem_id, ()):
                 if insight.kind in self._config.kinds:
                     ranking = lessons if insight.kind == "lesson" else strategies
                     kind = cast(ProcedureKind, insight.kind)
                     procedure = Procedure(insight.id, 1, kind, insight.text, problem_id, insight.task_id, similarity)
-                    ranking.add(procedure, similarity)
+                    ranking.add(procedure, similarity, insight.usefulness)
         return strategies, lessons
 
-    def _behaviours(self, view: View, vector: np.ndarray, hits: Hits, floor: float) -> _Ranking:
+    def _behaviours(self, view: View, vector: np.ndarray, hits: Hits, floor: float) -> Ranking:
         """Rank behaviours by the neighbours among their problems, and by their own text's similarity."""
-        ranking = _Ranking()
+        ranking = Ranking(self._config)
         if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not view.behaviours:
             return ranking
         own = np.round((view.behaviour_vectors @ vector).astype(np.float64), SIMILARITY_DECIMALS)
@@ -165,14 +161,14 @@ class Retriever:
         ]
         support += [(int(position), float(own[position])) for position in np.flatnonzero(own >= floor)]
         for position, similarity in support:
-            behaviour_id, text = view.behaviours[position]
-            procedure = Procedure(behaviour_id, 2, "behaviour", text, None, None, float(own[position]))
-            ranking.add(procedure, similarity)
+            behaviour = view.behaviours[position]
+            procedure = Procedure(behaviour.id, 2, "behaviour", behaviour.text, None, None, float(own[position]))
+            ranking.add(procedure, similarity, behaviour.usefulness)
         return ranking
 
-    def _experiences(self, view: View, query: Query, hits: Hits) -> _Ranking:
+    def _experiences(self, view: View, query: Query, hits: Hits) -> Ranking:
         """Rank the best verified success of each neighbour but the query's own problem."""
-        ranking = _Ranking()
+        ranking = Ranking(self._config)
         if 0 in self._config.levels and "experience" in self._config.kinds:
             for problem_id, similarity in hits:
                 success = view.successes.get(problem_id)

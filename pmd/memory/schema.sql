@@ -1,4 +1,4 @@
--- The memory store, schema version 1. Integer ids are never reused (AUTOINCREMENT). No wall-clock times: two builds
+-- The memory store, schema version 2 (older files are brought up to it by `migrations.py`). Integer ids are never reused (AUTOINCREMENT). No wall-clock times: two builds
 -- from the same seed and rollouts have the same content.
 
 CREATE TABLE meta (
@@ -117,11 +117,11 @@ CREATE TABLE retrievals (
     rank INTEGER NOT NULL,
     similarity REAL NOT NULL,
     score REAL,
-    included INTEGER NOT NULL DEFAULT 1,
-    propensity REAL
+    included INTEGER NOT NULL DEFAULT 1,   -- 0: chosen, but the prompt had no room for it
+    propensity REAL                        -- probability with which it was chosen, 1 without exploration
 );
 
--- What an item did to the teacher: log-probability against a placebo, per token.
+-- What an item did to the teacher in one group: log-probability of the attempts against a placebo, nats per token.
 CREATE TABLE audits (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     generation INTEGER NOT NULL,
@@ -132,8 +132,15 @@ CREATE TABLE audits (
     lift_correct REAL,
     lift_wrong REAL,
     usefulness REAL,
-    masked_usefulness REAL                 -- with the answer span left out
+    masked_usefulness REAL,                -- with the answer span left out
+    version INTEGER NOT NULL DEFAULT 1,    -- of the item
+    num_correct INTEGER NOT NULL DEFAULT 0,
+    num_wrong INTEGER NOT NULL DEFAULT 0,
+    masked_lift_correct REAL,
+    masked_lift_wrong REAL,
+    student_lift REAL                      -- on correct attempts by the student, where it solved the problem throughout
 );
+CREATE INDEX audits_by_item ON audits (level, item_id);
 
 -- Append-only: every change of an item. JSON of what the change replaced: nothing for an addition, the changed columns
 -- and parents for a change, the whole row for a deletion (embeddings left out: they follow from the texts).

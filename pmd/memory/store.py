@@ -63,6 +63,7 @@ class MemoryStore:
             if embedder is not None and not read_only and files.is_blank(db):
                 files.create(db, embedder)
             found = files.check_file(db, path, embedder)
+            db = files.brought_up_to_date(db, path, read_only)
             db.execute("PRAGMA synchronous=NORMAL")
         except BaseException:
             db.close()
@@ -109,10 +110,14 @@ class MemoryStore:
         self.generation += 1
         self._retrievals.clear()
 
-    def log_retrievals(self, step: int, group_id: str, procedures: Sequence[Procedure]) -> None:
-        """Remember what the teacher was shown; written with the next update."""
+    def log_retrievals(
+        self, step: int, group_id: str, procedures: Sequence[Procedure], dropped: Sequence[Procedure] = ()
+    ) -> None:
+        """Remember what the teacher was shown, and what its prompt had no room for; written with the next update."""
+        chosen = [(procedure, True) for procedure in procedures] + [(procedure, False) for procedure in dropped]
         self._retrievals += [
-            RetrievalLog(self.generation, step, group_id, rank, procedure) for rank, procedure in enumerate(procedures)
+            RetrievalLog(self.generation, step, group_id, rank, procedure, included)
+            for rank, (procedure, included) in enumerate(chosen)
         ]
 
     def snapshot(self) -> bytes:
@@ -141,20 +146,20 @@ class MemoryStore:
         """Return all problems in id order."""
         return records.read_problems(self._db)
 
-    def experiences(self, status: str | None = "active") -> list[records.Experience]:
-        """Return the experiences of one status (None: all) in id order."""
+    def experiences(self, status: str | None = "live") -> list[records.Experience]:
+        """Return the experiences of one status (`live`: active or absorbed; None: all) in id order."""
         return records.read_experiences(self._db, status)
 
-    def insights(self, status: str | None = "active") -> list[records.Insight]:
-        """Return the insights of one status (None: all) in id order."""
+    def insights(self, status: str | None = "live") -> list[records.Insight]:
+        """Return the insights of one status (`live`: active or absorbed; None: all) in id order."""
         return records.read_insights(self._db, status)
 
-    def behaviours(self, status: str | None = "active") -> list[records.Behaviour]:
-        """Return the behaviours of one status (None: all) in id order."""
+    def behaviours(self, status: str | None = "live") -> list[records.Behaviour]:
+        """Return the behaviours of one status (`live`: active or absorbed; None: all) in id order."""
         return records.read_behaviours(self._db, status)
 
     def vectors(self, table: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids [n] and vectors [n, D] of `problems`, or of the active `insights` or `behaviours`.
+        """Return ids [n] and vectors [n, D] of `problems`, or of the live `insights` or `behaviours`.
 
         Insights have stored vectors only under a costly embedder. Inside an update, what is new is embedded first.
         """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmd.errors import MemoryStoreError
-from pmd.memory.records import TABLES
+from pmd.memory.records import LIVE, TABLES
 from pmd.memory.store import MemoryStore
 from pmd.memory.write import Writer
 
@@ -22,7 +22,7 @@ Line = dict[str, Any]
 
 
 def export_lines(store: MemoryStore, *, experiences: bool = False) -> Iterator[Line]:
-    """Yield the header and all problems and active items, parents before children."""
+    """Yield the header and all problems and live items, parents before children."""
     yield {
         "format": FORMAT,
         "version": VERSION,
@@ -33,7 +33,7 @@ def export_lines(store: MemoryStore, *, experiences: bool = False) -> Iterator[L
     for row in store.query_rows("SELECT * FROM problems ORDER BY id"):
         yield {"type": "problem", "id": row["id"], **{k: v for k, v in row.items() if k not in _OWN_COLUMNS}}
     for level in (0, 1, 2) if experiences else (1, 2):
-        for row in store.query_rows(f"SELECT * FROM {TABLES[level]} WHERE status = 'active' ORDER BY id"):
+        for row in store.query_rows(f"SELECT * FROM {TABLES[level]} WHERE {LIVE} ORDER BY id"):
             parents = store.query(
                 "SELECT parent_id FROM links WHERE child_level = ? AND child_id = ? ORDER BY 1", level, row["id"]
             )
@@ -53,8 +53,10 @@ def export_file(store: MemoryStore, path: Path, *, experiences: bool = False) ->
     return count
 
 
-def import_file(store: MemoryStore, path: Path) -> dict[str, int]:
+def import_file(store: MemoryStore, path: Path, excluded: frozenset[str] = frozenset()) -> dict[str, int]:
     """Add an export to a store, all or nothing; returns how many of each type are new.
+
+    `excluded` names tasks that must not be remembered: their problems and items are left out.
 
     A problem or behaviour already there stays; an insight with the same problem, kind and text gains support.
 
@@ -63,6 +65,7 @@ def import_file(store: MemoryStore, path: Path) -> dict[str, int]:
     """
     counts = {"problem": 0, **dict.fromkeys(TABLES.values(), 0)}
     ids: dict[tuple[str, int], int] = {}
+    left_out: set[tuple[str, int]] = set()
     with path.open(encoding="utf-8") as file, store.update() as writer:
         lines = enumerate(file, start=1)
         _check_header(path, next(lines, (1, ""))[1])
@@ -70,6 +73,9 @@ def import_file(store: MemoryStore, path: Path) -> dict[str, int]:
             try:
                 line = json.loads(text)
                 kind, old_id = line.pop("type"), line.pop("id")
+                if line.get("task_id") in excluded or ("problem", line.get("problem_id")) in left_out:
+                    left_out.add((kind, old_id))
+                    continue
                 if kind == "problem":
                     ids[kind, old_id], new = _import_problem(writer, line)
                 else:
@@ -118,10 +124,14 @@ def _import_item(writer: Writer, table: str, line: Line, ids: dict[tuple[str, in
     parents = [ids[parent_table, parent] for parent in line.pop("parents") if (parent_table, parent) in ids]
     if level < 2:
         line["problem_id"] = ids["problem", line["problem_id"]]
+    if level == 1 and (leak := writer.leak_of(line["problem_id"], line["content"])):
+        line |= {"leak": leak, "status": "quarantined"}
+    elif line["status"] == "absorbed":
+        line["status"] = "active"  # by another policy; this one has yet to learn it
     same = {0: ("problem_id", "correct", "signature"), 1: ("problem_id", "kind", "content"), 2: ("polarity", "content")}
     known = writer.ledger.db.execute(
         f"SELECT id, support FROM {table} WHERE {' AND '.join(f'{column} = ?' for column in same[level])}"
-        + (" AND status = 'active'" if level == 2 else ""),
+        + (f" AND {LIVE}" if level == 2 else ""),
         tuple(line[column] for column in same[level]),
     ).fetchone()
     if known is not None:

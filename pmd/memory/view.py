@@ -1,10 +1,10 @@
-"""What retrieval reads: the active items of one generation in plain dictionaries, built once per update."""
+"""What retrieval reads: the live items of one generation in plain dictionaries, built once per update."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from pmd.memory.records import Experience, Insight
+from pmd.memory.records import Behaviour, Experience, Insight
 from pmd.memory.store import MemoryStore
 
 
@@ -16,8 +16,9 @@ class View:
     task_ids: dict[int, str]  # problem id -> task id
     problem_ids: dict[str, int]  # task id -> problem id
     insights: dict[int, list[Insight]]  # problem id -> its insights
+    shadows: dict[int, list[Insight]]  # problem id -> its insights on probation
     successes: dict[int, Experience]  # problem id -> its best verified success
-    behaviours: list[tuple[int, str]]  # id and text
+    behaviours: list[Behaviour]
     behaviour_vectors: np.ndarray  # [behaviours, D]
     behaviours_of: dict[int, list[int]]  # problem id -> positions in `behaviours`
 
@@ -28,6 +29,9 @@ def build_view(store: MemoryStore) -> View:
     insights: dict[int, list[Insight]] = {}
     for insight in store.insights():
         insights.setdefault(insight.problem_id, []).append(insight)
+    shadows: dict[int, list[Insight]] = {}
+    for insight in store.insights("shadow"):
+        shadows.setdefault(insight.problem_id, []).append(insight)
     successes: dict[int, Experience] = {}
     for experience in store.experiences():
         if experience.correct:
@@ -44,8 +48,9 @@ def build_view(store: MemoryStore) -> View:
         task_ids={problem.id: problem.task_id for problem in problems},
         problem_ids={problem.task_id: problem.id for problem in problems},
         insights=insights,
+        shadows=shadows,
         successes=successes,
-        behaviours=[(behaviour.id, behaviour.text) for behaviour in behaviours],
+        behaviours=behaviours,
         behaviour_vectors=store.vectors("behaviours")[1],
         behaviours_of=behaviours_of,
     )

@@ -9,15 +9,18 @@ import re
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pmd.config import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import bounds, leaks
+from pmd.memory.audits import ItemAudit, judge, write_audits
 from pmd.memory.embed import Embedder, validated
 from pmd.memory.ledger import Ledger
-from pmd.memory.records import vector_blob
+from pmd.memory.merge import merge_insights
+from pmd.memory.records import LIVE, vector_blob
 from pmd.memory.write_behaviours import BehaviourDraft, replace_behaviours
-from pmd.types import Procedure, Rollout, Task
+from pmd.types import InsightDraft, Procedure, Rollout, Task
 
 INSIGHT_KINDS = ("strategy", "lesson", "contrast")
 FEEDBACK_CHARS = 200  # of a failure without an answer, enough to tell errors apart
@@ -25,13 +28,14 @@ FEEDBACK_CHARS = 200  # of a failure without an answer, enough to tell errors ap
 
 @dataclass(frozen=True, slots=True)
 class RetrievalLog:
-    """One item that was handed to a teacher."""
+    """One item that was chosen for a teacher."""
 
     generation: int
     step: int
     group_id: str
     rank: int
     procedure: Procedure
+    included: bool = True  # False: the prompt had no room for it
 
 
 def without_thinking(response: str) -> str:
@@ -148,19 +152,90 @@ class Writer:
             insight_id = known[0]
             self.ledger.seen_again(1, insight_id, {"last_policy_version": policy_version}, parents)
         else:
-            leak = leaks.leak_reason(text, *self._require_problem(problem_id))
-            values = {
-                "problem_id": problem_id,
-                "kind": kind,
-                "content": text,
-                "policy_version": policy_version,
-                "last_policy_version": policy_version,
-                "leak": leak,
-                "status": "quarantined" if leak else "active",
-            }
-            insight_id = self.ledger.add(1, values, leak or "reflection", parents)
+            values = {"problem_id": problem_id, "kind": kind, "content": text, "policy_version": policy_version}
+            insight_id = self._insert_insight(values, "reflection", parents)
         bounds.bound_insights(self.ledger, problem_id, insight_id, self._config.insights_per_problem)
         return insight_id
+
+    def edit_insight(self, insight_id: int, text: str, *, policy_version: int, parents: Iterable[int] = ()) -> int:
+        """Put a new version in an insight's place, with its evidence and support; returns the new version's id.
+
+        Raises:
+            MemoryStoreError: there is no such insight, or the text is empty.
+        """
+        text = " ".join(text.split())
+        row = self._db.execute(
+            "SELECT problem_id, kind, content, version, support FROM insights WHERE id = ?", (insight_id,)
+        ).fetchone()
+        if row is None or not text:
+            raise MemoryStoreError(
+                f"insight={insight_id} cannot become {text!r}: it is not in the store, or the text is empty. "
+                "Drop unusable reflections first."
+            )
+        problem_id, kind, content, version, support = row
+        evidence = [*self.ledger.parents(1, insight_id), *parents]
+        known = self._db.execute(
+            "SELECT id FROM insights WHERE problem_id = ? AND kind = ? AND content = ?", (problem_id, kind, text)
+        ).fetchone()
+        if text == content or known is not None:
+            new_id = known[0]
+            self.ledger.seen_again(1, new_id, {"last_policy_version": policy_version}, evidence)
+        else:
+            values = {"problem_id": problem_id, "kind": kind, "content": text, "policy_version": policy_version}
+            values |= {"version": version + 1, "previous_id": insight_id, "support": support}
+            new_id = self._insert_insight(values, f"edit of {insight_id}", evidence)
+        if new_id != insight_id:
+            self.ledger.change(1, insight_id, {"status": "retired"}, f"edited into {new_id}")
+        return new_id
+
+    def _insert_insight(self, values: dict[str, Any], reason: str, parents: Iterable[int]) -> int:
+        """Add one insight with the status that the leak filter and `memory.probation` give it."""
+        leak = self.leak_of(values["problem_id"], values["content"])
+        status = "quarantined" if leak else "shadow" if self._config.probation else "active"
+        values = values | {"last_policy_version": values["policy_version"], "leak": leak, "status": status}
+        return self.ledger.add(1, values, leak or reason, parents)
+
+    def leak_of(self, problem_id: int, text: str) -> str:
+        """Say how a text gives away the problem's answer or a solution of it; empty where it does not."""
+        answer = self._require_problem(problem_id)
+        question = self._db.execute("SELECT question FROM problems WHERE id = ?", (problem_id,)).fetchone()[0]
+        sql = "SELECT response FROM experiences WHERE problem_id = ? AND correct = 1"
+        solutions = (row[0] for row in self._db.execute(sql, (problem_id,)))
+        return leaks.leak_reason(text, *answer) or leaks.copy_reason(text, question, solutions)
+
+    def apply_draft(self, problem_id: int, draft: InsightDraft, policy_version: int, parents: Iterable[int]) -> bool:
+        """Carry out one change that a reflection asks for; False where it may not be.
+
+        The target must be a live insight of the same problem, and what audits found useful is not retired on a
+        reflection's word.
+        """
+        if draft.action == "add":
+            self.add_insight(problem_id, draft.kind, draft.text, policy_version=policy_version, parents=parents)
+            return True
+        row = self._db.execute(
+            f"SELECT usefulness FROM insights WHERE id = ? AND problem_id = ? AND ({LIVE} OR status = 'shadow')",
+            (draft.target_id, problem_id),
+        ).fetchone()
+        if row is None or draft.target_id is None or (draft.action == "retire" and (row[0] or 0.0) > 0):
+            return False
+        if draft.action == "edit":
+            self.edit_insight(draft.target_id, draft.text, policy_version=policy_version, parents=parents)
+        elif draft.action == "retire":
+            self.set_status(1, draft.target_id, "retired", "reflection")
+        else:
+            self.ledger.seen_again(1, draft.target_id, {"last_policy_version": policy_version}, parents)
+        return True
+
+    def merge(self, problem_ids: Iterable[int]) -> int:
+        """Unite insights of one problem that say the same; returns how many were merged away."""
+        if self._embedder.costly:
+            self.embed_new()
+        return merge_insights(self.ledger, self._embedder, problem_ids, self._config.merge_similarity)
+
+    def audit(self, audits: Sequence[ItemAudit]) -> dict[str, int]:
+        """Keep what audits found and draw the consequences; returns how many items took each new status."""
+        write_audits(self.ledger, audits)
+        return judge(self.ledger, audits, self._config)
 
     def replace_behaviours(self, drafts: Sequence[BehaviourDraft], *, policy_version: int) -> list[int | None]:
         """Make the drafts the active behaviours; returns each draft's id, None where it was left out.
@@ -182,17 +257,21 @@ class Writer:
             self._db.execute("UPDATE insights SET embedding = NULL WHERE status = 'retired' AND embedding IS NOT NULL")
             self._embed("insights", "content", "status != 'retired'")
 
-    def finish(self, retrievals: Sequence[RetrievalLog]) -> None:
-        """Bound the store, embed what is new, write the retrieval log, count the generation."""
+    def bound(self) -> None:
+        """Retire what is above the capacity."""
         bounds.bound_store(self.ledger, self._config.capacity)
         bounds.delete_unlinked_experiences(self.ledger)
+
+    def finish(self, retrievals: Sequence[RetrievalLog]) -> None:
+        """Bound the store, embed what is new, write the retrieval log, count the generation."""
+        self.bound()
         self.embed_new()
         self._db.executemany(
-            "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity, score, included,"
+            " propensity) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (log.generation, log.step, log.group_id, log.procedure.level, log.procedure.procedure_id, log.rank,
-                 log.procedure.similarity)
+                 log.procedure.similarity, log.procedure.score, int(log.included), log.procedure.propensity)
                 for log in retrievals
             ],
         )  # fmt: skip

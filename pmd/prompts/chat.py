@@ -28,7 +28,7 @@ class ChatPrompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        names = ("teacher", "memory", "success", "failure", "reflection", "attempt", "abstraction")
+        names = ("teacher", "memory", "success", "failure", "reflection", "attempt", "abstraction", "placebo")
         self.text = {name: (TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in names}
 
     def student(self, task: Task) -> list[int]:
@@ -51,6 +51,22 @@ class ChatPrompts:
         question = self._fill("teacher", question=task.question, sections=sections).rstrip("\n")
         messages = [Message("user", question) if i == last else m for i, m in enumerate(task.messages)]
         return self._ids(messages)
+
+    def placebo(self, text: str) -> str:
+        """Return neutral words, as many tokens as the text has."""
+        wanted = len(self._tokens(text))
+        words = self.text["placebo"].split()
+        words *= 1 + wanted // len(words)
+        first, last = 1, len(words)  # fewest and most words; the number of tokens grows with them
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (
+                (first, middle) if len(self._tokens(" ".join(words[:middle]))) >= wanted else (middle + 1, last)
+            )
+        return " ".join(words[:first])
+
+    def _tokens(self, text: str) -> list[int]:
+        return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return one prompt per group. An all-failed group without any feedback teaches nothing: no prompt."""

@@ -22,6 +22,10 @@ class PromptFormat(Protocol):
         """Return the same task with retrieved memory lines, a verified success, or the scored rollout's own failure."""
         ...
 
+    def placebo(self, text: str) -> str:
+        """Return a memory line as long as this one that says nothing of any problem this one is about."""
+        ...
+
     def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return the prompts, possibly none, that ask what one group of verified rollouts teaches."""
         ...

@@ -7,6 +7,7 @@ of the language never reaches memory.
 
 from collections import Counter
 from collections.abc import Sequence
+from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from pmd.tiny.language import (
     solved_line,
     stated_rule,
 )
+from pmd.tiny.world import NAMES
 from pmd.types import ProcedureKind, Rollout, Task
 
 REFLECTED_KINDS: dict[str, ProcedureKind] = {"strategy": "strategy", "lesson": "lesson"}
@@ -47,6 +49,13 @@ class WordPrompts:
         if failure is not None and (rule := stated_rule(failure.completion.text)) is not None:
             lines.append(Line("failed", _name_in(task), rule).text)
         return self._ids(solve_prompt(task.question, lines))
+
+    def placebo(self, text: str) -> str:
+        """Return the same line about another name: the same words are in the prompt, and nothing is bound."""
+        words = text.split()
+        names = [name for name in NAMES if name not in words]
+        draw = Random(text)
+        return " ".join(draw.choice(names) if word in NAMES else word for word in words)
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return one prompt per distinct (stated rule, correct); attempts that state no rule teach nothing."""

@@ -138,7 +138,7 @@ def _plans(examples: Sequence[Example], layout: BatchLayout) -> Iterator[_Plan]:
         yield plan
     shared = {i for part in parts for i in part.rows}
     others = [i for i in range(len(examples)) if i not in shared]
-    for rows in _split_by_tokens([examples[i] for i in others], layout.max_tokens):
+    for rows in split_by_tokens([examples[i].num_padded_tokens for i in others], layout.max_tokens):
         yield _Plan([others[row] for row in rows])
 
 
@@ -161,15 +161,15 @@ def _shared_parts(examples: Sequence[Example], rows: list[int], layout: BatchLay
         yield _Plan(rows, [runs[0]], [runs[1]], num_tokens)
 
 
-def _split_by_tokens(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Group positions, longest first, so that rows x longest row stays within `max_tokens`."""
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].num_padded_tokens)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
     longest = 0
     for i in order:
         if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
             groups.append([])
-            longest = examples[i].num_padded_tokens
+            longest = lengths[i]
         groups[-1].append(i)
     return groups
 

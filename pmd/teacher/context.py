@@ -24,8 +24,13 @@ class TeacherContext:
     procedures: tuple[Procedure, ...] = ()
     success: str | None = None  # text of the verified success shown, of a sibling or of an earlier epoch
     shows_failure: bool = False  # the rollout's own failure and feedback
-    num_dropped: int = 0  # memory items left out because the prompt was full
+    dropped: tuple[Procedure, ...] = ()  # memory items left out because the prompt was full
     memory_generation: int = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """How many memory items were left out."""
+        return len(self.dropped)
 
     @property
     def shows_anything(self) -> bool:
@@ -92,7 +97,7 @@ class ContextBuilder:
             procedures=tuple(kept),
             success=success,
             shows_failure=failure is not None,
-            num_dropped=len(wanted.procedures) - len(kept),
+            dropped=tuple(item for item in wanted.procedures if item not in kept),
         )
 
 
