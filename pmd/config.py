@@ -245,37 +245,16 @@ class MemoryConfig:
     embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
     cluster_similarity: float = option(0.6, "Insights this close, on average, form one behaviour.", above=0, most=1)
     cluster_support: int = option(2, "Problems that a behaviour needs behind it.", least=1)
-    merge_similarity: float = option(
-        0.92,
-        "Insights of one problem and kind this close become one, evidence united; 1 merges nothing.",
-        above=0,
-        most=1,
-    )
-    import_path: str | None = option(None, "An export (JSON lines) that a new memory starts with; null starts empty.")
-    audit_groups: int = option(
-        0, "Groups an epoch on which the teacher audits the items it was shown; 0 audits nothing.", least=0
-    )
-    audit_evidence: int = option(
-        3, "Groups in which an item must have been audited before its status changes.", least=2
-    )
-    audit_margin: float = option(0.01, "Lifts no further than this from 0 count as none, in nats per token.", above=0)
+    merge_similarity: float = option(0.92, "Insights of one problem and kind this close become one.", above=0, most=1)
+    import_path: str | None = option(None, "An export that a new memory starts with; null starts empty.")
+    audit_groups: int = option(0, "Groups an epoch on which the teacher audits the items it was shown.", least=0)
+    audit_evidence: int = option(3, "Groups in which an item is audited before its status changes.", least=2)
+    audit_margin: float = option(0.01, "Lifts no further than this from 0 count as none, nats per token.", above=0)
     probation: bool = option(False, "New insights are shadows: kept and audited, retrieved once found useful.")
-    usefulness_weight: float = option(
-        0.5,
-        "How far audited usefulness moves an item's rank: 0 not at all, 1 up to twice or down to nothing.",
-        least=0,
-        most=1,
-    )
-    diversity: float = option(
-        0.0,
-        "What an item loses in rank for words shared with items chosen before it, as a share of its score.",
-        least=0,
-        most=1,
-    )
+    usefulness_weight: float = option(0.5, "Usefulness moves an item's score by up to this share.", least=0, most=1)
+    diversity: float = option(0.0, "Share of its score that an item loses for repeating others.", least=0, most=1)
     exploration: float = option(0.0, "Share of places that go to an item drawn at random.", least=0, most=1)
-    scope: Literal["own", "neighbours", "both"] = option(
-        "both", "Whose insights are retrieved: the problem's own, those of other problems, or both."
-    )
+    scope: Literal["own", "neighbours", "both"] = option("both", "Whose insights are retrieved for a problem.")
 
 
 @dataclass

@@ -37,11 +37,10 @@ def merge_insights(ledger: Ledger, embedder: Embedder, problem_ids: Iterable[int
 
 
 def _vectors(embedder: Embedder, rows: list[Row]) -> np.ndarray:
-    """Return one vector a row; texts are compared by an embedder fitted to them unless vectors are stored."""
+    """Return one vector a row: the stored ones where there are any. Words that no problem has weigh most."""
     if embedder.costly:
         return blobs_to_matrix((row[3] for row in rows if row[3] is not None), embedder.dimension)
-    texts = [row[1] for row in rows]
-    return embedder.fitted_to(texts).embed(texts)
+    return embedder.embed([row[1] for row in rows])
 
 
 def _merge_group(ledger: Ledger, rows: list[Row], vectors: np.ndarray, similarity: float) -> int:

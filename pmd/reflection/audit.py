@@ -97,7 +97,7 @@ def audit(
             placebo = tuple(prompts.teacher(group.task, [prompts.placebo(item.text)], None, None))
             if max(len(with_item), len(placebo)) <= max_prompt_tokens:
                 lifts = _Lifts(group, item)
-                asked += [(lifts, (with_item, ids), (placebo, ids), *rest) for ids, *rest in group.attempts]
+                asked += [(lifts, (with_item, ids), (placebo, ids), ok, r) for ids, ok, r in group.attempts]
     pairs = [pair for _, one, other, *_ in asked for pair in (one, other)]
     student_pairs = [pair for lifts, one, other, *_ in asked if lifts.group.solved for pair in (one, other)]
     teacher, cost = _score(scorer, pairs, "teacher")
