@@ -1,16 +1,14 @@
 """From a checked configuration to a finished run: makes every object once, fixes the callback order, runs, reports."""
 
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
@@ -20,9 +18,10 @@ from pmd.callbacks.reflect import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verify import VerificationCallback
-from pmd.cli import resolved_yaml
+from pmd.cli import saved_yaml
 from pmd.config import RunConfig
 from pmd.config_load import LoadedConfig
+from pmd.errors import RunInterrupted
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
 from pmd.evaluation.pass_plot import draw_pass_at
@@ -35,41 +34,13 @@ from pmd.rollouts.data import RolloutDataModule, refuse_long_prompts
 from pmd.rollouts.make import check_engine, make_engine
 from pmd.rollouts.scoring import PolicyScorer
 from pmd.rollouts.vllm_parity import ParityCheck
-from pmd.run_dir import RunDir, choose_run_dir, find_run_dir
+from pmd.run_dir import RunDir, find_run_dir, fit_run_dir
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
+from pmd.trainer import TrainerCLI, interrupt_on_sigterm
 from pmd.types import Split, Task
 from pmd.verifiers import prepare_verifiers
 
 CONSOLE = Console(stderr=False)
-
-
-class TrainerCLI(LightningCLI):
-    """LightningCLI for the `trainer` section alone: it checks and instantiates Lightning's own arguments."""
-
-    def __init__(self, trainer: dict[str, Any]):
-        defaults = {"max_epochs": 1, "accelerator": "auto", "devices": 1, "log_every_n_steps": 1}
-        super().__init__(
-            LightningModule,
-            run=False,
-            args={"trainer": trainer},
-            save_config_callback=None,
-            trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
-            parser_kwargs={"exit_on_error": False},
-        )
-
-    def add_core_arguments_to_parser(self, parser: Any) -> None:
-        """Add the trainer only; pmd's sections are checked and built without jsonargparse."""
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
-
-    def instantiate_classes(self) -> None:
-        """Leave the trainer to `trainer_for`, which knows callbacks and loggers."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-
-    def trainer_for(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-        """Return the trainer with exactly these callbacks, in this order."""
-        arguments = dict(self.config_init["trainer"]) | {"callbacks": callbacks, "logger": loggers}
-        return Trainer(**arguments)
 
 
 @dataclass
@@ -156,29 +127,27 @@ def _parity(run: Run) -> ParityCheck | None:
 
 def run(command: str, loaded: LoadedConfig) -> int:
     """Carry out `fit`, `validate` or `test`."""
-    warnings.filterwarnings(
-        "ignore",
-        message=".*(does not have many workers|It is recommended to use `self.log|not empty|`isinstance.treespec).*",
-    )
+    interrupt_on_sigterm()
     config = loaded.run
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     if command != "fit":
         return _evaluate(command, loaded)
-    run_dir = choose_run_dir(config.run_dir, loaded.name, config.ckpt_path is not None)
+    run_dir = fit_run_dir(config, loaded.folder, loaded.name)
     checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
-    run_dir.root.mkdir(parents=True, exist_ok=True)
-    run_dir.config.write_text(resolved_yaml(loaded), encoding="utf-8")
     cli = TrainerCLI(loaded.trainer)
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    run_dir.config.write_text(saved_yaml(loaded), encoding="utf-8")
     run = build(config, run_dir)
     trainer = cli.trainer_for(callbacks_of(run), _loggers(config, run_dir, checkpoint))
     _announce(run, trainer)
     phases = {"initial": measure(run, with_memory=False)}  # fit has not loaded a checkpoint yet
     started = time.perf_counter()
-    trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
+    try:
+        trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
+    except (KeyboardInterrupt, SystemExit):  # Lightning closes what is open, then leaves by SystemExit
+        raise RunInterrupted(_how_to_resume(run_dir)) from None
     seconds = time.perf_counter() - started
-    if trainer.interrupted:
-        return 130
     for logger in trainer.loggers:
         logger.finalize("success")
     phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
@@ -197,6 +166,15 @@ def run(command: str, loaded: LoadedConfig) -> int:
     print_table(results, results["chance"], CONSOLE)
     CONSOLE.print(f"Everything of this run is in {run_dir.root}: results.json, curves.png, metrics.csv, checkpoints/")
     return 0
+
+
+def _how_to_resume(run_dir: RunDir) -> str:
+    if not run_dir.last.is_file():
+        return f"stopped before the end of the first epoch: nothing to resume; remove {run_dir.root} and start again."
+    return (
+        "stopped; everything up to the last finished epoch is kept. Continue with: "
+        f"python -m pmd fit --config {run_dir.config} --ckpt_path last"
+    )
 
 
 def measure(run: Run, *, with_memory: bool) -> Phase:

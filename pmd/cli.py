@@ -9,12 +9,15 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 from pmd.config import RunConfig
 from pmd.config_check import check_config
 from pmd.config_load import LoadedConfig, load_config
-from pmd.errors import ConfigError, PmdError
+from pmd.errors import ConfigError, PmdError, RunInterrupted
+from pmd.run_dir import describe_run_dir_problems
 
 HELP = """usage: python -m pmd COMMAND [--config FILE]... [--section.key=VALUE]...
 
@@ -59,10 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(command, rest)
         if command in COMMANDS:
             return import_module(COMMANDS[command]).main(rest)
-        raise ConfigError(f"command={command} is not known; use one of {', '.join([*TRAINING, *COMMANDS])}.")
+        known = [*TRAINING, *COMMANDS]
+        close = get_close_matches(command, known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
+        raise ConfigError(f"command={command} is not known; {remedy}")
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return 2
+    except RunInterrupted as error:
+        print(error, file=sys.stderr)
+        return 130
     except PmdError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -81,7 +90,7 @@ def _train(command: str, arguments: list[str]) -> int:
     if not files:
         raise ConfigError(f"{command} needs --config FILE; start with --config configs/tiny.yaml.")
     loaded = load_config(files, overrides)
-    check_config(loaded)
+    check_config(loaded, describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name))
     if print_config:
         print(resolved_yaml(loaded))
         return 0
@@ -100,7 +109,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         argument = arguments[position]
         position += 1
         if not argument.startswith("--"):
-            problems.append(f"argument={argument} is no option; write --section.key=value.")
+            form = f"--config {argument}" if argument.endswith((".yaml", ".yml")) else "--section.key=value"
+            problems.append(f"argument={argument} is no option; write {form}.")
             continue
         key, equals, value = argument[2:].partition("=")
         if not equals:
@@ -109,7 +119,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 continue
             value = arguments[position]
             position += 1
-        if key == "config":
+        if not key:
+            problems.append(f"argument={argument} has no key; write --section.key=value.")
+        elif key == "config":
             files.append(value)
         else:
             overrides.append(f"{key}={value}")
@@ -123,6 +135,22 @@ def resolved_yaml(loaded: LoadedConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(loaded.run) | {"trainer": loaded.trainer}))
+
+
+def saved_yaml(loaded: LoadedConfig) -> str:
+    """Return the configuration as a run directory keeps it: it means the same from any directory, and in any copy."""
+    run = loaded.run
+    paths = {"path": run.data.path, "validation_path": run.data.validation_path}
+    absolute = {key: str(Path(path).absolute()) for key, path in paths.items() if path and Path(path).exists()}
+    data = dataclasses.replace(run.data, **absolute)
+    model, embedder = run.model, run.memory.embedder
+    if Path(model.path, "config.json").is_file():
+        model = dataclasses.replace(model, path=str(Path(model.path).absolute()))
+    if Path(embedder).is_dir() and embedder != "hash":
+        embedder = str(Path(embedder).absolute())
+    memory = dataclasses.replace(run.memory, embedder=embedder)
+    portable = dataclasses.replace(run, run_dir=None, ckpt_path=None, data=data, model=model, memory=memory)
+    return resolved_yaml(dataclasses.replace(loaded, run=portable))
 
 
 def _key_help(command: str) -> str:

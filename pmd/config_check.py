@@ -4,31 +4,23 @@ Enters: a loaded configuration. Leaves: all problems in words (key, value, rule,
 without importing torch.
 """
 
-import ast
-import ctypes
-from functools import cache
+import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from pmd.config import DataConfig, RunConfig
 from pmd.config_load import LoadedConfig
+from pmd.config_trainer import cuda_is_available, trainer_problems
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems
 
-#: Trainer arguments that this program sets itself, and where to say the same thing.
-OWN_TRAINER_ARGUMENTS = {
-    "callbacks": "the sections verification, reflection and memory",
-    "logger": "run_dir (metrics.csv) and wandb",
-    "accumulate_grad_batches": "rollouts.micro_batch_tokens",
-    "gradient_clip_val": "optimizer.max_grad_norm",
-    "gradient_clip_algorithm": "optimizer.max_grad_norm",
-    "default_root_dir": "run_dir",
-    "reload_dataloaders_every_n_epochs": "nothing: every epoch streams fresh rollouts anyway",
-}
+#: NAME or OWNER/NAME, as the Hub writes them.
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def check_config(loaded: LoadedConfig) -> None:
-    """Raise one ConfigError with every problem of the configuration, or return.
+def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
+    """Raise one ConfigError with every problem of the configuration and those already found, or return.
 
     Raises:
         ConfigError: the configuration cannot be run.
@@ -36,7 +28,8 @@ def check_config(loaded: LoadedConfig) -> None:
     run = loaded.run
     problems = [
         *loaded.problems,
-        *_trainer_problems(loaded.trainer),
+        *found,
+        *trainer_problems(loaded.trainer),
         *_model_problems(run),
         *_method_problems(run),
         *_engine_problems(run),
@@ -48,24 +41,6 @@ def check_config(loaded: LoadedConfig) -> None:
         raise ConfigError(problems)
 
 
-def _trainer_problems(trainer: dict[str, object]) -> list[str]:
-    problems = [
-        f"trainer.{key}={trainer[key]} is set by pmd; use {instead}."
-        for key, instead in OWN_TRAINER_ARGUMENTS.items()
-        if key in trainer
-    ]
-    known = _trainer_arguments()
-    for key in trainer.keys() - set(known):
-        problems.append(f"trainer.{key}={trainer[key]} is not an argument of Lightning's Trainer; check the spelling.")
-    for key in ("devices", "num_nodes"):
-        if trainer.get(key, 1) not in (1, "1", "auto", [0]):
-            problems.append(f"trainer.{key}={trainer[key]} is not supported: pmd trains on one device; use 1.")
-    epochs = trainer.get("max_epochs")
-    if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
-        problems.append(f"trainer.max_epochs={epochs!r} must be a whole number of at least 1.")
-    return problems
-
-
 def _model_problems(run: RunConfig) -> list[str]:
     model, problems = run.model, []
     if model.finetune == "qlora" and not cuda_is_available():
@@ -75,7 +50,10 @@ def _model_problems(run: RunConfig) -> list[str]:
     looks_like_path = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
     if looks_like_path and not (Path(model.path) / "config.json").is_file():
         problems.append(f"model.path={model.path} holds no config.json; give a Hugging Face model directory or id.")
-    if (model.path == "tiny") != (run.data.task == "tiny"):
+    elif not looks_like_path and model.path not in ("tiny", "tiny_exam") and not HUB_ID.fullmatch(model.path):
+        problems.append(f"model.path={model.path} is no Hugging Face id (OWNER/NAME); give an id or a directory.")
+    is_copy = (Path(model.path) / "config.json").is_file()
+    if (model.path == "tiny") != (run.data.task == "tiny") and not (run.data.task == "tiny" and is_copy):
         problems.append(
             f"model.path={model.path} with data.task={run.data.task}: the model `tiny` speaks the tiny world's "
             "110-word language and nothing else; use both or neither (`tiny_exam` reads any text)."
@@ -97,6 +75,11 @@ def _method_problems(run: RunConfig) -> list[str]:
         problems.append(
             f"rollouts.group_size={rollouts.group_size} with objective.policy_gradient={objective.policy_gradient}: "
             "an advantage compares rollouts of one group; use at least 2."
+        )
+    if teacher.context == "none" and objective.distillation > 0:
+        problems.append(
+            f"teacher.context=none with objective.distillation={objective.distillation}: such a teacher knows no more "
+            "than the student; use sibling, memory or both, or set objective.distillation=0."
         )
     if teacher.context == "sibling" and rollouts.group_size < 2 and not teacher.feedback:
         problems.append("teacher.context=sibling with rollouts.group_size=1 shows nothing; use at least 2.")
@@ -161,12 +144,22 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling.")
     if uses_memory and memory.enabled and not memory.levels:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
-    if memory.enabled and memory.embedder != "hash" and find_spec("sentence_transformers") is None:
-        problems.append(f"memory.embedder={memory.embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
     if memory.import_path is not None and not Path(memory.import_path).is_file():
         problems.append(f"memory.import_path={memory.import_path} is no file; give what `pmd memory export` wrote.")
     if memory.probation and memory.audit_groups == 0:
         problems.append("memory.probation=true with memory.audit_groups=0 retrieves nothing ever; set audit_groups.")
+    quotas = (memory.max_behaviours, memory.max_strategies, memory.max_lessons or 0)
+    if memory.enabled and memory.max_lessons is not None and sum(quotas) == 0 and 0 not in memory.levels:
+        problems.append(
+            "memory.max_behaviours=0, memory.max_strategies=0 and memory.max_lessons=0 retrieve nothing; raise one, or "
+            "set memory.enabled=false."
+        )
+    elif memory.enabled and memory.max_lessons is not None and sum(quotas) < memory.k and 0 not in memory.levels:
+        problems.append(
+            f"memory.k={memory.k} exceeds {sum(quotas)}, the sum of memory.max_behaviours, max_strategies and "
+            "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
+        )
+    problems += _embedder_problems(memory.embedder) if memory.enabled else []
     if run.wandb != "off" and find_spec("wandb") is None:
         problems.append(f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'.")
     return problems
@@ -184,30 +177,15 @@ def _data_problems(data: DataConfig) -> list[str]:
     return problems
 
 
-@cache
-def cuda_is_available() -> bool:
-    """Ask the driver whether there is a device, without loading torch."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
-@cache
-def _trainer_arguments() -> frozenset[str]:
-    """Read the names of the Trainer's arguments from its source: importing Lightning takes seconds."""
-    package = find_spec("lightning")
-    if package is None or package.origin is None:
-        raise ConfigError("lightning is not installed; pip install pmd.")
-    source = Path(package.origin).parent / "pytorch" / "trainer" / "trainer.py"
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    init = next(
-        item
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == "Trainer"
-        for item in node.body
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__"
-    )
-    return frozenset(argument.arg for argument in [*init.args.args, *init.args.kwonlyargs]) - {"self"}
+def _embedder_problems(embedder: str) -> list[str]:
+    if embedder == "hash":
+        return []
+    problems = []
+    if find_spec("sentence_transformers") is None:
+        problems.append(f"memory.embedder={embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
+    if not Path(embedder).expanduser().is_dir() and not HUB_ID.fullmatch(embedder):
+        problems.append(
+            f"memory.embedder={embedder} is no directory; give `hash`, the folder of a sentence-transformers model or "
+            "its Hugging Face id."
+        )
+    return problems

@@ -6,9 +6,10 @@ may refer to a key of its base. Every problem is collected (types, bounds, unkno
 """
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,16 +42,19 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
         ConfigError: a file is missing or is no YAML mapping; nothing further can be said then.
     """
     layers, problems = [], []
-    for file in files:
+    for file in map(Path, files):
         try:
             layer = OmegaConf.load(file)
             if not OmegaConf.is_dict(layer):
                 raise YAMLError("the top level must be a mapping of sections")
             layers.append(layer)
         except FileNotFoundError:
-            problems.append(f"--config={file} does not exist; check the path (configs/ holds the complete runs).")
+            problems.append(f"--config={file} does not exist; {_nearby(file)}")
         except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-            problems.append(f"--config={file} is not readable YAML: {' '.join(str(error).split())}")
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            problems.append(
+                f"--config={file} is not readable YAML ({reason}); give a file of `section: {{key: value}}`."
+            )
     try:
         layers.append(OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -69,6 +73,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
         trainer = {}
     name = Path(files[0]).stem if files else "run"
     folder = Path(files[0]).parent if files else Path()
+    if name == "config":  # a run's own file
+        name = folder.absolute().name
     return LoadedConfig(run, trainer, plain, name, folder, problems)
 
 
@@ -79,23 +85,24 @@ def build_section(
     problems: list[str] = []
     hints = typing.get_type_hints(section)
     fields = {f.name: f for f in dataclasses.fields(section)}
-    for key in values.keys() - fields.keys():
-        close = get_close_matches(str(key), [*fields, *extra], n=1)
-        remedy = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join([*fields, *extra])}."
-        problems.append(f"{prefix}{key}={_shown(values[key])} is not a known key; {remedy}")
+    for key in (name for name in values if name not in fields):
+        remedy = _remedy(str(key), prefix, [*fields, *extra])
+        problems.append(f"{prefix}{key}={shown(values[key])} is not a known key; {remedy}")
     kept: dict[str, Any] = {}
     for key in (name for name in fields if name in values):
         hint, value, path = hints[key], values[key], prefix + key
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
-                problems.append(f"{path}={_shown(value)} must be a section with keys of its own.")
+                problems.append(
+                    f"{path}={shown(value)} must be a section; set a key of it, such as {_example(path, hint)}."
+                )
                 continue
             kept[key], nested = build_section(typing.cast(type, hint), value, path + ".")
             problems += nested
             continue
-        converted = _convert(value, hint)
+        converted = convert(value, hint)
         if converted is _WRONG:
-            problems.append(f"{path}={_shown(value)} must be {_describe(hint)}.")
+            problems.append(f"{path}={shown(value)} must be {describe(hint)}.")
             continue
         bound = _bound_problem(path, converted, fields[key].metadata)
         if bound:
@@ -105,23 +112,56 @@ def build_section(
     return section(**kept), problems
 
 
+def _nearby(file: Path) -> str:
+    close = get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
+    if close:
+        return f"did you mean {file.parent / close[0]}?"
+    return "configs/ holds the complete runs, configs/methods/ and ablations/ the overlays."
+
+
+def _remedy(key: str, prefix: str, known: Sequence[str]) -> str:
+    """Point from a misspelt or misplaced key to the right one."""
+    if close := get_close_matches(key, known, n=1):
+        return f"did you mean {prefix}{close[0]}?"
+    if elsewhere := [name for name in _all_keys(RunConfig) if name.split(".")[-1] == key]:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known keys: {', '.join(known)}."
+
+
+def _all_keys(section: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _example(path: str, section: Any) -> str:
+    return f"{path}.{dataclasses.fields(section)[0].name}"
+
+
 _WRONG = object()
 
 
-def _convert(value: Any, hint: Any) -> Any:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the hinted type."""
+    return convert(value, hint) is not _WRONG
+
+
+def convert(value: Any, hint: Any) -> Any:
     """Return `value` as the hinted type, without guessing: only int -> float is widened."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        results = [_convert(value, option) for option in get_args(hint)]
+        results = [convert(value, option) for option in get_args(hint)]
         return next((result for result in results if result is not _WRONG), _WRONG)
     if origin is Literal:
         value = "off" if value is False and "off" in get_args(hint) else value  # YAML reads a bare off as false
         return next((option for option in get_args(hint) if option == value and type(option) is type(value)), _WRONG)
     if origin is list:
-        items = [_convert(item, get_args(hint)[0]) for item in value] if isinstance(value, list) else [_WRONG]
+        items = [convert(item, get_args(hint)[0]) for item in value] if isinstance(value, list) else [_WRONG]
         return _WRONG if any(item is _WRONG for item in items) else items
     if origin is dict:
-        pairs = {str(k): _convert(v, get_args(hint)[1]) for k, v in value.items()} if isinstance(value, dict) else None
+        pairs = {str(k): convert(v, get_args(hint)[1]) for k, v in value.items()} if isinstance(value, dict) else None
         return _WRONG if pairs is None or any(v is _WRONG for v in pairs.values()) else pairs
     if hint is Any:
         return value
@@ -132,17 +172,18 @@ def _convert(value: Any, hint: Any) -> Any:
     return value if type(value) is hint else _WRONG
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """Say in words what the type admits."""
     origin = get_origin(hint)
     args = list(get_args(hint))
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in args)
+        return " or ".join(describe(option) for option in args)
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(str(option) for option in args)
     if origin is list:
-        return f"a list, each {_describe(args[0])}"
+        return f"a list, each {describe(args[0])}"
     if origin is dict:
-        return f"a mapping, each value {_describe(args[1])}"
+        return f"a mapping, each value {describe(args[1])}"
     names = {
         Any: "anything",
         type(None): "null",
@@ -168,6 +209,8 @@ def _bound_problem(path: str, value: Any, metadata: typing.Mapping[str, Any]) ->
     return None
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """Return a value as YAML would write it, cut to a length that a message can hold."""
+    is_word = value is None or isinstance(value, bool)
+    text = json.dumps(value) if is_word else value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

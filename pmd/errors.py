@@ -29,5 +29,13 @@ class AlignmentError(PmdError):
     """Two things that must describe the same tokens, rollouts or versions do not."""
 
 
+class DiskError(PmdError):
+    """Something could not be written: a full disk, a limit, no permission. What was there before is untouched."""
+
+
+class RunInterrupted(PmdError):
+    """Ctrl-C or SIGTERM ended the run; the message says how to continue it."""
+
+
 class MemoryStoreError(PmdError):
     """The memory store is damaged, of another schema or embedder, or was asked to keep a held-out problem."""

@@ -41,6 +41,10 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
     def memory(self) -> Path:
         return self.root / "memory" / "memory.sqlite"
 
@@ -76,7 +80,9 @@ class RunDir:
         """
         path = self.checkpoints / f"{name}.ckpt" if name in ("last", "best") else Path(name)
         if not path.is_file():
-            raise ConfigError(f"ckpt_path={name}: {path} does not exist; give last, best or the path of a checkpoint.")
+            there = [p.stem for p in sorted(self.checkpoints.glob("*.ckpt"))]
+            remedy = f"give {' or '.join(there)}, or the path of a checkpoint." if there else "the run has none yet."
+            raise ConfigError(f"ckpt_path={name}: {path} does not exist; {remedy}")
         return path
 
     def read_metrics(self) -> list[dict[str, str]]:
@@ -85,6 +91,18 @@ class RunDir:
             return []
         with self.metrics.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
+
+
+def open_run(path: str) -> RunDir:
+    """Return the run directory that a command was given.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    run_dir = RunDir(Path(path))
+    if not run_dir.config.is_file():
+        raise ConfigError(f"run={path} holds no config.yaml; give the directory of a run, such as runs/tiny.")
+    return run_dir
 
 
 def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
@@ -104,11 +122,37 @@ def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
     root = Path(wanted)
     if root.exists() and not root.is_dir():
         raise ConfigError(f"run_dir={wanted} is a file; give a directory.")
-    if not resume and root.is_dir() and any(root.iterdir()):
-        raise ConfigError(
-            f"run_dir={wanted} is not empty; resume it with --ckpt_path=last, or give another directory, or remove it."
-        )
+    held = [path.name for path in root.iterdir()] if root.is_dir() else []
+    if not resume and any(name != "config.yaml" for name in held):  # a run that failed before it began leaves that one
+        resumable = RunDir(root).last.is_file()
+        remedy = "resume it with --ckpt_path=last, give another directory," if resumable else "give another directory"
+        raise ConfigError(f"run_dir={wanted} is not empty; {remedy} or remove it.")
+    existing = next(parent for parent in [root, *root.absolute().parents] if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={wanted} cannot be written: {existing} is read-only; give another directory.")
     return RunDir(root)
+
+
+def describe_run_dir_problems(command: str, config: RunConfig, config_folder: Path, name: str) -> list[str]:
+    """Return what is wrong with run_dir and ckpt_path, without touching either."""
+    try:
+        if command == "fit":
+            run_dir = fit_run_dir(config, config_folder, name)
+        else:
+            run_dir = find_run_dir(config, config_folder, name)
+        if config.ckpt_path is not None:
+            run_dir.checkpoint(config.ckpt_path)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def fit_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
+    """Return the directory that `fit` writes: run_dir; when resuming by RUN/config.yaml, RUN; else a new one."""
+    resume = config.ckpt_path is not None
+    if resume and config.run_dir is None and (config_folder / "checkpoints").is_dir():
+        return RunDir(config_folder)
+    return choose_run_dir(config.run_dir, name, resume)
 
 
 def find_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:

@@ -9,9 +9,9 @@ ROOT = Path(pmd.__file__).parent
 #: Top to bottom. An entry may import from itself and from those above it.
 LAYERS = [
     "errors", "types", "seeds", "config_option", "config_engines", "config", "tiny", "sandbox", "tasks", "verifiers",
-    "config_load", "config_check", "prompts", "memory", "teacher", "objective", "models", "rollouts", "reflection",
-    "trace", "run_dir", "evaluation", "bootstrap", "module", "callbacks", "sweep", "commands", "cli", "build",
-    "__main__",
+    "config_load", "config_trainer", "config_check", "prompts", "memory", "teacher", "objective", "models", "rollouts",
+    "reflection", "trace", "run_dir", "evaluation", "bootstrap", "module", "callbacks", "trainer", "sweep", "commands",
+    "cli", "build", "__main__",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pmd.config_check import check_config
 from pmd.config_load import load_config
 from pmd.errors import ConfigError
-from pmd.run_dir import RunDir
+from pmd.run_dir import open_run
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder to write, new or empty")
     parser.add_argument("--ckpt", default="last", help="last, best or a checkpoint file")
     arguments = parser.parse_args(argv)
-    run_dir, out = RunDir(Path(arguments.run)), Path(arguments.out)
+    run_dir, out = open_run(arguments.run), Path(arguments.out)
     loaded = load_config([run_dir.config])
     check_config(loaded)
     checkpoint = run_dir.checkpoint(arguments.ckpt)

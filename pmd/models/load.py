@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from pmd.config import ModelConfig
 from pmd.tiny import shipped_model_path
@@ -30,6 +31,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def load_base(config: ModelConfig) -> PreTrainedModel:
     """Load the base weights in eval mode, without any adapter."""
+    if config.path in SHIPPED:
+        hf_logging.disable_progress_bar()  # loaded in a blink
     quantization = None
     if config.finetune == "qlora":
         from transformers import BitsAndBytesConfig

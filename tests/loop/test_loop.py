@@ -68,7 +68,7 @@ def test_no_held_out_problem_is_in_memory(whole):
 
 def test_inspect_and_export(whole, tmp_path):
     shown = pmd("inspect", "step", str(whole), "--step", "3").stdout
-    assert "teacher prompt" in shown
+    assert "teacher's prompt" in shown
     pmd("export", str(whole), "--out", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 

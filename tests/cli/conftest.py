@@ -1,0 +1,44 @@
+"""Runs the real command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: Exits with 99 if a command that needs no weights imported torch.
+WITHOUT_TORCH = "import sys; from pmd.cli import main; c = main(); sys.exit(99 if 'torch' in sys.modules else c)"
+
+
+@pytest.fixture
+def refused() -> Callable[..., str]:
+    """Run a command that must be refused before torch is imported; return what it says."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 2, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture
+def pmd() -> Callable[..., str]:
+    """Run a command that must succeed; return what it prints."""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "pmd", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return run

@@ -1,0 +1,167 @@
+"""Bad input: one error with key or file and line, value, rule and remedy; exit code 2, no traceback, no torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TINY = ["fit", "--config", "configs/tiny.yaml"]
+CHAT = ["--model.path=tiny_exam", "--model.prompts=chat"]
+#: What is typed after `fit --config configs/tiny.yaml`, and words that the answer must hold.
+WRONG = [
+    # unknown keys
+    ("--memory.kk=3", ["memory.kk=3", "memory.k?"]),
+    ("--memroy.k=3", ["memroy", "memory?"]),
+    ("--lr=3", ["lr=3", "optimizer.lr?"]),
+    ("--trainer.max_epoch=3", ["trainer.max_epoch=3", "trainer.max_epochs?"]),
+    ("--=3", ["has no key"]),
+    # wrong types and bounds
+    ("--optimizer.lr=fast", ["optimizer.lr=fast", "a number"]),
+    ("--optimizer.lr=", ["optimizer.lr=null", "a number"]),
+    ("--optimizer.lr", ["--optimizer.lr needs a value"]),
+    ("--optimizer.lr=-1", ["optimizer.lr=-1", "above 0"]),
+    ("--memory.enabled=1", ["memory.enabled=1", "true or false"]),
+    ("--memory.k=true", ["memory.k=true", "whole number"]),
+    ("--memory.k.x=3", ["memory.k={'x': 3}", "whole number"]),
+    ("--memory=3", ["memory=3", "section"]),
+    ("--memory.levels=[3]", ["memory.levels=[3]", "one of 0, 1, 2"]),
+    ("--teacher.kind=dead", ["teacher.kind=dead", "frozen, ema, live, trust_region"]),
+    ("--seed_everything=-1", ["seed_everything=-1", "at least 0"]),
+    ("configs/tiny.yaml", ["--config configs/tiny.yaml"]),
+    # Lightning's own section
+    ("--trainer.max_epochs=0", ["trainer.max_epochs=0", "at least 1"]),
+    ("--trainer.max_steps=many", ["trainer.max_steps=many", "whole number"]),
+    ("--trainer.accelerator=gpuu", ["trainer.accelerator=gpuu", "cpu"]),
+    ("--trainer.precision=17", ["trainer.precision=17", "bf16-mixed"]),
+    ("--trainer.devices=2", ["trainer.devices=2", "one device"]),
+    ("--trainer.max_time=soon", ["trainer.max_time=soon", "DD:HH:MM:SS"]),
+    ("--trainer.logger=false", ["trainer.logger=false", "run_dir"]),
+    ("--trainer=5", ["trainer=5", "mapping"]),
+    # combinations
+    ("--memory.k=9 --memory.capacity=4", ["memory.k=9", "memory.capacity=4", "lower k"]),
+    ("--memory.max_lessons=0", ["memory.k=4", "max_lessons", "lower k"]),
+    ("--memory.max_lessons=0 --memory.max_strategies=0 --memory.max_behaviours=0", ["retrieve nothing"]),
+    ("--config configs/methods/grpo.yaml --rollouts.group_size=1", ["rollouts.group_size=1", "at least 2"]),
+    ("--objective.distillation=0", ["objective.policy_gradient=0", "trains nothing"]),
+    ("--teacher.context=none", ["teacher.context=none", "sibling"]),
+    ("--verification.final_samples=4", ["verification.pass_at", "at least 8"]),
+    # paths
+    ("--config nope.yaml", ["nope.yaml does not exist"]),
+    ("--config configs/tinyy.yaml", ["did you mean configs/tiny.yaml?"]),
+    ("--config ablations/nope.yaml", ["ablations/nope.yaml does not exist"]),
+    ("--config configs", ["--config=configs", "directory"]),
+    ("--model.path=./nope", ["model.path=./nope", "config.json"]),
+    ("--memory.embedder=/nope/at/all", ["memory.embedder=/nope/at/all", "hash"]),
+    ("--ckpt_path=last", ["ckpt_path", "run_dir"]),
+    ("--run_dir=/nope --ckpt_path=best", ["/nope/checkpoints/best.ckpt does not exist"]),
+    ("--run_dir=configs", ["run_dir=configs is not empty", "another directory"]),
+    ("--run_dir=LICENSE", ["run_dir=LICENSE is a file"]),
+]
+
+
+@pytest.mark.parametrize(("typed", "words"), WRONG, ids=[typed for typed, _ in WRONG])
+def test_is_refused_in_words(refused, typed, words):
+    said = refused(*TINY, *typed.split())
+    assert said.startswith("ConfigError: ")
+    for word in words:
+        assert word in said
+
+
+def test_all_problems_are_told_at_once(refused):
+    said = refused(*TINY, "--memory.kk=3", "--optimizer.lr=fast", "--memory.capacity=2", "--trainer.precision=17",
+                   "--run_dir=configs", "--data.first_day=today")  # fmt: skip
+    for word in (
+        "6 problems",
+        "memory.kk",
+        "optimizer.lr",
+        "memory.capacity=2",
+        "precision=17",
+        "run_dir",
+        "first_day",
+    ):
+        assert word in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="hides the driver by an empty library path")
+def test_a_device_that_is_not_there_is_named(refused):
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        said = refused(*TINY, "--model.finetune=qlora", "--trainer.accelerator=gpu")
+        assert "model.finetune=qlora needs a CUDA device" in said
+        assert "trainer.accelerator=gpu needs a CUDA device" in said
+    else:
+        pytest.skip("this machine has a CUDA driver")
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path):
+    # A module that is None in sys.modules counts as not installed.
+    hidden = "import sys; sys.modules['wandb'] = None; from pmd.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, *TINY, "--wandb=offline"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "wandb=offline needs wandb; pip install 'pmd[wandb]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("memory: {k: 3", "not readable YAML"),
+        ("memory:\n\tk: 3", "not readable YAML"),
+        ("- one\n- two", "mapping of sections"),
+        ("memory: {k: 3}\nmemory: {k: 4}", "memory"),
+        ("memory: {k: '${no.such.key}'}", "no.such.key"),
+        ("memory: !!python/object/apply:os.system ['true']", "not readable YAML"),
+        ("\x00\x01", "not readable YAML"),
+    ],
+)
+def test_malformed_yaml_is_named_with_its_file(refused, tmp_path, text, word):
+    (tmp_path / "bad.yaml").write_text(text)
+    said = refused(*TINY, "--config", str(tmp_path / "bad.yaml"))
+    assert word in said
+
+
+def test_every_malformed_line_of_a_jsonl_file_is_named(refused, tmp_path):
+    good = {"id": "1", "prompt": "2+2?", "verifier": "exact", "answer": "4"}
+    lines = [
+        json.dumps(good),
+        "{not json",
+        json.dumps(good | {"id": 2, "verifier": "exakt"}),
+        json.dumps(good | {"id": 3, "answer": 4}),
+        json.dumps({"id": 4, "verifier": "exact", "answer": "x"}),
+        json.dumps(good),
+    ]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("\n".join(lines))
+    said = refused(*TINY, *CHAT, "--data.task=jsonl", f"--data.path={path}")
+    for number, word in ((2, "not valid JSON"), (3, "verifier"), (4, "answer"), (5, "prompt"), (6, "id")):
+        assert any(f"{path}:{number}: " in line and word in line for line in said.splitlines()), (number, said)
+    assert f"{path}:1:" not in said
+
+
+def test_missing_data_is_named(refused):
+    said = refused(*TINY, *CHAT, "--data.task=jsonl", "--data.path=nope.jsonl")
+    assert "nope.jsonl" in said
+    said = refused(*TINY, *CHAT, "--data.task=sciknoweval", "--data.path=nope")
+    assert "data.path=nope" in said
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_evaluation_refuses_the_same_way(refused, command):
+    said = refused(command, "--config", "configs/tiny.yaml", "--ckpt_path=best", "--memory.kk=2")
+    assert "memory.kk=2" in said
+    assert "ckpt_path" in said
+    assert "--config FILE" in refused(command)
+
+
+def test_other_commands_refuse_in_words(refused, tmp_path):
+    assert "did you mean fit?" in refused("fitt")
+    assert "fit" in refused("frobnicate")
+    assert "needs --config" in refused("fit")
+    assert "config.yaml" in refused("export", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "config.yaml" in refused("inspect", "step", str(tmp_path))
+    assert "nope.yaml" in refused("sweep", "nope.yaml")
