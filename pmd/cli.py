@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pmd.config import RunConfig
 from pmd.config_check import check_config
-from pmd.config_load import LoadedConfig, load_config
+from pmd.config_load import LoadedConfig, load_config, split_arguments
 from pmd.errors import ConfigError, PmdError, RunInterrupted
 from pmd.run_dir import describe_run_dir_problems
 
@@ -32,6 +32,7 @@ final model needs no memory.
   inspect    the teacher's prompt and the per-token divergence of any rollout: inspect step RUN
   compare    paired bootstrap of two or more runs
   sweep      many runs from one grid, with a table over seeds: sweep GRID.yaml
+  serve      a vLLM server for rollouts.engine=vllm_server, restarted when it dies: serve --config FILE
   score      verify completions that were made elsewhere
   memory     look into a memory store: stats, list, show, search, ...
   bootstrap  make the shipped tiny models again from their seed
@@ -45,6 +46,7 @@ COMMANDS = {
     "inspect": "pmd.commands.inspect",
     "memory": "pmd.commands.memory",
     "score": "pmd.commands.score",
+    "serve": "pmd.commands.serve",
     "sweep": "pmd.commands.sweep",
 }
 TRAINING = ("fit", "validate", "test")
@@ -95,39 +97,6 @@ def _train(command: str, arguments: list[str]) -> int:
         print(resolved_yaml(loaded))
         return 0
     return import_module("pmd.build").run(command, loaded)
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `--config FILE --a.b VALUE --c.d=VALUE` into files and `a.b=VALUE` overrides.
-
-    Raises:
-        ConfigError: an argument is no option, or has no value.
-    """
-    files, overrides, problems = [], [], []
-    position = 0
-    while position < len(arguments):
-        argument = arguments[position]
-        position += 1
-        if not argument.startswith("--"):
-            form = f"--config {argument}" if argument.endswith((".yaml", ".yml")) else "--section.key=value"
-            problems.append(f"argument={argument} is no option; write {form}.")
-            continue
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            if position == len(arguments) or arguments[position].startswith("--"):
-                problems.append(f"--{key} needs a value; write --{key}=VALUE.")
-                continue
-            value = arguments[position]
-            position += 1
-        if not key:
-            problems.append(f"argument={argument} has no key; write --section.key=value.")
-        elif key == "config":
-            files.append(value)
-        else:
-            overrides.append(f"{key}={value}")
-    if problems:
-        raise ConfigError(problems)
-    return files, overrides
 
 
 def resolved_yaml(loaded: LoadedConfig) -> str:

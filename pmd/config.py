@@ -8,7 +8,7 @@ Sections hold plain values only; objects are made from them in `cli.py`.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pmd.config_engines import VLLMConfig
+from pmd.config_engines import ServerConfig, VLLMConfig
 from pmd.config_option import option
 
 
@@ -152,10 +152,11 @@ class DataConfig:
 class RolloutsConfig:
     """How the student attempts problems, and how attempts become batches."""
 
-    engine: Literal["hf", "vllm"] = option(
-        "hf", "`hf` generates with the training weights themselves, `vllm` with vLLM in this process."
+    engine: Literal["hf", "vllm", "vllm_server"] = option(
+        "hf", "`hf`: the training weights themselves; `vllm`: vLLM in this process; `vllm_server`: vLLM elsewhere."
     )
     vllm: VLLMConfig = field(default_factory=VLLMConfig, metadata={"help": "vLLM's settings."})
+    server: ServerConfig = field(default_factory=ServerConfig, metadata={"help": "Where vLLM servers are."})
     problems_per_step: int = option(32, "Problems in one rollout batch.", least=1)
     group_size: int = option(8, "Attempts at each problem.", least=1)
     updates_per_batch: int = option(1, "Optimizer steps per rollout batch; the problems are split among them.", least=1)

@@ -112,6 +112,8 @@ def _engine_problems(run: RunConfig) -> list[str]:
     vllm, finetune, problems = run.rollouts.vllm, run.model.finetune, []
     if run.rollouts.engine == "hf":
         return []
+    if run.rollouts.engine == "vllm_server":
+        return _server_problems(run)
     package = find_spec("vllm")
     if package is None or package.origin is None:
         problems.append("rollouts.engine=vllm needs vLLM; pip install 'pmd[gpu]' (README, \"vLLM\"), or use hf.")
@@ -132,6 +134,23 @@ def _engine_problems(run: RunConfig) -> list[str]:
             f"model.dtype={run.model.dtype} with model.finetune=qlora: vLLM serves the base in bfloat16, or in its own "
             "rollouts.vllm.quantization; use bfloat16."
         )
+    return problems
+
+
+def _server_problems(run: RunConfig) -> list[str]:
+    server, problems = run.rollouts.server, []
+    if run.model.finetune == "full":
+        problems.append(
+            "rollouts.engine=vllm_server with model.finetune=full: servers are given adapters only; use lora, or "
+            "rollouts.engine=vllm."
+        )
+    if not server.urls:
+        problems.append("rollouts.server.urls=[] names no server; start one with python -m pmd serve and name it.")
+    for url in server.urls:
+        if not url.startswith(("http://", "https://")):
+            problems.append(f"rollouts.server.urls: {url} must begin with http:// or https://.")
+    if server.adapter_dir is not None and not Path(server.adapter_dir).is_dir():
+        problems.append(f"rollouts.server.adapter_dir={server.adapter_dir} is no folder; make it first.")
     return problems
 
 

@@ -32,3 +32,18 @@ class VLLMConfig:
     parity_bound: float = option(
         0.1, "Stop where engine and trainer differ by more than this on average over their tokens, in nats.", above=0
     )
+
+
+@dataclass
+class ServerConfig:
+    """vLLM servers that generate, started by `python -m pmd serve`; used by `rollouts.engine: vllm_server`."""
+
+    urls: list[str] = option(["http://127.0.0.1:8000"], "Where the servers listen.")
+    adapter_dir: str | None = option(
+        None, "Folder that this process and the servers see under the same path; null is the system's temporary folder."
+    )
+    concurrency: int = option(64, "Requests in flight at each server.", least=1)
+    retries: int = option(5, "How often a request is sent again before the run stops.", least=0)
+    backoff_s: float = option(1.0, "First pause before a server that failed is asked again; pauses double.", above=0)
+    recovery_s: float = option(600.0, "How long all servers may be away before the run stops.", above=0)
+    request_timeout_s: float = option(1800.0, "A request that is out for longer is sent again.", above=0)

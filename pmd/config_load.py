@@ -78,6 +78,39 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
     return LoadedConfig(run, trainer, plain, name, folder, problems)
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `--config FILE --a.b VALUE --c.d=VALUE` into files and `a.b=VALUE` overrides.
+
+    Raises:
+        ConfigError: an argument is no option, or has no value.
+    """
+    files, overrides, problems = [], [], []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            form = f"--config {argument}" if argument.endswith((".yaml", ".yml")) else "--section.key=value"
+            problems.append(f"argument={argument} is no option; write {form}.")
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if position == len(arguments) or arguments[position].startswith("--"):
+                problems.append(f"--{key} needs a value; write --{key}=VALUE.")
+                continue
+            value = arguments[position]
+            position += 1
+        if not key:
+            problems.append(f"argument={argument} has no key; write --section.key=value.")
+        elif key == "config":
+            files.append(value)
+        else:
+            overrides.append(f"{key}={value}")
+    if problems:
+        raise ConfigError(problems)
+    return files, overrides
+
+
 def build_section(
     section: type, values: dict[str, Any], prefix: str, extra: Sequence[str] = ()
 ) -> tuple[Any, list[str]]:

@@ -1,11 +1,14 @@
 """RunConfig and policy in; the engine that `rollouts.engine` names out."""
 
+from pathlib import Path
+from tempfile import mkdtemp
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pmd.config import RunConfig
 from pmd.models.load import resolve_model_path
-from pmd.models.policy import Policy
+from pmd.models.policy import AdapterPolicy, Policy
 from pmd.rollouts.engine import Engine
 from pmd.rollouts.hf import HFEngine
 from pmd.rollouts.vllm_adapter import EngineSettings, check_version
@@ -25,6 +28,12 @@ def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenize
     """Start the engine. It takes the policy's weights over when it first generates."""
     if config.rollouts.engine == "hf":
         return HFEngine(policy, tokenizer, config.rollouts.engine_batch)
+    if config.rollouts.engine == "vllm_server":
+        from pmd.rollouts.server import VLLMServerEngine
+
+        assert isinstance(policy, AdapterPolicy)  # the configuration check refuses anything else
+        folder = Path(mkdtemp(prefix="pmd-adapters-", dir=config.rollouts.server.adapter_dir))
+        return VLLMServerEngine(policy, tokenizer, config.rollouts.server, folder)
     from pmd.rollouts.vllm import VLLMEngine
     from pmd.rollouts.vllm_adapter import VLLMRuntime, spare_from_compilation
 

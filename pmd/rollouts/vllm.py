@@ -48,7 +48,10 @@ class VLLMEngine:
             for _ in range(MOST_TRIES):
                 for generation in self.runtime.generate(list(pending.items()), sampling, self.stop_ids, adapter):
                     if generation.finish_reason in ("stop", "length"):
-                        yield generation.key, self._completion(generation, sampling)
+                        completion = to_completion(
+                            generation, sampling, self.tokenizer, self.stop_ids, self.policy_version
+                        )
+                        yield generation.key, completion
                         del pending[generation.key]
                 if not pending:
                     return
@@ -86,12 +89,12 @@ class VLLMEngine:
             return None
         if role == "teacher" or self._holds != role:  # a teacher with weights of its own may have moved
             self._push(role)
-        return self._folder(role) if with_adapters else None
+        return self.adapter_folder(role) if with_adapters else None
 
     def _push(self, role: Role) -> None:
         if isinstance(self.policy, AdapterPolicy):
             save_adapter(self.policy, role, Path(self._adapters.name))
-            self.runtime.load_adapter(self._folder(role))
+            self.runtime.load_adapter(self.adapter_folder(role))
             self._holds = "student" if role == "student" else self._holds
         else:
             with self.policy.weights(role) as model:
@@ -101,25 +104,9 @@ class VLLMEngine:
             self._holds = role
         self.runtime.reset_cache()
 
-    def _folder(self, role: Role) -> Path:
+    def adapter_folder(self, role: Role) -> Path:
+        """Return where the adapter of `role` is kept."""
         return Path(self._adapters.name) / role
-
-    def _completion(self, generation: Generation, sampling: Sampling) -> Completion:
-        """Turn a generation into a completion, or say why nothing was generated."""
-        ids, logprobs = generation.token_ids, generation.logprobs
-        if not all(math.isfinite(logprob) for logprob in logprobs):
-            raise EngineError(
-                f"request {generation.key}: log-prob nan or inf under policy version {self.policy_version}; the "
-                "weights have diverged: resume from an earlier checkpoint with a lower optimizer.lr."
-            )
-        if generation.finish_reason == "length" and len(ids) != sampling.max_new_tokens:
-            raise EngineError(
-                f"request {generation.key} was cut at {len(ids)} of {sampling.max_new_tokens} tokens; "
-                "raise rollouts.vllm.max_model_len."
-            )
-        text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        finish_reason = "stop" if ids[-1:] and ids[-1] in self.stop_ids else "length"
-        return Completion(ids, logprobs, text, finish_reason, self.policy_version)
 
     def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
         most = self.runtime.settings.max_model_len
@@ -129,6 +116,36 @@ class VLLMEngine:
                 f"a prompt of {longest} tokens with {sampling.max_new_tokens} new ones exceeds "
                 f"rollouts.vllm.max_model_len={most}; raise it, or shorten prompts or completions."
             )
+
+
+def to_completion(
+    generation: Generation,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    policy_version: int,
+) -> Completion:
+    """Return the completion of a finished generation.
+
+    Raises:
+        EngineError: it is empty, was cut short, or has log-probs that are no numbers.
+    """
+    ids, logprobs = generation.token_ids, generation.logprobs
+    if not ids or len(ids) != len(logprobs):
+        raise EngineError(f"request {generation.key} came back with {len(ids)} tokens and {len(logprobs)} log-probs.")
+    if not all(math.isfinite(logprob) for logprob in logprobs):
+        raise EngineError(
+            f"request {generation.key}: log-prob nan or inf under policy version {policy_version}; the weights have "
+            "diverged: resume from an earlier checkpoint with a lower optimizer.lr."
+        )
+    finish_reason = "stop" if ids[-1] in stop_ids else "length"
+    if finish_reason == "length" and len(ids) != sampling.max_new_tokens:
+        raise EngineError(
+            f"request {generation.key} was cut at {len(ids)} of {sampling.max_new_tokens} tokens; "
+            "raise rollouts.vllm.max_model_len."
+        )
+    text = cast(str, tokenizer.decode(list(ids), skip_special_tokens=True))
+    return Completion(ids, logprobs, text, finish_reason, policy_version)
 
 
 def save_adapter(policy: AdapterPolicy, role: Role, folder: Path) -> None:

@@ -5,6 +5,7 @@ vLLM takes 10 to 20 seconds to import.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,24 @@ class EngineSettings:
             tokens = max(self.max_model_len, 2048, self.max_num_seqs)
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
         return {name: value for name, value in arguments.items() if value is not None}
+
+
+def server_command(settings: EngineSettings, host: str, port: int, parallel: dict[str, int]) -> list[str]:
+    """Return the command that serves `settings` over HTTP, the base under the name `base`."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
+    for name, value in (settings.arguments() | parallel | {"served_model_name": "base"}).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", str(value)]
+    return command
+
+
+def server_environment(settings: EngineSettings) -> dict[str, str]:
+    """Return the environment of `server_command`: adapters may be loaded while it runs."""
+    own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    return dict(os.environ) | own | ({} if settings.on_gpu else CPU_ENVIRONMENT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,127 @@
+"""Rollouts through our engine and through vLLM called directly: tokens per second, and their ratio.
+
+Both use the same vLLM in this process, the same prompts, seeds, adapter and log-probs; rounds alternate, and the ratio
+is that of the medians. On a CPU the model is tiny and random. With a CUDA device,
+
+    python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024
+
+makes Qwen3-8B with random weights and prints sync, sleep and wake times, too. GPU figures: unmeasured.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pmd.bootstrap.random_model import make_random_model
+from pmd.config import ModelConfig, TeacherConfig
+from pmd.models.load import load_base, load_tokenizer
+from pmd.models.policy import make_policy
+from pmd.rollouts.engine import Request, Sampling
+from pmd.rollouts.vllm import VLLMEngine
+from pmd.rollouts.vllm_adapter import EngineSettings, VLLMRuntime
+
+QWEN3_8B = {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["tiny", "qwen3_8b"], default="tiny")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt; 8 completions share one")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(arguments, make_model(Path(folder), arguments.shape))
+
+
+def make_model(folder: Path, shape: str) -> Path:
+    make_random_model(folder)
+    if shape == "qwen3_8b":
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(
+            "qwen3", max_position_embeddings=40960, eos_token_id=258, pad_token_id=256, **QWEN3_8B
+        )
+        with torch.device("cuda"):
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> None:
+    on_gpu = torch.cuda.is_available()
+    model = ModelConfig(path=str(folder), finetune="lora", lora_rank=16, dtype="bfloat16" if on_gpu else "float32")
+    tokenizer = load_tokenizer(model)
+    policy = make_policy(load_base(model), model, TeacherConfig())
+    settings = EngineSettings(
+        model=str(folder), dtype=model.dtype, max_model_len=arguments.prompt + arguments.tokens,
+        max_num_seqs=min(256, arguments.requests), memory_fraction=0.6,
+        kv_cache_memory_bytes=None if on_gpu else 256 << 20, block_size=None if on_gpu else 32, enforce_eager=False,
+        quantization="none", sleep=True, num_adapters=1, lora_rank=16, seed=0, on_gpu=on_gpu,
+    )  # fmt: skip
+    engine = VLLMEngine(policy, tokenizer, VLLMRuntime(settings))
+    engine.sync(0)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(0, 250, (arguments.prompt,), generator=draw).tolist()) for _ in range(10**4)]
+    sampling = Sampling(1.0, arguments.tokens)
+    rates: dict[str, list[float]] = {"ours": [], "direct": []}  # tokens per second
+    for number in range(arguments.rounds + 1):
+        requests = [
+            Request(prompts[(number * arguments.requests + i // 8) % 10**4], i) for i in range(arguments.requests)
+        ]
+        counts = set()
+        for name in ("ours", "direct") if number % 2 else ("direct", "ours"):
+            engine.runtime.reset_cache()
+            started = time.perf_counter()
+            if name == "ours":
+                count = sum(len(c.token_ids) for _, c in engine.generate(requests, sampling))
+            else:
+                count = direct(engine, requests, sampling)
+            if number:  # the first round warms up
+                rates[name].append(count / (time.perf_counter() - started))
+            counts.add(count)
+        assert len(counts) == 1, "the same seeds gave completions of other lengths"
+    rate = {name: statistics.median(values) for name, values in rates.items()}
+    print(
+        f"ours {rate['ours']:.0f} tokens/s, vLLM directly {rate['direct']:.0f} tokens/s, "
+        f"ratio {rate['ours'] / rate['direct']:.3f}"
+    )
+    for name in ("sync", "sleep", "wake"):
+        started = time.perf_counter()
+        engine.sync(1) if name == "sync" else engine.sleep() if name == "sleep" else engine.wake()
+        note = "" if on_gpu or name == "sync" else " (nothing to do on a CPU)"
+        print(f"{name}: {time.perf_counter() - started:.3f} s{note}")
+    engine.close()
+
+
+def direct(engine: VLLMEngine, requests: list[Request], sampling: Sampling) -> int:
+    """Call vLLM's own `LLM.generate`, and read ids and log-probs as any caller would."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    params = [
+        SamplingParams(
+            temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=request.seed, logprobs=0,
+            detokenize=False,
+            stop_token_ids=list(engine.stop_ids),
+        )
+        for request in requests
+    ]  # fmt: skip
+    prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+    lora = LoRARequest("student", 1, str(engine.adapter_folder("student")))
+    outputs = engine.runtime.llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
+    logprobs = [
+        [row[t].logprob for row, t in zip(o.outputs[0].logprobs, o.outputs[0].token_ids, strict=True)] for o in outputs
+    ]
+    return sum(map(len, logprobs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""`python -m pmd serve --config FILE`: a vLLM server with the flags that a run's configuration needs.
+
+Enters: a configuration. Leaves: a server that is started again when it dies, until it is told to end. The trainer loads
+its adapters into it. It listens on this machine alone unless --host says otherwise: whoever reaches it can load files.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+
+from pmd.config_check import check_config
+from pmd.config_load import load_config, split_arguments
+from pmd.errors import EngineError
+
+MOST_RESTARTS = 5  # in a row, each after less than SETTLED_S
+SETTLED_S = 600.0
+FIRST_PAUSE_S = 1.0
+DESCRIPTION = "Serve a configuration's model with vLLM; further arguments are --config and --section.key=value of fit."
+
+
+def main(argv: list[str]) -> int:
+    """Serve until SIGINT or SIGTERM; return 0."""
+    parser = argparse.ArgumentParser(prog="python -m pmd serve", description=DESCRIPTION)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="copies of the model")
+    parser.add_argument("--dry-run", action="store_true", help="print vLLM's command and end")
+    arguments, rest = parser.parse_known_args(argv)
+    files, overrides = split_arguments(rest)
+    loaded = load_config(files, [*overrides, "rollouts.engine=vllm", "rollouts.vllm.sleep=false"])
+    check_config(loaded)
+
+    from transformers import AutoConfig
+
+    from pmd.models.load import resolve_model_path
+    from pmd.rollouts.make import engine_settings
+    from pmd.rollouts.vllm_adapter import check_version, server_command, server_environment
+
+    check_version()
+    model = AutoConfig.from_pretrained(resolve_model_path(loaded.run.model.path)).get_text_config()
+    settings = engine_settings(loaded.run, model.max_position_embeddings)
+    sizes = {
+        "tensor_parallel_size": arguments.tensor_parallel_size,
+        "data_parallel_size": arguments.data_parallel_size,
+    }
+    parallel = {name: size for name, size in sizes.items() if size > 1}
+    command = server_command(settings, arguments.host, arguments.port, parallel)
+    print(shlex.join(command), flush=True)
+    return 0 if arguments.dry_run else Supervisor(command, server_environment(settings)).run()
+
+
+class Supervisor:
+    """Keeps one server process alive."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]):
+        self.command, self.environment = list(command), environment
+        self.process: subprocess.Popen | None = None
+        self.told_to_end = False
+
+    def run(self) -> int:
+        """Start the server again whenever it dies, after ever longer pauses.
+
+        Raises:
+            EngineError: it died too often in a row.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        failures = 0
+        while not self.told_to_end:
+            started = time.monotonic()
+            self.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+            code = self.process.wait()
+            self._kill_group()
+            if self.told_to_end:
+                break
+            failures = 1 if time.monotonic() - started > SETTLED_S else failures + 1
+            if failures > MOST_RESTARTS:
+                raise EngineError(f"the server ended {failures} times in a row, at last with code {code}; see its log.")
+            pause_s = FIRST_PAUSE_S * 2 ** (failures - 1)
+            print(
+                f"the server ended with code {code}; restart {failures} of {MOST_RESTARTS} in {pause_s:.0f} s",
+                flush=True,
+            )
+            time.sleep(pause_s)
+        return 0
+
+    def _end(self, *_: object) -> None:
+        self.told_to_end = True
+        if self.process is not None:
+            self.process.terminate()
+
+    def _kill_group(self) -> None:
+        """End what the server process left behind: its engine holds the GPU."""
+        assert self.process is not None
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return

@@ -1,0 +1,106 @@
+"""The server engine against a real server on loopback: killed in the middle of a batch, restarted, nothing lost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from vllm_checkpoints import disturb, make_random_policy
+
+from pmd.config_engines import ServerConfig, VLLMConfig
+from pmd.errors import EngineError
+from pmd.rollouts.engine import Request, Sampling
+from pmd.rollouts.server import VLLMServerEngine
+from pmd.rollouts.vllm_parity import ParityCheck
+
+ROOT = Path(__file__).parents[2]
+REQUESTS = [Request(tuple(range(1, 40 + number)), number) for number in range(24)]
+SAMPLING = Sampling(1.0, 64)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint, tmp_path_factory):
+    """A supervised server: its address, and the process that supervises it."""
+    port, log = free_port(), tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [
+        sys.executable, "-m", "pmd", "serve", "--port", str(port), "--config", "configs/qwen3_8b.yaml",
+        "--config", "configs/overlays/cpu_vllm.yaml", f"--model.path={checkpoint}",
+    ]  # fmt: skip
+    with log.open("w") as out:
+        supervisor = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    yield f"http://127.0.0.1:{port}", supervisor
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(timeout=60) == 0, log.read_text()[-3000:]
+
+
+def child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def engine_on(url: str, checkpoint: Path, folder: Path, **changes) -> VLLMServerEngine:
+    policy, tokenizer = make_random_policy(checkpoint, "lora")
+    config = ServerConfig(urls=[url], concurrency=8, recovery_s=400.0, backoff_s=0.2, retries=3)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return VLLMServerEngine(policy, tokenizer, config, folder)
+
+
+@pytest.mark.vllm
+def test_a_server_killed_in_the_middle_of_a_batch(served, checkpoint, tmp_path):
+    url, supervisor = served
+    engine = engine_on(url, checkpoint, tmp_path)
+    deadline = time.monotonic() + 400
+    while not engine.servers[0].healthy():
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.5)
+    engine.sync(1)
+    undisturbed = dict(engine.generate(REQUESTS, SAMPLING))
+    assert sorted(undisturbed) == list(range(len(REQUESTS)))
+
+    arrivals, positions = engine.generate(REQUESTS, SAMPLING), []
+    positions.append(next(arrivals))
+    server = child_of(supervisor.pid)
+    os.kill(server, signal.SIGKILL)
+    positions += list(arrivals)
+    assert child_of(supervisor.pid) != server
+    assert sorted(position for position, _ in positions) == list(range(len(REQUESTS)))
+    assert {p: c.token_ids for p, c in positions} == {p: c.token_ids for p, c in undisturbed.items()}
+
+    check = ParityCheck(
+        engine, engine.policy, [r.prompt_ids for r in REQUESTS[:2]], VLLMConfig(parity_bound=1e-4),
+        engine.tokenizer.pad_token_id,
+    )  # fmt: skip
+    for version in range(2, 5):
+        disturb(engine.policy, 0.3, seed=version)
+        engine.sync(version)
+        assert check.measure(nullcontext())["parity/max"] <= 1e-4
+    disturb(engine.policy, 0.3, seed=9)
+    with pytest.raises(EngineError, match="earlier version"):
+        check.measure(nullcontext())
+    engine.close()
+    assert engine.servers[0].models() == ["base"]
+
+
+def test_servers_that_never_answer_are_named(tmp_path, checkpoint):
+    engine = engine_on(f"http://127.0.0.1:{free_port()}", checkpoint, tmp_path, recovery_s=0.5, retries=10**6)
+    with pytest.raises(EngineError, match="no server answered"):
+        list(engine.generate(REQUESTS[:2], SAMPLING))
+
+
+def test_a_request_is_not_tried_for_ever(tmp_path, checkpoint):
+    engine = engine_on(f"http://127.0.0.1:{free_port()}", checkpoint, tmp_path, retries=0)
+    with pytest.raises(EngineError, match="request 0 failed 1 times"):
+        list(engine.generate(REQUESTS[:1], SAMPLING))
