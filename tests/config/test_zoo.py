@@ -1,0 +1,60 @@
+"""Every configuration that is shipped runs through the very checks of `fit`, alone and under every overlay."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BASES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("configs/methods", "ablations")
+    for path in (ROOT / folder).glob("*.yaml")
+)
+#: Checks each line of standard input as the arguments of `fit ... --print_config`, and what that prints once more.
+CHILD = """
+import contextlib, io, sys, tempfile, pathlib
+from pmd.cli import main
+for line in sys.stdin.read().splitlines():
+    printed = []
+    with tempfile.TemporaryDirectory() as folder:
+        again = pathlib.Path(folder, "again.yaml")
+        for arguments in (line.split(), ["--config", str(again)]):
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(["fit", *arguments, "--print_config"])
+            if code:
+                print(f"{line}: exit {code}: {err.getvalue()}")
+                break
+            printed.append(out.getvalue())
+            again.write_text(out.getvalue())
+    if len(printed) == 2 and printed[0] != printed[1]:
+        print(f"{line}: printed configuration differs when it is read again")
+assert "torch" not in sys.modules
+"""
+
+
+#: What a machine without a GPU cannot do, and what does instead: the rest of the configuration is checked all the same.
+ELSEWHERE = "--rollouts.engine=hf --model.finetune=lora --trainer.accelerator=auto"
+
+
+def complaints(lines: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], cwd=ROOT, input="\n".join(lines), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_shipped_run_parses_alone_and_under_every_overlay(base):
+    assert OVERLAYS
+    suffix = "" if base.startswith("configs/tiny") else f" {ELSEWHERE}"
+    lines = [f"--config {base}{suffix}", *(f"--config {base} --config {overlay}{suffix}" for overlay in OVERLAYS)]
+    assert complaints(lines) == ""
+
+
+def test_a_wrong_line_is_found_by_this_test():
+    assert "exit 2" in complaints(["--config configs/tiny.yaml --memory.k=0"])
