@@ -30,6 +30,7 @@ final model needs no memory.
   test       evaluate a checkpoint on the test problems, without any memory
   export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
   inspect    the teacher's prompt and the per-token divergence of any rollout: inspect step RUN
+  bench      seconds of a step by part, tokens/s, peak memory: bench --config FILE
   compare    paired bootstrap of two or more runs
   sweep      many runs from one grid, with a table over seeds: sweep GRID.yaml
   serve      a vLLM server for rollouts.engine=vllm_server, restarted when it dies: serve --config FILE
@@ -40,6 +41,7 @@ final model needs no memory.
 `python -m pmd fit --help` lists every key; `python -m pmd COMMAND --help` explains a command.
 """
 COMMANDS = {
+    "bench": "pmd.commands.bench",
     "bootstrap": "pmd.bootstrap.command",
     "compare": "pmd.commands.compare",
     "export": "pmd.commands.export",

@@ -38,6 +38,9 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and then a constant rate (SDPO's recipe)."""
 
+    kind: Literal["adamw", "adamw_8bit_paged"] = option(
+        "adamw", "`adamw_8bit_paged` keeps AdamW's state in 8 bits and moves it to the CPU under pressure (CUDA only)."
+    )
     lr: float = option(1e-5, "Learning rate after the warm-up.", above=0)
     weight_decay: float = option(0.01, "Decoupled weight decay.", least=0)
     beta1: float = option(0.9, "AdamW's first decay rate.", least=0, most=1)

@@ -47,6 +47,11 @@ def _model_problems(run: RunConfig) -> list[str]:
         problems.append("model.finetune=qlora needs a CUDA device and none was found; use lora or full.")
     if model.finetune == "qlora" and find_spec("bitsandbytes") is None:
         problems.append("model.finetune=qlora needs bitsandbytes; pip install 'pmd[gpu]'.")
+    if run.optimizer.kind == "adamw_8bit_paged":
+        if not cuda_is_available():
+            problems.append("optimizer.kind=adamw_8bit_paged needs a CUDA device and none was found; use adamw.")
+        if find_spec("bitsandbytes") is None:
+            problems.append("optimizer.kind=adamw_8bit_paged needs bitsandbytes; pip install 'pmd[gpu]'.")
     looks_like_path = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
     if looks_like_path and not (Path(model.path) / "config.json").is_file():
         problems.append(f"model.path={model.path} holds no config.json; give a Hugging Face model directory or id.")

@@ -80,9 +80,10 @@ class PMDModule(LightningModule):
         """Return AdamW over the trainable weights, with a linear warm-up to a constant rate."""
         config = self.optimizer_config
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
+        adamw: Any = torch.optim.AdamW
+        if config.kind == "adamw_8bit_paged":
+            from bitsandbytes.optim.adamw import PagedAdamW8bit as adamw
+        optimizer = adamw(trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         warmup = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps))
         )

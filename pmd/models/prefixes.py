@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pmd.models.logprobs import backbone, completion_hidden_states
 
 #: A prefix pays if it saves at least this many tokens (two passes cost more overhead than one) ...
-LEAST_SAVED_TOKENS = 1024
+LEAST_SAVED_TOKENS = 256
 #: ... and this share of the run's tokens (keys and values are copied for every row).
 LEAST_SAVED_SHARE = 0.25
 
