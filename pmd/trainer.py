@@ -28,6 +28,7 @@ UNTRUE_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     "`isinstance.treespec",
     "LightningCLI's args parameter",
+    "Experiment logs directory .* exists and is not empty",
     "Your `IterableDataset` has `__len__` defined",
     r"Found \d+ module\(s\) in eval mode",
     "You have overridden `transfer_batch_to_device`",

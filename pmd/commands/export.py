@@ -32,11 +32,19 @@ def main(argv: list[str]) -> int:
     from pmd.module import PMDModule
 
     module = PMDModule(loaded.run)
+    is_adapter = loaded.run.model.finetune != "full"
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
     with module.policy.weights("student") as model:
-        model.save_pretrained(out)
+        if is_adapter:
+            model.save_pretrained(out, selected_adapters=["student"])
+        else:
+            model.save_pretrained(out)
+    if is_adapter:  # PEFT puts a named adapter into a folder of its name; alone it belongs at the top
+        for file in (out / "student").iterdir():
+            file.rename(out / file.name)
+        (out / "student").rmdir()
     module.tokenizer.save_pretrained(out)
     print(f"exported {checkpoint} to {out}")
     return 0
