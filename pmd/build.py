@@ -103,17 +103,22 @@ def callbacks_of(run: Run) -> list[Callback]:
     callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, _parity(run)))
     if config.trace_every:
         callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
-    checkpoint = ModelCheckpoint(
-        dirpath=run.run_dir.checkpoints,
-        filename="best",
-        monitor="verify/avg",
+    # Two, because ModelCheckpoint(save_last=True) writes `last` only in epochs whose `best` is written.
+    best = _checkpoint(run.run_dir, "best", monitor="verify/avg")
+    return [*callbacks, best, _checkpoint(run.run_dir, "last", monitor=None)]
+
+
+def _checkpoint(run_dir: RunDir, name: str, monitor: str | None) -> ModelCheckpoint:
+    """Return what writes NAME.ckpt after each epoch, or after each epoch that is the best so far by `monitor`."""
+    return ModelCheckpoint(
+        dirpath=run_dir.checkpoints,
+        filename=name,
+        monitor=monitor,
         mode="max",
-        save_last=True,
         every_n_epochs=1,
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    return [*callbacks, checkpoint]
 
 
 def _parity(run: Run) -> ParityCheck | None:

@@ -48,6 +48,11 @@ def test_a_run_leaves_everything(whole):
     assert len(list((whole / "traces").glob("*.gz"))) == 4
 
 
+def test_the_last_checkpoint_is_of_the_last_epoch(whole):
+    state = torch.load(whole / "checkpoints/last.ckpt", weights_only=False)
+    assert (state["epoch"], state["global_step"]) == (1, 4)
+
+
 def test_resuming_equals_never_stopping(whole, tmp_path):
     run_dir = tmp_path / "run"
     fit(run_dir, 1)
