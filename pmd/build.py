@@ -91,7 +91,7 @@ def callbacks_of(run: Run) -> list[Callback]:
     callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
     if run.memory is not None:
         reflection = ReflectionCallback(
-            engine, run.data.prompts, by_id, config.reflection, config.memory, config.seed_everything
+            engine, run.data.prompts, by_id, config.reflection, run.memory, config.seed_everything
         )
         callbacks.append(reflection)
         auditing = None

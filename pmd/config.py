@@ -215,6 +215,7 @@ class ReflectionConfig:
     max_prompt_tokens: int = option(
         16384, "Longest prompt of a reflection; longer ones are not asked, and counted.", least=1
     )
+    retry: bool = option(True, "Ask once more, at a temperature of 0.7 at least, where the output is malformed.")
     max_groups: int | None = option(
         None, "Reflect on at most this many groups an epoch, chosen by seed; null is all.", least=1
     )

@@ -59,8 +59,7 @@ class MemoryUpdateCallback(Callback):
         """Write experiences, insights and behaviours; refresh index and retrieval; log how the memory does."""
         assert isinstance(pl_module, PMDModule)
         started, learnt = time.perf_counter(), Learnt(0, 0, 0, {})
-        config = self.memory.config
-        if not (config.frozen and (trainer.current_epoch > 0 or config.import_path is not None)):
+        if not self.memory.is_closed(trainer.current_epoch):
             rollouts = [rollout for group in self.reflection.groups.values() for rollout in group]
             learnt = self.memory.learn(
                 self.reflection.tasks,

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from lightning import Callback, LightningModule, Trainer
 
-from pmd.config import MemoryConfig, ReflectionConfig
+from pmd.config import ReflectionConfig
+from pmd.memory.memory import ProceduralMemory
 from pmd.prompts.format import PromptFormat
 from pmd.reflection.reflect import Reflections, reflect
 from pmd.rollouts.batch import Batch
@@ -25,7 +26,7 @@ class ReflectionCallback(Callback):
         prompts: PromptFormat,
         tasks: Mapping[str, Task],
         config: ReflectionConfig,
-        memory: MemoryConfig,
+        memory: ProceduralMemory,
         seed: int,
     ):
         self.engine, self.prompts, self.tasks = engine, prompts, tasks
@@ -47,17 +48,21 @@ class ReflectionCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reflect, unless the memory is frozen and built."""
         self.latest = Reflections((), 0, 0, 0)
-        if not self.config.enabled or (self.memory.frozen and trainer.current_epoch > 0):
+        if not self.config.enabled or self.memory.is_closed(trainer.current_epoch):
             return
         started = time.perf_counter()
         key = f"{self.seed}/reflect/{trainer.current_epoch}"
         groups = list(self.groups.values())
-        self.latest = reflect(self.engine, self.tasks, groups, self.prompts, self.config, key)
+        self.latest = reflect(
+            self.engine, self.tasks, groups, self.prompts, self.config, key, self.memory.known_insights
+        )
         pl_module.log_dict(
             {
                 "reflect/num_prompts": float(self.latest.num_prompts),
                 "reflect/num_insights": float(len(self.latest.drafts)),
                 "reflect/malformed": float(self.latest.num_malformed),
+                "reflect/retried": float(self.latest.num_retried),
+                "reflect/unknown_targets": float(self.latest.num_unknown),
                 "reflect/overlong": float(self.latest.num_overlong),
                 "reflect/num_tokens": float(self.latest.num_tokens),
                 "time/reflect_s": time.perf_counter() - started,

@@ -58,6 +58,10 @@ class ProceduralMemory:
         """How many times the memory has been written."""
         return self.store.generation
 
+    def is_closed(self, epoch: int) -> bool:
+        """Whether nothing is written at the end of `epoch`: a frozen memory is built once, an imported one is built."""
+        return self.config.frozen and (epoch > 0 or self.config.import_path is not None)
+
     def retrieve(self, task: Task, *, seed: int) -> list[Procedure]:
         """Return at most k procedures for `task`, in an order drawn from `seed`."""
         return self.retriever.retrieve(task.memory_key or task.question, seed=seed, task_id=task.task_id)

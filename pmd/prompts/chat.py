@@ -1,26 +1,22 @@
 """Prompts for chat models: the tokenizer's own chat template around the text files in `chat_text/`.
 
-Enters: tasks, memory lines, attempts. Leaves: token ids; and memory lines parsed from the policy's JSON. Thinking is
-off in every prompt and stripped from every attempt that is shown. The wording is our choice; the paper's prompts are
-not public.
+Enters: tasks, memory lines, attempts. Leaves: token ids; and memory lines parsed from the policy's JSON (parse.py).
+Thinking is off in every prompt and stripped from every attempt that is shown. The wording is our choice; the paper's
+prompts are not public.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from pmd.types import Message, ProcedureKind, Rollout, Task
+from pmd.prompts.parse import Reflected, parse_items, parse_line, strip_thinking
+from pmd.types import Message, Rollout, Task
 
 TEXT = Path(__file__).parent / "chat_text"
-KINDS: tuple[ProcedureKind, ...] = ("strategy", "lesson", "contrast")
 MAX_ATTEMPTS_SHOWN = 4  # per outcome; more only lengthens the prompt
-MAX_ITEM_CHARACTERS = 1200  # an item longer than this is a transcript, not an insight
-THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 class ChatPrompts:
@@ -29,6 +25,7 @@ class ChatPrompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         names = ("teacher", "memory", "success", "failure", "reflection", "attempt", "abstraction", "placebo")
+        names += ("known", "revision")
         self.text = {name: (TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in names}
 
     def student(self, task: Task) -> list[int]:
@@ -68,7 +65,7 @@ class ChatPrompts:
     def _tokens(self, text: str) -> list[int]:
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
         """Return one prompt per group. An all-failed group without any feedback teaches nothing: no prompt."""
         right = [r for r in rollouts if r.verdict.correct]
         wrong = [r for r in rollouts if r.verdict.scored and not r.verdict.correct]
@@ -86,17 +83,17 @@ class ChatPrompts:
             )
             for number, rollout in enumerate(shown, start=1)
         )
-        prompt = self._fill("reflection", question=task.question, attempts=attempts, outcome=outcome)
-        return [self._ids([Message("user", prompt.rstrip("\n"))])]
+        if known:
+            listed = "\n".join(f"[{number}] {text}" for number, text in enumerate(known, start=1))
+            attempts += "\n" + self._fill("known", known=listed).rstrip("\n")
+        prompt = self._fill("reflection", question=task.question, attempts=attempts, outcome=outcome).rstrip("\n")
+        if known:
+            prompt += self._fill("revision").rstrip("\n")
+        return [self._ids([Message("user", prompt)])]
 
-    def parse_reflection(self, text: str) -> list[tuple[ProcedureKind, str]]:
+    def parse_reflection(self, text: str) -> list[Reflected]:
         """Return each well-formed item; one malformed item does not cost the others."""
-        lines: list[tuple[ProcedureKind, str]] = []
-        for item in _json_objects(strip_thinking(text)):
-            line = _line(item)
-            if line is not None and item.get("kind") in KINDS:
-                lines.append((cast(ProcedureKind, item["kind"]), line))
-        return lines
+        return parse_items(text)
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return the prompt for one cluster."""
@@ -105,7 +102,7 @@ class ChatPrompts:
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return the first well-formed item."""
-        return next((line for item in _json_objects(strip_thinking(text)) if (line := _line(item))), None)
+        return parse_line(text)
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         chat = [{"role": message.role, "content": message.content} for message in messages]
@@ -119,36 +116,6 @@ class ChatPrompts:
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.text[name])
 
 
-def strip_thinking(text: str) -> str:
-    """Remove <think> blocks, closed or not, and surrounding white space."""
-    return THINKING.sub("", text).strip()
-
-
 def _distinct(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Keep the first rollout of each text."""
     return list({rollout.completion.text: rollout for rollout in reversed(rollouts)}.values())[::-1]
-
-
-def _json_objects(text: str) -> list[dict[str, Any]]:
-    """Return the JSON objects in the last fence, or in the whole text where there is no fence."""
-    fences = FENCE.findall(text)
-    source = fences[-1] if fences else text
-    decoder, found, start = json.JSONDecoder(), [], 0
-    while (start := source.find("{", start)) >= 0:
-        try:
-            value, end = decoder.raw_decode(source, start)
-        except (json.JSONDecodeError, RecursionError):
-            start += 1
-            continue
-        found.append(value)
-        start = end
-    return [value for value in found if isinstance(value, dict)]
-
-
-def _line(item: dict[str, Any]) -> str | None:
-    """Return `title: content` on one line, None where either is missing or overlong."""
-    title, content = item.get("title"), item.get("content")
-    if not (isinstance(title, str) and isinstance(content, str) and title.strip() and content.strip()):
-        return None
-    line = " ".join(f"{title.strip()}: {content.strip()}".split())
-    return line if len(line) <= MAX_ITEM_CHARACTERS else None

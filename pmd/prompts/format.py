@@ -7,7 +7,8 @@ template with the text files beside it. Both are pure: no engine, no store.
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from pmd.types import ProcedureKind, Rollout, Task
+from pmd.prompts.parse import Reflected
+from pmd.types import Rollout, Task
 
 
 @runtime_checkable
@@ -26,12 +27,15 @@ class PromptFormat(Protocol):
         """Return a memory line as long as this one that says nothing of any problem this one is about."""
         ...
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return the prompts, possibly none, that ask what one group of verified rollouts teaches."""
+    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
+        """Return the prompts, possibly none, that ask what one group of verified rollouts teaches.
+
+        `known` are the problem's insights, which the reflection may revise by their number.
+        """
         ...
 
-    def parse_reflection(self, text: str) -> list[tuple[ProcedureKind, str]]:
-        """Return the well-formed (kind, memory line) pairs in a reflection; empty where there is none. Never raises."""
+    def parse_reflection(self, text: str) -> list[Reflected]:
+        """Return the well-formed items of a reflection; empty where there is none. Never raises."""
         ...
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:

@@ -12,6 +12,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from pmd.errors import AlignmentError
+from pmd.prompts.parse import Reflected
 from pmd.tiny.language import (
     Line,
     abstract_prompt,
@@ -57,8 +58,11 @@ class WordPrompts:
         draw = Random(text)
         return " ".join(draw.choice(names) if word in NAMES else word for word in words)
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return one prompt per distinct (stated rule, correct); attempts that state no rule teach nothing."""
+    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
+        """Return one prompt per distinct (stated rule, correct); attempts that state no rule teach nothing.
+
+        The language has no words for revising what is known.
+        """
         prompts: dict[tuple[str, bool], str] = {}
         for rollout in rollouts:
             attempt, verdict = self._without_specials(rollout.completion.text), rollout.verdict
@@ -68,10 +72,11 @@ class WordPrompts:
                 prompts.setdefault((rule, verdict.correct), prompt)
         return [self._ids(prompt) for prompt in prompts.values()]
 
-    def parse_reflection(self, text: str) -> list[tuple[ProcedureKind, str]]:
+    def parse_reflection(self, text: str) -> list[Reflected]:
         """Return the strategy or lesson line, if the text is exactly one."""
         line = parse_line(self._without_specials(text))
-        return [(REFLECTED_KINDS[line.kind], line.text)] if line is not None and line.kind in REFLECTED_KINDS else []
+        known = line is not None and line.kind in REFLECTED_KINDS
+        return [Reflected(REFLECTED_KINDS[line.kind], line.text)] if line is not None and known else []
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return `<bos> insights LINE . LINE . pattern`; empty where no strategy is among the lines.

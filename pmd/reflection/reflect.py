@@ -1,18 +1,24 @@
 """The policy reflects: verified groups -> insights; clusters of insights -> behaviours (paper, levels 1 and 2).
 
 Enters: groups of rollouts with verdicts. Leaves: drafts of memory lines, tied by id to the attempts they came from.
-Works without Lightning; nothing is written here. Malformed output is dropped and counted, never guessed at.
+Works without Lightning; nothing is written here. Malformed output is asked for once more, then
+dropped and counted, never guessed at.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from pmd.config import ReflectionConfig
 from pmd.prompts.format import PromptFormat
+from pmd.prompts.parse import Reflected
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
-from pmd.types import InsightDraft, Rollout, Task
+from pmd.types import InsightDraft, Procedure, Rollout, Task
+
+RETRY_TEMPERATURE = 0.7  # a greedy policy would write the same once more
+MAX_KNOWN = 12  # insights of one problem listed in a reflection prompt
+Known = Callable[[str], Sequence[Procedure]]  # task id -> the insights that a reflection on it may change
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,8 @@ class Reflections:
     num_malformed: int
     num_tokens: int  # generated
     num_overlong: int = 0  # prompts that were not asked: above reflection.max_prompt_tokens
+    num_retried: int = 0  # malformed at first, asked once more
+    num_unknown: int = 0  # changes to an insight that the prompt does not list; left out
 
 
 def reflect(
@@ -33,21 +41,67 @@ def reflect(
     prompts: PromptFormat,
     config: ReflectionConfig,
     key: str,
+    known: Known = lambda task_id: (),
 ) -> Reflections:
-    """Ask the policy what each group of verified rollouts teaches. `key` names the occasion; seeds derive from it."""
+    """Ask the policy what each group of verified rollouts teaches. `key` names the occasion; seeds derive from it.
+
+    A reflection may also keep, edit or retire what is known of its problem, by number.
+    """
     chosen = list(groups)
     if config.max_groups is not None and len(chosen) > config.max_groups:
         chosen = Random(derive_seed(key, "groups")).sample(chosen, config.max_groups)
-    wanted = [(group, ids) for group in chosen for ids in prompts.reflection(tasks[group[0].task_id], group)]
-    asked = [(group, ids) for group, ids in wanted if len(ids) <= config.max_prompt_tokens]
-    texts, num_tokens = _write(engine, [ids for _, ids in asked], config, key)
-    drafts, num_malformed = [], 0
-    for (group, _), text in zip(asked, texts, strict=True):
-        lines = prompts.parse_reflection(text)
-        num_malformed += not lines
-        rollout_ids = tuple(rollout.rollout_id for rollout in group)
-        drafts += [InsightDraft(group[0].task_id, kind, line, rollout_ids) for kind, line in lines]
-    return Reflections(tuple(drafts), len(asked), num_malformed, num_tokens, len(wanted) - len(asked))
+    wanted: list[_Question] = []
+    for group in chosen:
+        task, noted = tasks[group[0].task_id], tuple(known(group[0].task_id)[:MAX_KNOWN])
+        wanted += [_Question(group, ids, noted) for ids in prompts.reflection(task, group, [i.text for i in noted])]
+    asked = [question for question in wanted if len(question.prompt_ids) <= config.max_prompt_tokens]
+    answers, num_retried, num_tokens = _ask(engine, asked, prompts, config, key)
+    drafts = [question.draft(item) for question, items in zip(asked, answers, strict=True) for item in items]
+    return Reflections(
+        tuple(draft for draft in drafts if draft is not None),
+        len(asked),
+        sum(not items for items in answers),
+        num_tokens,
+        len(wanted) - len(asked),
+        num_retried,
+        sum(draft is None for draft in drafts),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """One reflection prompt, and what it is about."""
+
+    group: Sequence[Rollout]
+    prompt_ids: list[int]
+    noted: tuple[Procedure, ...]  # the insights that the prompt lists
+
+    def draft(self, item: Reflected) -> InsightDraft | None:
+        """Tie an item to its attempts and to the insight that it changes; None where the prompt lists no such one."""
+        rollout_ids = tuple(rollout.rollout_id for rollout in self.group)
+        task_id = self.group[0].task_id
+        if item.action == "add":
+            return InsightDraft(task_id, item.kind, item.text, rollout_ids)
+        if item.number is None or not 1 <= item.number <= len(self.noted):
+            return None
+        target = self.noted[item.number - 1]
+        return InsightDraft(task_id, target.kind, item.text, rollout_ids, item.action, target.procedure_id)
+
+
+def _ask(
+    engine: Engine, asked: Sequence[_Question], prompts: PromptFormat, config: ReflectionConfig, key: str
+) -> tuple[list[list[Reflected]], int, int]:
+    """Return the items of each answer, how many questions were asked once more, and the tokens generated."""
+    texts, num_tokens = _write(engine, [question.prompt_ids for question in asked], config, key)
+    answers = [prompts.parse_reflection(text) for text in texts]
+    failed = [position for position, items in enumerate(answers) if not items] if config.retry else []
+    if failed:
+        again = replace(config, temperature=max(config.temperature, RETRY_TEMPERATURE))
+        texts, more = _write(engine, [asked[position].prompt_ids for position in failed], again, f"{key}/again")
+        num_tokens += more
+        for position, text in zip(failed, texts, strict=True):
+            answers[position] = prompts.parse_reflection(text)
+    return answers, len(failed), num_tokens
 
 
 def abstract(

@@ -4,7 +4,8 @@ import pytest
 
 from pmd.config import ModelConfig
 from pmd.models.load import load_tokenizer
-from pmd.prompts.chat import ChatPrompts, strip_thinking
+from pmd.prompts.chat import ChatPrompts
+from pmd.prompts.parse import Reflected, strip_thinking
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 TOKENIZER = load_tokenizer(ModelConfig(path="tiny_exam"))
@@ -91,7 +92,7 @@ GOOD = '{"kind": "strategy", "title": "Mass", "content": "Compare masses."}'
     ],
 )
 def test_good_items_are_salvaged(text):
-    assert PROMPTS.parse_reflection(text) == [("strategy", "Mass: Compare masses.")]
+    assert PROMPTS.parse_reflection(text) == [Reflected("strategy", "Mass: Compare masses.")]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pmd.errors import AlignmentError
+from pmd.prompts.parse import Reflected
 from pmd.prompts.words import WordPrompts
 from pmd.tiny.language import VOCABULARY, solve_prompt
 from pmd.tiny.tokenizer import make_tokenizer
@@ -72,9 +73,9 @@ def test_one_reflection_per_rule_and_verdict(prompts):
 
 def test_reflections_are_parsed_strictly(prompts):
     assert prompts.parse_reflection(f"strategy use {ZIB} red>gold <eos>") == [
-        ("strategy", f"strategy use {ZIB} red>gold")
+        Reflected("strategy", f"strategy use {ZIB} red>gold")
     ]
-    assert prompts.parse_reflection(f"lesson not {ZIB} red>gold") == [("lesson", f"lesson not {ZIB} red>gold")]
+    assert prompts.parse_reflection(f"lesson not {ZIB} red>gold") == [Reflected("lesson", f"lesson not {ZIB} red>gold")]
     for text in ("", "strategy", f"failed not {ZIB} red>gold", f"lesson use {ZIB} red>gold", "1 2 3 4"):
         assert prompts.parse_reflection(text) == []
 
