@@ -34,6 +34,8 @@ examples:
   python -m pmd memory show   runs/pmd behaviour 3          one item, what it rests on and how it came to be
   python -m pmd memory search runs/pmd "red 3 blue 5 green 1 gold 7 zib"    what a teacher would be shown
   python -m pmd memory diff   runs/pmd 3 5                  what changed from generation 3 to 5
+  python -m pmd memory audit  runs/pmd                      what helps the teacher and what harms it
+  python -m pmd memory report runs/pmd --out memory.html    all of it as one page
   python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
 """
 
@@ -76,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", parents=[common], help="write problems, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
+    report = commands.add_parser("report", parents=[common], help="write one static page to look at in a browser")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the store")
+    audit = commands.add_parser("audit", parents=[common], help="what audits found: usefulness by level, best, worst")
+    audit.add_argument("--limit", type=int, default=10, metavar="N", help="items at either end; default 10")
     import_ = commands.add_parser("import", parents=[common], help="add an export to a store")
     import_.add_argument("file", type=Path)
     return parser

@@ -8,6 +8,7 @@ from pmd.memory.check import check
 from pmd.memory.history import Difference, diff, rollback
 from pmd.memory.index import ProblemIndex
 from pmd.memory.records import TABLES
+from pmd.memory.report import render
 from pmd.memory.store import MemoryStore
 from pmd.memory.transfer import export_file, import_file
 
@@ -82,7 +83,42 @@ def _import(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
     return {"imported": [{"type": kind, "new": count} for kind, count in counts.items()]}
 
 
+def _audit(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    levels = store.query_rows(
+        "SELECT CASE level WHEN 1 THEN 'insight' ELSE 'behaviour' END AS level, count(*) AS audits,"
+        " count(DISTINCT item_id) AS items, avg(lift_correct) AS lift_correct, avg(lift_wrong) AS lift_wrong,"
+        " avg(usefulness) AS usefulness, avg(masked_usefulness) AS answer_masked, avg(student_lift) AS student_lift"
+        " FROM audits GROUP BY audits.level ORDER BY audits.level"
+    )
+    outcomes = store.query_rows(
+        "SELECT CASE level WHEN 1 THEN 'insight' ELSE 'behaviour' END AS level,"
+        " json_extract(after, '$.status') AS status, count(*) AS items FROM ops"
+        " WHERE reason LIKE 'audit%' AND json_extract(after, '$.status') IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2"
+    )
+    items = (
+        "SELECT 'insight' AS level, id, kind, status, usefulness, content AS text FROM insights UNION ALL"
+        " SELECT 'behaviour', id, polarity, status, usefulness, content FROM behaviours"
+    )
+    ends = {
+        title: store.query_rows(
+            f"SELECT * FROM ({items}) WHERE usefulness {sign} 0 ORDER BY usefulness {order}, level, id LIMIT ?",
+            arguments.limit,
+        )
+        for title, sign, order in (("most useful", ">", "DESC"), ("most harmful", "<", "ASC"))
+    }
+    return {"audits, nats per token against a placebo": levels, "changes that audits made": outcomes} | ends
+
+
+def _report(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    path = arguments.out or store.path.with_name("report.html")
+    name = arguments.store.resolve().name if arguments.store.is_dir() else arguments.store.stem
+    path.write_text(render(store, f"Memory of {name}"), encoding="utf-8")
+    return {"report": [{"file": str(path), "kilobytes": round(path.stat().st_size / 1e3)}]}
+
+
 COMMANDS = {
+    "audit": _audit,
+    "report": _report,
     "diff": _diff,
     "rollback": _rollback,
     "check": _check,
