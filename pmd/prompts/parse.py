@@ -49,20 +49,22 @@ def strip_thinking(text: str) -> str:
 
 
 def _reflected(item: dict[str, Any]) -> Reflected | None:
-    action, kind, number = _word(item.get("action", "add")), _word(item.get("kind")), item.get("insight")
-    if isinstance(number, str) and number.strip().isascii() and number.strip().isdigit() and len(number) < 9:
-        number = int(number)
-    if action not in ACTIONS:
+    action, kind, number = _word(item.get("action", "add")), _word(item.get("kind")), _number(item.get("insight"))
+    if action not in ACTIONS or (action != "add" and number is None):
         return None
-    if action != "add" and (not isinstance(number, int) or isinstance(number, bool)):
-        return None
-    line = _line(item)
     if action in ("keep", "retire"):
         return Reflected("strategy", "", cast(InsightAction, action), number)
+    line = _line(item)
     if line is None or (action == "add" and kind not in KINDS):
         return None
     kept = cast(ProcedureKind, kind if kind in KINDS else "strategy")
     return Reflected(kept, line, cast(InsightAction, action), number if action == "edit" else None)
+
+
+def _number(value: object) -> int | None:
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 9:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _word(value: object) -> str:

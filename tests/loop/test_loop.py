@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
     "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+    "--memory.audit_groups=8",
 ]  # fmt: skip
 
 
@@ -62,6 +64,16 @@ def test_resuming_equals_never_stopping(whole, tmp_path):
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][name]), name
+    assert dump(whole) == dump(run_dir)
+
+
+def dump(run_dir: Path) -> list[str]:
+    """The memory's whole content, audits and retrieval log included."""
+    db = sqlite3.connect(run_dir / "memory" / "memory.sqlite")
+    content = list(db.iterdump())
+    db.close()
+    assert any('INSERT INTO "audits"' in line for line in content)
+    return content
 
 
 def test_no_held_out_problem_is_in_memory(whole):

@@ -93,8 +93,9 @@ def test_health(world, open_store):
     index.refresh()
     figures = health(store, index, 10)
     assert figures["recall_at_10"] == 1.0
-    assert figures["harmful_share"] == 0.5
-    assert figures["placebo_gap"] == 0.0  # +.5 and -.5
+    found = [item.usefulness for item in store.insights(None) if item.usefulness is not None]  # copies of two texts
+    assert figures["harmful_share"] == sum(value < 0 for value in found) / len(found)
+    assert figures["placebo_gap"] == 0.0  # +0.5 and -0.5
     assert figures["leak_rate"] > 0
     assert 8 <= figures["age_policy_steps"] <= 10
     assert {row["level"] for row in item_table(store, 10)} == {1, 2}
