@@ -158,6 +158,7 @@ def run(command: str, loaded: LoadedConfig) -> int:
     phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
     updates = run.module.policy_version
     phases["best"] = _measure_best(run, trainer, phases["last"])
+    run.data.engine.close()
     facts = {
         "method": config.method,
         "seed": config.seed_everything,

@@ -168,6 +168,9 @@ class RolloutsConfig:
     max_prompt_tokens: int = option(
         2048, "Longest student prompt; problems above it are refused before training.", least=1
     )
+    prefetch: bool = option(
+        False, "Generate the next batch while this one trains, with weights one batch old; needs vllm_server."
+    )
     engine_batch: int = option(256, "Sequences that the hf engine generates at once.", least=1)
     micro_batch_tokens: int = option(
         16384, "Tokens, padding included, in one forward pass; smaller uses less memory.", least=1

@@ -115,8 +115,13 @@ def _method_problems(run: RunConfig) -> list[str]:
 
 def _engine_problems(run: RunConfig) -> list[str]:
     vllm, finetune, problems = run.rollouts.vllm, run.model.finetune, []
+    if run.rollouts.prefetch and run.rollouts.engine != "vllm_server":
+        problems.append(
+            f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device that "
+            "trains; use vllm_server, or prefetch=false."
+        )
     if run.rollouts.engine == "hf":
-        return []
+        return problems
     if run.rollouts.engine == "vllm_server":
         return _server_problems(run)
     package = find_spec("vllm")

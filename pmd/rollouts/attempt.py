@@ -29,6 +29,11 @@ class Attempts:
     num_hung: int = 0  # verifications given up at their deadline
 
     @property
+    def policy_version(self) -> int:
+        """Version of the oldest weights that generated any of them."""
+        return min(rollout.completion.policy_version for rollout in self.rollouts)
+
+    @property
     def rollouts(self) -> list[Rollout]:
         """All rollouts, group after group."""
         return [rollout for group in self.groups for rollout in group]

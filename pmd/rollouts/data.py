@@ -6,6 +6,7 @@ weights. Memory is only read here; it changes at epoch ends, in the callbacks.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import torch
@@ -17,7 +18,7 @@ from pmd.errors import ConfigError
 from pmd.memory.memory import ProceduralMemory
 from pmd.objective.policy_gradient import group_advantages
 from pmd.prompts.format import PromptFormat
-from pmd.rollouts.attempt import attempt
+from pmd.rollouts.attempt import Attempts, attempt
 from pmd.rollouts.batch import Batch, Example
 from pmd.rollouts.engine import Engine, Sampling
 from pmd.seeds import derive_seed
@@ -55,22 +56,45 @@ class RolloutDataModule(LightningDataModule):
         return DataLoader(RolloutStream(self), batch_size=None, num_workers=0)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch, each generated when it is asked for."""
+        """Yield the batches of one epoch, each generated when it is asked for, or one batch ahead (prefetch)."""
         rollouts, seed = self.config.rollouts, self.config.seed_everything
         tasks = list(self.tasks["train"])
         Random(derive_seed(seed, "order", epoch)).shuffle(tasks)
-        step = epoch * self.steps_per_epoch
-        for start in range(0, len(tasks), rollouts.problems_per_step):
-            yield from self._batches(tasks[start : start + rollouts.problems_per_step], epoch, step)
+        size, step = rollouts.problems_per_step, epoch * self.steps_per_epoch
+        work: list[tuple[Sequence[Task], str]] = []
+        for number, start in enumerate(range(0, len(tasks), size)):
+            key = f"{seed}/train/{epoch}/{step + number * rollouts.updates_per_batch}"
+            work.append((tasks[start : start + size], key))
+        for (group, key), attempts in zip(work, self._attempts(work), strict=True):
+            yield from self._batches(attempts, group, key, epoch, step)
             step += rollouts.updates_per_batch
 
-    def _batches(self, tasks: Sequence[Task], epoch: int, step: int) -> Iterator[Batch]:
-        """Roll out `tasks` once and split them among this rollout batch's optimizer steps."""
+    def _attempts(self, work: Sequence[tuple[Sequence[Task], str]]) -> Iterator[Attempts]:
+        """Yield the attempts at each group of problems; with `rollouts.prefetch` the next are made meanwhile."""
+        if not self.config.rollouts.prefetch:
+            for tasks, key in work:
+                yield self._attempt(tasks, key)
+            return
+        pool = ThreadPoolExecutor(1)
+        try:
+            ahead = pool.submit(self._attempt, *work[0])
+            for following in [*work[1:], None]:
+                attempts = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self._attempt, *following)
+                yield attempts
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _attempt(self, tasks: Sequence[Task], key: str) -> Attempts:
         config = self.config.rollouts
-        key = f"{self.config.seed_everything}/train/{epoch}/{step}"
         prompts = [(task, self.prompts.student(task)) for task in tasks]
         sampling = Sampling(config.temperature, config.max_new_tokens)
-        attempts = attempt(self.engine, prompts, config.group_size, sampling, key, self.config.verification)
+        return attempt(self.engine, prompts, config.group_size, sampling, key, self.config.verification)
+
+    def _batches(self, attempts: Attempts, tasks: Sequence[Task], key: str, epoch: int, step: int) -> Iterator[Batch]:
+        """Split the rollouts of `tasks` among this rollout batch's optimizer steps."""
+        config = self.config.rollouts
         started = time.perf_counter()
         examples = [
             self._examples(task, group, Random(derive_seed(key, task.task_id, "context")))
@@ -78,6 +102,7 @@ class RolloutDataModule(LightningDataModule):
         ]
         metrics = _rollout_metrics(attempts.groups) | {
             "rollout/hung": float(attempts.num_hung),
+            "rollout/versions_behind": float(self.engine.policy_version - attempts.policy_version),
             "time/rollout_s": attempts.generate_s,
             "time/verify_s": attempts.verify_s,
             "time/context_s": time.perf_counter() - started,

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 from vllm_checkpoints import disturb, make_random_policy
+from vllm_runs import ROOT, metrics, pmd, write_chemistry
 
 from pmd.config_engines import ServerConfig, VLLMConfig
 from pmd.errors import EngineError
 from pmd.rollouts.engine import Request, Sampling
 from pmd.rollouts.server import VLLMServerEngine
+from pmd.rollouts.server_client import ServerClient
 from pmd.rollouts.vllm_parity import ParityCheck
 
-ROOT = Path(__file__).parents[2]
 REQUESTS = [Request(tuple(range(1, 40 + number)), number) for number in range(24)]
 SAMPLING = Sampling(1.0, 64)
 
@@ -58,14 +59,18 @@ def engine_on(url: str, checkpoint: Path, folder: Path, **changes) -> VLLMServer
     return VLLMServerEngine(policy, tokenizer, config, folder)
 
 
+def wait_until_healthy(server: ServerClient) -> None:
+    deadline = time.monotonic() + 400
+    while not server.healthy():
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.5)
+
+
 @pytest.mark.vllm
 def test_a_server_killed_in_the_middle_of_a_batch(served, checkpoint, tmp_path):
     url, supervisor = served
     engine = engine_on(url, checkpoint, tmp_path)
-    deadline = time.monotonic() + 400
-    while not engine.servers[0].healthy():
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.5)
+    wait_until_healthy(engine.servers[0])
     engine.sync(1)
     undisturbed = dict(engine.generate(REQUESTS, SAMPLING))
     assert sorted(undisturbed) == list(range(len(REQUESTS)))
@@ -92,6 +97,19 @@ def test_a_server_killed_in_the_middle_of_a_batch(served, checkpoint, tmp_path):
         check.measure(nullcontext())
     engine.close()
     assert engine.servers[0].models() == ["base"]
+
+
+@pytest.mark.vllm
+def test_two_epochs_with_the_next_batch_generated_meanwhile(served, checkpoint, tmp_path):
+    wait_until_healthy(ServerClient(served[0], 60.0))
+    run_dir = tmp_path / "run"
+    pmd(
+        "fit", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
+        f"--model.path={checkpoint}", f"--data.path={write_chemistry(tmp_path / 'data')}", f"--run_dir={run_dir}",
+        "--rollouts.engine=vllm_server", f"--rollouts.server.urls=[{served[0]}]", "--rollouts.prefetch=true",
+    )  # fmt: skip
+    assert max(metrics(run_dir, "parity/max")) <= 1e-4
+    assert metrics(run_dir, "rollout/versions_behind") == [0, 1, 0, 1]
 
 
 def test_servers_that_never_answer_are_named(tmp_path, checkpoint):
