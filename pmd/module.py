@@ -47,6 +47,7 @@ class PMDModule(LightningModule):
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         needs_initial = config.objective.kl_weight > 0
         self.policy = make_policy(load_base(config.model), config.model, config.teacher, needs_initial=needs_initial)
+        self.policy.train()  # loaded models are in eval mode, in which gradient checkpointing and dropout do nothing
         self.policy_version = 0  # optimizer steps applied to the student
         self.trace: StepTrace | None = None  # of the latest step
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
