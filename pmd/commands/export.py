@@ -47,4 +47,6 @@ def main(argv: list[str]) -> int:
         (out / "student").rmdir()
     module.tokenizer.save_pretrained(out)
     print(f"exported {checkpoint} to {out}")
+    if is_adapter:
+        print(f"It is an adapter: load it with peft on {loaded.run.model.path} in {loaded.run.model.dtype}.")
     return 0

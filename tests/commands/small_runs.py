@@ -1,0 +1,29 @@
+"""Small finished runs of the tiny world, made by the real command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
+    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+]  # fmt: skip
+LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "--teacher.kind=ema"]
+
+
+def run_pmd(*arguments: str, code: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-m", "pmd", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def small_fit(run_dir: Path, epochs: int, *arguments: str) -> subprocess.CompletedProcess:
+    config = str(ROOT / "configs" / "tiny.yaml")
+    return run_pmd(
+        "fit", "--config", config, *SMALL, f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}", *arguments
+    )
