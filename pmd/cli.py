@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pmd.config import RunConfig
 from pmd.config_check import check_config
-from pmd.config_load import LoadedConfig, load_config, split_arguments
+from pmd.config_load import LoadedConfig, describe, load_config, shown, split_arguments
 from pmd.errors import ConfigError, PmdError, RunInterrupted
 from pmd.run_dir import describe_run_dir_problems
 
@@ -51,7 +51,20 @@ COMMANDS = {
     "serve": "pmd.commands.serve",
     "sweep": "pmd.commands.sweep",
 }
-TRAINING = ("fit", "validate", "test")
+TRAINING = {
+    "fit": """Train. Leaves runs/NAME (or run_dir) with config.yaml, metrics.csv, checkpoints, memory, traces,
+results.json and curves.png.
+
+  python -m pmd fit --config configs/tiny.yaml
+  python -m pmd fit --config configs/tiny.yaml --config configs/methods/grpo.yaml --optimizer.lr=1e-3
+  python -m pmd fit --config runs/tiny/config.yaml --ckpt_path last       go on from the last finished epoch""",
+    "validate": """Evaluate a checkpoint on the validation problems. No memory is opened.
+
+  python -m pmd validate --config runs/tiny/config.yaml --ckpt_path best""",
+    "test": """Evaluate a checkpoint (without --ckpt_path: the untrained policy) on the test problems, with no memory.
+
+  python -m pmd test --config runs/tiny/config.yaml --ckpt_path last""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,11 +138,19 @@ def saved_yaml(loaded: LoadedConfig) -> str:
 
 
 def _key_help(command: str) -> str:
-    """List every key with its default and its sentence of help."""
-    lines = [f"usage: python -m pmd {command} --config FILE [--config OVERLAY] [--section.key=VALUE]...", ""]
-    lines += ["--print_config prints the resolved configuration. Keys:", ""]
+    """Say what the command does and leaves, then list every key by section: default, values, sentence."""
+    lines = [f"usage: python -m pmd {command} --config FILE [--config OVERLAY]... [--section.key=VALUE]...", ""]
+    lines += [TRAINING[command], ""]
+    lines += [
+        "Files merge left to right, keys on the command line come last. --print_config prints the result, defaults",
+        "included, and stops; what it prints can be saved and given to --config.",
+        "",
+    ]
     lines += _section_help(RunConfig, "")
-    lines += ["trainer.*: arguments of Lightning's Trainer, e.g. trainer.max_epochs, trainer.accelerator."]
+    lines += [
+        "",
+        "trainer: arguments of Lightning's Trainer, e.g. trainer.max_epochs, trainer.accelerator, trainer.precision",
+    ]
     return "\n".join(lines)
 
 
@@ -143,5 +164,6 @@ def _section_help(section: type, prefix: str) -> list[str]:
             lines += ["", f"{prefix}{field.name}: {summary}", *_section_help(nested, f"{prefix}{field.name}.")]
         else:
             default = getattr(defaults, field.name)
-            lines.append(f"  {prefix}{field.name} = {default!r}: {field.metadata.get('help', '')}")
+            lines.append(f"  {prefix}{field.name} = {shown(default)}  ({describe(hints[field.name])})")
+            lines.append(f"      {field.metadata.get('help', '')}")
     return lines
