@@ -1,6 +1,6 @@
 """What the memory costs against its size: retrieval latency, epoch update, recall of the index, file and process size.
 
-    python benchmarks/bench_memory.py --sizes 1000 10000 --json memory.json
+    python benchmarks/bench_memory.py --sizes 1000 10000 100000 --json memory.json --plot memory.png
 
 Problems have clustered unit vectors, as sentence vectors are; each has three insights. A query is retrieval whole:
 index search, joining items, quotas. The update adds new problems and items, commits, and refreshes index and view.
@@ -109,6 +109,28 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
     return result
 
 
+def draw(results: list[dict[str, float]], path: Path) -> None:
+    """Plot what grows with the number of problems, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    sizes = [result["problems"] for result in results]
+    for axis, title, keys in (
+        (axes[0], "one query, ms", ("query_p50_ms", "query_p99_ms")),
+        (axes[1], "seconds", ("update_s", "index_build_s", "open_s")),
+        (axes[2], "MB", ("file_mb", "peak_memory_mb")),
+    ):
+        for key in keys:
+            axis.plot(sizes, [result[key] for result in results], marker="o", label=key)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="problems")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000], help="numbers of problems")
@@ -116,6 +138,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--new-items", type=int, default=2_000, help="insights that the measured update adds")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--plot", type=Path, help="draw cost against size here")
     arguments = parser.parse_args()
     results = []
     for size in sorted(arguments.sizes):
@@ -129,6 +152,8 @@ def main() -> None:
         table.add_row(key, *(f"{result[key]:,.3f}" if key not in ("problems", "insights") else f"{result[key]:,}"
                              for result in results))  # fmt: skip
     Console().print(table)
+    if arguments.plot:
+        draw(results, arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

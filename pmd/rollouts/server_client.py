@@ -81,6 +81,7 @@ class ServerClient:
             "top_p": sampling.top_p,
             "seed": request.seed % (1 << 63),
             "stop_token_ids": list(stop_ids),
+            "ignore_eos": True,  # stop_ids alone decide, as they do for every engine
             "logprobs": 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,

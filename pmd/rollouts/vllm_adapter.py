@@ -233,6 +233,7 @@ class VLLMRuntime:
             seed=request.seed % (1 << 63),
             logprobs=0,  # the sampled token's own, of the untempered policy
             stop_token_ids=list(stop_ids),
+            ignore_eos=True,  # stop_ids alone decide, as they do for every engine
             detokenize=False,
             output_kind=vllm.RequestOutputKind.FINAL_ONLY,
         )

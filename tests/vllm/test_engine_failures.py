@@ -1,0 +1,60 @@
+"""What vLLM must not get away with, and configurations that cannot work; none of it needs vLLM."""
+
+import math
+
+import pytest
+from transformers import AutoTokenizer
+
+from pmd.config_check import check_config
+from pmd.config_load import load_config
+from pmd.errors import ConfigError, EngineError
+from pmd.rollouts.engine import Sampling
+from pmd.rollouts.vllm import to_completion
+from pmd.rollouts.vllm_adapter import Generation
+from pmd.tiny import shipped_model_path
+
+TOKENIZER = AutoTokenizer.from_pretrained(shipped_model_path("tiny_exam"))
+
+
+def completed(token_ids, logprobs, finish_reason):
+    generation = Generation(7, tuple(token_ids), tuple(logprobs), finish_reason)
+    return to_completion(generation, Sampling(1.0, 4), TOKENIZER, (258,), policy_version=3)
+
+
+def test_a_finished_completion_is_taken_as_it_is():
+    hi = TOKENIZER.encode("Hi", add_special_tokens=False)
+    completion = completed([*hi, 258], [-1.0, -2.0, -0.5], "stop")
+    assert (completion.token_ids, completion.logprobs) == ((*hi, 258), (-1.0, -2.0, -0.5))
+    assert (completion.text, completion.finish_reason, completion.policy_version) == ("Hi", "stop", 3)
+    assert completed([72, 105, 72, 105], [-1.0] * 4, "length").finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "logprobs", "finish_reason", "named"),
+    [
+        ([], [], "stop", "0 tokens"),
+        ([72, 258], [-1.0], "stop", "2 tokens and 1 log-probs"),
+        ([72, 258], [-1.0, math.nan], "stop", "diverged"),
+        ([72, 105], [-1.0, -1.0], "length", "cut at 2 of 4"),
+    ],
+)
+def test_nothing_is_scored_that_was_not_generated_whole(token_ids, logprobs, finish_reason, named):
+    with pytest.raises(EngineError, match=named):
+        completed(token_ids, logprobs, finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["rollouts.engine=vllm_server"], "model.finetune=full"),
+        (["rollouts.engine=vllm_server", "model.finetune=lora", "rollouts.server.urls=[]"], "names no server"),
+        (["rollouts.engine=vllm_server", "model.finetune=lora", "rollouts.server.urls=[host:1]"], "begin with http"),
+        (["rollouts.engine=vllm", "rollouts.vllm.quantization=fp8"], "quantization=fp8 with model.finetune=full"),
+        (["rollouts.engine=vllm", "rollouts.vllm.quantization=gptq"], "none, fp8, bitsandbytes"),
+        (["rollouts.engine=vllm", "model.finetune=qlora"], "use bfloat16"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_cannot_run_is_refused(overrides, named):
+    with pytest.raises(ConfigError) as refused:
+        check_config(load_config(["configs/tiny.yaml"], overrides))
+    assert named in str(refused.value)
