@@ -28,6 +28,7 @@ final model needs no memory.
                          python -m pmd fit --config configs/tiny.yaml --config configs/methods/grpo.yaml
   validate   evaluate a checkpoint on the validation problems, without any memory
   test       evaluate a checkpoint on the test problems, without any memory
+  doctor     will it fit and will it run: predicted memory by part, versions: doctor --config FILE
   export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
   inspect    the teacher's prompt and the per-token divergence of any rollout: inspect step RUN
   bench      seconds of a step by part, tokens/s, peak memory: bench --config FILE
@@ -44,6 +45,7 @@ COMMANDS = {
     "bench": "pmd.commands.bench",
     "bootstrap": "pmd.bootstrap.command",
     "compare": "pmd.commands.compare",
+    "doctor": "pmd.commands.doctor",
     "export": "pmd.commands.export",
     "inspect": "pmd.commands.inspect",
     "memory": "pmd.commands.memory",

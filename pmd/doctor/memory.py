@@ -1,0 +1,119 @@
+"""How much memory a training step will need, by part, from a model's config.json and the run's configuration.
+
+Enters: the architecture and the configuration. Leaves: bytes by part. Weights, gradients and optimizer are counted
+exactly; activations are those of a Qwen3 layer under scaled-dot-product attention. Training and generation with the
+`hf` engine take turns, so the larger of the two counts.
+"""
+
+from dataclasses import dataclass
+
+from pmd.config import ModelConfig, RunConfig
+from pmd.models.logprobs import CHUNK_ELEMENTS, CHUNK_ELEMENTS_DEFAULT
+
+BYTES = {"float32": 4, "bfloat16": 2}
+#: NF4 with double quantisation: half a byte a weight and the scales of its blocks.
+NF4_BYTES = 0.516
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a decoder, as its config.json names them."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int  # heads x head_dim
+    key: int  # key-value heads x head_dim
+    vocabulary: int
+    tied: bool
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers, without the output head."""
+        attention = self.hidden * (2 * self.query + 2 * self.key)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the input embedding and, if it is another matrix, of the output head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def adapter(self, rank: int) -> int:
+        """Weights of a LoRA adapter on all linear layers."""
+        h, i, q, k = self.hidden, self.intermediate, self.query, self.key
+        return self.layers * rank * ((h + q) + 2 * (h + k) + (q + h) + 3 * (h + i))
+
+
+def read_shape(config: ModelConfig) -> Shape:
+    """Read the architecture of `config.path`; no weights are read."""
+    from transformers import AutoConfig
+
+    from pmd.models.load import resolve_model_path
+
+    hf = AutoConfig.from_pretrained(resolve_model_path(config.path)).get_text_config()
+    head = hf.head_dim if "head_dim" in hf.to_dict() else hf.hidden_size // hf.num_attention_heads
+    return Shape(
+        layers=hf.num_hidden_layers,
+        hidden=hf.hidden_size,
+        intermediate=hf.intermediate_size,
+        query=hf.num_attention_heads * head,
+        key=hf.num_key_value_heads * head,
+        vocabulary=hf.vocab_size,
+        tied=hf.tie_word_embeddings,
+    )
+
+
+def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
+    """Return bytes by part.
+
+    Args:
+        tokens: of the largest micro-batch, padding included.
+        completion_tokens: those of them that are scored.
+    """
+    size = BYTES[run.model.dtype]
+    everything = shape.linear + shape.embedding
+    parts = {"base": float(everything * size)}
+    if run.model.finetune == "full":
+        trained, trained_size = everything, size
+        frozen = run.teacher.kind != "live" or run.objective.kl_weight > 0
+        parts["teacher"] = float(everything * size * frozen)
+    else:
+        if run.model.finetune == "qlora":
+            parts["base"] = shape.linear * NF4_BYTES + shape.embedding * size
+        trained, trained_size = shape.adapter(run.model.lora_rank), 4
+        own_teacher = run.teacher.kind == "ema" or run.teacher.refresh_epochs is not None
+        parts["adapters"] = float(trained * trained_size * (2 if own_teacher else 1))
+    parts["gradients"] = float(trained * trained_size)
+    parts["optimizer"] = 2.0 * trained * (1 if run.optimizer.kind == "adamw_8bit_paged" else trained_size)
+    layer = (6 * shape.hidden + 6 * shape.query + 4 * shape.key + 4 * shape.intermediate) * tokens * size
+    kept = shape.hidden * tokens * size * shape.layers + layer
+    activations = kept if run.model.gradient_checkpointing else layer * shape.layers
+    chunk = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_DEFAULT) // shape.vocabulary
+    logits = 3.0 * min(max(chunk, 1), completion_tokens) * shape.vocabulary * 4
+    head = 2.0 * shape.vocabulary * shape.hidden * 4 if run.model.finetune == "full" else 0.0
+    cache, sampling = _generation(shape, run, size)
+    if activations + logits + head >= cache + sampling or run.rollouts.engine != "hf":
+        return parts | {"activations": float(activations), "logits chunk": logits, "head gradient": head}
+    return parts | {"KV cache": cache, "sampling": sampling}
+
+
+def _generation(shape: Shape, run: RunConfig, size: int) -> tuple[float, float]:
+    """Return the key-value cache of one batch of the hf engine, and its logits and probabilities (float64)."""
+    rollouts = run.rollouts
+    rows = min(rollouts.engine_batch, rollouts.problems_per_step * rollouts.group_size)
+    length = rollouts.max_prompt_tokens + rollouts.max_new_tokens
+    return float(rows * length * shape.layers * 2 * shape.key * size), float(rows * shape.vocabulary * 28)
+
+
+def libraries_bytes() -> float:
+    """Return what this process takes once everything that a step uses has been imported, on the CPU."""
+    import torch
+    from transformers import Qwen3ForCausalLM  # noqa: F401
+
+    from pmd.bench.measure import peak_memory_bytes
+
+    parameter = torch.nn.Parameter(torch.zeros(1))  # the first optimizer step imports much of torch
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.square().sum().backward()
+    optimizer.step()
+    return float(peak_memory_bytes(torch.device("cpu")))

@@ -1,0 +1,38 @@
+"""`pmd doctor`: weights are counted exactly, parts follow the configuration, the verdict names a remedy."""
+
+import pytest
+
+from pmd.cli import main
+from pmd.config import ModelConfig, RunConfig, TeacherConfig
+from pmd.doctor.memory import predict, read_shape
+from pmd.models.load import load_base
+from pmd.models.policy import make_policy
+
+
+def test_weights_are_counted_as_the_model_has_them():
+    config = ModelConfig(path="tiny", finetune="lora", lora_rank=4)
+    shape = read_shape(config)
+    policy = make_policy(load_base(config), config, TeacherConfig())
+    adapters = sum(p.numel() for n, p in policy.named_parameters() if ".student." in n)
+    matrices = sum(p.numel() for n, p in policy.named_parameters() if ".student." not in n and p.ndim == 2)
+    assert shape.adapter(4) == adapters
+    assert shape.linear + shape.embedding == matrices
+
+
+def test_parts_follow_the_configuration():
+    config = ModelConfig(path="tiny")
+    full = predict(read_shape(config), RunConfig(model=config), 10**6, 1000, "cpu")
+    config = ModelConfig(path="tiny", finetune="lora", gradient_checkpointing=True)
+    lora = predict(read_shape(config), RunConfig(model=config), 10**6, 1000, "cpu")
+    assert full["teacher"] == full["base"]
+    assert "teacher" not in lora
+    assert lora["optimizer"] < full["optimizer"]
+
+
+@pytest.mark.parametrize(("tokens", "code", "words"), [("1000", 0, "It fits"), ("1000000000", 1, "micro_batch_tokens")])
+def test_the_verdict(tokens, code, words, capsys):
+    arguments = ["doctor", "--config", "configs/tiny.yaml", f"--tokens={tokens}"]
+    assert main(arguments) == code
+    output = capsys.readouterr().out
+    assert words in output
+    assert "Python and libraries" in output
