@@ -18,7 +18,7 @@ from pmd.config import RunConfig
 from pmd.errors import AlignmentError
 from pmd.models.load import load_base, load_tokenizer
 from pmd.models.logprobs import TeacherPart, TokenTerms, output_head, token_terms
-from pmd.models.policy import Role, make_policy
+from pmd.models.policy import Role, eval_mode, make_policy
 from pmd.models.prefixes import run_hidden_states
 from pmd.objective.loss import Loss, LossInputs, combined_loss
 from pmd.rollouts.batch import Batch, BatchLayout, MicroBatch, Sequences
@@ -129,7 +129,8 @@ class PMDModule(LightningModule):
         return terms, kl
 
     def _teacher_part(self, role: Role, sequences: Sequences, weight: float) -> TeacherPart:
-        with self.policy.weights(role) as model:
+        # A live teacher is the student itself: it too scores without dropout, and with a cache for shared prompts.
+        with self.policy.weights(role) as model, eval_mode(model):
             hidden = run_hidden_states(model, *sequences.tensors, sequences.prefix_runs)
             return TeacherPart(hidden, output_head(model), weight)
 

@@ -108,3 +108,55 @@ def test_padding_is_neither_attended_to_nor_scored():
     sequences = pad_sequences([((5, 6), (7,)), ((5,), (6, 7, 8, 9))], 0, torch.device("cpu"))
     assert sequences.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert sequences.completion_mask.tolist() == [[False, False, True, False, False], [False, True, True, True, True]]
+
+
+@pytest.mark.parametrize("kind", ["live", "trust_region"])
+def test_a_teacher_that_is_the_student_scores_without_its_dropout(kind):
+    module = PMDModule(
+        RunConfig(
+            model=ModelConfig(path="tiny", finetune="lora", lora_rank=4, lora_dropout=0.5),
+            teacher=TeacherConfig(kind=kind, trust_region_rate=0.5),
+            objective=METHODS["pmd"],
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in module.policy.named_parameters():
+            if "lora_B.student" in name:
+                parameter.normal_(0.0, 0.1)
+    (micro_batch,) = Batch(tuple(examples()), 0, 0).micro_batches(module.layout, torch.device("cpu"))
+    one, two = (module._score(micro_batch)[0] for _ in range(2))
+    assert torch.equal(one.teacher_logprobs, two.teacher_logprobs)
+    assert not torch.allclose(one.student_logprobs, two.student_logprobs)
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["frozen", "live", "trust_region"])
+def test_checkpointing_and_shared_prompts_change_no_gradient(kind, finetune):
+    draw = random.Random(3)
+    prompt, shown = (tuple(draw.randrange(3, 110) for _ in range(length)) for length in (160, 170))
+    rows = []
+    for number in range(8):
+        completion = tuple(draw.randrange(3, 110) for _ in range(draw.randrange(1, 9)))
+        record = Completion(completion, (-1.0,) * len(completion), "", "stop", 0)
+        rollout = Rollout(f"r{number}", "g", "t", prompt, record, Verdict(1.0, True, "ok"))
+        rows.append(Example(rollout, 0.5, TeacherContext(rollout.rollout_id, shown, success="yes")))
+    found = []
+    for checkpointing, share in ((False, "off"), (True, "off"), (False, "both"), (True, "both")):
+        module = PMDModule(
+            RunConfig(
+                model=ModelConfig(path="tiny", finetune=finetune, lora_rank=4, gradient_checkpointing=checkpointing),
+                teacher=TeacherConfig(kind=kind),
+                objective=METHODS["pmd"],
+                rollouts=RolloutsConfig(share_prefixes=share),
+            )
+        )
+        (micro_batch,) = Batch(tuple(rows), 0, 0).micro_batches(module.layout, torch.device("cpu"))
+        assert bool(micro_batch.teacher.prefix_runs) == (share == "both")
+        found.append(gradient(module, Batch(tuple(rows), 0, 0))[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_any_scored_rollout_changes_nothing():
+    module = module_for(METHODS["pmd"], 200)
+    assert list(Batch((), 0, 0).micro_batches(module.layout, torch.device("cpu"))) == []

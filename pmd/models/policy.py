@@ -22,6 +22,17 @@ from pmd.config import ModelConfig, TeacherConfig
 Role = Literal["student", "teacher", "initial"]
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode: no dropout, and no gradient checkpointing, which would drop the key-value cache."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class Policy(nn.Module):
     """The weights of one run in their three roles. Subclasses say where each role's weights live."""
 
@@ -52,7 +63,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def weights(self, role: Role) -> Iterator[PreTrainedModel]:
-        """Lend the model that acts as `role`; anything but a training student is in eval mode."""
+        """Lend the model that acts as `role`. The student comes in training mode, whatever it is lent for."""
         raise NotImplementedError
         yield
 
@@ -86,7 +97,7 @@ class FullPolicy(Policy):
 
     def __init__(self, model: PreTrainedModel, teacher: TeacherConfig, *, needs_initial: bool):
         super().__init__(teacher)
-        self.student = model.requires_grad_(True)
+        self.student = model.requires_grad_(True).train()  # models are loaded in eval mode, and Lightning keeps it
         needs_initial |= self.resolve("teacher") == "initial"
         self.initial = _frozen_copy(model) if needs_initial else None
         self.teacher = _frozen_copy(model) if self.keeps_own_teacher else None
@@ -120,10 +131,12 @@ class AdapterPolicy(Policy):
 
         super().__init__(teacher)
         if config.finetune == "qlora":
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+            # Checkpointing is set up where the model is loaded; PEFT would replace it by the reentrant kind.
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         lora = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=int(config.lora_alpha),
+            # PEFT says int and computes with any number; a whole one stays whole in the adapter's own file.
+            lora_alpha=cast(int, config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha)),
             lora_dropout=config.lora_dropout,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
@@ -134,6 +147,7 @@ class AdapterPolicy(Policy):
             for own, student in self.teacher_pairs():
                 own.data.copy_(student)
         self._activate("student")
+        self.peft_model.train()
 
     @contextmanager
     def weights(self, role: Role) -> Iterator[PreTrainedModel]:
@@ -143,18 +157,16 @@ class AdapterPolicy(Policy):
         if resolved == "student":
             yield model
             return
-        was_training = self.peft_model.training
-        self.peft_model.eval()
-        try:
-            if resolved == "initial":
-                with self.peft_model.disable_adapter():
+        with eval_mode(self.peft_model):
+            try:
+                if resolved == "initial":
+                    with self.peft_model.disable_adapter():
+                        yield model
+                else:
+                    self._activate("teacher")
                     yield model
-            else:
-                self._activate("teacher")
-                yield model
-        finally:
-            self._activate("student")
-            self.peft_model.train(was_training)
+            finally:
+                self._activate("student")
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (teacher, student) adapter tensors, matched by name."""

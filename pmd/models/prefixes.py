@@ -79,8 +79,7 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
     """Whether all layers attend to everything before them, and no gradient checkpointing forbids a cache."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    recomputes = model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing
-    return kinds == {"full_attention"} and not recomputes
+    return kinds == {"full_attention"} and not (model.training and model.is_gradient_checkpointing)
 
 
 def _shared_hidden_states(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pmd.errors import EngineError
 from pmd.models.load import stop_ids
-from pmd.models.policy import Policy, Role
+from pmd.models.policy import Policy, Role, eval_mode
 from pmd.rollouts.engine import Request, Sampling
 from pmd.types import Completion
 
@@ -60,12 +60,8 @@ class HFEngine:
     def _generate_batch(
         self, model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling
     ) -> list[Completion]:
-        was_training = model.training
-        model.eval()  # also turns gradient checkpointing off, which would disable the cache
-        try:
+        with eval_mode(model):
             token_ids, logprobs, lengths = self._decode(model, requests, sampling)
-        finally:
-            model.train(was_training)
         rows = zip(token_ids.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
         return [self._completion(ids[:length], logps[:length]) for ids, logps, length in rows]
 

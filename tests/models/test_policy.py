@@ -5,6 +5,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pmd.config import ModelConfig, TeacherConfig
+from pmd.models.load import load_base
 from pmd.models.logprobs import TeacherPart, completion_hidden_states, output_head, token_terms
 from pmd.models.policy import Policy, make_policy
 
@@ -146,3 +147,35 @@ def test_frozen_weights_stay_in_eval_mode():
     with policy.weights("teacher") as teacher, policy.weights("student") as student:
         assert not teacher.training
         assert student.training
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_the_student_starts_in_training_mode_throughout(finetune):
+    """Models are loaded in eval mode, in which dropout and gradient checkpointing silently do nothing."""
+    policy = policy_of(finetune, kind="frozen")
+    with policy.weights("student") as student:
+        assert all(module.training for module in student.modules())
+    with policy.weights("initial") as initial:
+        assert not any(module.training for module in initial.modules())
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(finetune, checkpointing):
+    config = ModelConfig(path="tiny", finetune=finetune, lora_rank=2, gradient_checkpointing=checkpointing)
+    policy = make_policy(load_base(config), config, TeacherConfig())
+    with policy.weights("student") as model:
+        layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
+        passes = []
+        layer.register_forward_pre_hook(lambda *_: passes.append(1))
+        hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+        token_terms(hidden, output_head(model), IDS[SCORED]).student_logprobs.sum().backward()
+    assert len(passes) == (2 if checkpointing else 1)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(4.0, 2.0), (1.5, 0.75), (0.5, 0.25)])
+def test_the_adapters_scale_is_alpha_over_rank(alpha, scale):
+    config = ModelConfig(finetune="lora", lora_rank=2, lora_alpha=alpha)
+    policy = make_policy(base(), config, TeacherConfig())
+    scales = {m.scaling["student"] for m in policy.modules() if isinstance(getattr(m, "scaling", None), dict)}
+    assert scales == {scale}

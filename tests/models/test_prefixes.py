@@ -107,13 +107,13 @@ def test_models_that_cannot_share_compute_rows_whole():
     checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
     assert can_share_prefixes(checkpointing)
     assert not can_share_prefixes(checkpointing.train())
-    with torch.no_grad():
-        assert can_share_prefixes(checkpointing)
     prompt = ids(draw, 50)
     sequences = pad_sequences([(prompt, ids(draw, 4)), (prompt, ids(draw, 6))], 0, CPU)
     shared = replace(sequences, prefix_runs=[PrefixRun(0, 2, 49, 56)])
     for model in (sliding, checkpointing):
-        torch.testing.assert_close(
-            run_hidden_states(model, *shared.tensors, shared.prefix_runs),
-            completion_hidden_states(model, *sequences.tensors),
-        )
+        for with_gradient in (True, False):
+            with torch.set_grad_enabled(with_gradient):
+                torch.testing.assert_close(
+                    run_hidden_states(model, *shared.tensors, shared.prefix_runs),
+                    completion_hidden_states(model, *sequences.tensors),
+                )

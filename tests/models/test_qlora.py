@@ -96,3 +96,20 @@ def test_gradients_do_not_change_after_a_forward_pass_in_eval_mode(checkpoint):
     hidden_of(policy, "student")
     policy.train()
     torch.testing.assert_close(gradient(policy), fresh)
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_is_not_reentrant(checkpoint, recwarn):
+    found = []
+    for checkpointing in (False, True):
+        config = ModelConfig(
+            path=str(checkpoint), dtype="bfloat16", finetune="qlora", lora_rank=4, gradient_checkpointing=checkpointing
+        )
+        torch.manual_seed(1)
+        policy = make_policy(load_base(config), config, TeacherConfig())
+        with policy.weights("student") as model:
+            assert model.is_gradient_checkpointing == checkpointing
+            hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+            token_terms(hidden, output_head(model), IDS[SCORED]).student_logprobs.sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    assert not [w for w in recwarn if "use_reentrant" in str(w.message)]
+    torch.testing.assert_close(found[1], found[0])
