@@ -44,8 +44,8 @@ def parse_line(text: str) -> str | None:
 
 
 def strip_thinking(text: str) -> str:
-    """Remove <think> blocks, closed or not, and surrounding white space."""
-    return THINKING.sub("", text).strip()
+    """Remove <think> blocks, closed or not, also one that the prompt opened, and surrounding white space."""
+    return THINKING.sub("", text).rpartition("</think>")[2].strip()
 
 
 def _reflected(item: dict[str, Any]) -> Reflected | None:

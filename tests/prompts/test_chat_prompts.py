@@ -56,7 +56,13 @@ def test_the_teacher_sees_items_success_and_failure_thinking_stripped():
 
 @pytest.mark.parametrize(
     ("text", "left"),
-    [("<think>a</think>b", "b"), ("<think>never closed", ""), ("a<think>x</think>b<think>y", "ab"), (" b ", "b")],
+    [
+        ("<think>a</think>b", "b"),
+        ("<think>never closed", ""),
+        ("a<think>x</think>b<think>y", "ab"),
+        (" b ", "b"),
+        ("x</think>b", "b"),
+    ],
 )
 def test_thinking_is_stripped(text, left):
     assert strip_thinking(text) == left
