@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,12 +16,12 @@ from pmd.errors import ConfigError
 from pmd.evaluation.compare import Comparison, Difference, MethodRun, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample, score_samples
 from pmd.tasks.records import Line, iterate_lines
+from pmd.types import UNSCORED
 
-PHASES = ("last", "best", "initial")
 DESCRIPTION = """Compare runs on the same questions by a paired bootstrap.
 
 The first run's method is the baseline. Runs with the same method are its seeds. Each run directory holds
-results.json (its `method` and `seed`) and samples.jsonl."""
+results.json (its `method` and `seed`) and samples.jsonl; so do the folders that `pmd test` writes."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         "pmd compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the baseline")
-    parser.add_argument("--phase", choices=PHASES, default="last", help="which checkpoint's samples (default: last)")
+    parser.add_argument("--phase", default="last", help="which checkpoint: last (default), best, initial, or its name")
     parser.add_argument("--metric", default="avg", help="avg, or pass@K (default: avg)")
     parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
@@ -97,18 +98,21 @@ def read_run(path: Path, phase: str) -> tuple[dict[str, Any], list[Sample], list
             raise ValueError("it names no method")
     except (OSError, ValueError) as error:
         return {}, [], [f"{path}: results.json cannot be used ({error}); give the directory of a finished run."]
-    samples, problems = [], []
+    samples, problems, phases = [], [], set[str]()
     for line in iterate_lines(path / "samples.jsonl"):
         if isinstance(line, str):
             problems.append(line)
-        elif line.fields.get("phase") == phase:
+            continue
+        phases.add(str(line.fields.get("phase")))
+        if line.fields.get("phase") == phase and line.fields.get("status") not in UNSCORED:
             sample = _read_sample(line)
             if isinstance(sample, str):
                 problems.append(sample)
             else:
                 samples.append(sample)
     if not samples and not problems:
-        problems.append(f"{path}: samples.jsonl holds no sample of phase {phase}; choose another --phase.")
+        held = ", ".join(sorted(phases)) or "none"
+        problems.append(f"{path}: samples.jsonl holds no sample of --phase={phase}; it holds {held}.")
     return facts, samples, problems
 
 
@@ -167,8 +171,13 @@ def draw(found: Sequence[Comparison], samples: dict[str, list[Sample]], options:
     left.set(title=f"{options.metric} against {found[0].method}, 95 % interval", xlabel="percentage points")
     for method, own in samples.items():
         scores = score_samples(own, ks=[1, 2, 4, 8, 16, 32, 64])
-        right.plot(list(scores.pass_at), [100 * value for value in scores.pass_at.values()], marker="o", label=method)
-    right.set(title="pass@k", xlabel="k", ylabel="percent", xscale="log")
+        ks, values = list(scores.pass_at), 100 * np.array(list(scores.pass_at.values()))
+        errors = 100 * np.array(list(scores.pass_at_error.values()))
+        right.plot(ks, values, marker="o", label=method)
+        right.fill_between(ks, values - errors, values + errors, alpha=0.2)
+    right.set(title="pass@k, with its standard error", xlabel="k samples", ylabel="percent of problems")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:.0f}")
     right.grid(alpha=0.3)
     right.legend()
     figure.savefig(options.out / "compare.png", dpi=110)

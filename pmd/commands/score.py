@@ -21,7 +21,7 @@ from pmd.tasks.jsonl import read_task_file
 from pmd.tasks.records import Line, iterate_lines, shown
 from pmd.types import Task, Verdict
 from pmd.verifiers import describe_verifier_problem
-from pmd.verifiers.pool import VerificationPool
+from pmd.verifiers.pool import VerificationPool, Verified
 
 DESCRIPTION = """Score completions that were made elsewhere.
 
@@ -84,9 +84,9 @@ def score_file(options: argparse.Namespace) -> None:
     statuses: Counter[str] = Counter()
     num_correct, started, told = 0, time.monotonic(), time.monotonic()
     try:
-        with options.out.open("w") as out:
+        with options.out.open("w", encoding="ascii") as out:
             for task_id, verdict in _judge(options.completions, tasks, options.workers):
-                out.write(json.dumps({"id": task_id, **_fields(verdict)}, ensure_ascii=False) + "\n")
+                out.write(json.dumps({"id": task_id, **_fields(verdict)}) + "\n")
                 out.flush()
                 statuses[verdict.status] += 1
                 num_correct += verdict.correct
@@ -132,7 +132,7 @@ def _check_completion(line: Line, known: set[str] | None) -> list[str]:
 
 def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[str, Verdict]]:
     """Yield verdicts in the order of the lines, a bounded number of lines ahead."""
-    waiting: deque[tuple[str, Future[Verdict]]] = deque()
+    waiting: deque[tuple[str, Future[Verdict] | Verified]] = deque()
     with VerificationPool(workers) as pool:
         for line in iterate_lines(path):
             assert isinstance(line, Line)  # checked before

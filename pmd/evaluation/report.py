@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -94,8 +95,9 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     first = next(iter(phases.values()))
     most = max(first["pass_at"], key=int, default="1")
     columns = _columns(list(phases.values()), [k for k in first["pass_at"] if k != "1"], most)
-    table = Table(title=f"{results['method']}: {first['num_tasks']} test problems x "
-                  f"{first['num_samples'] // first['num_tasks']} samples, no memory in the prompt")  # fmt: skip
+    num_each = first["num_samples"] // first["num_tasks"]
+    title = f"{results['method']}: {first['num_tasks']} test problems x {num_each} samples, no memory in the prompt"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")
@@ -120,14 +122,14 @@ def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], most: str) 
     columns: dict[str, tuple[str, ...]] = {"avg": ("avg",), "± s.e.": ("avg_error",)}
     columns |= {f"pass\n@{k}": ("pass_at", k) for k in ks}
     if most != "1":
-        columns[f"head-\nroom@{most}"] = ("headroom_at", most)
+        columns[f"head-\nroom\n@{most}"] = ("headroom_at", most)
     if any(phase["passed_tests"] is not None for phase in phases):
         columns |= {f"best\nof {most}": ("best_of", most), "tests\npassed": ("passed_tests",)}
     else:
-        columns |= {f"maj\n@{most}": ("maj_at", most), f"cover-\nage@{most}": ("coverage_at", most)}
+        columns |= {f"maj\n@{most}": ("maj_at", most), f"cover-\nage\n@{most}": ("coverage_at", most)}
     columns["valid"] = ("valid_rate",)
     if any(phase["memory_conditioned"] is not None for phase in phases):
-        columns["with\nmemory"] = ("memory_conditioned",)
+        columns["with\nmem-\nory"] = ("memory_conditioned",)
     return columns
 
 

@@ -16,7 +16,7 @@ from pmd.errors import EngineError
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
 from pmd.types import Completion, Rollout, Task, Verdict
-from pmd.verifiers.pool import VerificationPool
+from pmd.verifiers.pool import VerificationPool, Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def attempt(
     started, verify_s = time.perf_counter(), 0.0
     where = [(task, tuple(ids), sample) for task, ids in prompts for sample in range(num_samples)]
     requests = [Request(ids, derive_seed(key, task.task_id, sample)) for task, ids, sample in where]
-    answers: list[tuple[Completion, Future[Verdict]] | None] = [None] * len(where)
+    answers: list[tuple[Completion, Future[Verdict] | Verified] | None] = [None] * len(where)
     with VerificationPool(verification.workers, verification.deadline_s) as pool:
         arrivals = tqdm(
             engine.generate(requests, sampling), total=len(requests), desc="rollouts", leave=False, delay=2.0

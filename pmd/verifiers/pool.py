@@ -29,6 +29,17 @@ MOST_ABANDONED = 64
 ABANDONED = "verification, abandoned"
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The answer of a verification in place: read like a future, made in a tenth of the time."""
+
+    verdict: Verdict
+
+    def result(self) -> Verdict:
+        """Return the verdict."""
+        return self.verdict
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One verification."""
@@ -64,12 +75,11 @@ class VerificationPool:
         self._change = threading.Condition()
         self._started, self._closed = False, threading.Event()
 
-    def submit(self, task: Task, completion_text: str) -> "Future[Verdict]":
+    def submit(self, task: Task, completion_text: str) -> "Future[Verdict] | Verified":
         """Verify in place, or queue; block while the backlog is full."""
-        job = Job(task, completion_text)
         if task.verifier in IN_PLACE:
-            job.future.set_result(self.verifier(task, completion_text))
-            return job.future
+            return Verified(self.verifier(task, completion_text))
+        job = Job(task, completion_text)
         while True:
             if self._closed.is_set():
                 raise RuntimeError("the verification pool is closed")

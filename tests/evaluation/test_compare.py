@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from pmd.commands.compare import main
+from pmd.commands.compare import main, read_run
 from pmd.evaluation.compare import MethodRun, Question, bootstrap, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample
 
@@ -130,6 +130,19 @@ def test_the_command(tmp_path, capsys):
     assert content["methods"][1]["num_runs"] == 3
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
     assert main([*runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
+
+
+def test_what_could_not_be_verified_counts_nowhere(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, "a", 0, 1.0)
+    with (folder / "samples.jsonl").open("a") as file:
+        row = {"phase": "last", "task_id": "q0", "domain": "x", "sample": 4, "correct": False, "reward": 0.0}
+        file.write(json.dumps(row | {"answer": None, "status": "sandbox_error"}) + "\n")
+    _, samples, problems = read_run(folder, "last")
+    assert not problems
+    assert len(samples) == 160
+    assert all(sample.correct for sample in samples)
+    assert "it holds initial, last" in read_run(folder, "best")[2][0]
 
 
 def test_everything_wrong_is_named_at_once(tmp_path, capsys):

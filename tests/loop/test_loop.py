@@ -98,3 +98,18 @@ def test_all_problems_of_a_configuration_are_told_at_once():
     for words in ("memory.kk", "memory.k?", "optimizer.lr", "memory.capacity=2", "qlora"):
         assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_testing_a_checkpoint_repeats_the_last_row_and_overwrites_nothing(whole, tmp_path):
+    before = (whole / "results.json").read_bytes()
+    done = pmd("test", "--config", str(whole / "config.yaml"), "--run_dir=null", "--ckpt_path=last")
+    assert "last checkpoint" in done.stdout
+    assert (whole / "results.json").read_bytes() == before
+    last, again = json.loads(before)["phases"]["last"], json.loads((whole / "test-last" / "results.json").read_text())
+    assert (again["split"], again["sampling"]) == ("test", {"temperature": 1.0, "top_p": 1.0})
+    assert again["phases"]["last"]["by_domain"] == last["by_domain"]
+    assert (whole / "test-last" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
+    samples = [json.loads(line) for line in (whole / "test-last" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 * last["num_tasks"]
+    compared = pmd("compare", str(whole / "test-last"), str(whole / "test-last"), "--resamples=100")
+    assert f"{100 * last['avg']:.1f}" in compared.stdout

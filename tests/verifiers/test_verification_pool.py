@@ -8,7 +8,7 @@ import pytest
 
 from pmd.errors import VerificationError
 from pmd.types import Message, Task, Verdict
-from pmd.verifiers.pool import MOST_ABANDONED, VerificationPool
+from pmd.verifiers.pool import MOST_ABANDONED, VerificationPool, Verified
 
 TASK = Task("t", (Message("user", "q"),), "own.verifier", "train", answer="x")
 
@@ -40,10 +40,10 @@ def test_what_only_looks_at_text_is_verified_in_place():
     before = set(threading.enumerate())
     with VerificationPool() as pool:
         futures = [pool.submit(replace(TASK, verifier="exact"), text) for text in ("x", "y")]
-        assert [future.done() for future in futures] == [True, True]
+        assert [isinstance(future, Verified) for future in futures] == [True, True]
         assert [future.result().correct for future in futures] == [True, False]
         assert set(threading.enumerate()) == before
-        assert pool.submit(replace(TASK, verifier="no.such"), "x").result(5).status == "error"
+        assert pool.submit(replace(TASK, verifier="no.such"), "x").result().status == "error"
         assert len(set(threading.enumerate()) - before) == pool.num_workers + 1
 
 
