@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FILE_NAME = "main.py"
 EXIT_ERROR = 1
 RESULT, READY, RULESET = 3, 4, 5
-RESULT, READY, RULESET = 3, 4, 5
 #: Address space beyond the limit: stacks of threads are reserved whole and used little. What is used is judged after.
 RESERVED_BYTES = 256 << 20
 STACK_BYTES, FILE_BYTES, NUM_FILES, NUM_THREADS = 120 << 20, 16 << 20, 128, 256
@@ -133,29 +132,33 @@ def _set_limits(request: Request, confinement: "Confinement") -> None:
 
 def _run(source: str, entry: str, payload: bytes) -> NoReturn:
     """Run the program as `python main.py` would, or call its entry; end with what Python would end with."""
-    code = 0
+    code, names = 0, _new_module("solution" if entry else "__main__")
     try:
         _open_streams()
+        names.update(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)
         random.seed(0)  # the same program gets the same verdict every time
         if entry:
-            _call_entry(source, entry, payload)
+            _call_entry(source, names, entry, payload)
         else:
-            exec(_compile(source), _new_module("__main__"))
+            exec(_compile(source), names)
     except SystemExit:
         pass  # LiveCodeBench lets a program end itself with any status
     except MemoryError:
         os._exit(EXIT_MEMORY)
     except BaseException as error:
         code = _report(error)
-    os._exit(_finish(code))
+    os._exit(_finish(code, names))
 
 
-def _finish(code: int) -> int:
-    """Wait for threads, run exit handlers, flush: what the end of an interpreter does."""
+def _finish(code: int, names: dict[str, Any]) -> int:
+    """Wait for threads, run exit handlers, flush, drop what has a destructor: what the end of an interpreter does."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
+        _flush()
+        for name in [name for name, value in names.items() if hasattr(type(value), "__del__")]:
+            names[name] = None  # a file that was not closed writes what it holds
+        _flush()
     except MemoryError:
         return EXIT_MEMORY
     except SystemExit:
@@ -171,7 +174,7 @@ def _report(error: BaseException) -> int:
         while frame and frame.tb_frame.f_code.co_filename != FILE_NAME:
             frame = frame.tb_next  # our own frames say nothing to the program's author
         error.__traceback__ = frame
-        sys.stdout.flush()
+        _flush()
         text = "".join(traceback.format_exception(error, limit=-8))
         os.write(2, text.encode(errors="replace")[-8000:])
     except MemoryError:
@@ -181,34 +184,44 @@ def _report(error: BaseException) -> int:
     return EXIT_ERROR
 
 
+def _flush() -> None:
+    """Flush stdout, unless the program has closed it, or put something in its place that cannot be flushed."""
+    out = sys.stdout
+    if out is not None and hasattr(out, "flush") and not getattr(out, "closed", False):
+        out.flush()
+
+
 def _open_streams() -> None:
     """Make Python's standard streams on this child's descriptors, as a fresh interpreter has them."""
-    reader, writer = io.BufferedReader(io.FileIO(0, closefd=False)), io.FileIO(1, "w", closefd=False)
-    sys.stdin = io.TextIOWrapper(reader, "utf-8")
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(writer), "utf-8")
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)  # type: ignore[arg-type]
+    files: list[Any] = [io.FileIO(number, mode, closefd=False) for number, mode in enumerate("rww")]
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(files[0]), "utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(files[1]), "utf-8")
+    sys.stderr = io.TextIOWrapper(files[2], "utf-8", "backslashreplace", write_through=True)
+    for file, name in zip(files, ("<stdin>", "<stdout>", "<stderr>"), strict=True):
+        file.name = name
+    sys.stdin.mode, sys.stdout.mode, sys.stderr.mode = "rww"  # type: ignore[misc]
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
 
 
 def _compile(source: str) -> types.CodeType:
     linecache.cache[FILE_NAME] = (len(source), None, source.splitlines(keepends=True), FILE_NAME)
-    return compile(source, FILE_NAME, "exec", dont_inherit=True)
+    try:
+        return compile(source, FILE_NAME, "exec", dont_inherit=True)
+    except MemoryError:  # the parser's stack, not the machine's memory
+        raise SyntaxError("the program is nested too deeply") from None
 
 
 def _new_module(name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     module.__dict__.update(NAMES)
-    module.__dict__.update(
-        __name__=name, __file__=FILE_NAME, __builtins__=builtins, stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr
-    )
+    module.__dict__.update(__name__=name, __file__=FILE_NAME, __builtins__=builtins)
     sys.modules[name] = module
     return module.__dict__
 
 
-def _call_entry(source: str, entry: str, payload: bytes) -> None:
+def _call_entry(source: str, names: dict[str, Any], entry: str, payload: bytes) -> None:
     """Call the function, or the method of that name of `Solution`, and write what it returns as JSON."""
     arguments = json.loads(payload)
-    names = _new_module("solution")
     names.pop(entry, None)  # the harness's `add` is not the program's
     exec(_compile(source), names)
     solution = names.get("Solution")
