@@ -1,13 +1,15 @@
 """The policy reflects: verified groups -> insights; clusters of insights -> behaviours (paper, levels 1 and 2).
 
 Enters: groups of rollouts with verdicts. Leaves: drafts of memory lines, tied by id to the attempts they came from.
-Works without Lightning; nothing is written here. Malformed output is asked for once more, then
-dropped and counted, never guessed at.
+Works without Lightning; nothing is written here. Malformed output is asked for once more, then dropped
+and counted, never guessed at.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+
+from tqdm.auto import tqdm
 
 from pmd.config import ReflectionConfig
 from pmd.prompts.format import PromptFormat
@@ -126,7 +128,8 @@ def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfi
     requests = [Request(tuple(ids), derive_seed(key, "reflect", i)) for i, ids in enumerate(prompts)]
     sampling = Sampling(config.temperature, config.max_new_tokens)
     texts, num_tokens = [""] * len(requests), 0
-    for position, completion in engine.generate(requests, sampling, config.by):
+    written = engine.generate(requests, sampling, config.by)
+    for position, completion in tqdm(written, total=len(requests), desc="reflections", leave=False, delay=2.0):
         texts[position] = completion.text
         num_tokens += len(completion.token_ids)
     return texts, num_tokens
