@@ -10,6 +10,7 @@ from pathlib import Path
 import correct
 import hostile
 import pytest
+import unusual
 
 from pmd.commands.score import main
 
@@ -23,13 +24,20 @@ GROUPS = {
     "greedy": (hostile.GREEDY, {**STDIN, "time_limit_s": 20}, {"memory"}),
     "stopped": (hostile.STOPPED, {**STDIN, "time_limit_s": 4}, {"memory", "runtime_error", "timeout"}),
     "flood": (hostile.FLOODS, {**STDIN, "time_limit_s": 20}, {"output_limit"}),
+    "refused 2": (unusual.REFUSED, {**STDIN, "time_limit_s": 5}, {"wrong_answer", "runtime_error"}),
+    "function 2": (unusual.FUNCTIONS, {**CALL, "time_limit_s": 5}, {"wrong_answer", "runtime_error", "output_limit"}),
+    "hang 2": (unusual.HANGS, {**STDIN, "time_limit_s": 0.6}, {"timeout"}),
+    "greedy 2": (unusual.GREEDY, {**STDIN, "time_limit_s": 60}, {"memory"}),
+    "flood 2": (unusual.FLOODS, {**STDIN, "time_limit_s": 20}, {"output_limit"}),
+    "correct 2": (unusual.CORRECT, {**STDIN, "time_limit_s": 20}, {"ok"}),
+    "correct function 2": (unusual.CORRECT_FUNCTIONS, {**CALL, "time_limit_s": 20}, {"ok"}),
     "correct": (correct.PROGRAMS, {**STDIN, "time_limit_s": 20}, {"ok"}),
     "correct function": (correct.FUNCTIONS, {**CALL, "time_limit_s": 20}, {"ok"}),
 }
 #: What a level does not offer: a writable directory; as root, a bound on threads but memory; a bound on files.
 GAPS = {
     "namespaces": set(),
-    "landlock": {"write a file", "temporary file", "thread bomb"},
+    "landlock": {"cwd and env", "write a file", "temporary file", "thread bomb"},
     "bubblewrap": {"many files", "deep folders", "thread bomb"},
 }
 NEEDS_BWRAP = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")]
@@ -67,7 +75,7 @@ def score(folder: Path, groups: list[str], level: str) -> dict[tuple[str, str], 
 
 
 def test_there_are_more_than_a_hundred_hostile_programs():
-    assert sum(len(programs) for group, (programs, _, _) in GROUPS.items() if "correct" not in group) >= 200
+    assert sum(len(programs) for group, (programs, _, _) in GROUPS.items() if "correct" not in group) >= 290
 
 
 @pytest.mark.parametrize("level", ["namespaces", "landlock", pytest.param("bubblewrap", marks=NEEDS_BWRAP)])
