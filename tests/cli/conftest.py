@@ -1,6 +1,5 @@
 """Runs the real command line in a process of its own."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,20 +24,5 @@ def refused() -> Callable[..., str]:
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
         return done.stderr
-
-    return run
-
-
-@pytest.fixture
-def pmd() -> Callable[..., str]:
-    """Run a command that must succeed; return what it prints."""
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "pmd", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
 
     return run

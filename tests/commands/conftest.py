@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small_runs import LORA, small_fit
+from command_line import LORA, small_fit
 
 
 @pytest.fixture(scope="session")

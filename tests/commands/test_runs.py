@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import LORA, ROOT, SMALL, run_pmd, small_fit
+from command_line import LORA, ROOT, SMALL, run_pmd, small_fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmd.config_load import load_config

@@ -1,43 +1,20 @@
 """The whole loop on a small tiny world: learning moves, memory grows, resuming equals never stopping."""
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_pmd, small_fit
 
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
-    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
-    "--memory.audit_groups=8",
-]  # fmt: skip
-
-
-def pmd(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "pmd", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def fit(run_dir: Path, epochs: int, *arguments: str) -> None:
-    pmd(
-        "fit", "--config", "configs/tiny.yaml", *SMALL, f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}",
-        *arguments,
-    )  # fmt: skip
+AUDITS = "--memory.audit_groups=8"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    fit(run_dir, 2)
+    small_fit(run_dir, 2, AUDITS)
     return run_dir
 
 
@@ -57,8 +34,8 @@ def test_the_last_checkpoint_is_of_the_last_epoch(whole):
 
 def test_resuming_equals_never_stopping(whole, tmp_path):
     run_dir = tmp_path / "run"
-    fit(run_dir, 1)
-    fit(run_dir, 2, "--ckpt_path=last")
+    small_fit(run_dir, 1, AUDITS)
+    small_fit(run_dir, 2, AUDITS, "--ckpt_path=last")
     one = torch.load(whole / "checkpoints/last.ckpt", weights_only=False)
     two = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=False)
     assert one["state_dict"].keys() == two["state_dict"].keys()
@@ -77,21 +54,21 @@ def dump(run_dir: Path) -> list[str]:
 
 
 def test_no_held_out_problem_is_in_memory(whole):
-    listed = pmd("memory", "list", str(whole), "--json").stdout
+    listed = run_pmd("memory", "list", str(whole), "--json").stdout
     assert "/train/" in listed
     assert "/test/" not in listed
     assert "/validation/" not in listed
 
 
 def test_inspect_and_export(whole, tmp_path):
-    shown = pmd("inspect", "step", str(whole), "--step", "3").stdout
+    shown = run_pmd("inspect", "step", str(whole), "--step", "3").stdout
     assert "teacher's prompt" in shown
-    pmd("export", str(whole), "--out", str(tmp_path / "exported"))
+    run_pmd("export", str(whole), "--out", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
 def test_all_problems_of_a_configuration_are_told_at_once():
-    done = pmd(
+    done = run_pmd(
         "fit", "--config", "configs/tiny.yaml", "--memory.kk=3", "--optimizer.lr=fast", "--memory.capacity=2",
         "--model.finetune=qlora", code=2,
     )  # fmt: skip
@@ -102,7 +79,7 @@ def test_all_problems_of_a_configuration_are_told_at_once():
 
 def test_testing_a_checkpoint_repeats_the_last_row_and_overwrites_nothing(whole, tmp_path):
     before = (whole / "results.json").read_bytes()
-    done = pmd("test", "--config", str(whole / "config.yaml"), "--run_dir=null", "--ckpt_path=last")
+    done = run_pmd("test", "--config", str(whole / "config.yaml"), "--run_dir=null", "--ckpt_path=last")
     assert "last checkpoint" in done.stdout
     assert (whole / "results.json").read_bytes() == before
     last, again = json.loads(before)["phases"]["last"], json.loads((whole / "test-last" / "results.json").read_text())
@@ -111,5 +88,5 @@ def test_testing_a_checkpoint_repeats_the_last_row_and_overwrites_nothing(whole,
     assert (whole / "test-last" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
     samples = [json.loads(line) for line in (whole / "test-last" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 * last["num_tasks"]
-    compared = pmd("compare", str(whole / "test-last"), str(whole / "test-last"), "--resamples=100")
+    compared = run_pmd("compare", str(whole / "test-last"), str(whole / "test-last"), "--resamples=100")
     assert f"{100 * last['avg']:.1f}" in compared.stdout

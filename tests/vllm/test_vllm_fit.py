@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from vllm_runs import metrics, pmd, write_chemistry
+from command_line import run_pmd
+from vllm_runs import metrics, write_chemistry
 
 from pmd.bootstrap.random_model import make_random_model
 
@@ -19,7 +20,7 @@ TINY = [
 @pytest.mark.parametrize("extra", [["--model.finetune=full"], ["--model.finetune=lora", "--teacher.kind=ema"]])
 def test_two_epochs(tmp_path, extra):
     run_dir = tmp_path / "run"
-    output = pmd("fit", *TINY, *extra, f"--run_dir={run_dir}")
+    output = run_pmd("fit", *TINY, *extra, f"--run_dir={run_dir}").stdout
     assert "vLLM is ready" in output
     results = json.loads((run_dir / "results.json").read_text())
     assert results["updates"] == 4
@@ -38,7 +39,7 @@ def test_two_epochs(tmp_path, extra):
 def test_a_gpu_configuration_runs_on_the_cpu_at_a_tiny_shape(tmp_path, config, architecture):
     model = make_random_model(tmp_path / "model", architecture)
     data = write_chemistry(tmp_path / "data")
-    pmd(
+    run_pmd(
         "fit", "--config", f"configs/{config}.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
         f"--model.path={model}", f"--data.path={data}", f"--run_dir={tmp_path / 'run'}",
     )  # fmt: skip

@@ -10,8 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from command_line import ROOT, run_pmd
 from vllm_checkpoints import disturb, make_random_policy
-from vllm_runs import ROOT, metrics, pmd, write_chemistry
+from vllm_runs import metrics, write_chemistry
 
 from pmd.config_engines import ServerConfig, VLLMConfig
 from pmd.errors import EngineError
@@ -103,7 +104,7 @@ def test_a_server_killed_in_the_middle_of_a_batch(served, checkpoint, tmp_path):
 def test_two_epochs_with_the_next_batch_generated_meanwhile(served, checkpoint, tmp_path):
     wait_until_healthy(ServerClient(served[0], 60.0))
     run_dir = tmp_path / "run"
-    pmd(
+    run_pmd(
         "fit", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
         f"--model.path={checkpoint}", f"--data.path={write_chemistry(tmp_path / 'data')}", f"--run_dir={run_dir}",
         "--rollouts.engine=vllm_server", f"--rollouts.server.urls=[{served[0]}]", "--rollouts.prefetch=true",

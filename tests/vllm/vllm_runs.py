@@ -1,22 +1,8 @@
-"""Runs of the command line in a process of their own (vLLM lives once in a process), their metrics, made-up data."""
+"""The metrics of a run, made-up data."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
-
-
-def pmd(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pmd", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=550,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def metrics(run_dir: Path, name: str) -> list[float]:

@@ -1,11 +1,11 @@
-"""Small finished runs of the tiny world, made by the real command line."""
+"""Runs of the real command line in a process of their own, and the small tiny world that they train on."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SMALL = [
     "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
     "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
@@ -13,16 +13,18 @@ SMALL = [
 LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "--teacher.kind=ema"]
 
 
-def run_pmd(*arguments: str, code: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run_pmd(*arguments: str, code: int = 0, cwd: Path = ROOT, timeout_s: float = 550) -> subprocess.CompletedProcess:
+    """Run `python -m pmd ARGUMENTS` on one thread; the exit code must be `code`."""
     done = subprocess.run(
-        [sys.executable, "-m", "pmd", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "pmd", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == code, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done
 
 
 def small_fit(run_dir: Path, epochs: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Train on the small tiny world."""
     config = str(ROOT / "configs" / "tiny.yaml")
     return run_pmd(
         "fit", "--config", config, *SMALL, f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}", *arguments
