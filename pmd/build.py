@@ -207,7 +207,7 @@ def _totals(run_dir: RunDir) -> dict[str, float]:
 def _measure_best(run: Run, trainer: Trainer, last: Phase) -> Phase:
     """Evaluate the checkpoint that did best on the validation problems; the policy is that checkpoint's afterwards."""
     checkpoint = run.run_dir.checkpoints / "best.ckpt"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
     if state["global_step"] == trainer.global_step:
         return last
     _load_policy(run, state)
@@ -250,7 +250,7 @@ def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Any) -> list[Logger
     rows = run_dir.read_metrics() if checkpoint is not None else []
     csv_logger = CSVLogger(run_dir.root, name="", version="", flush_logs_every_n_steps=20)
     if checkpoint is not None:
-        done = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"]
+        done = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["global_step"]
         for row in rows:
             if float(row["step"]) < done:
                 csv_logger.experiment.log_metrics({k: float(v) for k, v in row.items() if v}, int(float(row["step"])))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pmd.config import RunConfig
 from pmd.config_check import check_config
-from pmd.config_load import LoadedConfig, describe, load_config, shown, split_arguments
+from pmd.config_load import LoadedConfig, describe, load_arguments, shown
 from pmd.errors import ConfigError, PmdError, RunInterrupted
 from pmd.run_dir import describe_run_dir_problems
 
@@ -105,10 +105,7 @@ def _train(command: str, arguments: list[str]) -> int:
         print(_key_help(command))
         return 0
     print_config = "--print_config" in arguments
-    files, overrides = split_arguments([a for a in arguments if a != "--print_config"])
-    if not files:
-        raise ConfigError(f"{command} needs --config FILE; start with --config configs/tiny.yaml.")
-    loaded = load_config(files, overrides)
+    loaded = load_arguments(command, [a for a in arguments if a != "--print_config"])
     check_config(loaded, describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name))
     if print_config:
         print(resolved_yaml(loaded))

@@ -73,6 +73,11 @@ class TeacherConfig:
         2048, "Bound on the teacher's prompt; whole memory items are dropped to fit.", least=8
     )
 
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the teacher has weights that no other role has, which must therefore be kept and checkpointed."""
+        return self.kind == "ema" or (self.kind == "frozen" and self.refresh_epochs is not None)
+
 
 @dataclass
 class ObjectiveConfig:

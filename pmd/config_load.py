@@ -78,6 +78,18 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
     return LoadedConfig(run, trainer, plain, name, folder, problems)
 
 
+def load_arguments(command: str, arguments: Sequence[str], fixed: Sequence[str] = ()) -> LoadedConfig:
+    """Load what `--config FILE --a.b=VALUE` names; `fixed` overrides come last.
+
+    Raises:
+        ConfigError: an argument is no option, no file is named, or a file is not readable.
+    """
+    files, overrides = split_arguments(arguments)
+    if not files:
+        raise ConfigError(f"{command} needs --config FILE; start with --config configs/tiny.yaml.")
+    return load_config(files, [*overrides, *fixed])
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split `--config FILE --a.b VALUE --c.d=VALUE` into files and `a.b=VALUE` overrides.
 

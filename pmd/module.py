@@ -47,7 +47,6 @@ class PMDModule(LightningModule):
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         needs_initial = config.objective.kl_weight > 0
         self.policy = make_policy(load_base(config.model), config.model, config.teacher, needs_initial=needs_initial)
-        self.policy.train()  # loaded models are in eval mode, in which gradient checkpointing and dropout do nothing
         self.policy_version = 0  # optimizer steps applied to the student
         self.trace: StepTrace | None = None  # of the latest step
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
@@ -135,7 +134,7 @@ class PMDModule(LightningModule):
             return TeacherPart(hidden, output_head(model), weight)
 
     def _loss(self, micro_batch: MicroBatch, terms: TokenTerms, initial_kl: Tensor | None) -> Loss:
-        versions = micro_batch.per_token([e.rollout.completion.policy_version for e in micro_batch.examples])
+        versions = micro_batch.student.per_token([e.rollout.completion.policy_version for e in micro_batch.examples])
         inputs = LossInputs(
             student_logprobs=terms.student_logprobs,
             sampling_logprobs=micro_batch.sampling_logprobs,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pmd.config_check import check_config
-from pmd.config_load import LoadedConfig, load_config
+from pmd.config_load import LoadedConfig, load_arguments
 from pmd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,13 +26,10 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Measure and print; return 0."""
-    arguments, overrides = _parser().parse_known_args(argv)
-    for override in overrides:
-        if not override.startswith("--") or "=" not in override:
-            raise ConfigError(f"argument={override} is not known; write --section.key=value.")
+    arguments, rest = _parser().parse_known_args(argv)
     if arguments.steps < 1:
         raise ConfigError(f"--steps={arguments.steps} must be at least 1.")
-    loaded = load_config(arguments.config, [override.removeprefix("--") for override in overrides])
+    loaded = load_arguments("bench", rest)
     check_config(loaded)
 
     import torch
@@ -60,10 +57,10 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pmd bench",
-        description="Measure the training steps of a configuration; --section.key=value overrides it.",
+        usage="python -m pmd bench --config FILE [--config OVERLAY]... [--section.key=VALUE]... [options]",
+        description="Measure the training steps of a configuration, given as to fit.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", required=True, help="configuration file; repeat for overlays")
     parser.add_argument("--steps", type=int, default=3, help="steps to measure, after one that warms up")
     parser.add_argument("--random-init", action="store_true", help="random weights: no download but config, tokenizer")
     parser.add_argument("--prompt-tokens", type=int, help="random rollouts with prompts of this length; no generation")

@@ -13,8 +13,7 @@ from rich.table import Table
 
 from pmd.config import RunConfig
 from pmd.config_check import check_config
-from pmd.config_load import load_config
-from pmd.errors import ConfigError
+from pmd.config_load import load_arguments
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm", "hnswlib", "sentence-transformers")
 
@@ -22,15 +21,14 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm"
 def main(argv: list[str]) -> int:
     """Print the diagnosis; return 0 if the run is predicted to fit, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m pmd doctor", description="Predict the memory of a configuration.", allow_abbrev=False
+        prog="python -m pmd doctor",
+        usage="python -m pmd doctor --config FILE [--config OVERLAY]... [--section.key=VALUE]... [options]",
+        description="Predict the memory that the steps of a configuration need.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", required=True, help="configuration file; repeat for overlays")
     parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: as many as it may hold")
-    arguments, overrides = parser.parse_known_args(argv)
-    for override in overrides:
-        if not override.startswith("--") or "=" not in override:
-            raise ConfigError(f"argument={override} is not known; write --section.key=value.")
-    loaded = load_config(arguments.config, [override.removeprefix("--") for override in overrides])
+    arguments, rest = parser.parse_known_args(argv)
+    loaded = load_arguments("doctor", rest)
     check_config(loaded)
     console = Console()
     console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES), markup=False)

@@ -13,26 +13,29 @@ import time
 from collections.abc import Sequence
 
 from pmd.config_check import check_config
-from pmd.config_load import load_config, split_arguments
+from pmd.config_load import load_arguments
 from pmd.errors import EngineError
 
 MOST_RESTARTS = 5  # in a row, each after less than SETTLED_S
 SETTLED_S = 600.0
 FIRST_PAUSE_S = 1.0
-DESCRIPTION = "Serve a configuration's model with vLLM; further arguments are --config and --section.key=value of fit."
 
 
 def main(argv: list[str]) -> int:
     """Serve until SIGINT or SIGTERM; return 0."""
-    parser = argparse.ArgumentParser(prog="python -m pmd serve", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="python -m pmd serve",
+        usage="python -m pmd serve --config FILE [--config OVERLAY]... [--section.key=VALUE]... [options]",
+        description="Serve a configuration's model with vLLM, given as to fit.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--data-parallel-size", type=int, default=1, help="copies of the model")
     parser.add_argument("--dry-run", action="store_true", help="print vLLM's command and end")
     arguments, rest = parser.parse_known_args(argv)
-    files, overrides = split_arguments(rest)
-    loaded = load_config(files, [*overrides, "rollouts.engine=vllm", "rollouts.vllm.sleep=false"])
+    loaded = load_arguments("serve", rest, ["rollouts.engine=vllm", "rollouts.vllm.sleep=false"])
     check_config(loaded)
 
     from transformers import AutoConfig

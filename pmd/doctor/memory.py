@@ -8,9 +8,9 @@ exactly; activations are those of a Qwen3 layer under scaled-dot-product attenti
 from dataclasses import dataclass
 
 from pmd.config import ModelConfig, RunConfig
+from pmd.models.load import DTYPES, resolve_model_path
 from pmd.models.logprobs import CHUNK_ELEMENTS, CHUNK_ELEMENTS_DEFAULT
 
-BYTES = {"float32": 4, "bfloat16": 2}
 #: NF4 with double quantisation: half a byte a weight and the scales of its blocks.
 NF4_BYTES = 0.516
 
@@ -48,8 +48,6 @@ def read_shape(config: ModelConfig) -> Shape:
     """Read the architecture of `config.path`; no weights are read."""
     from transformers import AutoConfig
 
-    from pmd.models.load import resolve_model_path
-
     hf = AutoConfig.from_pretrained(resolve_model_path(config.path)).get_text_config()
     head = hf.head_dim if "head_dim" in hf.to_dict() else hf.hidden_size // hf.num_attention_heads
     return Shape(
@@ -70,7 +68,7 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
         tokens: of the largest micro-batch, padding included.
         completion_tokens: those of them that are scored.
     """
-    size = BYTES[run.model.dtype]
+    size = DTYPES[run.model.dtype].itemsize
     everything = shape.linear + shape.embedding
     parts = {"base": float(everything * size)}
     if run.model.finetune == "full":
@@ -81,8 +79,7 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
         if run.model.finetune == "qlora":
             parts["base"] = shape.linear * NF4_BYTES + shape.embedding * size
         trained, trained_size = shape.adapter(run.model.lora_rank), 4
-        own_teacher = run.teacher.kind == "ema" or run.teacher.refresh_epochs is not None
-        parts["adapters"] = float(trained * trained_size * (2 if own_teacher else 1))
+        parts["adapters"] = float(trained * trained_size * (2 if run.teacher.has_own_weights else 1))
     parts["gradients"] = float(trained * trained_size)
     parts["optimizer"] = 2.0 * trained * (1 if run.optimizer.kind == "adamw_8bit_paged" else trained_size)
     layer = (6 * shape.hidden + 6 * shape.query + 4 * shape.key + 4 * shape.intermediate) * tokens * size

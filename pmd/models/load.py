@@ -3,8 +3,6 @@
 `tiny` and `tiny_exam` are shipped with the package; anything else is a local directory or a Hugging Face id.
 """
 
-from pathlib import Path
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -68,8 +66,3 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     named = settings.eos_token_id if settings is not None else None
     listed = named if isinstance(named, list) else [named]
     return sorted({token_id for token_id in (tokenizer.eos_token_id, *listed) if isinstance(token_id, int)})
-
-
-def is_local_model(path: str) -> bool:
-    """Whether `path` names shipped or local weights rather than something on the Hub."""
-    return path in SHIPPED or Path(path).is_dir()

@@ -41,12 +41,8 @@ class Policy(nn.Module):
         self.kind = teacher.kind
         self.ema_rate = teacher.ema_rate
         self.refresh_epochs = teacher.refresh_epochs
+        self.keeps_own_teacher = teacher.has_own_weights
         self.trust_region_rate = teacher.trust_region_rate
-
-    @property
-    def keeps_own_teacher(self) -> bool:
-        """Whether the teacher has weights that no other role has, which must therefore be checkpointed."""
-        return self.kind == "ema" or (self.kind == "frozen" and self.refresh_epochs is not None)
 
     @property
     def teacher_mixture(self) -> list[tuple[Role, float]]:

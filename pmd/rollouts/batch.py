@@ -53,6 +53,11 @@ class Sequences:
         """The completion tokens, row after row: [N]."""
         return self.input_ids[self.completion_mask]
 
+    def per_token(self, per_row: Sequence[float]) -> Tensor:
+        """Repeat one value a row over the row's completion tokens: [N]."""
+        lengths = self.completion_mask.sum(1)
+        return torch.tensor(per_row, device=lengths.device).repeat_interleave(lengths)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, attention mask, completion mask."""
@@ -81,11 +86,6 @@ class MicroBatch:
     advantages: Tensor  # [N], each rollout's advantage on all its tokens
     distillation_weights: Tensor  # [N]: 1 with context, objective.anchor_weight without
     token_weights: Tensor  # [N]: the weights that add up to 1 over all tokens of the step
-
-    def per_token(self, per_rollout: Sequence[float]) -> Tensor:
-        """Repeat one value per rollout over its completion tokens: [N]."""
-        lengths = self.student.completion_mask.sum(1)
-        return torch.tensor(per_rollout, device=lengths.device).repeat_interleave(lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,20 +188,16 @@ def _collate(
     student, teacher = replace(student, prefix_runs=plan.student), replace(teacher, prefix_runs=plan.teacher)
     if not torch.equal(student.completion_ids, teacher.completion_ids):
         raise AlignmentError("student and teacher would score different completion tokens.")
-    lengths = student.completion_mask.sum(1)
-
-    def per_token(per_rollout: list[float]) -> Tensor:
-        return torch.tensor(per_rollout, device=device).repeat_interleave(lengths)
-
+    distils = [1.0 if e.context.shows_anything else layout.anchor_weight for e in examples]
     logprobs = [torch.nan if p is None else p for e in examples for p in e.rollout.completion.logprobs]
     return MicroBatch(
         examples=tuple(examples),
         student=student,
         teacher=teacher,
         sampling_logprobs=torch.tensor(logprobs, device=device),
-        advantages=per_token([e.advantage for e in examples]),
-        distillation_weights=per_token([1.0 if e.context.shows_anything else layout.anchor_weight for e in examples]),
-        token_weights=per_token(weights),
+        advantages=student.per_token([e.advantage for e in examples]),
+        distillation_weights=student.per_token(distils),
+        token_weights=student.per_token(weights),
     )
 
 

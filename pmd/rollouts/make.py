@@ -47,7 +47,6 @@ def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenize
 def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
     """Return what vLLM is started with; `longest` is the model's own limit on the length of a sequence."""
     vllm, with_adapters = config.rollouts.vllm, config.model.finetune != "full"
-    own_teacher = config.teacher.kind == "ema" or config.teacher.refresh_epochs is not None
     return EngineSettings(
         model=resolve_model_path(config.model.path),
         dtype=config.model.dtype,
@@ -59,7 +58,7 @@ def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
         enforce_eager=vllm.enforce_eager,
         quantization=vllm.quantization,
         sleep=vllm.sleep,
-        num_adapters=(2 if own_teacher else 1) if with_adapters else 0,
+        num_adapters=(2 if config.teacher.has_own_weights else 1) if with_adapters else 0,
         lora_rank=config.model.lora_rank,
         seed=config.seed_everything,
         on_gpu=torch.cuda.is_available(),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pmd.models.logprobs import completion_hidden_states, output_head, token_terms
-from pmd.models.policy import Policy, Role
+from pmd.models.policy import Policy, Role, eval_mode
 from pmd.rollouts.batch import pad_sequences, split_by_tokens
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
@@ -29,9 +29,7 @@ class PolicyScorer:
     def __call__(self, pairs: Sequence[Pair], role: Role) -> list[list[float]]:
         """Return per-token log-probs under `role`; a trust-region teacher scores as the initial policy."""
         scores: list[list[float]] = [[] for _ in pairs]
-        with self.policy.weights(role) as model:
-            was_training = model.training
-            model.eval()
+        with self.policy.weights(role) as model, eval_mode(model):
             device, head = model.device, output_head(model)
             for rows in split_by_tokens([len(prompt) + len(ids) for prompt, ids in pairs], self.max_tokens):
                 sequences = pad_sequences([pairs[row] for row in rows], self.pad_id, device)
@@ -41,5 +39,4 @@ class PolicyScorer:
                 parts = torch.split(terms.student_logprobs.float().cpu(), lengths)
                 for row, part in zip(rows, parts, strict=True):
                     scores[row] = part.tolist()
-            model.train(was_training)
         return scores

@@ -15,7 +15,7 @@ from torch import Tensor
 from pmd.config_engines import VLLMConfig
 from pmd.errors import EngineError
 from pmd.models.logprobs import completion_hidden_states, output_head, token_terms
-from pmd.models.policy import Policy
+from pmd.models.policy import Policy, eval_mode
 from pmd.rollouts.batch import pad_sequences
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
@@ -65,16 +65,10 @@ class ParityCheck:
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], Completion]]) -> Tensor:
         """Return the student's log-probs of the sampled tokens, completion after completion."""
-        with self.policy.weights("student") as model:
-            was_training = model.training
-            model.eval()
-            device = next(model.parameters()).device
-            sequences = pad_sequences([(prompt, c.token_ids) for prompt, c in pairs], self.pad_id, device)
-            try:
-                hidden = completion_hidden_states(model, *sequences.tensors)
-                return token_terms(hidden, output_head(model), sequences.completion_ids).student_logprobs
-            finally:
-                model.train(was_training)
+        with self.policy.weights("student") as model, eval_mode(model):
+            sequences = pad_sequences([(prompt, c.token_ids) for prompt, c in pairs], self.pad_id, model.device)
+            hidden = completion_hidden_states(model, *sequences.tensors)
+            return token_terms(hidden, output_head(model), sequences.completion_ids).student_logprobs
 
     def _diagnosis(self, mean: float, p99: float, largest: float) -> str:
         return (
