@@ -16,8 +16,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pmd.models.logprobs import completion_hidden_states
-from pmd.models.prefixes import prefix_run, run_hidden_states
-from pmd.rollouts.batch import Sequences, pad_sequences
+from pmd.models.sequences import Pair, pad_after_prefixes, pad_sequences
 
 
 def make_model(arguments: argparse.Namespace) -> Qwen3ForCausalLM:
@@ -35,12 +34,9 @@ def make_model(arguments: argparse.Namespace) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).to(arguments.device, dtype).eval()
 
 
-def make_sequences(arguments: argparse.Namespace) -> Sequences:
+def make_group(arguments: argparse.Namespace) -> list[Pair]:
     prompt = torch.randint(1, 1000, (arguments.prompt,)).tolist()
-    pairs = [(prompt, torch.randint(1, 1000, (arguments.completion,)).tolist()) for _ in range(arguments.group)]
-    sequences = pad_sequences(pairs, 0, torch.device(arguments.device))
-    run = prefix_run([prompt] * arguments.group, [arguments.prompt + arguments.completion] * arguments.group)
-    return Sequences(*sequences.tensors, prefix_runs=(run,))
+    return [(prompt, torch.randint(1, 1000, (arguments.completion,)).tolist()) for _ in range(arguments.group)]
 
 
 def clock(device: str) -> float:
@@ -64,18 +60,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, sequences = make_model(arguments), make_sequences(arguments)
-    ways = {
-        "whole": lambda: completion_hidden_states(model, *sequences.tensors),
-        "shared": lambda: run_hidden_states(model, *sequences.tensors, sequences.prefix_runs),
-    }
+    model, group, device = make_model(arguments), make_group(arguments), torch.device(arguments.device)
+    ways = {"whole": pad_sequences(group, 0, device), "shared": pad_after_prefixes(group, [0] * len(group), 0, device)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     hidden = {}
     for _ in range(1 + arguments.repeats):
-        for name, way in ways.items():
+        for name, sequences in ways.items():
             started = clock(arguments.device)
             with torch.set_grad_enabled(arguments.gradient):
-                hidden[name] = way()
+                hidden[name] = completion_hidden_states(model, sequences)
                 if arguments.gradient:
                     hidden[name].square().sum().backward()
             seconds[name].append(clock(arguments.device) - started)

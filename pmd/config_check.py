@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pmd.config import DataConfig, RunConfig
+from pmd.config import DataConfig, ModelConfig, RunConfig
 from pmd.config_load import LoadedConfig
 from pmd.config_trainer import cuda_is_available, trainer_problems
 from pmd.errors import ConfigError
@@ -17,6 +17,11 @@ from pmd.tasks import describe_data_problems
 
 #: NAME or OWNER/NAME, as the Hub writes them.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+#: Module and package that transformers takes each flash attention from.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
 
 
 def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
@@ -41,12 +46,28 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
         raise ConfigError(problems)
 
 
+def _attention_problems(model: ModelConfig) -> list[str]:
+    """Flash attention needs a CUDA device, half precision and a package that is compiled for both."""
+    if not model.attention.startswith("flash"):
+        return []
+    key, problems = f"model.attention={model.attention}", []
+    module, package = FLASH_PACKAGES[model.attention]
+    if not cuda_is_available():
+        problems.append(f"{key} needs a CUDA device and none was found; use sdpa.")
+    if find_spec(module) is None and find_spec("kernels") is None:
+        problems.append(f"{key} needs {package} or kernels; pip install {package}, or use sdpa.")
+    if model.dtype != "bfloat16":
+        problems.append(f"{key} needs model.dtype=bfloat16, not {model.dtype}.")
+    return problems
+
+
 def _model_problems(run: RunConfig) -> list[str]:
     model, problems = run.model, []
     if model.finetune == "qlora" and not cuda_is_available():
         problems.append("model.finetune=qlora needs a CUDA device and none was found; use lora or full.")
     if model.finetune == "qlora" and find_spec("bitsandbytes") is None:
         problems.append("model.finetune=qlora needs bitsandbytes; pip install 'pmd[gpu]'.")
+    problems += _attention_problems(model)
     if run.optimizer.kind == "adamw_8bit_paged":
         if not cuda_is_available():
             problems.append("optimizer.kind=adamw_8bit_paged needs a CUDA device and none was found; use adamw.")

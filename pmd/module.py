@@ -17,11 +17,13 @@ from torch import Tensor
 from pmd.config import RunConfig
 from pmd.errors import AlignmentError
 from pmd.models.load import load_base, load_tokenizer
-from pmd.models.logprobs import TeacherPart, TokenTerms, output_head, token_terms
+from pmd.models.logprobs import TeacherPart, TokenTerms, completion_hidden_states, output_head, token_terms
+from pmd.models.packing import packs_rows
 from pmd.models.policy import Role, eval_mode, make_policy
-from pmd.models.prefixes import run_hidden_states
+from pmd.models.prefixes import can_share_prefixes
+from pmd.models.sequences import Sequences
 from pmd.objective.loss import Loss, LossInputs, combined_loss
-from pmd.rollouts.batch import Batch, BatchLayout, MicroBatch, Sequences
+from pmd.rollouts.batch import Batch, BatchLayout, MicroBatch
 from pmd.seeds import derive_seed
 from pmd.trace import StepTrace
 
@@ -37,16 +39,10 @@ class PMDModule(LightningModule):
         self.objective = config.objective
         self.optimizer_config = config.optimizer
         self.tokenizer = load_tokenizer(config.model)
-        self.layout = BatchLayout(
-            max_tokens=config.rollouts.micro_batch_tokens,
-            pad_id=cast(int, self.tokenizer.pad_token_id),
-            anchor_weight=config.objective.anchor_weight,
-            reduction=config.objective.reduction,
-            share_prefixes=config.rollouts.share_prefixes,
-        )
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         needs_initial = config.objective.kl_weight > 0
         self.policy = make_policy(load_base(config.model), config.model, config.teacher, needs_initial=needs_initial)
+        self.layout = self._layout(config)
         self.policy_version = 0  # optimizer steps applied to the student
         self.trace: StepTrace | None = None  # of the latest step
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
@@ -105,6 +101,22 @@ class PMDModule(LightningModule):
             )
         self.policy_version = checkpoint["policy_version"]
 
+    def _layout(self, config: RunConfig) -> BatchLayout:
+        """Say how batches become tensors, as far as the models can take them so."""
+        wanted = {"off": (), "teacher": ("teacher",), "both": ("student", "teacher")}[config.rollouts.share_prefixes]
+        with self.policy.weights("student") as model:
+            packs, able = packs_rows(model), {"student": can_share_prefixes(model)}
+            with eval_mode(model):  # as the teacher scores
+                able["teacher"] = can_share_prefixes(model)
+        return BatchLayout(
+            max_tokens=config.rollouts.micro_batch_tokens,
+            pad_id=cast(int, self.tokenizer.pad_token_id),
+            anchor_weight=config.objective.anchor_weight,
+            reduction=config.objective.reduction,
+            shared=frozenset(side for side in wanted if able[side]),
+            packs=packs,
+        )
+
     def _score(self, micro_batch: MicroBatch) -> tuple[TokenTerms, Tensor | None]:
         """Score the completions: the student, the teacher on its own prompt, and the initial policy if it is used."""
         teacher: list[TeacherPart] = []
@@ -117,7 +129,7 @@ class PMDModule(LightningModule):
             with _Timer(self, "time/initial_s"), torch.no_grad():
                 initial = [self._teacher_part("initial", micro_batch.student, 1.0)]
         with _Timer(self, "time/student_s"), self.policy.weights("student") as model:
-            hidden = run_hidden_states(model, *micro_batch.student.tensors, micro_batch.student.prefix_runs)
+            hidden = completion_hidden_states(model, micro_batch.student)
             target_ids, head = micro_batch.student.completion_ids, output_head(model)
             config = self.objective
             terms = token_terms(
@@ -130,7 +142,7 @@ class PMDModule(LightningModule):
     def _teacher_part(self, role: Role, sequences: Sequences, weight: float) -> TeacherPart:
         # A live teacher is the student itself: it too scores without dropout, and with a cache for shared prompts.
         with self.policy.weights(role) as model, eval_mode(model):
-            hidden = run_hidden_states(model, *sequences.tensors, sequences.prefix_runs)
+            hidden = completion_hidden_states(model, sequences)
             return TeacherPart(hidden, output_head(model), weight)
 
     def _loss(self, micro_batch: MicroBatch, terms: TokenTerms, initial_kl: Tensor | None) -> Loss:

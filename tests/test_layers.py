@@ -8,10 +8,10 @@ import pmd
 ROOT = Path(pmd.__file__).parent
 #: Top to bottom. An entry may import from itself and from those above it.
 LAYERS = [
-    "errors", "types", "seeds", "config_option", "config_engines", "config", "tiny", "sandbox", "tasks", "verifiers",
-    "config_load", "config_trainer", "config_check", "prompts", "memory", "teacher", "objective", "models", "rollouts",
-    "reflection", "trace", "run_dir", "evaluation", "bootstrap", "module", "callbacks", "trainer", "bench", "doctor",
-    "sweep", "commands", "cli", "build", "__main__",
+    "errors", "types", "seeds", "config_option", "config_engines", "config_model", "config", "tiny", "sandbox",
+    "tasks", "verifiers", "config_load", "config_trainer", "config_check", "prompts", "memory", "teacher",
+    "objective", "models", "rollouts", "reflection", "trace", "run_dir", "evaluation", "bootstrap", "module",
+    "callbacks", "trainer", "bench", "doctor", "sweep", "commands", "cli", "build", "__main__",
 ]  # fmt: skip
 
 

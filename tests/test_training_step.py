@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pmd.config import ModelConfig, ObjectiveConfig, RolloutsConfig, RunConfig, TeacherConfig
+from pmd.models.sequences import pad_sequences
 from pmd.module import PMDModule
-from pmd.rollouts.batch import Batch, Example, pad_sequences
+from pmd.rollouts.batch import Batch, Example
 from pmd.teacher.context import TeacherContext
 from pmd.types import Completion, Rollout, Verdict
 
@@ -151,7 +152,8 @@ def test_checkpointing_and_shared_prompts_change_no_gradient(kind, finetune):
             )
         )
         (micro_batch,) = Batch(tuple(rows), 0, 0).micro_batches(module.layout, torch.device("cpu"))
-        assert bool(micro_batch.teacher.prefix_runs) == (share == "both")
+        assert (micro_batch.teacher.prefixes is not None) == (share == "both")
+        assert (micro_batch.student.prefixes is not None) == (share == "both" and not checkpointing)
         found.append(gradient(module, Batch(tuple(rows), 0, 0))[0])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)

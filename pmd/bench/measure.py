@@ -103,8 +103,7 @@ def count_tokens(batch: Batch, layout: BatchLayout) -> TokenCounts:
     given = {"student": 0, "teacher": 0}
     for micro_batch in batch.micro_batches(layout, torch.device("cpu")):
         for side, sequences in (("student", micro_batch.student), ("teacher", micro_batch.teacher)):
-            repeated = sum(run.prefix * (run.stop - run.start - 1) for run in sequences.prefix_runs)
-            given[side] += int(sequences.attention_mask.sum()) - repeated
+            given[side] += sequences.num_real_tokens
     completion = sum(len(e.completion_ids) for e in batch.examples)
     return TokenCounts(**given, completion=completion, sequences=completion + sum(_prompts(batch)))
 

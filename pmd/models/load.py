@@ -42,7 +42,10 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model_path(config.path), dtype=DTYPES[config.dtype], quantization_config=quantization
+        resolve_model_path(config.path),
+        dtype=DTYPES[config.dtype],
+        attn_implementation=config.attention,
+        quantization_config=quantization,
     )
     if config.finetune == "qlora":
         _keep_packing(model)

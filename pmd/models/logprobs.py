@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 
 from pmd.errors import AlignmentError, ConfigError
 from pmd.models.chunks import ChunkedTerms, Scoring, TeacherPart
+from pmd.models.packing import packed_states, packs_rows
+from pmd.models.prefixes import KeptPrefixes
+from pmd.models.sequences import Sequences
 from pmd.objective.divergence import Alpha, check_divergence
 
 __all__ = ["TeacherPart", "TokenTerms", "backbone", "completion_hidden_states", "output_head", "token_terms"]
@@ -46,29 +49,36 @@ class TokenTerms:
     teacher_logprobs: Tensor | None  # of the sampled token; no gradient
 
 
-def completion_hidden_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
-) -> Tensor:
+def completion_hidden_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """Return the final hidden states that predict each completion token, [N, H], row after row.
 
-    Args:
-        input_ids: [B, L] prompt and completion, padded on either side.
-        attention_mask: [B, L], 1 where a token is real.
-        completion_mask: [B, L] bool, the tokens to be scored.
+    Prefixes are computed once, rows are packed where the attention allows it, else padded pass by pass.
 
     Raises:
         AlignmentError: a token to be scored is padding, or no real token stands before it.
     """
-    real = attention_mask.bool()
+    real = sequences.attention_mask.bool()
     predictable = real & real.roll(1, dims=1)
     predictable[:, 0] = False
-    if (completion_mask & ~predictable).any():
+    if (sequences.completion_mask & ~predictable).any():
         raise AlignmentError("completion_mask marks padding, or a token that no real token precedes.")
+    forward = backbone(model)
+    if sequences.prefixes is None and packs_rows(model):
+        return packed_states(forward, sequences)
+    kept = None if sequences.prefixes is None else KeptPrefixes(forward, sequences.prefixes)
+    states = []
+    for rows, columns in sequences.passes:
+        ids, mask = sequences.input_ids[rows, columns], sequences.attention_mask[rows, columns]
+        hidden = kept.states(rows, ids, mask) if kept else _whole_states(forward, ids, mask)  # [rows, columns, H]
+        states.append(hidden[:, :-1][sequences.completion_mask[rows, columns][:, 1:]])
+    return torch.cat(states)
+
+
+def _whole_states(forward: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    hidden = backbone(model)(
+    return forward(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # [B, L, H]
-    return hidden[:, :-1][completion_mask[:, 1:]]
+    ).last_hidden_state
 
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:

@@ -10,7 +10,8 @@ import torch
 
 from pmd.models.logprobs import completion_hidden_states, output_head, token_terms
 from pmd.models.policy import Policy, Role, eval_mode
-from pmd.rollouts.batch import pad_sequences, split_by_tokens
+from pmd.models.sequences import pad_sequences
+from pmd.rollouts.micro_batches import split_by_tokens
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, completion ids
 #: Per-token log-probs of each pair's completion, in nats.
@@ -33,7 +34,7 @@ class PolicyScorer:
             device, head = model.device, output_head(model)
             for rows in split_by_tokens([len(prompt) + len(ids) for prompt, ids in pairs], self.max_tokens):
                 sequences = pad_sequences([pairs[row] for row in rows], self.pad_id, device)
-                hidden = completion_hidden_states(model, *sequences.tensors)
+                hidden = completion_hidden_states(model, sequences)
                 terms = token_terms(hidden, head, sequences.completion_ids)
                 lengths = [len(pairs[row][1]) for row in rows]
                 parts = torch.split(terms.student_logprobs.float().cpu(), lengths)

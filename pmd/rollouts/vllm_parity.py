@@ -16,7 +16,7 @@ from pmd.config_engines import VLLMConfig
 from pmd.errors import EngineError
 from pmd.models.logprobs import completion_hidden_states, output_head, token_terms
 from pmd.models.policy import Policy, eval_mode
-from pmd.rollouts.batch import pad_sequences
+from pmd.models.sequences import pad_sequences
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
 from pmd.types import Completion
@@ -67,7 +67,7 @@ class ParityCheck:
         """Return the student's log-probs of the sampled tokens, completion after completion."""
         with self.policy.weights("student") as model, eval_mode(model):
             sequences = pad_sequences([(prompt, c.token_ids) for prompt, c in pairs], self.pad_id, model.device)
-            hidden = completion_hidden_states(model, *sequences.tensors)
+            hidden = completion_hidden_states(model, sequences)
             return token_terms(hidden, output_head(model), sequences.completion_ids).student_logprobs
 
     def _diagnosis(self, mean: float, p99: float, largest: float) -> str:

@@ -32,8 +32,8 @@ def test_a_step_is_measured_by_part(lengths, tmp_path):
 def test_a_shared_prompt_is_counted_once():
     examples = synthetic_examples(2, 4, Lengths(200, 300, 5, 5), 100)
     counts = {
-        share: count_tokens(Batch(tuple(examples), 0, 0), BatchLayout(10_000, 0, 1.0, "token", share))
-        for share in ("off", "both")
+        share: count_tokens(Batch(tuple(examples), 0, 0), BatchLayout(10_000, 0, 1.0, "token", frozenset(sides)))
+        for share, sides in (("off", ()), ("both", ("student", "teacher")))
     }
     assert (counts["off"].student, counts["off"].teacher) == (8 * 205, 8 * 305)
     assert (counts["both"].student, counts["both"].teacher) == (2 * (199 + 4 * 6), 2 * (299 + 4 * 6))

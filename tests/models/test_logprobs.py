@@ -6,6 +6,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pmd.errors import AlignmentError
 from pmd.models.logprobs import TeacherPart, completion_hidden_states, output_head, token_terms
+from pmd.models.sequences import Sequences
 from pmd.objective.divergence import per_token_divergence
 
 N, H, V = 11, 6, 50
@@ -78,10 +79,10 @@ def test_a_token_is_predicted_by_the_state_before_it():
     model = tiny_qwen()
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     real, scored = torch.ones_like(ids), torch.tensor([[False, False, False, True, True, True]])
-    before = completion_hidden_states(model, ids, real, scored)
+    before = completion_hidden_states(model, Sequences(ids, real, scored))
     changed = ids.clone()
     changed[0, 4] = 7
-    after = completion_hidden_states(model, changed, real, scored)
+    after = completion_hidden_states(model, Sequences(changed, real, scored))
     assert before.shape == (3, 16)
     assert torch.equal(before[:2], after[:2])  # tokens 3 and 4 stand before the change
     assert not torch.allclose(before[2], after[2])
@@ -91,7 +92,7 @@ def test_equals_the_models_own_logits():
     model = tiny_qwen()
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     scored = torch.tensor([[False, False, True, True, True, True]])
-    hidden = completion_hidden_states(model, ids, torch.ones_like(ids), scored)
+    hidden = completion_hidden_states(model, Sequences(ids, torch.ones_like(ids), scored))
     terms = token_terms(hidden, output_head(model), ids[scored])
     logprobs = model(ids).logits.log_softmax(-1)
     expected = [logprobs[0, t - 1, ids[0, t]].item() for t in range(2, 6)]
@@ -103,18 +104,18 @@ def test_padding_changes_nothing(left):
     model = tiny_qwen()
     ids, pad = torch.tensor([[4, 8, 15, 16, 23]]), torch.zeros(1, 3, dtype=torch.long)
     real, scored = torch.ones_like(ids), torch.tensor([[False, False, True, True, True]])
-    plain = completion_hidden_states(model, ids, real, scored)
+    plain = completion_hidden_states(model, Sequences(ids, real, scored))
     order = (lambda a, b: torch.cat([b, a], 1)) if left else (lambda a, b: torch.cat([a, b], 1))
-    padded = completion_hidden_states(model, order(ids, pad), order(real, pad), order(scored, pad.bool()))
+    padded = completion_hidden_states(model, Sequences(order(ids, pad), order(real, pad), order(scored, pad.bool())))
     torch.testing.assert_close(padded, plain, rtol=1e-9, atol=1e-11)
 
 
 def test_padding_cannot_be_scored():
     model, ids = tiny_qwen(), torch.tensor([[4, 8, 15]])
     with pytest.raises(AlignmentError):
-        completion_hidden_states(model, ids, torch.tensor([[1, 1, 0]]), torch.tensor([[False, False, True]]))
+        completion_hidden_states(model, Sequences(ids, torch.tensor([[1, 1, 0]]), torch.tensor([[False, False, True]])))
     with pytest.raises(AlignmentError):
-        completion_hidden_states(model, ids, torch.ones_like(ids), torch.tensor([[True, False, False]]))
+        completion_hidden_states(model, Sequences(ids, torch.ones_like(ids), torch.tensor([[True, False, False]])))
 
 
 def test_what_does_not_match_is_refused():

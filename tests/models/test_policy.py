@@ -8,6 +8,7 @@ from pmd.config import ModelConfig, TeacherConfig
 from pmd.models.load import load_base
 from pmd.models.logprobs import TeacherPart, completion_hidden_states, output_head, token_terms
 from pmd.models.policy import Policy, make_policy
+from pmd.models.sequences import Sequences
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 REAL = torch.ones_like(IDS)
@@ -32,7 +33,7 @@ def policy_of(finetune: str, **teacher) -> Policy:
 
 def hidden_of(policy: Policy, role) -> torch.Tensor:
     with torch.no_grad(), policy.weights(role) as model:
-        return completion_hidden_states(model, IDS, REAL, SCORED)
+        return completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
 
 
 def distil(policy: Policy, rate: float = 0.5) -> None:
@@ -41,11 +42,13 @@ def distil(policy: Policy, rate: float = 0.5) -> None:
     for role, weight in policy.teacher_mixture:
         with torch.no_grad(), policy.weights(role) as model:
             parts.append(
-                TeacherPart(completion_hidden_states(model, IDS.flip(1), REAL, SCORED), output_head(model), weight)
+                TeacherPart(
+                    completion_hidden_states(model, Sequences(IDS.flip(1), REAL, SCORED)), output_head(model), weight
+                )
             )
     trained = [p for p in policy.parameters() if p.requires_grad]
     with policy.weights("student") as model:
-        hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+        hidden = completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
         terms = token_terms(hidden, output_head(model), IDS[SCORED], parts, alpha="symmetric")
     terms.per_token_divergence.mean().backward()
     with torch.no_grad():
@@ -168,7 +171,7 @@ def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(finet
         layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
         passes = []
         layer.register_forward_pre_hook(lambda *_: passes.append(1))
-        hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+        hidden = completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
         token_terms(hidden, output_head(model), IDS[SCORED]).student_logprobs.sum().backward()
     assert len(passes) == (2 if checkpointing else 1)
 

@@ -8,6 +8,7 @@ from pmd.config import ModelConfig, TeacherConfig
 from pmd.models.load import load_base
 from pmd.models.logprobs import TeacherPart, completion_hidden_states, output_head, token_terms
 from pmd.models.policy import Policy, make_policy
+from pmd.models.sequences import Sequences
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -34,7 +35,7 @@ def policy_of(checkpoint, kind: str = "frozen") -> Policy:
 
 def hidden_of(policy: Policy, role) -> torch.Tensor:
     with torch.no_grad(), policy.weights(role) as model:
-        return completion_hidden_states(model, IDS, REAL, SCORED).float()
+        return completion_hidden_states(model, Sequences(IDS, REAL, SCORED)).float()
 
 
 def test_the_base_is_packed_to_four_bits_and_only_the_adapter_is_trained(checkpoint):
@@ -59,9 +60,11 @@ def test_distillation_moves_the_student_and_the_teacher_as_its_kind_says(checkpo
     packed = {name: p.clone() for name, p in policy.named_parameters() if p.dtype == torch.uint8}
     for _ in range(3):
         with torch.no_grad(), policy.weights("teacher") as model:
-            part = TeacherPart(completion_hidden_states(model, IDS.flip(1), REAL, SCORED), output_head(model), 1.0)
+            part = TeacherPart(
+                completion_hidden_states(model, Sequences(IDS.flip(1), REAL, SCORED)), output_head(model), 1.0
+            )
         with policy.weights("student") as model:
-            hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+            hidden = completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
             terms = token_terms(hidden, output_head(model), IDS[SCORED], [part], alpha="symmetric")
         terms.per_token_divergence.mean().backward()
         with torch.no_grad():
@@ -82,7 +85,7 @@ def test_gradients_do_not_change_after_a_forward_pass_in_eval_mode(checkpoint):
 
     def gradient(policy: Policy) -> torch.Tensor:
         with policy.weights("student") as model:
-            hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+            hidden = completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
             token_terms(hidden, output_head(model), IDS[SCORED]).student_logprobs.sum().backward()
         found = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
         policy.zero_grad(set_to_none=True)
@@ -108,7 +111,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_is_not_reentrant(checkpo
         policy = make_policy(load_base(config), config, TeacherConfig())
         with policy.weights("student") as model:
             assert model.is_gradient_checkpointing == checkpointing
-            hidden = completion_hidden_states(model, IDS, REAL, SCORED)
+            hidden = completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
             token_terms(hidden, output_head(model), IDS[SCORED]).student_logprobs.sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     assert not [w for w in recwarn if "use_reentrant" in str(w.message)]
