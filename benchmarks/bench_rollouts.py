@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         model=str(folder), dtype=model.dtype, max_model_len=arguments.prompt + arguments.tokens,
         max_num_seqs=min(256, arguments.requests), memory_fraction=0.6,
         kv_cache_memory_bytes=None if on_gpu else 256 << 20, block_size=None if on_gpu else 32, enforce_eager=False,
-        quantization="none", sleep=True, num_adapters=1, lora_rank=16, seed=0, on_gpu=on_gpu,
+        quantization="none", sleep=True, num_adapters=1, lora_rank=16, seed=0, on_gpu=on_gpu, stall_s=600.0,
     )  # fmt: skip
     engine = VLLMEngine(policy, tokenizer, VLLMRuntime(settings))
     engine.sync(0)

@@ -2,7 +2,8 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from pmd.callbacks.verify import VerificationCallback
 from pmd.cli import saved_yaml
 from pmd.config import RunConfig
 from pmd.config_load import LoadedConfig
-from pmd.errors import RunInterrupted
+from pmd.errors import EngineError, RunInterrupted
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
 from pmd.evaluation.pass_plot import draw_pass_at
@@ -148,16 +149,15 @@ def run(command: str, loaded: LoadedConfig) -> int:
     _announce(run, trainer)
     phases = {"initial": measure(run, with_memory=False)}  # fit has not loaded a checkpoint yet
     started = time.perf_counter()
-    try:
+    with _telling_how_to_resume(run_dir):
         trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
-    except (KeyboardInterrupt, SystemExit):  # Lightning closes what is open, then leaves by SystemExit
-        raise RunInterrupted(_how_to_resume(run_dir)) from None
     seconds = time.perf_counter() - started
     for logger in trainer.loggers:
         logger.finalize("success")
-    phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
     updates = run.module.policy_version
-    phases["best"] = _measure_best(run, trainer, phases["last"])
+    with _telling_how_to_resume(run_dir):
+        phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
+        phases["best"] = _measure_best(run, trainer, phases["last"])
     run.data.engine.close()
     facts = {
         "method": config.method,
@@ -172,6 +172,17 @@ def run(command: str, loaded: LoadedConfig) -> int:
     print_table(results, results["chance"], CONSOLE)
     CONSOLE.print(f"Everything of this run is in {run_dir.root}: results.json, curves.png, metrics.csv, checkpoints/")
     return 0
+
+
+@contextmanager
+def _telling_how_to_resume(run_dir: RunDir) -> Iterator[None]:
+    """End an interrupted run, and one whose engine failed, with how to go on from its last finished epoch."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Lightning closes what is open, then leaves by SystemExit
+        raise RunInterrupted(_how_to_resume(run_dir)) from None
+    except EngineError as error:
+        raise EngineError(f"{error}\n{_how_to_resume(run_dir)}") from error
 
 
 def _how_to_resume(run_dir: RunDir) -> str:

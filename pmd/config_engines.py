@@ -32,6 +32,7 @@ class VLLMConfig:
     parity_bound: float = option(
         0.1, "Stop where engine and trainer differ by more than this on average over their tokens, in nats.", above=0
     )
+    stall_s: float = option(600.0, "Stop where no token comes for this long; the pending request is named.", above=0)
 
 
 @dataclass

@@ -23,9 +23,8 @@ def run_pmd(*arguments: str, code: int = 0, cwd: Path = ROOT, timeout_s: float =
     return done
 
 
-def small_fit(run_dir: Path, epochs: int, *arguments: str) -> subprocess.CompletedProcess:
+def small_fit(run_dir: Path, epochs: int, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     """Train on the small tiny world."""
     config = str(ROOT / "configs" / "tiny.yaml")
-    return run_pmd(
-        "fit", "--config", config, *SMALL, f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}", *arguments
-    )
+    epochs_and_folder = [f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}"]
+    return run_pmd("fit", "--config", config, *SMALL, *epochs_and_folder, *arguments, code=code)

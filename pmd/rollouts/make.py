@@ -34,8 +34,9 @@ def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenize
         assert isinstance(policy, AdapterPolicy)  # the configuration check refuses anything else
         folder = Path(mkdtemp(prefix="pmd-adapters-", dir=config.rollouts.server.adapter_dir))
         return VLLMServerEngine(policy, tokenizer, config.rollouts.server, folder)
+    from pmd.rollouts.trainer_state import spare_from_compilation
     from pmd.rollouts.vllm import VLLMEngine
-    from pmd.rollouts.vllm_adapter import VLLMRuntime, spare_from_compilation
+    from pmd.rollouts.vllm_adapter import VLLMRuntime
 
     with policy.weights("student") as model:
         longest = model.config.get_text_config().max_position_embeddings
@@ -62,6 +63,7 @@ def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
         lora_rank=config.model.lora_rank,
         seed=config.seed_everything,
         on_gpu=torch.cuda.is_available(),
+        stall_s=vllm.stall_s,
     )
 
 

@@ -138,8 +138,6 @@ class VLLMServerEngine:
                 generation = server.complete(
                     position, dispatch.requests[position], dispatch.sampling, self.stop_ids, dispatch.model
                 )
-                if generation.finish_reason not in ("stop", "length"):
-                    raise ServerGone(f"{server.url} gave up on the request: {generation.finish_reason}")
                 dispatch.out.pop(position)
                 dispatch.arrived.put(generation)
             except (ServerGone, AdapterMissing) as error:
@@ -156,7 +154,7 @@ class VLLMServerEngine:
             dispatch.arrived.put(
                 EngineError(
                     f"request {position} failed {dispatch.tries[position]} times, at last: {error}; nothing of it is "
-                    "used. Look at the servers' logs, then resume with --ckpt_path last."
+                    "used. Look at the servers' logs."
                 )
             )
         else:
@@ -171,9 +169,10 @@ class VLLMServerEngine:
                     if dispatch.model != BASE_MODEL:
                         role = dispatch.model.partition("-")[0]
                         server.load_adapter(dispatch.model, self.adapters / dispatch.model / role)
+                    server.down_since = None
                     return
             except (ServerGone, EngineError):
-                server.down_since = server.down_since or time.monotonic()
+                server.note_down()
             dispatch.ended.wait(pause_s)
             pause_s = min(2 * pause_s, MOST_BACKOFF_S)
 
@@ -193,18 +192,15 @@ class VLLMServerEngine:
         """Raise if every server has been down too long, or a request has been out longer than its timeout allows."""
         now = time.monotonic()
         down = [now - server.down_since for server in self.servers if server.down_since is not None]
+        out = dict(dispatch.out)
+        pending = min(out, key=lambda p: out[p][1]) if out else min(list(dispatch.waiting.queue), default=0)
+        named = f"request {pending} (prompt of {len(dispatch.requests[pending].prompt_ids)} tokens)"
         if len(down) == len(self.servers) and min(down) > self.config.recovery_s:
             raise EngineError(
-                f"no server answered for rollouts.server.recovery_s={self.config.recovery_s:.0f} s: "
-                f"{', '.join(self.config.urls)}; start them (python -m pmd serve), then resume with --ckpt_path last."
+                f"no server answered for rollouts.server.recovery_s={self.config.recovery_s:g} s while {named} waits: "
+                f"{', '.join(self.config.urls)}; start them (python -m pmd serve)."
             )
-        if not dispatch.out:
-            return
-        out = dict(dispatch.out)
-        position = min(out, key=lambda p: out[p][1])
-        url, since = out[position]
-        if now - since > self.config.request_timeout_s + self.config.recovery_s:
+        if out and now - out[pending][1] > self.config.request_timeout_s + self.config.recovery_s:
             raise EngineError(
-                f"request {position} (prompt of {len(dispatch.requests[position].prompt_ids)} tokens) has been at "
-                f"{url} for {now - since:.0f} s; restart that server, then resume with --ckpt_path last."
+                f"{named} has been at {out[pending][0]} for {now - out[pending][1]:.0f} s; restart that server."
             )

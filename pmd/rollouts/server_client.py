@@ -41,12 +41,15 @@ class ServerClient:
     def healthy(self) -> bool:
         """Ask once; remember since when the server has been down."""
         try:
-            self._ask("GET", "/health", None, SHORT_TIMEOUT_S)
+            self._ask("GET", "/health", None, min(SHORT_TIMEOUT_S, self.request_timeout_s))
         except ServerGone:
-            self.down_since = self.down_since or time.monotonic()
+            self.note_down()
             return False
-        self.down_since = None
         return True
+
+    def note_down(self) -> None:
+        """Remember since when the server has not done what it is for; being healthy alone does not end that."""
+        self.down_since = self.down_since or time.monotonic()
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load an adapter from a folder that the server can read; nothing happens if it has it."""
@@ -55,6 +58,7 @@ class ServerClient:
                 self._ask(
                     "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, SHORT_TIMEOUT_S
                 )
+        self.down_since = None
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -70,7 +74,7 @@ class ServerClient:
         """Generate one completion with the adapter `model`, or with BASE_MODEL.
 
         Raises:
-            ServerGone, AdapterMissing: see there.
+            ServerGone, AdapterMissing: see there. An empty or unfinished completion counts as the former.
             EngineError: the server refuses the request, which would not change if it were sent again.
         """
         payload = {
@@ -91,9 +95,16 @@ class ServerClient:
             choice = answer["choices"][0]
             token_ids = tuple(int(token) for token in choice["token_ids"])
             logprobs = tuple(math.nan if p is None else float(p) for p in choice["logprobs"]["token_logprobs"])
-            return Generation(key, token_ids, logprobs, choice["finish_reason"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise ServerGone(f"{self.url} answered a completion without {error}") from None
+            generation = Generation(key, token_ids, logprobs, choice["finish_reason"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServerGone(f"{self.url} answered no completion: {type(error).__name__} {error}") from None
+        if generation.finish_reason not in ("stop", "length") or not token_ids or len(token_ids) != len(logprobs):
+            raise ServerGone(
+                f"{self.url} gave up on the request: finish reason {generation.finish_reason}, {len(token_ids)} "
+                f"tokens, {len(logprobs)} log-probs"
+            )
+        self.down_since = None
+        return generation
 
     def _ask(self, method: str, path: str, payload: Any, timeout_s: float) -> Any:
         address = urlsplit(self.url)

@@ -47,7 +47,7 @@ class VLLMEngine:
             adapter = self._prepare(self.policy.resolve(role))
             for _ in range(MOST_TRIES):
                 for generation in self.runtime.generate(list(pending.items()), sampling, self.stop_ids, adapter):
-                    if generation.finish_reason in ("stop", "length"):
+                    if generation.finish_reason in ("stop", "length") and generation.token_ids:
                         completion = to_completion(
                             generation, sampling, self.tokenizer, self.stop_ids, self.policy_version
                         )
@@ -57,7 +57,7 @@ class VLLMEngine:
                     return
         raise EngineError(
             f"vLLM gave up on {len(pending)} of {len(requests)} completions {MOST_TRIES} times, first on request "
-            f"{min(pending)}; nothing of them is used. Lower rollouts.vllm.max_num_seqs, then resume."
+            f"{min(pending)}; nothing of them is used. Lower rollouts.vllm.max_num_seqs."
         )
 
     def sync(self, policy_version: int) -> None:

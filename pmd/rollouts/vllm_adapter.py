@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pmd.errors import ConfigError, EngineError
 from pmd.rollouts.engine import Request, Sampling
+from pmd.rollouts.stall import StallWatch
+from pmd.rollouts.trainer_state import trainer_state_kept
 
 #: Versions that the tests run against: from the first, below the second.
 TESTED = ((0, 32), (0, 33))
@@ -50,6 +52,7 @@ class EngineSettings:
     lora_rank: int
     seed: int
     on_gpu: bool
+    stall_s: float  # how long no token may come
 
     def arguments(self) -> dict[str, Any]:
         """Return vLLM's engine arguments; None stands for vLLM's own choice and is left out."""
@@ -148,42 +151,53 @@ class VLLMRuntime:
             adapter: folder of a loaded adapter, or None for the base alone.
         """
         tokens_input = import_module("vllm.inputs").tokens_input
-        engine, open_keys = self.llm.llm_engine, set[str]()
+        engine, pending = self.llm.llm_engine, dict[str, Request]()
         lora = None if adapter is None else self._lora_request(adapter)
         try:
             for key, request in requests:
                 params = self._params(request, sampling, stop_ids)
                 engine.add_request(str(key), tokens_input(list(request.prompt_ids)), params, lora_request=lora)
-                open_keys.add(str(key))
-            while engine.has_unfinished_requests():
-                with _trainer_state_kept():
-                    outputs = engine.step()
-                for output in outputs:
-                    if output.finished:
-                        open_keys.discard(output.request_id)
-                        yield _generation(output)
-        except (RuntimeError, ValueError, AssertionError) as error:
+                pending[str(key)] = request
+            with StallWatch(self.settings.stall_s, lambda: _named(pending)) as watch:
+                while engine.has_unfinished_requests():
+                    with trainer_state_kept(), watch.step():
+                        outputs = engine.step()
+                    for output in outputs:
+                        if output.finished:
+                            del pending[output.request_id]
+                            yield _generation(output)
+                    watch.look(self._progress)
+        except EngineError:
+            raise
+        except Exception as error:  # whatever it is, vLLM cannot go on: named here, with what was lost
+            count = len(pending)
+            pending.clear()
             raise EngineError(
-                f"vLLM {self.version} failed with {len(open_keys)} completions pending "
-                f"({type(error).__name__}: {str(error)[:300]}); resume with --ckpt_path last. If memory ran out, lower "
-                "rollouts.vllm.max_num_seqs or memory_fraction."
+                f"vLLM {self.version} failed with {count} completions pending ({type(error).__name__}: "
+                f"{str(error)[:300]}); nothing of them is used. If memory ran out, lower rollouts.vllm.max_num_seqs or "
+                "memory_fraction."
             ) from error
         finally:
-            if open_keys:
-                engine.abort_request(sorted(open_keys), internal=False)
+            if pending:
+                engine.abort_request(sorted(pending), internal=False)
+
+    def _progress(self) -> object:
+        """Return what changes whenever a prompt is read or a token is made."""
+        open_requests = self.llm.llm_engine.engine_core.engine_core.scheduler.requests.values()
+        return [(request.num_computed_tokens, request.num_output_tokens) for request in open_requests]
 
     def load_adapter(self, folder: Path) -> None:
         """Load the adapter in `folder`, in place of what was loaded from it before."""
-        with _trainer_state_kept():
+        with trainer_state_kept(), self._failure_named(f"take the adapter {folder}"):
             if not self.llm.llm_engine.add_lora(self._lora_request(folder, load_inplace=True)):
-                raise EngineError(f"vLLM {self.version} did not take the adapter {folder}.")
+                raise RuntimeError("add_lora returned false")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the base weights; names are those of the Hugging Face checkpoint, a tied output head among them.
 
         On a CPU vLLM keeps a copy of its own of a tied head, which stays as it was if it is not named.
         """
-        with _trainer_state_kept():
+        with trainer_state_kept(), self._failure_named("take the weights"):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def reset_cache(self) -> None:
@@ -197,7 +211,8 @@ class VLLMRuntime:
         Level 2, which drops the weights, is never used: with an adapter loaded it loses them silently.
         """
         if self.settings.sleep and self.settings.on_gpu and not self.asleep:
-            self.llm.sleep(level=1)
+            with self._failure_named("sleep: main memory must hold its weights"):
+                self.llm.sleep(level=1)
             self.asleep = True
 
     def wake(self) -> bool:
@@ -205,7 +220,8 @@ class VLLMRuntime:
         slept = self.asleep
         if slept:
             torch.cuda.empty_cache()  # what the trainer's allocator holds back, vLLM can use
-            self.llm.wake_up()
+            with self._failure_named("wake; if the GPU is full, lower rollouts.vllm.memory_fraction"):
+                self.llm.wake_up()
             self.asleep = False
         return slept
 
@@ -214,15 +230,18 @@ class VLLMRuntime:
         self.llm.llm_engine.engine_core.shutdown()
 
     def _start(self) -> Any:
-        with _trainer_state_kept():
-            vllm = import_module("vllm")
-            try:
-                return vllm.LLM(**self.settings.arguments(), skip_tokenizer_init=True)
-            except (RuntimeError, ValueError, AssertionError) as error:
-                raise EngineError(
-                    f"vLLM {self.version} did not start ({type(error).__name__}: {str(error)[:500]}). If memory is the "
-                    "cause, change rollouts.vllm.memory_fraction, kv_cache_memory_bytes, max_model_len or max_num_seqs."
-                ) from error
+        remedy = "if memory is the cause, change rollouts.vllm.memory_fraction, kv_cache_memory_bytes or max_model_len"
+        with trainer_state_kept(), self._failure_named(f"start; {remedy}"):
+            return import_module("vllm").LLM(**self.settings.arguments(), skip_tokenizer_init=True)
+
+    @contextmanager
+    def _failure_named(self, doing: str) -> Iterator[None]:
+        """Turn whatever vLLM raises into an EngineError: it cannot go on after any of it."""
+        try:
+            yield
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error)[:500]}"
+            raise EngineError(f"vLLM {self.version} did not {doing} ({why}).") from error
 
     def _params(self, request: Request, sampling: Sampling, stop_ids: Sequence[int]) -> Any:
         vllm = import_module("vllm.sampling_params")
@@ -245,17 +264,6 @@ class VLLMRuntime:
         )
 
 
-def spare_from_compilation(trained: nn.Module) -> None:
-    """Let the trainer's modules compute as they did before vLLM started.
-
-    Where vLLM takes an architecture from transformers (OLMo 3), it gives the class a `__call__` that compiles
-    and reads an attribute that only instances made by vLLM have.
-    """
-    for module in trained.modules():
-        if type(module).__call__ is not nn.Module.__call__ and not hasattr(module, "do_not_compile"):
-            module.do_not_compile = True  # pyright: ignore[reportArgumentType]
-
-
 def _generation(output: Any) -> Generation:
     completion = output.outputs[0]
     token_ids = tuple(int(token) for token in completion.token_ids)
@@ -264,18 +272,12 @@ def _generation(output: Any) -> Generation:
     return Generation(int(output.request_id), token_ids, logprobs, completion.finish_reason)
 
 
-@contextmanager
-def _trainer_state_kept() -> Iterator[None]:
-    """Give torch's random state, threads and default dtype back as they were: vLLM sets them for itself."""
-    threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_threads
-            torch.set_default_dtype(dtype)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+def _named(pending: dict[str, Request]) -> str:
+    """Name the request that has waited longest."""
+    if not pending:
+        return "no request is pending"
+    key, request = next(iter(pending.items()))
+    return f"request {key} (prompt of {len(request.prompt_ids)} tokens) is pending, the first of {len(pending)}"
 
 
 def _sizes(settings: EngineSettings) -> str:

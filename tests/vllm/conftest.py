@@ -19,7 +19,7 @@ def only_runtime(checkpoint) -> Iterator[VLLMRuntime]:
     settings = EngineSettings(
         model=str(checkpoint), dtype="float32", max_model_len=512, max_num_seqs=32, memory_fraction=0.5,
         kv_cache_memory_bytes=32 << 20, block_size=32, enforce_eager=True, quantization="none", sleep=True,
-        num_adapters=2, lora_rank=4, seed=0, on_gpu=False,
+        num_adapters=2, lora_rank=4, seed=0, on_gpu=False, stall_s=600.0,
     )  # fmt: skip
     started = VLLMRuntime(settings)
     yield started

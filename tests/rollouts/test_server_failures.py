@@ -1,0 +1,84 @@
+"""Whatever a server does, each completion arrives once and whole, or one error names what failed; the run resumes."""
+
+import pytest
+import torch
+from command_line import LORA, small_fit
+from scripted_server import FAILURES, made_up, serving
+
+from pmd.config import ModelConfig, TeacherConfig
+from pmd.config_engines import ServerConfig
+from pmd.errors import EngineError
+from pmd.models.load import load_base, load_tokenizer
+from pmd.models.policy import make_policy
+from pmd.rollouts.engine import Request, Sampling
+from pmd.rollouts.server import VLLMServerEngine
+
+REQUESTS = [Request((1, 2, 3 + number % 4), number) for number in range(24)]
+SAMPLING = Sampling(1.0, 8)
+
+
+def engine_on(server, folder, **changes) -> VLLMServerEngine:
+    model = ModelConfig(path="tiny", finetune="lora", lora_rank=4)
+    policy = make_policy(load_base(model), model, TeacherConfig())
+    config = ServerConfig(urls=[server.url], concurrency=4, backoff_s=0.05, recovery_s=20.0, retries=3)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return VLLMServerEngine(policy, load_tokenizer(model), config, folder)
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, "hang"])
+def test_every_completion_arrives_once_and_whole(failure, tmp_path):
+    with serving(lambda number: failure if number % 7 == 2 else None) as server:
+        engine = engine_on(server, tmp_path, retries=10, request_timeout_s=0.5)
+        arrived = list(engine.generate(REQUESTS, SAMPLING))
+        stop_id = engine.stop_ids[0]
+    assert sorted(position for position, _ in arrived) == list(range(len(REQUESTS)))
+    for position, completion in arrived:
+        ids, logprobs = made_up(list(REQUESTS[position].prompt_ids), REQUESTS[position].seed, stop_id, 100)
+        assert (list(completion.token_ids), list(completion.logprobs)) == (ids, logprobs)
+    assert server.count > len(REQUESTS)
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, "hang"])
+def test_retries_are_bounded_and_the_request_is_named(failure, tmp_path):
+    with serving(lambda number: failure) as server:
+        engine = engine_on(server, tmp_path, retries=2, request_timeout_s=0.3)
+        with pytest.raises(EngineError, match=r"request \d+ failed 3 times, at last: .*nothing of it is used"):
+            list(engine.generate(REQUESTS[:4], SAMPLING))
+        assert max(server.asked.values()) == 3
+
+
+def test_a_server_that_does_not_take_the_adapter_is_not_waited_for_for_ever(tmp_path):
+    with serving(lambda number: None) as server:
+        engine = engine_on(server, tmp_path, recovery_s=0.5)
+        engine.sync(1)
+        server.adapters.clear()  # as after a restart
+        server.takes_adapters = False
+        with pytest.raises(EngineError, match=r"no server answered for .*while request \d+ \(prompt of 3 tokens\)"):
+            list(engine.generate(REQUESTS, SAMPLING))
+
+
+def test_a_run_whose_server_died_is_resumed_as_if_it_had_not(tmp_path):
+    def fit(run_dir, server, *arguments, code=0):
+        return small_fit(
+            run_dir, 2, *LORA, "--rollouts.engine=vllm_server", f"--rollouts.server.urls=[{server.url}]",
+            "--rollouts.vllm.parity_completions=0", "--rollouts.server.retries=1", "--rollouts.server.recovery_s=2",
+            "--rollouts.server.backoff_s=0.05", *arguments, code=code,
+        )  # fmt: skip
+
+    with serving(lambda number: None) as server:
+        fit(tmp_path / "whole", server)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    with serving(lambda number: "500" if last.is_file() else None) as server:
+        done = fit(tmp_path / "run", server, code=1)
+        assert "EngineError: request" in done.stderr
+        assert "--ckpt_path last" in done.stderr
+        assert "Traceback" not in done.stderr
+    with serving(lambda number: None) as server:
+        fit(tmp_path / "run", server, "--ckpt_path=last")
+    whole, resumed = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+        for name in ("whole", "run")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
