@@ -25,7 +25,8 @@ from pmd.tasks.code_tests import DEFAULT_MEMORY_MB, DEFAULT_TIME_LIMIT_S
 from pmd.types import CaseCounts, Task, Verdict, VerdictStatus
 
 BLANKS = " \t\r\n\v\f"
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+#: No two parts can match the same digits: a program can print a million of them, and time must grow with their number.
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 CLOSED_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 LEAST_OUTPUT_BYTES = 1 << 20
 MOST_PART, MOST_FEEDBACK = 450, 2000

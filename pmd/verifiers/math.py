@@ -1,11 +1,13 @@
 """Mathematical answers by math-verify: a completion enters, a verdict on its last mathematical answer leaves.
 
 math-verify bounds its time with `signal.alarm`, which fails in threads and cannot stop C code. It therefore runs, with
-its own time-outs off, in one helper process (`math_worker.py`), which is killed at the deadline and started again.
+its own time-outs off, in one helper process (`math_worker.py`), which is killed at the deadline and started again, and
+which ends with the trainer: this process holds the writing end of a pipe that the helper watches.
 """
 
 import atexit
 import json
+import os
 import select
 import subprocess
 import sys
@@ -41,6 +43,7 @@ class MathWorker:
         self.deadline_s = deadline_s
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.lifeline: int | None = None  # the writing end of the pipe
 
     def ask(self, question: dict[str, str]) -> dict | None:
         """Return the helper's reply, None if it missed the deadline.
@@ -69,8 +72,18 @@ class MathWorker:
         return reply
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "pmd.verifiers.math_worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._stop()  # the one before, if it died
+        watched, self.lifeline = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pmd.verifiers.math_worker", str(watched)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[watched],
+                start_new_session=True,  # Ctrl-C in a terminal is for the trainer
+            )
+        finally:
+            os.close(watched)
         if not self._read_line(self.process, START_S):
             self._stop()
             raise RuntimeError("the math-verify helper did not start; is math-verify installed?")
@@ -78,14 +91,18 @@ class MathWorker:
 
     def _read_line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
         assert process.stdout
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        return process.stdout.readline() if ready else b""
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        return process.stdout.readline() if poll.poll(seconds * 1000) else b""
 
     def _stop(self) -> None:
         if self.process:
             self.process.kill()
             self.process.communicate()
             self.process = None
+        if self.lifeline is not None:
+            os.close(self.lifeline)
+            self.lifeline = None
 
     def close(self) -> None:
         """End the helper; the next question starts another."""

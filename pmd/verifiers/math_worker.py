@@ -1,14 +1,16 @@
 """The helper process of `math.py`: one JSON question per line on stdin enters, one JSON reply per line leaves.
 
-The kernel ends it at the deadline (SIGALRM with its default action), so a hang in C code cannot outlive the question,
-not even when the trainer was killed.
+The kernel ends it, in the middle of C code too: at the deadline (SIGALRM), and as soon as the trainer is gone, however
+that ended (SIGIO when the trainer's end of a pipe closes, on which nothing is ever written).
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 from typing import Any
@@ -40,8 +42,19 @@ def _shut_in() -> None:
         kernel.install_filter(seccomp.with_pid(program, seccomp.pid_offsets(program), os.getpid()))
 
 
+def end_with(lifeline: int) -> None:
+    """Have the kernel end this process when the last writing end of the pipe `lifeline` closes."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO, signal.SIGALRM])
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel watched
+        sys.exit()
+
+
 def main() -> None:
     """Answer questions until stdin ends."""
+    end_with(int(sys.argv[1]))
     import math_verify  # noqa: F401  # before the first deadline runs
 
     logging.disable(logging.WARNING)  # it warns with each answer that its own time-outs are off
@@ -49,7 +62,6 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     _shut_in()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever a parser prints is no reply
     print("ready", file=replies, flush=True)
     for line in sys.stdin:

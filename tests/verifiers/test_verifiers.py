@@ -1,3 +1,8 @@
+import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -116,6 +121,38 @@ def test_math_helper_ends_with_its_trainer():
     assert process
     WORKER.close()
     assert process.returncode is not None
+
+
+COMPUTING = """
+import threading, time
+from pmd.verifiers.math import MathWorker
+worker = MathWorker(deadline_s=3600)
+worker.ask({"gold": "1", "text": "1"})
+print(worker.process.pid, flush=True)
+worker.ask({"gold": "1", "text": "$9^{9^{9^{9}}}$"})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_math_helper_ends_while_it_computes_when_its_trainer_is_ended(number):
+    trainer = subprocess.Popen([sys.executable, "-c", COMPUTING], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert trainer.stdout
+    helper = os.pidfd_open(int(trainer.stdout.readline()))
+    assert not select.select([helper], [], [], 0.5)[0]  # in C code, where no Python of its own can run
+    trainer.send_signal(number)
+    trainer.wait(20)
+    assert select.select([helper], [], [], 20)[0]
+    os.close(helper)
+    trainer.stdout.close()
+
+
+def test_math_helper_whose_trainer_is_gone_does_not_start():
+    reading, writing = os.pipe()
+    os.close(writing)
+    command = [sys.executable, "-m", "pmd.verifiers.math_worker", str(reading)]
+    done = subprocess.run(command, pass_fds=[reading], stdin=subprocess.PIPE, capture_output=True, timeout=60, check=True)
+    assert done.stdout == b""  # not "ready"
+    os.close(reading)
 
 
 def crash(task: Task, completion: str) -> Verdict:
