@@ -14,7 +14,8 @@ How that is held:
   confined child per run (`supervisor.py`, `zygote.py`, `child.py`). Nothing a child says is taken for anything but
   the program's output, except a byte that it writes before the program starts.
 - Level `namespaces`: own user (when not root), mount, pid, network, IPC and host name spaces; a root directory that
-  holds only Python, shared libraries and a small tmpfs; Landlock; seccomp; resource limits; no capabilities.
+  holds only Python and shared libraries, on read-only mounts, and a small tmpfs, where alone modes and times of files
+  can be set; Landlock; seccomp; resource limits; no capabilities.
 - Level `bubblewrap`: the same with bubblewrap's namespaces, for hosts that allow them to it alone.
 - Level `landlock`: the same without the namespaces. Level `rlimits`: resource limits and what else the kernel offers;
   it does not hold against an attacker and is never chosen unless asked for by name.

@@ -102,6 +102,8 @@ def _shut_in(request: Request, confinement: "Confinement", offsets: tuple[int, .
         os.setresuid(confinement.user, confinement.user, confinement.user)
     kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != confinement.zygote:
+        raise ProcessLookupError("the zygote ended first")  # and so could not take this process with it
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if confinement.ruleset is not None:

@@ -47,11 +47,12 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
     checked(LIBC.mount(*encoded[:3], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
 
 
-def make_read_only(path: str, *, devices: bool = False) -> None:
-    """Make a mount and all below it read-only, without set-user-id and, unless asked for, without devices."""
+def make_read_only(path: str, *, devices: bool = False, below: bool = True) -> None:
+    """Make a mount (and all below it) read-only, without set-user-id and, unless asked for, without devices."""
     flags = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV)
     attributes = struct.pack("<QQQQ", flags, 0, 0, 0)
-    syscall(SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, len(attributes), what="mount_setattr")
+    reach = AT_RECURSIVE if below else 0
+    syscall(SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), reach, attributes, len(attributes), what="mount_setattr")
 
 
 def change_root(path: str) -> None:

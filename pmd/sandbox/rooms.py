@@ -22,7 +22,7 @@ BUILDING_PLACES = ("/sys", "/mnt", "/media", "/srv", "/proc", "/tmp")
 STDIN_FILE = "/dev/stdin"
 #: Users from here on belong to no one: a worker's programs run as this plus its process id.
 FIRST_OWN_USER = 1_000_000_000
-TMPFS_BYTES, TMPFS_FILES = 16 << 20, 512
+TMPFS_BYTES, TMPFS_FILES, WRITABLE_MODE = 16 << 20, 512, 0o1777
 
 
 def python_paths() -> list[str]:
@@ -59,8 +59,12 @@ def enter_namespaces() -> None:
             file.write(content)
 
 
-def build_root(readable: list[str], writable: str) -> None:
-    """Make a root directory in memory that shows the readable paths, and move into it."""
+def build_root(readable: list[str], writable: str) -> int:
+    """Make a root directory in memory that shows the readable paths, and move into it.
+
+    All of it but `writable` lies on read-only mounts. Returns a descriptor to write the input with, which programs
+    read at `STDIN_FILE`: it belongs to a mount below the read-only one.
+    """
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     base = next(place for place in BUILDING_PLACES if os.path.isdir(place) and not _lies_below(place, readable))
     kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID, "size=256m,mode=755")
@@ -70,9 +74,16 @@ def build_root(readable: list[str], writable: str) -> None:
         _show(path, base, devices=True)
     os.close(os.open(base + STDIN_FILE, os.O_CREAT | os.O_WRONLY, 0o444))
     os.makedirs(base + writable, exist_ok=True)
-    limits = f"size={TMPFS_BYTES},nr_inodes={TMPFS_FILES},mode=1777"
+    limits = f"size={TMPFS_BYTES},nr_inodes={TMPFS_FILES},mode={WRITABLE_MODE:o}"
     kernel.mount("tmpfs", base + writable, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, limits)
+    stdin = base + STDIN_FILE
+    kernel.mount(stdin, stdin, None, kernel.MS_BIND)
+    writer = os.open(stdin, os.O_WRONLY)
+    kernel.mount(stdin, stdin, None, kernel.MS_BIND)
+    kernel.make_read_only(stdin)
+    kernel.make_read_only(base, below=False)
     kernel.change_root(base)
+    return writer
 
 
 def _lies_below(place: str, paths: list[str]) -> bool:
@@ -101,6 +112,7 @@ def clear_writable(place: str) -> None:
     What lies in a directory is moved to the top before the directory goes: no depth and no length of path stops it.
     """
     moved = 0
+    os.chmod(place, WRITABLE_MODE)  # a program that runs as our own user can have closed it
     while names := os.listdir(place):
         for name in names:
             path = os.path.join(place, name)

@@ -2,7 +2,8 @@
 
 What is not listed fails with EPERM. No process can be made (threads can), no program executed, no socket opened (a
 Unix pair can, for event loops), no other process signalled, traced or adopted, no namespace, key, System V or
-io_uring object made. Files are governed by Landlock; what Landlock cannot govern (chmod, chown, xattr) is absent.
+io_uring object made. Files are governed by Landlock. What Landlock cannot govern (chown, xattr) is absent; a mode or a
+time of a file can be set only where everything but the program's own files lies on read-only mounts.
 """
 
 import errno
@@ -62,11 +63,23 @@ IF_EQUAL: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
     "socketpair": ((53, 199), 0, (1,)),  # AF_UNIX
     "sendto": ((44, 206), 4, (0,)),  # no address
 }
+#: name: (numbers, argument with the mode): no set-user-id, set-group-id or sticky file is made.
+MODES: dict[str, tuple[tuple[int, int | None], int]] = {
+    "chmod": ((90, None), 1),
+    "fchmod": ((91, 52), 1),
+    "fchmodat": ((268, 53), 2),
+    "fchmodat2": ((452, 452), 2),
+}
+SPECIAL_MODES = 0o7000
+#: Times, and the names of extended attributes, without which `shutil.copy2` fails.
+OWN_FILES: dict[str, tuple[int, int]] = {
+    "utimensat": (280, 88), "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
+}  # fmt: skip
 CLONE, CLONE3 = (56, 220), (435, 435)
 
 
-def build_filter(machine: str) -> bytes:
-    """Return the program, with `PID` where the child's pid belongs.
+def build_filter(machine: str, *, own_root: bool = False) -> bytes:
+    """Return the program, with `PID` where the child's pid belongs; `own_root`: only its own files can be written to.
 
     Raises:
         KeyError: if the architecture is not known.
@@ -75,7 +88,7 @@ def build_filter(machine: str) -> bytes:
     code = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if machine == "x86_64":  # the x32 calls share the architecture and have this bit set
         code += [(JUMP_IF_AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, DENY)]
-    for numbers in ALLOWED.values():
+    for numbers in (*ALLOWED.values(), *(OWN_FILES.values() if own_root else ())):
         number = numbers[column]
         if number is not None:
             code += [(JUMP_IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
@@ -83,6 +96,10 @@ def build_filter(machine: str) -> bytes:
         tests = [step for value in values for step in ((JUMP_IF_EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW))]
         code += [(JUMP_IF_EQUAL, 0, len(tests) + 2, numbers[column]), (LOAD, 0, 0, 16 + 8 * argument), *tests]
         code += [(RETURN, 0, 0, DENY)]
+    for numbers, argument in MODES.values() if own_root else ():
+        if (number := numbers[column]) is not None:
+            code += [(JUMP_IF_EQUAL, 0, 4, number), (LOAD, 0, 0, 16 + 8 * argument)]
+            code += [(JUMP_IF_SET, 0, 1, SPECIAL_MODES), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
     code += [
         (JUMP_IF_EQUAL, 0, 1, CLONE3[column]),
         (RETURN, 0, 0, ABSENT),  # its flags lie in memory; the C library then uses clone

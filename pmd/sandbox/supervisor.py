@@ -54,9 +54,10 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
     readable = rooms.readable_paths(site_packages)
     writable = rooms.writable_place(readable) if level in ("namespaces", "bubblewrap") else ""
     missing: list[str] = []
+    stdin_writer = None
     if level == "namespaces":
         rooms.enter_namespaces()
-        rooms.build_root(readable, writable)
+        stdin_writer = rooms.build_root(readable, writable)
     elif level == "bubblewrap":
         missing.append("a bound on the number of files and threads")
     else:
@@ -74,11 +75,12 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         confinement = Confinement(
-            own_root=level == "namespaces",
+            stdin_writer=stdin_writer,
             writable=writable,
             user=user,
             ruleset=ruleset,
             filter=program,
+            zygote=os.getpid(),
             base_bytes=base_bytes,
         )
         _say_hello(peer, ready=True, text=", ".join(missing))
@@ -99,7 +101,7 @@ def _optional_walls(
             raise
         missing.append("Landlock")
     try:
-        program = seccomp.build_filter(kernel.MACHINE)
+        program = seccomp.build_filter(kernel.MACHINE, own_root=level == "namespaces")
     except KeyError:
         if level != "rlimits":
             raise

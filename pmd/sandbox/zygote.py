@@ -26,11 +26,12 @@ STARTING_S = 5.0
 class Confinement(NamedTuple):
     """What every child of this zygote is shut in with."""
 
-    own_root: bool  # in namespaces, with a root directory of its own
+    stdin_writer: int | None  # in namespaces, with a root directory of its own: writes the input that stands there
     writable: str  # a small directory to write to; empty if there is none
     user: int | None  # becomes this user
     ruleset: int | None  # Landlock
     filter: bytes | None  # seccomp
+    zygote: int  # process id of the parent of every child
     base_bytes: int  # address space of the interpreter before a program runs
 
 
@@ -51,7 +52,7 @@ def serve(peer: socket.socket, confinement: Confinement) -> None:
 
 def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], peer: socket.socket) -> Reply | None:
     """Run one program to its end; None if the trainer went away meanwhile."""
-    stdin = _stdin_file(request, confinement.own_root)
+    stdin = _stdin_file(request, confinement.stdin_writer)
     ready, ready_writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -63,7 +64,7 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
     if watched is None:
         return None
     _, status, usage = os.wait4(pid, 0)
-    if confinement.own_root:
+    if confinement.stdin_writer is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing
     if confinement.writable:
@@ -111,16 +112,16 @@ def _watch(pid: int, ready: int, wall_s: float, peer: socket.socket) -> Watched 
         os.close(process)
 
 
-def _stdin_file(request: Request, own_root: bool) -> int:
+def _stdin_file(request: Request, writer: int | None) -> int:
     """Return the descriptor of the input; in a root of our own, it also stands at /dev/stdin."""
     if request.entry:
         return os.open(os.devnull, os.O_RDONLY)
-    if not own_root:
+    if writer is None:
         return request.files.payload
     size = os.fstat(request.files.payload).st_size
-    target = os.open(rooms.STDIN_FILE, os.O_WRONLY | os.O_TRUNC)  # in place: Landlock knows the file, not its name
+    os.ftruncate(writer, 0)  # in place: Landlock knows the file, not its name
+    os.lseek(writer, 0, os.SEEK_SET)
     copied = 0
     while copied < size:
-        copied += os.sendfile(target, request.files.payload, copied, size - copied)
-    os.close(target)
+        copied += os.sendfile(writer, request.files.payload, copied, size - copied)
     return os.open(rooms.STDIN_FILE, os.O_RDONLY)

@@ -71,6 +71,32 @@ def test_a_run_leaves_nothing_to_the_next(sandbox):
             assert sandbox.run(look, b"", Limits()).stdout == b"[] []\n"
 
 
+MODES = """
+import os
+for path in ('/', '/tmp', '/box', '/dev', '/dev/stdin', '/dev/null', os.__file__, os.path.dirname(os.__file__), '.'):
+    for mode in (0, 0o777):
+        try: os.chmod(path, mode)
+        except OSError: continue
+        if not os.path.samefile(path, '.'): print(path)
+for special in (0o4755, 0o2755, 0o1755, 0o6000):
+    open('own', 'w')
+    try: os.chmod('own', special); print(oct(special))
+    except PermissionError: pass
+    try: os.fchmod(0, special); print('stdin')
+    except OSError: pass
+os.chmod('own', 0); os.mkdir('closed', 0)
+"""
+
+
+def test_a_program_sets_modes_of_its_own_files_alone(sandbox):
+    if sandbox.run("", b"", Limits()).end == "finished" and sandbox.level == "namespaces":
+        for _ in range(4):
+            outcome = sandbox.run(MODES, b"1 2", Limits())
+            assert (outcome.end, outcome.stdout, outcome.stderr) == ("finished", b"", b"")
+            after = sandbox.run("print(open('/dev/stdin').read(), open('own', 'w').write('x'))", b"1 2", Limits())
+            assert (after.stdout, after.stderr) == (b"1 2 1\n", b"")
+
+
 def test_large_input_and_output(sandbox):
     text = b"7" * (8 << 20)
     outcome = sandbox.run("print(input())", text, Limits(output_bytes=16 << 20, wall_s=30))
@@ -196,9 +222,10 @@ def test_nothing_outlives_a_scorer_that_is_ended(tmp_path, number):
     assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", "c.jsonl", "v.jsonl", "temporary"}
 
 
+@pytest.mark.parametrize("own_root", [False, True])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_the_filter_is_a_valid_program(machine):
-    program = seccomp.build_filter(machine)
+def test_the_filter_is_a_valid_program(machine, own_root):
+    program = seccomp.build_filter(machine, own_root=own_root)
     assert len(program) % 8 == 0
     assert len(program) // 8 < 4096  # the kernel's limit
     offsets = seccomp.pid_offsets(program)

@@ -150,7 +150,9 @@ def test_math_helper_whose_trainer_is_gone_does_not_start():
     reading, writing = os.pipe()
     os.close(writing)
     command = [sys.executable, "-m", "pmd.verifiers.math_worker", str(reading)]
-    done = subprocess.run(command, pass_fds=[reading], stdin=subprocess.PIPE, capture_output=True, timeout=60, check=True)
+    done = subprocess.run(
+        command, pass_fds=[reading], stdin=subprocess.PIPE, capture_output=True, timeout=60, check=True
+    )
     assert done.stdout == b""  # not "ready"
     os.close(reading)
 
