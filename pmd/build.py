@@ -22,6 +22,7 @@ from pmd.callbacks.verify import VerificationCallback
 from pmd.cli import saved_yaml
 from pmd.config import RunConfig
 from pmd.config_load import LoadedConfig
+from pmd.doctor.engine import plan_here
 from pmd.errors import EngineError, RunInterrupted
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
@@ -64,8 +65,9 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     _prepare(tasks, config)
     prompts = make_prompts(config.model.prompts, load_tokenizer(config.model))
     refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
+    fraction = _plan_engine(config)
     module = PMDModule(config)
-    engine = make_engine(config, module.policy, module.tokenizer)
+    engine = make_engine(config, module.policy, module.tokenizer, fraction)
     memory = None
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
@@ -73,6 +75,17 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     evaluator = Evaluator(engine, prompts, config.verification, config.rollouts.max_new_tokens, config.seed_everything)
     data = RolloutDataModule(config, tasks, engine, prompts, memory)
     return Run(config, run_dir, tasks, module, data, memory, evaluator)
+
+
+def _plan_engine(config: RunConfig) -> float | None:
+    """Return the share of the GPU for vLLM in this process, and print why; refuse what cannot fit."""
+    if config.rollouts.engine != "vllm":
+        return None
+    plan = plan_here(config)
+    if plan is None:
+        return None
+    CONSOLE.print(str(plan), markup=False, soft_wrap=True)
+    return plan.fraction
 
 
 def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:

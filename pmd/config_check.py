@@ -153,6 +153,11 @@ def _engine_problems(run: RunConfig) -> list[str]:
             "rollouts.vllm.kv_cache_memory_bytes=null needs a CUDA device and none was found; on a CPU give the "
             "KV cache a size, e.g. 67108864."
         )
+    if vllm.quantization == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
+        problems.append(
+            "rollouts.vllm.quantization=bitsandbytes needs vllm-bnb-plugin, vLLM no longer brings it itself; "
+            "pip install 'pmd[gpu]', or use fp8 or none."
+        )
     if vllm.quantization != "none" and not cuda_is_available():
         problems.append(f"rollouts.vllm.quantization={vllm.quantization} needs a CUDA device; use none.")
     if vllm.quantization != "none" and finetune == "full":

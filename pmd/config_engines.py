@@ -10,9 +10,11 @@ from pmd.config_option import option
 class VLLMConfig:
     """vLLM, in this process or as a server: its memory, its limits, and how far its log-probs may differ."""
 
-    memory_fraction: float = option(
-        0.5, "Share of the GPU's memory that vLLM may fill while awake.", above=0, most=0.98
-    )
+    memory_fraction: float | None = option(
+        None,
+        "Share of the GPU's memory that vLLM may fill while awake; null is what the trainer leaves (pmd doctor).",
+        above=0, most=0.98,
+    )  # fmt: skip
     kv_cache_memory_bytes: int | None = option(
         None, "Size of the KV cache; null takes what memory_fraction leaves. Needed on a CPU.", least=1 << 20
     )

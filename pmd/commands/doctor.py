@@ -1,10 +1,13 @@
 """`python -m pmd doctor --config FILE`: will it fit and will it run?
 
 Enters: a configuration, as `fit` reads it. Leaves: versions, missing packages, the memory that a step is predicted to
-need by part, what the device has, and what to change if that is too little. No weights are read.
+need by part, what the device has, and what to change if that is too little. With `rollouts.engine: vllm` on a GPU also
+what vLLM needs, while the trainer trains and while vLLM generates, and the share of the GPU that it is started with. No
+weights are read.
 """
 
 import argparse
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from rich.table import Table
 
 from pmd.config import RunConfig
 from pmd.config_check import check_config
-from pmd.config_load import load_arguments
+from pmd.config_load import LoadedConfig, load_arguments
+from pmd.errors import ConfigError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm", "hnswlib", "sentence-transformers")
 
@@ -27,42 +31,66 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: as many as it may hold")
+    parser.add_argument("--gpu-gb", type=float, help="plan for a GPU of this many GB that is not at hand")
     arguments, rest = parser.parse_known_args(argv)
+    for flag, value in (("--tokens", arguments.tokens), ("--gpu-gb", arguments.gpu_gb)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{flag}={value} must be above 0.")
     loaded = load_arguments("doctor", rest)
-    check_config(loaded)
+    if arguments.gpu_gb is None:
+        check_config(loaded)
+    elif loaded.problems:  # what this machine lacks is of no interest then
+        raise ConfigError(loaded.problems)
     console = Console()
     console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES), markup=False)
+    return _diagnose(loaded, arguments.tokens, arguments.gpu_gb, console)
 
+
+def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, console: Console) -> int:
     import torch
 
-    from pmd.doctor.memory import libraries_bytes, predict, read_shape
+    from pmd.doctor.engine import Gpu, plan_engine, read_cache, refuse_small_cache
+    from pmd.doctor.memory import libraries_bytes, most_tokens, predict, read_shape
 
-    on_cuda = torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu"
-    shape, tokens = read_shape(loaded.run.model), arguments.tokens or most_tokens(loaded.run)
-    parts = predict(shape, loaded.run, tokens, tokens, "cuda" if on_cuda else "cpu")
+    on_cuda = gpu_gb is not None or (torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu")
+    run, shape, tokens = loaded.run, read_shape(loaded.run.model), tokens or most_tokens(loaded.run)
+    parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu")
+    if run.rollouts.engine == "vllm":
+        refuse_small_cache(read_cache(run), run)
     if not on_cuda:
         parts["Python and libraries"] = libraries_bytes()
-    table = Table("part", "GB", title=f"predicted peak memory, micro-batches of {tokens} tokens")
-    for part, size in parts.items():
-        table.add_row(part, f"{size / 1e9:.3f}")
-    total = sum(parts.values())
-    table.add_row("all", f"{total / 1e9:.3f}")
+        return _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
+    free, total = (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
+    if run.rollouts.engine != "vllm":
+        return _verdict(run, {"peak": parts}, tokens, free, console)
+    try:
+        plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free))
+    except ConfigError as error:
+        _verdict(run, {"training": parts}, tokens, free, console)
+        console.print(f"vLLM does not fit beside it: {error}", markup=False)
+        return 1
+    code = _verdict(run, plan.phases(parts, run), tokens, free, console)
+    console.print(str(plan), markup=False)
+    return code
+
+
+def _verdict(
+    run: RunConfig, phases: Mapping[str, Mapping[str, float]], tokens: int, available: float, console: Console
+) -> int:
+    """Print bytes by part and phase; return 0 if every phase fits, else 1."""
+    names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
+    table = Table("part", *(f"GB, {name}" for name in phases), title=f"predicted, micro-batches of {tokens} tokens")
+    for part in names:
+        table.add_row(part, *(f"{parts[part] / 1e9:.3f}" if part in parts else "" for parts in phases.values()))
+    totals = [sum(parts.values()) for parts in phases.values()]
+    table.add_row("all", *(f"{total / 1e9:.3f}" for total in totals))
     console.print(table)
-    available = torch.cuda.mem_get_info()[0] if on_cuda else _available_bytes()
     console.print(f"free now: {available / 1e9:.1f} GB", markup=False)
-    if total <= available:
+    if max(totals) <= available:
         console.print("It fits.")
         return 0
-    console.print("It does not fit: " + "; ".join(remedies(loaded.run)) + ".", markup=False)
+    console.print("It does not fit: " + "; ".join(remedies(run)) + ".", markup=False)
     return 1
-
-
-def most_tokens(run: RunConfig) -> int:
-    """Return the padded tokens of the largest micro-batch that the configuration allows."""
-    prompt = max(run.rollouts.max_prompt_tokens, run.teacher.max_prompt_tokens)
-    longest = prompt + run.rollouts.max_new_tokens
-    rollouts = run.rollouts.problems_per_step * run.rollouts.group_size // run.rollouts.updates_per_batch
-    return min(max(run.rollouts.micro_batch_tokens, longest), rollouts * longest)
 
 
 def remedies(run: RunConfig) -> list[str]:

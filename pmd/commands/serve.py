@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     check_version()
     model = AutoConfig.from_pretrained(resolve_model_path(loaded.run.model.path)).get_text_config()
-    settings = engine_settings(loaded.run, model.max_position_embeddings)
+    settings = engine_settings(loaded.run, model.max_position_embeddings, loaded.run.rollouts.vllm.memory_fraction)
     sizes = {
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "data_parallel_size": arguments.data_parallel_size,

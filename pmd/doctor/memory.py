@@ -61,6 +61,14 @@ def read_shape(config: ModelConfig) -> Shape:
     )
 
 
+def most_tokens(run: RunConfig) -> int:
+    """Return the padded tokens of the largest micro-batch that the configuration allows."""
+    prompt = max(run.rollouts.max_prompt_tokens, run.teacher.max_prompt_tokens)
+    longest = prompt + run.rollouts.max_new_tokens
+    rollouts = run.rollouts.problems_per_step * run.rollouts.group_size // run.rollouts.updates_per_batch
+    return min(max(run.rollouts.micro_batch_tokens, longest), rollouts * longest)
+
+
 def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
     """Return bytes by part.
 

@@ -24,8 +24,14 @@ def check_engine(config: RunConfig) -> None:
         check_version()
 
 
-def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """Start the engine. It takes the policy's weights over when it first generates."""
+def make_engine(
+    config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, memory_fraction: float | None
+) -> Engine:
+    """Start the engine. It takes the policy's weights over when it first generates.
+
+    Args:
+        memory_fraction: share of the GPU's memory for vLLM in this process; None elsewhere.
+    """
     if config.rollouts.engine == "hf":
         return HFEngine(policy, tokenizer, config.rollouts.engine_batch)
     if config.rollouts.engine == "vllm_server":
@@ -40,12 +46,12 @@ def make_engine(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenize
 
     with policy.weights("student") as model:
         longest = model.config.get_text_config().max_position_embeddings
-    runtime = VLLMRuntime(engine_settings(config, longest))
+    runtime = VLLMRuntime(engine_settings(config, longest, memory_fraction))
     spare_from_compilation(policy)
     return VLLMEngine(policy, tokenizer, runtime)
 
 
-def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
+def engine_settings(config: RunConfig, longest: int, memory_fraction: float | None) -> EngineSettings:
     """Return what vLLM is started with; `longest` is the model's own limit on the length of a sequence."""
     vllm, with_adapters = config.rollouts.vllm, config.model.finetune != "full"
     return EngineSettings(
@@ -53,7 +59,7 @@ def engine_settings(config: RunConfig, longest: int) -> EngineSettings:
         dtype=config.model.dtype,
         max_model_len=vllm.max_model_len or min(longest, longest_sequence(config)),
         max_num_seqs=vllm.max_num_seqs,
-        memory_fraction=vllm.memory_fraction,
+        memory_fraction=memory_fraction,
         kv_cache_memory_bytes=vllm.kv_cache_memory_bytes,
         block_size=vllm.block_size,
         enforce_eager=vllm.enforce_eager,

@@ -42,7 +42,7 @@ class EngineSettings:
     dtype: str
     max_model_len: int
     max_num_seqs: int
-    memory_fraction: float
+    memory_fraction: float | None
     kv_cache_memory_bytes: int | None
     block_size: int | None
     enforce_eager: bool
@@ -72,12 +72,17 @@ class EngineSettings:
             "disable_log_stats": True,
         }
         if self.num_adapters:
-            rank = next(rank for rank in LORA_RANKS if rank >= self.lora_rank)
+            rank = reserved_rank(self.lora_rank)
             arguments |= {"enable_lora": True, "max_loras": self.num_adapters, "max_lora_rank": rank}
         if not self.on_gpu:  # a prefill that is split in chunks crashes seeded sampling on a CPU
             tokens = max(self.max_model_len, 2048, self.max_num_seqs)
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
         return {name: value for name, value in arguments.items() if value is not None}
+
+
+def reserved_rank(rank: int) -> int:
+    """Return the rank that vLLM reserves room for."""
+    return next(reserved for reserved in LORA_RANKS if reserved >= rank)
 
 
 def server_command(settings: EngineSettings, host: str, port: int, parallel: dict[str, int]) -> list[str]:
@@ -284,7 +289,7 @@ def _sizes(settings: EngineSettings) -> str:
     cache = (
         "" if settings.kv_cache_memory_bytes is None else f", KV cache {settings.kv_cache_memory_bytes / 2**20:.0f} MiB"
     )
-    share = f"{settings.memory_fraction:.0%} of the GPU's memory" if settings.on_gpu else "the CPU"
+    share = "the CPU" if not settings.on_gpu else f"{settings.memory_fraction:.0%} of the GPU's memory"
     asleep = ", asleep while training" if settings.sleep and settings.on_gpu else ""
     return (
         f"{settings.model} in {settings.dtype} on {share}{cache}{asleep}, {settings.max_num_seqs} completions at once, "

@@ -50,6 +50,7 @@ def test_nothing_is_scored_that_was_not_generated_whole(token_ids, logprobs, fin
         (["rollouts.engine=vllm_server", "model.finetune=lora", "rollouts.server.urls=[]"], "names no server"),
         (["rollouts.engine=vllm_server", "model.finetune=lora", "rollouts.server.urls=[host:1]"], "begin with http"),
         (["rollouts.engine=vllm", "rollouts.vllm.quantization=fp8"], "quantization=fp8 with model.finetune=full"),
+        (["rollouts.engine=vllm", "rollouts.vllm.quantization=bitsandbytes"], "needs vllm-bnb-plugin"),
         (["rollouts.engine=vllm", "rollouts.vllm.quantization=gptq"], "none, fp8, bitsandbytes"),
         (["rollouts.engine=vllm", "model.finetune=qlora"], "use bfloat16"),
     ],

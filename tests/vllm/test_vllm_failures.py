@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from alone import REQUESTS, generate
+from command_line import run_pmd
+from vllm_runs import write_chemistry
 
 pytestmark = pytest.mark.vllm
 
@@ -52,3 +54,15 @@ def test_an_engine_that_dies_is_named(checkpoint):
     error = alone(checkpoint, "died").stdout.splitlines()[-1]
     for words in ("failed with 30 completions pending", "CUDA out of memory", "lower rollouts.vllm.max_num_seqs"):
         assert words in error
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused_before_anything_starts(checkpoint, tmp_path):
+    done = run_pmd(
+        "fit", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
+        f"--model.path={checkpoint}", f"--data.path={write_chemistry(tmp_path / 'data')}",
+        f"--run_dir={tmp_path / 'run'}", "--rollouts.vllm.kv_cache_memory_bytes=1048576", code=2,
+    )  # fmt: skip
+    for words in ("kv_cache_memory_bytes=1048576 holds 2048 tokens", "give it at least 4202496", "max_prompt_tokens"):
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "vLLM" not in done.stdout
