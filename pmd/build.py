@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +79,10 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
 
 def _plan_engine(config: RunConfig) -> float | None:
     """Return the share of the GPU for vLLM in this process, and print why; refuse what cannot fit."""
-    if config.rollouts.engine != "vllm":
-        return None
-    plan = plan_here(config)
-    if plan is None:
-        return None
-    CONSOLE.print(str(plan), markup=False, soft_wrap=True)
-    return plan.fraction
+    plan = plan_here(config) if config.rollouts.engine == "vllm" else None
+    if plan is not None:
+        CONSOLE.print(str(plan), markup=False, soft_wrap=True)
+    return None if plan is None else plan.fraction
 
 
 def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
@@ -111,10 +108,10 @@ def callbacks_of(run: Run) -> list[Callback]:
         auditing = None
         if config.memory.audit_groups:
             scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, config.rollouts.micro_batch_tokens)
-            auditing = AuditCallback(run.memory, reflection, scorer, config.teacher.max_prompt_tokens)
+            auditing = AuditCallback(run.memory, reflection, scorer, config.teacher.max_prompt_tokens, parity_of(run))
             callbacks.append(auditing)
         callbacks.append(MemoryUpdateCallback(run.memory, reflection, auditing, run.run_dir.items))
-    callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, _parity(run)))
+    callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, parity_of(run)))
     if config.trace_every:
         callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     # Two, because ModelCheckpoint(save_last=True) writes `last` only in epochs whose `best` is written.
@@ -135,7 +132,7 @@ def _checkpoint(run_dir: RunDir, name: str, monitor: str | None) -> ModelCheckpo
     )
 
 
-def _parity(run: Run) -> ParityCheck | None:
+def parity_of(run: Run) -> ParityCheck | None:
     """Return the check of an engine that holds weights of its own."""
     vllm = run.config.rollouts.vllm
     if run.config.rollouts.engine == "hf" or vllm.parity_completions == 0:
@@ -243,6 +240,8 @@ def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
     run.module.on_load_checkpoint(dict(state))
     run.module.load_state_dict(state["state_dict"], strict=False)
     run.data.engine.sync(run.module.policy_version)
+    if (parity := parity_of(run)) is not None:
+        parity.measure(nullcontext())
 
 
 def _evaluate(command: str, loaded: LoadedConfig) -> int:

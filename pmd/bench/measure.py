@@ -20,7 +20,13 @@ from pmd.module import PMDModule
 from pmd.rollouts.batch import Batch, BatchLayout
 
 #: The parts of a step, in the order in which they happen.
-PARTS = ("rollout", "verify", "context", "teacher", "initial", "student", "backward", "optimizer", "sync")
+PARTS = (
+    *("rollout", "verify", "context", "sleep", "teacher", "initial", "student", "backward", "optimizer"),
+    *("wake", "sync", "parity"),
+)
+#: Those that the engine's callback takes, and those in which the models train.
+ENGINE_PARTS = ("sleep", "wake", "sync", "parity")
+TRAINING_PARTS = ("teacher", "initial", "student", "backward", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,9 @@ class StepClock(Callback):
         """Record the step and start the next."""
         assert isinstance(pl_module, PMDModule)
         now = time.perf_counter(), time.process_time()
-        sync_s = {"time/sync_s": float(trainer.callback_metrics.get("time/sync_s", 0.0))}
-        known = batch.metrics | dict(pl_module.seconds) | sync_s
+        engine = {f"time/{part}_s" for part in ENGINE_PARTS}
+        engine_s = {name: float(value) for name, value in trainer.callback_metrics.items() if name in engine}
+        known = batch.metrics | dict(pl_module.seconds) | engine_s
         seconds = {part: known[f"time/{part}_s"] for part in PARTS if f"time/{part}_s" in known}
         total = now[0] - self.started[0]
         seconds["other"] = total - sum(seconds.values())
@@ -117,7 +124,7 @@ def summarise(module: PMDModule, records: Sequence[StepRecord]) -> dict[str, Any
     measured = records[1:] or records
     parts = {p: sum(r.seconds.get(p, 0.0) for r in measured) / len(measured) for p in [*PARTS, "other"]}
     total = sum(r.total_s for r in measured)
-    training = sum(sum(r.seconds.get(p, 0.0) for p in PARTS[3:]) for r in measured)
+    training = sum(sum(r.seconds.get(p, 0.0) for p in TRAINING_PARTS) for r in measured)
     flops = sum(step_flops(module, r.tokens.student, r.tokens.teacher, r.tokens.completion) for r in measured)
     name, peak = device_peak(module.device)
     return {

@@ -1,6 +1,7 @@
 """At the end of an epoch the teacher audits a sample of the items that it was shown.
 
 Collects batch by batch which items each group's teacher saw; leaves audits for `MemoryUpdateCallback`, which runs next.
+The trainer's model does the scoring, so the engine sleeps meanwhile, as it does while training.
 """
 
 import time
@@ -13,6 +14,7 @@ from pmd.module import PMDModule
 from pmd.reflection.audit import AuditResult, ShownGroup, audit, choose_groups
 from pmd.rollouts.batch import Batch
 from pmd.rollouts.scoring import PolicyScorer
+from pmd.rollouts.vllm_parity import ParityCheck
 from pmd.types import Procedure
 
 
@@ -20,10 +22,15 @@ class AuditCallback(Callback):
     """Turns an epoch's groups and what their teachers saw into `latest`, the audits."""
 
     def __init__(
-        self, memory: ProceduralMemory, reflection: ReflectionCallback, scorer: PolicyScorer, max_prompt_tokens: int
+        self,
+        memory: ProceduralMemory,
+        reflection: ReflectionCallback,
+        scorer: PolicyScorer,
+        max_prompt_tokens: int,
+        parity: ParityCheck | None,
     ):
         self.memory, self.reflection, self.scorer = memory, reflection, scorer
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens, self.parity = max_prompt_tokens, parity
         self.shown: dict[str, tuple[int, tuple[Procedure, ...]]] = {}  # group id -> step, items
         self.latest = AuditResult()
 
@@ -51,7 +58,11 @@ class AuditCallback(Callback):
             past_ids = pl_module.tokenizer.encode(past, add_special_tokens=False) if past is not None else []
             groups.append(ShownGroup(step, task, tuple(rollouts), audited, tuple(past_ids)))
         chosen = choose_groups(groups, self.memory.config, f"{part.seed}/audit/{trainer.current_epoch}")
+        part.engine.sleep()
         self.latest = audit(chosen, self.scorer, part.prompts, pl_module.tokenizer, self.max_prompt_tokens)
+        part.engine.wake()
+        if self.parity is not None:
+            self.parity.measure(trainer.precision_plugin.forward_context())
         pl_module.log_dict(
             {
                 "audit/num_audits": float(len(self.latest.audits)),

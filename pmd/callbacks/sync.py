@@ -15,6 +15,7 @@ class WeightSyncCallback(Callback):
 
     def __init__(self, engine: Engine, updates_per_batch: int, parity: ParityCheck | None):
         self.engine, self.updates_per_batch, self.parity = engine, updates_per_batch, parity
+        self._sleep_s = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the engine up to a fresh or resumed policy."""
@@ -22,14 +23,17 @@ class WeightSyncCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Give the GPU to the trainer."""
+        started = time.perf_counter()
         self.engine.sleep()
+        self._sleep_s += time.perf_counter() - started
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Hand the engine the weights that the steps of this rollout batch made."""
         if (batch.step + 1) % self.updates_per_batch == 0:
-            pl_module.log_dict(self._sync(trainer, pl_module), batch_size=1)
+            pl_module.log_dict(self._sync(trainer, pl_module) | {"time/sleep_s": self._sleep_s}, batch_size=1)
+            self._sleep_s = 0.0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refresh a frozen teacher that is due."""

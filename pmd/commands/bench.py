@@ -91,8 +91,10 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         from pmd.callbacks.sync import WeightSyncCallback
         from pmd.run_dir import RunDir
 
-        run = import_module("pmd.build").build(config, RunDir(folder / "run"))
-        callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, None)]
+        builder = import_module("pmd.build")
+        run = builder.build(config, RunDir(folder / "run"))
+        parity = builder.parity_of(run)
+        callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, parity)]
         return run.module, measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
     from pmd.bench.synthetic import FixedBatches, Lengths, synthetic_examples
     from pmd.module import PMDModule

@@ -1,0 +1,91 @@
+"""Engine and trainer take turns on the GPU: neither computes in the other's; a woken engine is checked."""
+
+import pytest
+from lightning import Trainer
+
+from pmd.build import build, callbacks_of
+from pmd.callbacks.audit import AuditCallback
+from pmd.callbacks.sync import WeightSyncCallback
+from pmd.config import DataConfig, MemoryConfig, ModelConfig, RolloutsConfig, RunConfig, TinyWorldConfig
+from pmd.config_engines import VLLMConfig
+from pmd.rollouts.hf import HFEngine
+from pmd.rollouts.vllm_parity import ParityCheck
+from pmd.run_dir import RunDir
+
+
+class TakesTurns(HFEngine):
+    """Notes every turn, and what is done out of turn."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asleep, self.unchecked, self.generating, self.checking = False, True, False, False
+        self.turns, self.wrong = [], []
+
+    def generate(self, requests, sampling, role="student"):
+        if self.asleep:
+            self.wrong.append("generated while asleep")
+        if self.unchecked and not self.checking:
+            self.wrong.append("generated before the check")
+        self.generating = True
+        yield from list(super().generate(requests, sampling, role))
+        self.generating = False
+
+    def sync(self, policy_version):
+        super().sync(policy_version)
+        self.turns.append("sync")
+        self.unchecked = True
+
+    def sleep(self):
+        self.turns.append("sleep")
+        self.asleep = True
+
+    def wake(self):
+        self.turns.append("wake")
+        self.unchecked = self.unchecked or self.asleep
+        self.asleep = False
+
+    def trainer_computes(self, *_):
+        if not (self.asleep or self.generating or self.checking):
+            self.wrong.append("the trainer computed while the engine was awake")
+
+
+class NotesCheck(ParityCheck):
+    def measure(self, precision):
+        self.engine.turns.append("parity")
+        self.engine.checking = True
+        gaps = super().measure(precision)
+        self.engine.checking = self.engine.unchecked = False
+        assert gaps["parity/max"] < 1e-4
+        return gaps
+
+
+@pytest.mark.parametrize("audit_groups", [0, 4])
+def test_nobody_computes_out_of_turn(tmp_path, audit_groups):
+    config = RunConfig(
+        model=ModelConfig(path="tiny"),
+        data=DataConfig(world=TinyWorldConfig(families=4, train_per_family=2, test_per_family=1)),
+        rollouts=RolloutsConfig(problems_per_step=4, group_size=2, max_new_tokens=16, updates_per_batch=2),
+        memory=MemoryConfig(audit_groups=audit_groups),
+        trace_every=0,
+    )
+    run = build(config, RunDir(tmp_path / "run"))
+    engine = TakesTurns(run.module.policy, run.module.tokenizer, 64)
+    prompts = [run.data.prompts.student(task) for task in run.tasks["train"][:2]]
+    parity = NotesCheck(engine, run.module.policy, prompts, VLLMConfig(), run.module.layout.pad_id)
+    with run.module.policy.weights("student") as model:
+        model.register_forward_pre_hook(engine.trainer_computes)
+    run.data.engine = engine
+    callbacks = [c for c in callbacks_of(run) if type(c).__module__.startswith("pmd.")][1:]  # evaluation aside
+    for callback in callbacks:
+        if isinstance(callback, (WeightSyncCallback, AuditCallback)):
+            callback.parity = parity
+    trainer = Trainer(
+        max_epochs=2, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(run.module, run.data)
+    assert engine.wrong == []
+    once = ["wake", "sync", "parity"]
+    batch = ["sleep", "sleep", *once]  # two updates of one rollout batch
+    audit = ["sleep", "wake", "parity"] if audit_groups else []
+    assert engine.turns == [*once, *2 * (2 * batch + audit)]
