@@ -1,16 +1,22 @@
-"""Rollouts through our engine and through vLLM called directly: tokens per second, and their ratio.
+"""Rollouts through our engine and through vLLM called directly; and a whole training step with vLLM on the same device.
 
-Both use the same vLLM in this process, the same prompts, seeds, adapter and log-probs; rounds alternate, and the ratio
-is that of the medians. On a CPU the model is tiny and random. With a CUDA device,
+`--part ratio` (the default): tokens per second of both, and their ratio. Both use the same vLLM in this process, the
+same prompts, seeds, adapter and log-probs; rounds alternate, and the ratio is that of the medians. It also times sync,
+sleep and wake. `--part step`: steps of `configs/qwen3_8b.yaml` on made-up questions with random weights, by part:
+rollouts, sleep, teacher and student, wake, sync, parity check.
+
+On a CPU the model is tiny and random. With a CUDA device,
 
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024
+    python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024 --part step
 
-makes Qwen3-8B with random weights and prints sync, sleep and wake times, too. GPU figures: unmeasured. Measured on a
-2-core Linux machine without a GPU, shared with other work, one thread, `--rounds 15`: ratio 0.966 (7,143 and 7,392
-tokens/s; the tiny model makes the share of everything but the model as large as it can be).
+make Qwen3-8B with random weights (16 GB on disk). GPU figures: unmeasured. Measured on a 2-core Linux machine without a
+GPU, shared with other work, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; the tiny model makes
+the share of everything but the model as large as it can be); 1.50 s a step with `--part step --tokens 64`.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -34,14 +40,17 @@ QWEN3_8B = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["ratio", "step"], default="ratio")
     parser.add_argument("--shape", choices=["tiny", "qwen3_8b"], default="tiny")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt; 8 completions share one")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of --part ratio")
+    parser.add_argument("--steps", type=int, default=3, help="of --part step, after one that warms up")
     arguments = parser.parse_args()
+    measure = {"ratio": run, "step": colocated_step}[arguments.part]
     with tempfile.TemporaryDirectory() as folder:
-        run(arguments, make_model(Path(folder), arguments.shape))
+        measure(arguments, make_model(Path(folder) / "model", arguments.shape))
 
 
 def make_model(folder: Path, shape: str) -> Path:
@@ -101,6 +110,44 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         note = "" if on_gpu or name == "sync" else " (nothing to do on a CPU)"
         print(f"{name}: {time.perf_counter() - started:.3f} s{note}")
     engine.close()
+
+
+def colocated_step(arguments: argparse.Namespace, folder: Path) -> None:
+    """Take steps of 8 rollouts a problem, as `fit` does, and print the seconds of each part."""
+    from pmd.commands.bench import main as bench
+
+    problems = max(1, arguments.requests // 8)
+    sizes = {
+        "model.path": folder,
+        "data.path": make_questions(folder.parent, 2 * problems * (arguments.steps + 1)),
+        "data.max_train": problems * (arguments.steps + 1),
+        "rollouts.problems_per_step": problems,
+        "rollouts.group_size": 8,
+        "rollouts.max_new_tokens": arguments.tokens,
+        "rollouts.vllm.max_num_seqs": min(256, arguments.requests),
+    }
+    files = ["--config", "configs/qwen3_8b.yaml"]
+    if not torch.cuda.is_available():
+        files += ["--config", "configs/overlays/cpu_vllm.yaml"]
+    bench([*files, *(f"--{key}={value}" for key, value in sizes.items()), f"--steps={arguments.steps}"])
+
+
+def make_questions(folder: Path, count: int) -> Path:
+    """Write made-up questions as SciKnowEval's rows; no answer to them is rewarded but by chance."""
+    rows = [
+        {
+            "question": f"Which element has {number} protons?",
+            "choices": {"text": ["helium", "boron", "neon", "iron"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[number % 4],
+            "type": "mcq-4-choices",
+            "domain": "Chemistry",
+            "details": {"level": "L3", "task": "t", "subtask": "s"},
+        }
+        for number in range(count)
+    ]
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
 
 
 def direct(engine: VLLMEngine, requests: list[Request], sampling: Sampling) -> int:
