@@ -8,13 +8,15 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from pmd.config_check import check_config
 from pmd.config_load import load_arguments
-from pmd.errors import EngineError
+from pmd.errors import ConfigError, EngineError
 
 MOST_RESTARTS = 5  # in a row, each after less than SETTLED_S
 SETTLED_S = 600.0
@@ -35,17 +37,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data-parallel-size", type=int, default=1, help="copies of the model")
     parser.add_argument("--dry-run", action="store_true", help="print vLLM's command and end")
     arguments, rest = parser.parse_known_args(argv)
+    problems = [*_option_problems(arguments), *_misspelt(parser, rest)]
+    if problems:
+        raise ConfigError(problems)
     loaded = load_arguments("serve", rest, ["rollouts.engine=vllm", "rollouts.vllm.sleep=false"])
     check_config(loaded)
 
     from transformers import AutoConfig
 
+    from pmd.doctor.engine import read_cache, refuse_small_cache
     from pmd.models.load import resolve_model_path
     from pmd.rollouts.make import engine_settings
     from pmd.rollouts.vllm_adapter import check_version, server_command, server_environment
 
     check_version()
+    refuse_small_cache(read_cache(loaded.run), loaded.run)
     model = AutoConfig.from_pretrained(resolve_model_path(loaded.run.model.path)).get_text_config()
+    # By default the server has a GPU of its own, and takes what vLLM takes of one.
     settings = engine_settings(loaded.run, model.max_position_embeddings, loaded.run.rollouts.vllm.memory_fraction)
     sizes = {
         "tensor_parallel_size": arguments.tensor_parallel_size,
@@ -55,6 +63,38 @@ def main(argv: list[str]) -> int:
     command = server_command(settings, arguments.host, arguments.port, parallel)
     print(shlex.join(command), flush=True)
     return 0 if arguments.dry_run else Supervisor(command, server_environment(settings)).run()
+
+
+def _option_problems(arguments: argparse.Namespace) -> list[str]:
+    """Say what the server could not be started with; found here, it costs no start of vLLM, and no five restarts."""
+    problems = [
+        f"--{name.replace('_', '-')}={value} must be at least 1."
+        for name, value in vars(arguments).items()
+        if name.endswith("_size") and value < 1
+    ]
+    if not 1 <= arguments.port <= 65535:
+        return [*problems, f"--port={arguments.port} is no port; give one from 1 to 65535, e.g. 8000."]
+    if arguments.dry_run:
+        return problems
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(arguments.host, arguments.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        problems.append(
+            f"--host={arguments.host} --port={arguments.port} cannot be listened at ({error.strerror}): end what "
+            "listens there, or give another port (and name it in rollouts.server.urls)."
+        )
+    return problems
+
+
+def _misspelt(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
+    """Name the options that look like one of the command's own; a configuration's keys have sections."""
+    own = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    words = [word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word.partition("=")[0]]
+    close = {word: get_close_matches(word, own, n=1) for word in words if word != "--config"}
+    return [f"{word} is not an option of serve; did you mean {found[0]}?" for word, found in close.items() if found]
 
 
 class Supervisor:
