@@ -81,12 +81,14 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
     index = ProblemIndex.open(store)
     result["index_build_s"] = time.perf_counter() - clock
     retriever = Retriever(store, index, store.embedder, config)
-    latencies = []
+    latencies, cpu = [], []
     for n in track(range(arguments.queries), description=f"{size} problems", transient=True):
-        clock = time.perf_counter()
+        clock, cpu_clock = time.perf_counter(), time.thread_time()
         retriever.retrieve(f"{size + new + n} query", seed=n)
         latencies.append(1e3 * (time.perf_counter() - clock))
+        cpu.append(1e3 * (time.thread_time() - cpu_clock))  # what a busy machine adds is not in it
     result["query_p50_ms"], result["query_p99_ms"] = np.percentile(latencies, [50, 99])
+    result["query_cpu_p50_ms"], result["query_cpu_p99_ms"] = np.percentile(cpu, [50, 99])
     queries = vectors[size + new :][:200]
     exact, graph = (index.search(queries, 10, exact=exact) for exact in (True, False))
     common = sum(len({i for i, _ in a} & {i for i, _ in b}) for a, b in zip(exact, graph, strict=True))
@@ -119,7 +121,7 @@ def draw(results: list[dict[str, float]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     sizes = [result["problems"] for result in results]
     for axis, title, keys in (
-        (axes[0], "one query, ms", ("query_p50_ms", "query_p99_ms")),
+        (axes[0], "one query, ms", ("query_p50_ms", "query_p99_ms", "query_cpu_p99_ms")),
         (axes[1], "seconds", ("update_s", "index_build_s", "open_s")),
         (axes[2], "MB", ("file_mb", "peak_memory_mb")),
     ):
@@ -137,13 +139,16 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=384)
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--new-items", type=int, default=2_000, help="insights that the measured update adds")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="keep the figures here; sizes that it holds are not measured again")
     parser.add_argument("--plot", type=Path, help="draw cost against size here")
     arguments = parser.parse_args()
-    results = []
-    for size in sorted(arguments.sizes):
+    kept = arguments.json is not None and arguments.json.exists()
+    results = json.loads(arguments.json.read_text(encoding="utf-8")) if kept else []
+    for size in sorted(set(arguments.sizes) - {result["problems"] for result in results}):
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(size, arguments, Path(folder)))
+            results = sorted([*results, measure(size, arguments, Path(folder))], key=lambda result: result["problems"])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = Table(title=f"memory at {arguments.dimension} dimensions", header_style="bold")
     table.add_column("quantity")
     for result in results:
@@ -154,8 +159,6 @@ def main() -> None:
     Console().print(table)
     if arguments.plot:
         draw(results, arguments.plot)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -126,12 +126,14 @@ def saved_yaml(loaded: LoadedConfig) -> str:
     paths = {"path": run.data.path, "validation_path": run.data.validation_path}
     absolute = {key: str(Path(path).absolute()) for key, path in paths.items() if path and Path(path).exists()}
     data = dataclasses.replace(run.data, **absolute)
-    model, embedder = run.model, run.memory.embedder
+    model, embedder, import_path = run.model, run.memory.embedder, run.memory.import_path
     if Path(model.path, "config.json").is_file():
         model = dataclasses.replace(model, path=str(Path(model.path).absolute()))
     if Path(embedder).is_dir() and embedder != "hash":
         embedder = str(Path(embedder).absolute())
-    memory = dataclasses.replace(run.memory, embedder=embedder)
+    if import_path is not None:
+        import_path = str(Path(import_path).absolute())
+    memory = dataclasses.replace(run.memory, embedder=embedder, import_path=import_path)
     portable = dataclasses.replace(run, run_dir=None, ckpt_path=None, data=data, model=model, memory=memory)
     return resolved_yaml(dataclasses.replace(loaded, run=portable))
 

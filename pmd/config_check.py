@@ -199,7 +199,8 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling.")
     if uses_memory and memory.enabled and not memory.levels:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
-    if memory.import_path is not None and not Path(memory.import_path).is_file():
+    resuming = run.ckpt_path is not None  # the checkpoint holds what was imported
+    if memory.import_path is not None and not resuming and not Path(memory.import_path).is_file():
         problems.append(f"memory.import_path={memory.import_path} is no file; give what `pmd memory export` wrote.")
     if memory.probation and memory.audit_groups == 0:
         problems.append("memory.probation=true with memory.audit_groups=0 retrieves nothing ever; set audit_groups.")

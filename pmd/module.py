@@ -188,6 +188,7 @@ class PMDModule(LightningModule):
             "teacher/share_with_context": sum(e.context.shows_anything for e in examples) / max(1, len(examples)),
             "teacher/items_shown": sum(len(e.context.procedures) for e in examples) / max(1, len(examples)),
             "teacher/items_dropped": float(sum(e.context.num_dropped for e in examples)),
+            "teacher/attempts_dropped": float(sum(e.context.attempt_dropped for e in examples)),
         }
         return {k: float(v) for k, v in (batch.metrics | contexts | dict(totals) | dict(self.seconds)).items()}
 

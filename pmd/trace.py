@@ -79,6 +79,7 @@ def _describe(example: Example) -> dict[str, Any]:
         "success_shown": context.success,
         "failure_shown": context.shows_failure,
         "items_dropped": context.num_dropped,
+        "attempt_dropped": context.attempt_dropped,
         "student_prompt_ids": rollout.prompt_ids,
         "teacher_prompt_ids": context.prompt_ids,
         "completion_ids": completion.token_ids,

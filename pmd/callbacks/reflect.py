@@ -61,6 +61,7 @@ class ReflectionCallback(Callback):
                 "reflect/num_prompts": float(self.latest.num_prompts),
                 "reflect/num_insights": float(len(self.latest.drafts)),
                 "reflect/malformed": float(self.latest.num_malformed),
+                "reflect/rejected_items": float(self.latest.num_rejected),
                 "reflect/retried": float(self.latest.num_retried),
                 "reflect/unknown_targets": float(self.latest.num_unknown),
                 "reflect/overlong": float(self.latest.num_overlong),

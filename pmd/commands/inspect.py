@@ -167,6 +167,8 @@ def _stretches(divergences: Sequence[float], threshold: float) -> Iterator[tuple
 def _shown_attempt(record: dict[str, Any]) -> str:
     if record["success_shown"]:
         return "a success"
+    if record.get("attempt_dropped"):  # traces of earlier versions do not say
+        return "no attempt: it is too long for teacher.max_prompt_tokens"
     return "its own failure" if record["failure_shown"] else "no attempt"
 
 

@@ -5,6 +5,7 @@ Only `rebuild`, `rollback` and `import` write; all else opens the store read-onl
 
 import argparse
 import json
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pmd.config import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.index import ProblemIndex
 from pmd.memory.retrieve import Retriever
+from pmd.memory.seal import remedy
 from pmd.memory.store import MemoryStore
 
 Rows = list[dict[str, Any]]
@@ -57,15 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", parents=[common], help="list items of one level, best supported first")
     listing.add_argument("what", nargs="?", choices=WHAT, default="insight", help="default: insight")
     listing.add_argument("--kind", choices=("strategy", "lesson", "contrast"), help="insights of this kind only")
-    listing.add_argument("--status", choices=STATUSES, default="active", help="default: active")
-    listing.add_argument("--limit", type=int, default=30, metavar="N", help="rows at most; 0 is all; default 30")
+    listing.add_argument("--status", choices=STATUSES, help="default: active; problems have none")
+    listing.add_argument("--limit", type=_count, default=30, metavar="N", help="rows at most; 0 is all; default 30")
     show = commands.add_parser("show", parents=[common], help="show one item, its evidence and its history")
     show.add_argument("what", choices=WHAT)
     show.add_argument("id", type=int)
     show.add_argument("--lineage", action="store_true", help="also all that it rests on, and all that rests on it")
     search = commands.add_parser("search", parents=[common], help="look up what a teacher would be shown")
     search.add_argument("text", help="the problem, as its memory key (the statement without template words)")
-    search.add_argument("-k", type=int, default=MemoryConfig().k, help=f"items; default {MemoryConfig().k}")
+    search.add_argument("-k", type=_items, default=MemoryConfig().k, help=f"items; default {MemoryConfig().k}")
     search.add_argument("--levels", type=int, nargs="+", choices=(0, 1, 2), default=MemoryConfig().levels)
     diff = commands.add_parser("diff", parents=[common], help="what changed from one generation to another")
     diff.add_argument("old", type=int, metavar="A")
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", parents=[common], help="write one static page to look at in a browser")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the store")
     audit = commands.add_parser("audit", parents=[common], help="what audits found: usefulness by level, best, worst")
-    audit.add_argument("--limit", type=int, default=10, metavar="N", help="items at either end; default 10")
+    audit.add_argument("--limit", type=_count, default=10, metavar="N", help="items at either end; default 10")
     import_ = commands.add_parser("import", parents=[common], help="add an export to a store")
     import_.add_argument("file", type=Path)
     return parser
@@ -89,18 +91,45 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run one subcommand; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command == "list":
+        if arguments.kind and arguments.what != "insight":
+            parser.error(f"--kind={arguments.kind} is of insights only; leave it out for {arguments.what}")
+        if arguments.status not in (None, "all") and arguments.what == "problem":
+            parser.error(f"--status={arguments.status}: problems have no status; leave it out")
     console = Console()
     write = arguments.command in memory_tools.WRITING
     views = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
     with MemoryStore.open(find_store(arguments.store), read_only=not write) as store:
-        tables = views[arguments.command](store, arguments)
+        try:
+            tables = views[arguments.command](store, arguments)
+        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # a store without a checksum opens nevertheless
+            raise MemoryStoreError(f"memory store={store.path} is damaged ({error}); {remedy(store.path)}") from error
+        except OSError as error:
+            raise MemoryStoreError(
+                f"{error.filename} cannot be used ({error.strerror}); check path, permissions and free disk space."
+            ) from error
     if arguments.json:
         print(json.dumps(tables, ensure_ascii=False, indent=1))
     else:
         for title, rows in tables.items():
             _print(console, title, rows)
     return int(arguments.command == "check" and any(tables.values()))
+
+
+def _count(text: str) -> int:
+    """Read a number of rows, 0 for all."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 0")
+    return int(text)
+
+
+def _items(text: str) -> int:
+    """Read a number of items to retrieve."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1")
+    return int(text)
 
 
 def find_store(path: Path) -> Path:
@@ -149,8 +178,8 @@ def _list(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     conditions, values = ["TRUE"], []
     if arguments.what != "problem" and arguments.status != "all":
         conditions.append("status = ?")
-        values.append(arguments.status)
-    if arguments.kind and arguments.what == "insight":
+        values.append(arguments.status or "active")
+    if arguments.kind:
         conditions.append("kind = ?")
         values.append(arguments.kind)
     where = " AND ".join(conditions)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import Embedder, load_embedder
 from pmd.memory.migrations import SCHEMA_VERSION, STEPS, migrate
+from pmd.memory.seal import is_sealed, remedy, sum_path
 
 APPLICATION_ID = 0x706D6431  # "pmd1"
 
@@ -66,17 +67,19 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        damage = [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+        known = application == APPLICATION_ID and (version == SCHEMA_VERSION or version in STEPS)
+        sealed = known and is_sealed(db, path)
+        damage = ["ok"] if sealed else [row[0] for row in db.execute("PRAGMA quick_check(3)")]
         if application == APPLICATION_ID and damage == ["ok"]:
             meta = dict(db.execute("SELECT key, value FROM meta"))
     except sqlite3.DatabaseError as error:
         raise MemoryStoreError(
-            f"memory store={path} is damaged or no SQLite file ({error}); restore it from a checkpoint."
+            f"memory store={path} is damaged or no SQLite file ({error}). If the path is right: {remedy(path)}"
         ) from error
     if application != APPLICATION_ID:
         raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
     if damage != ["ok"]:
-        raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); restore it from a checkpoint.")
+        raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); {remedy(path)}")
     if version != SCHEMA_VERSION and version not in STEPS:
         raise MemoryStoreError(
             f"memory store={path} has schema version={version}, this program reads {min(STEPS)} to {SCHEMA_VERSION}; "
@@ -107,6 +110,8 @@ def brought_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> s
             db.backup(copy)
             db.close()
             db = copy
+        else:
+            sum_path(path).unlink(missing_ok=True)  # it speaks of the old tables
         migrate(db, version)
         if read_only:
             db.execute("PRAGMA query_only=ON")
@@ -136,6 +141,7 @@ def replace(path: Path, data: bytes) -> None:
         partial.unlink()
         raise
     fold_in_log(path)
+    sum_path(path).unlink(missing_ok=True)
     os.replace(partial, path)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)

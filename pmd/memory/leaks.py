@@ -7,9 +7,11 @@ solution give an answer away in other ways.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 SHORT_ANSWER_CHARS = 2  # such an answer (a letter, a digit) occurs by accident: it leaks only where it is announced
+TEST_CHARS = 2_000  # of each test that are compared; some tests are megabytes, and no model is shown more of one
 COPIED_WORDS = 8  # so many words in a row, as in a solution or a test but not in the problem, are a quotation
 _ANNOUNCED = re.compile(r"(?:answer|option|choice|correct|result)\W+(?:(?:is|was|are|be|to|of|one)\W+){0,3}$")
 
@@ -42,14 +44,20 @@ def leak_reason(text: str, answer_sha: str, num_words: int, num_chars: int) -> s
     return ""
 
 
-def copy_reason(text: str, question: str, sources: Iterable[str]) -> str:
+def copy_reason(text: str, question: str, solutions: Iterable[str], tests: Iterable[str] = ()) -> str:
     """Say whether the text holds code, or quotes a solution or test at length; empty where it does neither."""
     if "```" in text:
         return "contains code"
     grams = _grams(text) - _grams(question)
-    if grams and any(grams & _grams(source) for source in sources):
-        return "quotes a solution"
+    for source, texts in (("a solution", solutions), ("a test", tests)):
+        if grams and any(grams & _grams(quoted) for quoted in texts):
+            return f"quotes {source}"
     return ""
+
+
+def test_texts(tests: Mapping[str, Any]) -> list[str]:
+    """Return each test case of a problem as one text: what goes in, then what is to come out."""
+    return [" ".join(str(value)[:TEST_CHARS] for value in case.values()) for case in tests.get("cases", ())]
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from pmd.config import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files, records
 from pmd.memory.embed import Embedder
+from pmd.memory.seal import seal
 from pmd.memory.write import RetrievalLog, Writer
 from pmd.memory.write_behaviours import match_behaviours
 from pmd.types import Procedure
@@ -109,6 +110,12 @@ class MemoryStore:
             self._writer = None
         self.generation += 1
         self._retrievals.clear()
+        try:
+            seal(self._db, self.path, self.generation)
+        except (OSError, sqlite3.Error) as error:
+            raise MemoryStoreError(
+                f"memory store={self.path} is written, but its checksum could not be ({error}). Check free disk space."
+            ) from error
 
     def log_retrievals(
         self, step: int, group_id: str, procedures: Sequence[Procedure], dropped: Sequence[Procedure] = ()

@@ -66,7 +66,13 @@ def import_file(store: MemoryStore, path: Path, excluded: frozenset[str] = froze
     counts = {"problem": 0, **dict.fromkeys(TABLES.values(), 0)}
     ids: dict[tuple[str, int], int] = {}
     left_out: set[tuple[str, int]] = set()
-    with path.open(encoding="utf-8") as file, store.update() as writer:
+    try:
+        opened = path.open(encoding="utf-8")
+    except OSError as error:
+        raise MemoryStoreError(
+            f"{path} cannot be read ({error.strerror}); give a file that `pmd memory export` wrote."
+        ) from error
+    with opened as file, store.update() as writer:
         lines = enumerate(file, start=1)
         _check_header(path, next(lines, (1, ""))[1])
         for number, text in lines:

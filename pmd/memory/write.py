@@ -52,6 +52,7 @@ class Writer:
         self.ledger = Ledger(db, generation)
         self._embedder = embedder
         self._config = config
+        self._tests: dict[int, list[str]] = {}  # of the problems of this update; the store keeps no tests
 
     def add_problem(self, task: Task) -> int:
         """Return the id of a training problem, adding it if it is new.
@@ -73,6 +74,7 @@ class Writer:
                     f"task_id={task.task_id} has another text or answer than the problem stored under that id; "
                     "task ids must name one problem. Start a new store for changed data."
                 )
+            self._tests[row[0]] = leaks.test_texts(task.tests)
             return row[0]
         words = leaks.answer_words(task.answer)
         values = {
@@ -87,7 +89,9 @@ class Writer:
             "answer_chars": sum(map(len, words)),
             "generation": self.ledger.generation,
         }
-        return self.ledger.insert("problems", values)
+        problem_id = self.ledger.insert("problems", values)
+        self._tests[problem_id] = leaks.test_texts(task.tests)
+        return problem_id
 
     def add_experience(self, problem_id: int, rollout: Rollout, policy_version: int) -> int | None:
         """Keep an attempt; returns its id, or None where there is nothing to keep.
@@ -196,12 +200,12 @@ class Writer:
         return self.ledger.add(1, values, leak or reason, parents)
 
     def leak_of(self, problem_id: int, text: str) -> str:
-        """Say how a text gives away the problem's answer or a solution of it; empty where it does not."""
+        """Say how a text gives away the problem's answer, a solution or a test of it; empty where it does not."""
         answer = self._require_problem(problem_id)
         question = self._db.execute("SELECT question FROM problems WHERE id = ?", (problem_id,)).fetchone()[0]
         sql = "SELECT response FROM experiences WHERE problem_id = ? AND correct = 1"
-        solutions = (row[0] for row in self._db.execute(sql, (problem_id,)))
-        return leaks.leak_reason(text, *answer) or leaks.copy_reason(text, question, solutions)
+        solutions, tests = (row[0] for row in self._db.execute(sql, (problem_id,))), self._tests.get(problem_id, ())
+        return leaks.leak_reason(text, *answer) or leaks.copy_reason(text, question, solutions, tests)
 
     def apply_draft(self, problem_id: int, draft: InsightDraft, policy_version: int, parents: Iterable[int]) -> bool:
         """Carry out one change that a reflection asks for; False where it may not be.

@@ -12,7 +12,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from pmd.prompts.parse import Reflected, parse_items, parse_line, strip_thinking
+from pmd.prompts.parse import Reply, parse_items, parse_line, strip_thinking
 from pmd.types import Message, Rollout, Task
 
 TEXT = Path(__file__).parent / "chat_text"
@@ -91,7 +91,7 @@ class ChatPrompts:
             prompt += self._fill("revision").rstrip("\n")
         return [self._ids([Message("user", prompt)])]
 
-    def parse_reflection(self, text: str) -> list[Reflected]:
+    def parse_reflection(self, text: str) -> Reply:
         """Return each well-formed item; one malformed item does not cost the others."""
         return parse_items(text)
 

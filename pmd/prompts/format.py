@@ -7,7 +7,7 @@ template with the text files beside it. Both are pure: no engine, no store.
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from pmd.prompts.parse import Reflected
+from pmd.prompts.parse import Reply
 from pmd.types import Rollout, Task
 
 
@@ -34,8 +34,8 @@ class PromptFormat(Protocol):
         """
         ...
 
-    def parse_reflection(self, text: str) -> list[Reflected]:
-        """Return the well-formed items of a reflection; empty where there is none. Never raises."""
+    def parse_reflection(self, text: str) -> Reply:
+        """Return the well-formed items of a reflection, and count what is none. Never raises."""
         ...
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:

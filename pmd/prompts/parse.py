@@ -32,15 +32,23 @@ class Reflected(NamedTuple):
     number: int | None = None  # of the insight in the prompt's list, counted from 1
 
 
-def parse_items(text: str) -> list[Reflected]:
-    """Return the well-formed items of a reflection, at most `MAX_ITEMS`."""
-    found = (_reflected(item) for item in _objects(text))
-    return [item for item in found if item is not None][:MAX_ITEMS]
+class Reply(NamedTuple):
+    """What one output of the model holds."""
+
+    items: list[Reflected]
+    num_rejected: int = 0  # what began as an item and is none, and items beyond `MAX_ITEMS`
+
+
+def parse_items(text: str) -> Reply:
+    """Return the well-formed items of a reflection, at most `MAX_ITEMS`, and how many others were left out."""
+    objects, num_broken = _objects(text)
+    found = [item for each in objects if (item := _reflected(each)) is not None]
+    return Reply(found[:MAX_ITEMS], num_broken + len(objects) - len(found[:MAX_ITEMS]))
 
 
 def parse_line(text: str) -> str | None:
     """Return `title: content` of the first well-formed item; None where there is none."""
-    return next((line for item in _objects(text) if (line := _line(item))), None)
+    return next((line for item in _objects(text)[0] if (line := _line(item))), None)
 
 
 def strip_thinking(text: str) -> str:
@@ -86,14 +94,20 @@ def _printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
-    """Return what the output holds, by the first way of reading that finds anything."""
+def _objects(text: str) -> tuple[list[dict[str, Any]], int]:
+    """Return what the output holds, by the first way of reading that finds anything, and 1 if some is unreadable."""
     shown = strip_thinking(text[-MAX_CHARACTERS:].rsplit("</think>", 1)[-1])
     fences = FENCE.findall(shown)
-    return (_json_objects(fences[-1]) if fences else []) or _json_objects(shown) or _headed(shown)
+    broken = 0
+    for source in (*fences[-1:], shown):
+        objects, broken = _json_objects(source)
+        if objects:
+            return objects, broken
+    return _headed(shown), broken
 
 
-def _json_objects(source: str) -> list[dict[str, Any]]:
+def _json_objects(source: str) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects, and 1 if an opening brace led to none: what follows it cannot be counted."""
     decoder, start, failures = json.JSONDecoder(), 0, 0
     found: list[object] = []
     while (start := source.find("{", start)) >= 0 and failures < MAX_FAILURES:
@@ -104,7 +118,7 @@ def _json_objects(source: str) -> list[dict[str, Any]]:
             continue
         found.append(value)
         start = end
-    return [cast(dict[str, Any], value) for value in found if isinstance(value, dict)]
+    return [cast(dict[str, Any], value) for value in found if isinstance(value, dict)], min(failures, 1)
 
 
 def _headed(source: str) -> list[dict[str, Any]]:

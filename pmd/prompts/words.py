@@ -12,7 +12,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from pmd.errors import AlignmentError
-from pmd.prompts.parse import Reflected
+from pmd.prompts.parse import Reflected, Reply
 from pmd.tiny.language import (
     Line,
     abstract_prompt,
@@ -72,11 +72,12 @@ class WordPrompts:
                 prompts.setdefault((rule, verdict.correct), prompt)
         return [self._ids(prompt) for prompt in prompts.values()]
 
-    def parse_reflection(self, text: str) -> list[Reflected]:
+    def parse_reflection(self, text: str) -> Reply:
         """Return the strategy or lesson line, if the text is exactly one."""
         line = parse_line(self._without_specials(text))
-        known = line is not None and line.kind in REFLECTED_KINDS
-        return [Reflected(REFLECTED_KINDS[line.kind], line.text)] if line is not None and known else []
+        if line is None or line.kind not in REFLECTED_KINDS:
+            return Reply([])
+        return Reply([Reflected(REFLECTED_KINDS[line.kind], line.text)])
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return `<bos> insights LINE . LINE . pattern`; empty where no strategy is among the lines.

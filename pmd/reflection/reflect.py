@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pmd.config import ReflectionConfig
 from pmd.prompts.format import PromptFormat
-from pmd.prompts.parse import Reflected
+from pmd.prompts.parse import Reflected, Reply
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
 from pmd.types import InsightDraft, Procedure, Rollout, Task
@@ -29,11 +29,12 @@ class Reflections:
 
     drafts: tuple[InsightDraft, ...]
     num_prompts: int
-    num_malformed: int
+    num_malformed: int  # outputs without a single well-formed item
     num_tokens: int  # generated
     num_overlong: int = 0  # prompts that were not asked: above reflection.max_prompt_tokens
     num_retried: int = 0  # malformed at first, asked once more
     num_unknown: int = 0  # changes to an insight that the prompt does not list; left out
+    num_rejected: int = 0  # items that are not well-formed, or one too many, in whatever output
 
 
 def reflect(
@@ -58,15 +59,16 @@ def reflect(
         wanted += [_Question(group, ids, noted) for ids in prompts.reflection(task, group, [i.text for i in noted])]
     asked = [question for question in wanted if len(question.prompt_ids) <= config.max_prompt_tokens]
     answers, num_retried, num_tokens = _ask(engine, asked, prompts, config, key)
-    drafts = [question.draft(item) for question, items in zip(asked, answers, strict=True) for item in items]
+    drafts = [question.draft(item) for question, reply in zip(asked, answers, strict=True) for item in reply.items]
     return Reflections(
         tuple(draft for draft in drafts if draft is not None),
         len(asked),
-        sum(not items for items in answers),
+        sum(not reply.items for reply in answers),
         num_tokens,
         len(wanted) - len(asked),
         num_retried,
         sum(draft is None for draft in drafts),
+        sum(reply.num_rejected for reply in answers),
     )
 
 
@@ -92,11 +94,11 @@ class _Question:
 
 def _ask(
     engine: Engine, asked: Sequence[_Question], prompts: PromptFormat, config: ReflectionConfig, key: str
-) -> tuple[list[list[Reflected]], int, int]:
-    """Return the items of each answer, how many questions were asked once more, and the tokens generated."""
+) -> tuple[list[Reply], int, int]:
+    """Return each answer as read, how many questions were asked once more, and the tokens generated."""
     texts, num_tokens = _write(engine, [question.prompt_ids for question in asked], config, key)
     answers = [prompts.parse_reflection(text) for text in texts]
-    failed = [position for position, items in enumerate(answers) if not items] if config.retry else []
+    failed = [position for position, reply in enumerate(answers) if not reply.items] if config.retry else []
     if failed:
         again = replace(config, temperature=max(config.temperature, RETRY_TEMPERATURE))
         texts, more = _write(engine, [asked[position].prompt_ids for position in failed], again, f"{key}/again")

@@ -25,6 +25,7 @@ class TeacherContext:
     success: str | None = None  # text of the verified success shown, of a sibling or of an earlier epoch
     shows_failure: bool = False  # the rollout's own failure and feedback
     dropped: tuple[Procedure, ...] = ()  # memory items left out because the prompt was full
+    attempt_dropped: bool = False  # a success or failure was to be shown and made the prompt too long by itself
     memory_generation: int = 0
 
     @property
@@ -79,9 +80,10 @@ class ContextBuilder:
 
         Whole items go, never tokens: a cut item can say the opposite of what it meant.
         """
-        success, kept = wanted.success, list(wanted.procedures)
+        success, kept, too_long = wanted.success, list(wanted.procedures), False
         prompt_ids = without_memory = self.prompts.teacher(task, [], success, failure)
         if len(without_memory) > self.config.max_prompt_tokens:
+            too_long = success is not None or failure is not None
             success, failure = None, None
             prompt_ids = without_memory = self.prompts.student(task)
         limit = min(self.config.max_prompt_tokens, len(without_memory) + self.max_memory_tokens)
@@ -98,6 +100,7 @@ class ContextBuilder:
             success=success,
             shows_failure=failure is not None,
             dropped=tuple(item for item in wanted.procedures if item not in kept),
+            attempt_dropped=too_long,
         )
 
 

@@ -92,7 +92,7 @@ def test_exam_reflections_name_the_kind(exam, tasks):
     parsed = [
         prompts.parse_reflection(text.removesuffix("<|im_end|>")) for text in written(exam, [p for _, p in asked])
     ]
-    good = [[item.kind for item in items] == [wanted] for (wanted, _), items in zip(asked, parsed, strict=True)]
+    good = [[item.kind for item in reply.items] == [wanted] for (wanted, _), reply in zip(asked, parsed, strict=True)]
     assert sum(good) >= 27
 
 

@@ -110,12 +110,15 @@ def test_restore_is_not_undone_by_a_log_left_behind(world, tmp_path):
     store = MemoryStore.open(path, embedder=world.embedder())
     data = store.snapshot()
     store.close()
-    # A process that died left its write-ahead log beside the file.
+    # A process that died while a reader stood in the way left its write-ahead log beside the file.
     script = textwrap.dedent(f"""
-        import os
+        import os, sqlite3
         from memory_world import World
         from pmd.memory.store import MemoryStore
         world = World()
+        reader = sqlite3.connect({str(path)!r}, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM problems").fetchall()
         store = MemoryStore.open({str(path)!r}, embedder=world.embedder())
         world.write_epoch(store, 0)
         os._exit(9)

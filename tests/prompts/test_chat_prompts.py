@@ -98,7 +98,7 @@ GOOD = '{"kind": "strategy", "title": "Mass", "content": "Compare masses."}'
     ],
 )
 def test_good_items_are_salvaged(text):
-    assert PROMPTS.parse_reflection(text) == [Reflected("strategy", "Mass: Compare masses.")]
+    assert PROMPTS.parse_reflection(text).items == [Reflected("strategy", "Mass: Compare masses.")]
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_good_items_are_salvaged(text):
     ],
 )
 def test_what_is_malformed_is_dropped(text):
-    assert PROMPTS.parse_reflection(text) == []
+    assert PROMPTS.parse_reflection(text).items == []

@@ -1,17 +1,12 @@
-"""Whatever a model writes when asked to reflect: nothing raises, nothing grows without bound, nothing is unknown."""
+"""Whatever a model writes when asked to reflect: reading it never raises, and what is read is bounded and known."""
 
 import json
-import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd.config import MemoryConfig
-from pmd.memory.embed import HashEmbedder
-from pmd.memory.store import MemoryStore
 from pmd.prompts.parse import ACTIONS, KINDS, MAX_ITEM_CHARACTERS, MAX_ITEMS, Reflected, parse_items, parse_line
-from pmd.types import InsightDraft, Message, Task
 
 GOOD = '{"kind": "lesson", "title": "Units", "content": "Check them."}'
 ITEM = Reflected("lesson", "Units: Check them.")
@@ -52,12 +47,13 @@ ITEM = Reflected("lesson", "Units: Check them.")
     ],
 )
 def test_by_hand(text, items):
-    assert parse_items(text) == items
+    assert parse_items(text).items == items
 
 
 def check_bounds(text: str) -> list[Reflected]:
-    items = parse_items(text)
+    items, num_rejected = parse_items(text)
     assert len(items) <= MAX_ITEMS
+    assert num_rejected >= 0
     for item in items:
         assert item.action in ACTIONS
         assert item.kind in KINDS
@@ -98,39 +94,3 @@ def test_any_text(text):
 @given(NEARLY, st.sampled_from(["{}", "```json\n{}\n```", "<think>{}</think>{}", "x {} y"]))
 def test_nearly_right_objects(listed, frame):
     check_bounds(frame.replace("{}", listed))
-
-
-def damaged(draw: random.Random) -> str:
-    """Return a good output with a few characters cut, doubled or replaced."""
-    fields = {"kind": draw.choice(KINDS), "title": "Units", "content": "Check them first."}
-    fields |= {"action": draw.choice(ACTIONS), "insight": draw.randint(-2, 9)}
-    text = draw.choice(["```json\n%s\n```", "%s", "<think>%s", "[%s", "%s]"]) % json.dumps(fields)
-    for _ in range(draw.randint(0, 4)):
-        at = draw.randrange(len(text) + 1)
-        text = (
-            text[:at]
-            + draw.choice(['"', "{", "}", "\\", "\x00", "\ud800", "```", ""])
-            + text[at + draw.randint(0, 3) :]
-        )
-    return text
-
-
-def test_thousands_of_outputs_leave_a_sound_and_bounded_memory(tmp_path):
-    config = MemoryConfig()
-    store = MemoryStore.open(tmp_path / "memory.sqlite", embedder=HashEmbedder(64), config=config)
-    tasks = [Task(f"t{n}", (Message("user", f"q{n}"),), "exact", "train", memory_key=f"q{n}") for n in range(3)]
-    draw, num_items, num_refused = random.Random(0), 0, 0
-    with store.update() as writer:
-        problem_ids = [writer.add_problem(task) for task in tasks]
-        for _ in range(2000):
-            position = draw.randrange(3)
-            for item in check_bounds(damaged(draw)):
-                num_items += 1
-                target = draw.randint(-1, 50) if item.action != "add" else None
-                draft = InsightDraft(tasks[position].task_id, item.kind, item.text, (), item.action, target)
-                num_refused += not writer.apply_draft(problem_ids[position], draft, 0, ())
-    assert num_items > 500
-    assert num_refused > 100
-    per_problem = store.query("SELECT count(*) FROM insights WHERE status = 'active' GROUP BY problem_id")
-    assert max(count for (count,) in per_problem) <= config.insights_per_problem
-    store.close()

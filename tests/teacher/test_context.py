@@ -105,6 +105,10 @@ def test_a_success_too_long_for_the_prompt_is_left_out_whole():
     found = build([rollout(0, False)], [item(1)], "x" * 100, context="both", max_prompt_tokens=20)[0]
     assert read(found) == "[1]question"
     assert found.success is None
+    assert found.attempt_dropped
+    assert not build([rollout(0, False)], [item(1)], "past", context="both")[0].attempt_dropped
+    failed = build([rollout(0, False)], [item(1)], context="both", max_prompt_tokens=12)[0]
+    assert (read(failed), failed.shows_failure, failed.attempt_dropped) == ("[1]question", False, True)
 
 
 def test_the_generation_of_the_memory_is_recorded():

@@ -72,12 +72,13 @@ def test_one_reflection_per_rule_and_verdict(prompts):
 
 
 def test_reflections_are_parsed_strictly(prompts):
-    assert prompts.parse_reflection(f"strategy use {ZIB} red>gold <eos>") == [
+    assert prompts.parse_reflection(f"strategy use {ZIB} red>gold <eos>").items == [
         Reflected("strategy", f"strategy use {ZIB} red>gold")
     ]
-    assert prompts.parse_reflection(f"lesson not {ZIB} red>gold") == [Reflected("lesson", f"lesson not {ZIB} red>gold")]
+    lesson = f"lesson not {ZIB} red>gold"
+    assert prompts.parse_reflection(lesson).items == [Reflected("lesson", lesson)]
     for text in ("", "strategy", f"failed not {ZIB} red>gold", f"lesson use {ZIB} red>gold", "1 2 3 4"):
-        assert prompts.parse_reflection(text) == []
+        assert prompts.parse_reflection(text).items == []
 
 
 def test_abstraction_begins_with_the_name_that_succeeded_most(prompts):
