@@ -255,7 +255,8 @@ def _print(console: Console, title: str, rows: Rows) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
     for column in rows[0]:
         number = all(isinstance(row[column], int | float) for row in rows)
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        heading = column.replace("_", " ")  # breaks between words where the terminal is narrow
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)

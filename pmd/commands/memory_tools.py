@@ -101,8 +101,10 @@ def _audit(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]
     )
     ends = {
         title: store.query_rows(
-            f"SELECT * FROM ({items}) WHERE usefulness {sign} 0 ORDER BY usefulness {order}, level, id LIMIT ?",
-            arguments.limit,
+            "SELECT level, min(id) AS id, count(*) AS items, kind, status, avg(usefulness) AS usefulness, text"
+            f" FROM ({items}) WHERE usefulness {sign} 0 GROUP BY level, kind, status, text"
+            f" ORDER BY usefulness {order}, level, id LIMIT ?",
+            arguments.limit or -1,
         )
         for title, sign, order in (("most useful", ">", "DESC"), ("most harmful", "<", "ASC"))
     }

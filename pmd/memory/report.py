@@ -134,7 +134,12 @@ def _ranked(store: MemoryStore, order: str) -> str:
             seen.add(text)
             lines_.append(_item_row(store, row))
     head = '<tr><th class="n">useful</th><th>item</th><th>status</th></tr>'
-    return f"<table>{head}{''.join(lines_)}</table>" if lines_ else _NOTHING.format("Nothing was audited so.")
+    return f"<table>{head}{''.join(lines_)}</table>" if lines_ else _NOTHING.format(_why_none(store))
+
+
+def _why_none(store: MemoryStore) -> str:
+    audited = store.query("SELECT count(*) FROM audits")[0][0]
+    return "None." if audited else "Nothing has been audited: audits are off unless memory.audit_groups is set."
 
 
 def _item_row(store: MemoryStore, row: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ def lines(
 ) -> str:
     """Draw one line for each (name, colour, values); names stand at the lines' ends."""
     height = 300
-    top = max(1e-9, *(value for _, _, values in series for value in values)) if ticks else 1.0
+    least = 0.1 if share else 1.0  # a line along zero needs a scale too
+    top = max(least, *(value for _, _, values in series for value in values)) if ticks else least
     steps = _ticks(top)
     top = steps[-1]
 
