@@ -13,11 +13,14 @@ SMALL = [
 LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "--teacher.kind=ema"]
 
 
-def run_pmd(*arguments: str, code: int = 0, cwd: Path = ROOT, timeout_s: float = 550) -> subprocess.CompletedProcess:
+def run_pmd(
+    *arguments: str, code: int = 0, cwd: Path = ROOT, timeout_s: float = 550, first_on_path: Path | None = None
+) -> subprocess.CompletedProcess:
     """Run `python -m pmd ARGUMENTS` on one thread; the exit code must be `code`."""
+    path = [str(folder) for folder in (first_on_path, os.environ.get("PYTHONPATH")) if folder]
     done = subprocess.run(
         [sys.executable, "-m", "pmd", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
     )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done

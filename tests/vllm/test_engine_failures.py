@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from command_line import run_pmd
 from transformers import AutoTokenizer
 
 from pmd.config_check import check_config
@@ -59,3 +60,18 @@ def test_an_engine_that_cannot_run_is_refused(overrides, named):
     with pytest.raises(ConfigError) as refused:
         check_config(load_config(["configs/tiny.yaml"], overrides))
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0"])
+def test_an_untested_version_is_refused_with_the_range(tmp_path, version):
+    """An empty package of that name and version comes first on the path."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    (tmp_path / f"vllm-{version}.dist-info").mkdir()
+    (tmp_path / f"vllm-{version}.dist-info" / "METADATA").write_text(f"Name: vllm\nVersion: {version}\n")
+    done = run_pmd(
+        "fit", "--config", "configs/tiny.yaml", "--rollouts.engine=vllm", f"--run_dir={tmp_path / 'run'}",
+        "--rollouts.vllm.kv_cache_memory_bytes=33554432", code=2, first_on_path=tmp_path,
+    )  # fmt: skip
+    assert f"needs vLLM >=0.32,<0.33; vllm {version} is installed" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ def parity(engine: VLLMEngine, bound: float = 1e-4) -> ParityCheck:
 
 
 def greedy(engine, role="student"):
-    return dict(engine.generate(REQUESTS[:3], Sampling(0.0, 8), role))
+    return dict(engine.generate(REQUESTS[:3], Sampling(0.0, 32), role))
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
@@ -38,7 +38,7 @@ def test_same_greedy_tokens_and_logprobs_as_the_embedded_engine(runtime, checkpo
         assert completion.text == theirs[position].text
         assert completion.finish_reason == theirs[position].finish_reason
         torch.testing.assert_close(
-            torch.tensor(completion.logprobs), torch.tensor(theirs[position].logprobs), atol=1e-4, rtol=0
+            torch.tensor(completion.logprobs), torch.tensor(theirs[position].logprobs), atol=2e-5, rtol=0
         )
 
 

@@ -1,9 +1,15 @@
 """The whole `fit` with vLLM as its engine: two epochs, an adapter and all weights; and the shipped configurations."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from command_line import run_pmd
+import torch
+from command_line import ROOT, run_pmd
 from vllm_runs import metrics, write_chemistry
 
 from pmd.bootstrap.random_model import make_random_model
@@ -45,3 +51,25 @@ def test_a_gpu_configuration_runs_on_the_cpu_at_a_tiny_shape(tmp_path, config, a
     )  # fmt: skip
     assert json.loads((tmp_path / "run" / "results.json").read_text())["updates"] == 4
     assert max(metrics(tmp_path / "run", "parity/max")) <= 1e-4
+
+
+def test_a_killed_run_is_resumed_as_if_it_had_not_been(tmp_path):
+    """The engine lives in the process that is killed: what it generated in the unfinished epoch is generated again."""
+    lora = [*TINY, "--model.finetune=lora", "--teacher.kind=ema"]
+    run_pmd("fit", *lora, f"--run_dir={tmp_path / 'whole'}")
+    command = [sys.executable, "-m", "pmd", "fit", *lora, f"--run_dir={tmp_path / 'run'}"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while not last.is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    run_pmd("fit", *lora, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last")
+    whole, resumed = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+        for name in ("whole", "run")
+    )
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=0)
+    assert len(metrics(tmp_path / "run", "parity/max")) == 4
