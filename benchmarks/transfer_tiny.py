@@ -32,7 +32,7 @@ CLOSED: dict[str, tuple[str | None, list[str]]] = {
     f"{name}, never written again": (name.replace(" ", "-"), ["--memory.frozen=true"])
     for name in ("co-evolved", "fixed policy")
 }
-SHOWN_EPOCHS = (1, 2, 3, 4, 6, 8, 12)
+SHOWN_EPOCHS = (2, 4, 6, 8, 10, 12)
 
 
 def pmd(*arguments: str) -> None:
@@ -79,11 +79,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--model", default="tiny", help="the receiving model; default: the source's own")
     parser.add_argument("--closed", action="store_true", help="also with each memory never written again")
-    parser.add_argument("--epochs", type=int, default=12, help="of the receiving runs")
+    parser.add_argument("--epochs", type=int, default=8, help="of the receiving runs")
     arguments = parser.parse_args()
     receivers = RECEIVERS | (CLOSED if arguments.closed else {})
     receiving = [f"--model.path={arguments.model}", f"--trainer.max_epochs={arguments.epochs}"]
-    receiving += ["--verification.samples=16"]
+    receiving += ["--verification.samples=16", "--verification.every_epochs=2"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in receivers}
     for seed in track(arguments.seeds, description="seeds"):
         for name, (source_name, extra) in receivers.items():

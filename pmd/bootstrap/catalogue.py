@@ -12,11 +12,13 @@ from pmd.bootstrap.exam_samples import draw_exam_sample
 from pmd.bootstrap.exam_tokenizer import make_exam_tokenizer
 from pmd.bootstrap.probe import Probe
 from pmd.bootstrap.sample import Sample
-from pmd.bootstrap.tiny_model import make_tiny_model
+from pmd.bootstrap.tiny_model import TinySize, make_tiny_model
 from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample
 from pmd.bootstrap.train import DrawSample, Recipe, rounded_to_bfloat16
 from pmd.tiny.tokenizer import make_tokenizer
+
+TINY_SIZES = {"tiny": TinySize(), "tiny_large": TinySize(layers=4, width=160)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +35,20 @@ class Blueprint:
 
 
 def find_blueprint(name: str) -> Blueprint:
-    """Return the blueprint of `tiny` or `tiny_exam`."""
-    return {"tiny": _tiny, "tiny_exam": _tiny_exam}[name]()
+    """Return the blueprint of one of `MODELS`."""
+    return _tiny_exam() if name == "tiny_exam" else _tiny(TINY_SIZES[name])
 
 
-def _tiny() -> Blueprint:
+def _tiny(size: TinySize) -> Blueprint:
     def draw(stream: random.Random, progress: float) -> Sample:
         return draw_sample(stream, Difficulty.at(progress))
 
     recipe = Recipe(steps=5200, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3, decay_from=0.35)
-    return Blueprint(
-        make_tiny_model, make_tokenizer, draw, recipe, rounded_to_bfloat16, tiny_probes, probe_samples=1000
-    )
+
+    def make(seed: int) -> Qwen3ForCausalLM:
+        return make_tiny_model(seed, size)
+
+    return Blueprint(make, make_tokenizer, draw, recipe, rounded_to_bfloat16, tiny_probes, probe_samples=1000)
 
 
 def _tiny_exam() -> Blueprint:

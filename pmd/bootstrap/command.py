@@ -33,6 +33,8 @@ Make one of the models that ship with pmd, from a seed, on one CPU core.
 
   tiny       half a million parameters, the words of the tiny world. It attempts problems, uses memory lines in its
              prompt, reflects on attempts and abstracts patterns; it knows no family's rule. About 12 minutes.
+  tiny_large one million parameters, otherwise as tiny. To show what holds across sizes, such as a memory that one
+             size has built and another uses. About 25 minutes.
   tiny_exam  0.2 million parameters, bytes. It has the manners of a multiple-choice exam and no knowledge at all: even
              letters, stock study tips. For running the whole loop on real questions where no weights can be
              downloaded. About 5 minutes.
@@ -82,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=("tiny", "tiny_exam"), default="tiny", help="which model (default: tiny)")
+    parser.add_argument(
+        "--model", choices=("tiny", "tiny_large", "tiny_exam"), default="tiny", help="which model (default: tiny)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and samples (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="where to write it (default: bootstrapped/MODEL)")
     parser.add_argument("--steps", type=int, help="other than the recipe's number of steps, to try something out")

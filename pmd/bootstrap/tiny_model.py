@@ -1,12 +1,15 @@
 """The tiny model before training: a small Qwen3 in which one induction head is planted.
 
-Enters: a seed. Leaves: a `Qwen3ForCausalLM` of about half a million parameters. The planted head is no result of
-training and is not presented as one: left to chance, a model of this size and training time does not find out how to
-look up "the rule that followed this name". Three attention heads are therefore set by hand and everything is trained
-from there. Layer 0, head 0 copies the previous token's embedding into the upper half of the residual stream; layer 1,
-heads 0 and 1 compare their own token with these copies and so attend to what followed the same token earlier. They
-are two because one head passes on 32 dimensions, too few to tell 30 rules apart: each passes on its own half.
+Enters: a seed and a size. Leaves: a `Qwen3ForCausalLM` of about half a million parameters, or of another size, to show
+what holds across sizes. The planted head is no result of training and is not presented as one: left to chance, a model
+of this size and training time does not find out how to look up "the rule that followed this name". Three attention
+heads are therefore set by hand and everything is trained from there. Layer 0, head 0 copies the previous token's
+embedding into the upper half of the residual stream; layer 1, heads 0 and 1 compare their own token with these copies
+and so attend to what followed the same token earlier. They are two because one head passes on 32 dimensions, too few
+to tell 30 rules apart: each passes on dimensions of its own.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,23 +18,36 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from pmd.tiny.language import BOS, EOS, PAD, VOCABULARY
 from pmd.tiny.tokenizer import MAX_POSITIONS
 
-WIDTH, HEAD_WIDTH, THETA, INIT = 128, 32, 1e4, 0.02
-HALF = WIDTH // 2  # residual dimensions 0..HALF-1 hold embeddings, the rest holds copies of the previous token
+HEAD_WIDTH, THETA, INIT = 32, 1e4, 0.02
 PAIRS = HEAD_WIDTH // 2  # rotary pairs: dimensions i and i + PAIRS turn together
 FAST_PAIRS = 5  # pairs that turn too fast to compare tokens far apart
+OUTPUT_SCALE = INIT / 2**0.5  # an embedding, normalised on the way in, is written back at about its own size
 CONSTANT = 0.25  # what residual dimension 0 of every embedding holds: something to aim at for a positional head
 
 
-def make_tiny_model(seed: int) -> Qwen3ForCausalLM:
+@dataclass(frozen=True, slots=True)
+class TinySize:
+    """Layers and width of a tiny model."""
+
+    layers: int = 3
+    width: int = 128
+
+    @property
+    def half(self) -> int:
+        """Residual dimensions that hold embeddings; the rest holds copies of the previous token."""
+        return self.width // 2
+
+
+def make_tiny_model(seed: int, size: TinySize = TinySize()) -> Qwen3ForCausalLM:
     """Build the model with its planted head, in float32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=size.width,
+        intermediate_size=2 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.width // HEAD_WIDTH,
+        num_key_value_heads=size.width // HEAD_WIDTH,
         head_dim=HEAD_WIDTH,
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=INIT,
@@ -42,18 +58,18 @@ def make_tiny_model(seed: int) -> Qwen3ForCausalLM:
         pad_token_id=VOCABULARY.index(PAD),
     )
     model = Qwen3ForCausalLM(config)
-    plant_induction_head(model)
+    plant_induction_head(model, size.half)
     return model
 
 
 @torch.no_grad()
-def plant_induction_head(model: Qwen3ForCausalLM) -> None:
+def plant_induction_head(model: Qwen3ForCausalLM, half: int) -> None:
     """Overwrite three heads of the first two layers, and keep the embeddings out of the upper half."""
     embeddings = model.model.embed_tokens.weight
-    embeddings[:, HALF:] = 0
+    embeddings[:, half:] = 0
     embeddings[:, 0] = CONSTANT
-    reader = torch.linalg.qr(torch.randn(HALF - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, HALF - 1], what is copied
-    writer = torch.linalg.qr(torch.randn(HALF, HEAD_WIDTH))[0]  # [HALF, HEAD_WIDTH], where it is put
+    reader = torch.linalg.qr(torch.randn(half - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, half - 1], what is copied
+    writer = torch.linalg.qr(torch.randn(half, HEAD_WIDTH))[0]  # [half, HEAD_WIDTH], where it is put
     _plant_previous_token_head(model.get_submodule("model.layers.0.self_attn"), reader, writer)
     _plant_matching_heads(model.get_submodule("model.layers.1.self_attn"), reader, writer)
     model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.3)  # leave the copies legible for layer 1
@@ -61,6 +77,7 @@ def plant_induction_head(model: Qwen3ForCausalLM) -> None:
 
 def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
     """Attend one position back: the query is the key, turned by the angle of one step."""
+    half = len(writer)
     query, key, value, output = _projections(attention)
     angles = THETA ** (-torch.arange(3).float() / PAIRS)
     query[:HEAD_WIDTH] = 0
@@ -70,31 +87,32 @@ def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, write
     key[0:3, 0] = 0.2
     _set_sharpness(attention, 2.5)
     value[:HEAD_WIDTH] = 0
-    value[:HEAD_WIDTH, 1:HALF] = reader
+    value[:HEAD_WIDTH, 1:half] = reader
     output[:, HEAD_WIDTH:] *= 0.3  # the other heads start quieter
     output[:, :HEAD_WIDTH] = 0
-    output[HALF:, :HEAD_WIDTH] = writer * _output_scale()
+    output[half:, :HEAD_WIDTH] = writer * OUTPUT_SCALE
 
 
 def _plant_matching_heads(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
     """Attend to positions whose copy of the previous token equals the token here; pass their embedding on."""
+    half = len(writer)
     query, key, value, output = _projections(attention)
     slow = torch.ones(HEAD_WIDTH, 1)
     slow[0:FAST_PAIRS] = 0
     slow[PAIRS : PAIRS + FAST_PAIRS] = 0
     _set_sharpness(attention, 2.0)
-    directions = torch.linalg.qr(torch.randn(HALF - 1, HALF - 1))[0]
+    directions = torch.linalg.qr(torch.randn(half - 1, half - 1))[0]
     for head, passed_on in enumerate((directions[:HEAD_WIDTH], directions[HEAD_WIDTH:])):
         own = slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
         query[own] = 0
-        query[own, 1:HALF] = reader * slow * 0.2
+        query[own, 1:half] = reader * slow * 0.2
         key[own] = 0
-        key[own, HALF:] = writer.T * slow * 0.2
+        key[own, half:] = writer.T * slow * 0.2
         written = slice(own.start, own.start + len(passed_on))
         value[own] = 0
-        value[written, 1:HALF] = passed_on
+        value[written, 1:half] = passed_on
         output[:, own] = 0
-        output[1:HALF, written] = passed_on.T * _output_scale()
+        output[1:half, written] = passed_on.T * OUTPUT_SCALE
 
 
 def _projections(attention: torch.nn.Module) -> list[Tensor]:
@@ -105,8 +123,3 @@ def _projections(attention: torch.nn.Module) -> list[Tensor]:
 def _set_sharpness(attention: torch.nn.Module, gain: float) -> None:
     for name in ("q_norm", "k_norm"):
         attention.get_submodule(name).get_parameter("weight").fill_(gain)
-
-
-def _output_scale() -> float:
-    """Return the scale at which an embedding, normalised on the way in, is written back at about its own size."""
-    return INIT * HALF**0.5 / WIDTH**0.5

@@ -21,7 +21,7 @@ from pmd.bootstrap.tiny_samples import Difficulty, draw_sample, encode_words
 from pmd.bootstrap.train import batch_loss, train
 from pmd.tiny.language import VOCABULARY, parse_line
 from pmd.tiny.tokenizer import make_tokenizer
-from pmd.tiny.world import ALL_RULES
+from pmd.tiny.world import ALL_RULES, NAMES
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,6 +115,17 @@ def three_steps(seed):
     recipe = replace(blueprint.recipe, steps=3, pool=64)
     train(model, blueprint.draw_sample, recipe, seed, lambda step, loss: losses.append((step, loss)))
     return losses, model.state_dict()
+
+
+def test_the_large_model_is_of_another_size_and_reads_the_same_words():
+    small, large = (find_blueprint(name) for name in ("tiny", "tiny_large"))
+    sizes = [sum(p.numel() for p in blueprint.make_model(0).parameters()) for blueprint in (small, large)]
+    assert sizes[1] > 1.9 * sizes[0]
+    assert small.make_tokenizer().get_vocab() == large.make_tokenizer().get_vocab()
+    model = large.make_model(0)
+    train(model, large.draw_sample, replace(large.recipe, steps=1, pool=64), 0, lambda step, loss: None)
+    ids = torch.tensor([encode_words(f"<bos> task red 3 blue 5 green 1 gold 7 plan {NAMES[0]}")])
+    assert model(ids).logits.isfinite().all()
 
 
 def test_a_model_that_fails_its_probes_is_not_written(tmp_path, capsys):
