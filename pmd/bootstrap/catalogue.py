@@ -35,7 +35,7 @@ class Blueprint:
 
 
 def find_blueprint(name: str) -> Blueprint:
-    """Return the blueprint of one of `MODELS`."""
+    """Return the blueprint of `tiny`, `tiny_large` or `tiny_exam`."""
     return _tiny_exam() if name == "tiny_exam" else _tiny(TINY_SIZES[name])
 
 

@@ -94,6 +94,22 @@ def test_memory_is_cut_by_whole_items_the_least_similar_first():
     assert (len(found.procedures), found.num_dropped) == (2, 1)
 
 
+def test_whole_items_within_the_budget_whatever_their_lengths():
+    draw = random.Random(0)
+    for _ in range(300):
+        items = [item(n, draw.random(), draw.randint(1, 30)) for n in range(draw.randint(0, 6))]
+        budget, longest = draw.randint(1, 80), draw.randint(8, 90)
+        found = build([rollout(0, False)], items, "past", tokens=budget, context="both", max_prompt_tokens=longest)[0]
+        assert len(found.prompt_ids) <= longest
+        without = len("<past>" * (found.success is not None) + "question")
+        assert len(found.prompt_ids) <= without + budget
+        assert read(found) == "".join(f"[{p.text}]" for p in found.procedures) + (
+            f"<{found.success}>question" if found.success else "question"
+        )
+        assert set(found.procedures) | set(found.dropped) == set(items)
+        assert not set(found.procedures) & set(found.dropped)
+
+
 def test_nothing_fits():
     found = build([rollout(0, True)], [item(1, 0.9, 100)], tokens=24, context="memory")[0]
     assert read(found) == "question"
