@@ -8,18 +8,20 @@ and counted, never guessed at.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from pmd.config import ReflectionConfig
 from pmd.prompts.format import PromptFormat
-from pmd.prompts.parse import Reflected, Reply
+from pmd.prompts.parse import Reflected
 from pmd.rollouts.engine import Engine, Request, Sampling
 from pmd.seeds import derive_seed
 from pmd.types import InsightDraft, Procedure, Rollout, Task
 
 RETRY_TEMPERATURE = 0.7  # a greedy policy would write the same once more
 MAX_KNOWN = 12  # insights of one problem listed in a reflection prompt
+T = TypeVar("T")
 Known = Callable[[str], Sequence[Procedure]]  # task id -> the insights that a reflection on it may change
 
 
@@ -58,7 +60,9 @@ def reflect(
         task, noted = tasks[group[0].task_id], tuple(known(group[0].task_id)[:MAX_KNOWN])
         wanted += [_Question(group, ids, noted) for ids in prompts.reflection(task, group, [i.text for i in noted])]
     asked = [question for question in wanted if len(question.prompt_ids) <= config.max_prompt_tokens]
-    answers, num_retried, num_tokens = _ask(engine, asked, prompts, config, key)
+    answers, num_retried, num_tokens = _ask(
+        engine, [q.prompt_ids for q in asked], prompts.parse_reflection, lambda reply: bool(reply.items), config, key
+    )
     drafts = [question.draft(item) for question, reply in zip(asked, answers, strict=True) for item in reply.items]
     return Reflections(
         tuple(draft for draft in drafts if draft is not None),
@@ -93,18 +97,23 @@ class _Question:
 
 
 def _ask(
-    engine: Engine, asked: Sequence[_Question], prompts: PromptFormat, config: ReflectionConfig, key: str
-) -> tuple[list[Reply], int, int]:
-    """Return each answer as read, how many questions were asked once more, and the tokens generated."""
-    texts, num_tokens = _write(engine, [question.prompt_ids for question in asked], config, key)
-    answers = [prompts.parse_reflection(text) for text in texts]
-    failed = [position for position, reply in enumerate(answers) if not reply.items] if config.retry else []
+    engine: Engine,
+    asked: Sequence[list[int]],
+    parse: Callable[[str], T],
+    usable: Callable[[T], bool],
+    config: ReflectionConfig,
+    key: str,
+) -> tuple[list[T], int, int]:
+    """Return each answer as read, how many prompts were asked once more, and the tokens generated."""
+    texts, num_tokens = _write(engine, asked, config, key)
+    answers = [parse(text) for text in texts]
+    failed = [position for position, answer in enumerate(answers) if not usable(answer)] if config.retry else []
     if failed:
         again = replace(config, temperature=max(config.temperature, RETRY_TEMPERATURE))
-        texts, more = _write(engine, [asked[position].prompt_ids for position in failed], again, f"{key}/again")
+        texts, more = _write(engine, [asked[position] for position in failed], again, f"{key}/again")
         num_tokens += more
         for position, text in zip(failed, texts, strict=True):
-            answers[position] = prompts.parse_reflection(text)
+            answers[position] = parse(text)
     return answers, len(failed), num_tokens
 
 
@@ -118,10 +127,12 @@ def abstract(
     """Return the behaviour behind each cluster of insight texts; None where there is none or it is malformed."""
     wanted = [(position, prompts.abstraction(insights)) for position, insights in enumerate(clusters)]
     asked = [(position, ids) for position, ids in wanted if 0 < len(ids) <= config.max_prompt_tokens]
-    texts, _ = _write(engine, [ids for _, ids in asked], config, key)
+    texts, _, _ = _ask(
+        engine, [ids for _, ids in asked], prompts.parse_abstraction, lambda text: text is not None, config, key
+    )
     behaviours: list[str | None] = [None] * len(clusters)
     for (position, _), text in zip(asked, texts, strict=True):
-        behaviours[position] = prompts.parse_abstraction(text)
+        behaviours[position] = text
     return behaviours
 
 

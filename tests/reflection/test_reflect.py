@@ -125,8 +125,11 @@ def test_a_sample_of_the_groups_is_drawn_by_the_key():
 
 
 def test_abstractions_keep_their_place_whatever_fails():
-    engine = Scripted([["no", GOOD]])
-    clusters = [["a"], [], ["bb"], ["c"] * 9]  # the second asks nothing, the last is too long
+    clusters = [["a"], [], ["bb"], ["ccc"], ["d"] * 9]  # the second asks nothing, the last is too long
+    engine = Scripted([["no", GOOD, "{"], ["still no", GOOD.replace("Units", "Late")]])
     found = abstract(engine, clusters, Plain(), ReflectionConfig(max_prompt_tokens=5), "key")
-    assert [r.prompt_ids for r in engine.calls[0][0]] == [(1,), (2,)]
-    assert found == [None, None, "Units: Check them.", None]
+    assert [[r.prompt_ids for r in requests] for requests, _, _ in engine.calls] == [[(1,), (2,), (3,)], [(1,), (3,)]]
+    assert found == [None, None, "Units: Check them.", "Late: Check them.", None]
+    once = Scripted([["no", GOOD, "{"]])
+    config = ReflectionConfig(max_prompt_tokens=5, retry=False)
+    assert abstract(once, clusters, Plain(), config, "key") == [None, None, "Units: Check them.", None, None]
