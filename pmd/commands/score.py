@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pmd.errors import ConfigError
 from pmd.tasks.jsonl import read_task_file
@@ -84,7 +84,7 @@ def score_file(options: argparse.Namespace) -> None:
     statuses: Counter[str] = Counter()
     num_correct, started, told = 0, time.monotonic(), time.monotonic()
     try:
-        with options.out.open("w", encoding="ascii") as out:
+        with _opened(options.out) as out:
             for task_id, verdict in _judge(options.completions, tasks, options.workers):
                 out.write(json.dumps({"id": task_id, **_fields(verdict)}) + "\n")
                 out.flush()
@@ -110,13 +110,31 @@ def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
     named = {task.verifier: describe_verifier_problem(task.verifier) for task in found}
     problems += [f"{options.tasks}: {problem}" for problem in named.values() if problem]
     known = set(tasks) if not problems else None
-    for entry in iterate_lines(options.completions):
-        problems += [entry] if isinstance(entry, str) else _check_completion(entry, known)
-    if not options.out.resolve().parent.is_dir():
-        problems.append(f"--out={options.out}: its folder does not exist; make it first.")
+    if options.completions.exists() and not options.completions.is_file():
+        problems.append(f"--completions={options.completions} must be a file, since it is read twice; write one.")
+    else:
+        for entry in iterate_lines(options.completions):
+            problems += [entry] if isinstance(entry, str) else _check_completion(entry, known)
+    problems += _out_problems(options)
     if problems:
         raise ConfigError(shown(problems))
     return tasks
+
+
+def _out_problems(options: argparse.Namespace) -> list[str]:
+    out = options.out
+    if not out.resolve().parent.is_dir():
+        return [f"--out={out}: its folder does not exist; make it first."]
+    if out.exists() and any(path.exists() and out.samefile(path) for path in (options.tasks, options.completions)):
+        return [f"--out={out} must not be one of the files that are read; name another."]
+    return []
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"--out={path} cannot be written ({error.strerror}); name another file.") from None
 
 
 def _check_completion(line: Line, known: set[str] | None) -> list[str]:

@@ -221,6 +221,10 @@ class Sandbox:
             self._idle.put(None)
             raise
         self._all.add(worker)
+        if self._closed:  # while it started
+            self._discard(worker)
+            self._idle.put(None)
+            raise SandboxUnavailable("the sandbox was closed")
         return worker
 
     def _start(self) -> Worker:

@@ -5,6 +5,7 @@
 the first `num_public` cases (default 0) are public: best-of-n chooses by them and is scored on the rest.
 """
 
+import keyword
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ def tests_problems(tests: Mapping[str, Any] | None) -> list[str]:
     kind, cases = tests.get("kind"), tests.get("cases")
     if kind not in ("stdin", "functional"):
         problems.append("kind must be stdin or functional")
-    if kind == "functional" and not (isinstance(tests.get("entry"), str) and tests["entry"].isidentifier()):
+    if kind == "functional" and not _is_name(tests.get("entry")):
         problems.append("entry must name a function")
     if not isinstance(cases, list) or not cases:
         problems.append("cases must be a list that is not empty")
@@ -44,6 +45,10 @@ def _case_fits(kind: str, case: Any) -> bool:
     if kind == "stdin":
         return isinstance(case.get("input"), str) and isinstance(case.get("output"), str)
     return isinstance(case.get("args"), list) and "expected" in case
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
 
 
 def _limit_problems(tests: Mapping[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def iterate_lines(path: Path) -> Iterator[Line | str]:
 
 def _parse(path: Path, number: int, raw: bytes) -> Line | str:
     try:
-        value = json.loads(raw.decode())
+        value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))  # a mark at the start is no fault
     except (ValueError, RecursionError) as error:
         return f"{path}:{number}: not valid JSON ({error}); write one JSON object per line."
     if not isinstance(value, dict):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -88,6 +89,26 @@ def test_unknown_ids_and_missing_files(tmp_path, capsys):
     assert main(["--tasks", nowhere, "--completions", nowhere, "--out", str(tmp_path / "v")]) == 2
     error = capsys.readouterr().err
     assert error.count("nowhere") >= 2
+
+
+def test_the_files_that_are_read_are_never_written(tmp_path, capsys):
+    for name in ("t.jsonl", "c.jsonl"):
+        assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "B"}], f"--out={tmp_path / name}") == 2
+        assert "must not be one of the files that are read" in capsys.readouterr().err
+        assert "choice" in (tmp_path / name).read_text()
+    assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "B"}], f"--out={tmp_path}") == 2
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "fifo")
+    assert run(tmp_path, TASKS[2:3], [], f"--completions={tmp_path / 'fifo'}") == 2
+    assert "must be a file, since it is read twice" in capsys.readouterr().err
+
+
+def test_byte_order_marks_and_line_ends_of_windows(tmp_path):
+    for name, line in (("t.jsonl", TASKS[2]), ("c.jsonl", {"id": "choice", "completion": "B"})):
+        (tmp_path / name).write_text(f"\ufeff{json.dumps(line)}\r\n\r\n")
+    paths = [f"--{name}={tmp_path / name[0]}.jsonl" for name in ("tasks", "completions")]
+    assert main([*paths, f"--out={tmp_path / 'v.jsonl'}"]) == 0
+    assert json.loads((tmp_path / "v.jsonl").read_text())["status"] == "ok"
 
 
 @pytest.mark.parametrize("flag", ["--workers=0", "--sandbox=none"])
