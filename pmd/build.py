@@ -65,9 +65,11 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     _prepare(tasks, config)
     prompts = make_prompts(config.model.prompts, load_tokenizer(config.model))
     refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
-    fraction = _plan_engine(config)
+    plan = plan_here(config) if config.rollouts.engine == "vllm" else None
+    if plan is not None:
+        CONSOLE.print(str(plan), markup=False, soft_wrap=True)
     module = PMDModule(config)
-    engine = make_engine(config, module.policy, module.tokenizer, fraction)
+    engine = make_engine(config, module.policy, module.tokenizer, None if plan is None else plan.fraction)
     memory = None
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
@@ -75,14 +77,6 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     evaluator = Evaluator(engine, prompts, config.verification, config.rollouts.max_new_tokens, config.seed_everything)
     data = RolloutDataModule(config, tasks, engine, prompts, memory)
     return Run(config, run_dir, tasks, module, data, memory, evaluator)
-
-
-def _plan_engine(config: RunConfig) -> float | None:
-    """Return the share of the GPU for vLLM in this process, and print why; refuse what cannot fit."""
-    plan = plan_here(config) if config.rollouts.engine == "vllm" else None
-    if plan is not None:
-        CONSOLE.print(str(plan), markup=False, soft_wrap=True)
-    return None if plan is None else plan.fraction
 
 
 def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
@@ -166,6 +160,8 @@ def run(command: str, loaded: LoadedConfig) -> int:
         logger.finalize("success")
     updates = run.module.policy_version
     with _telling_how_to_resume(run_dir):
+        if run.data.engine.policy_version != updates:  # a finished run was resumed: no step, hence no sync
+            _sync_engine(run)
         phases["last"] = measure(run, with_memory=config.verification.memory_conditioned)
         phases["best"] = _measure_best(run, trainer, phases["last"])
     run.data.engine.close()
@@ -239,6 +235,11 @@ def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
     """Put a checkpoint's weights into the policy, and into the engine."""
     run.module.on_load_checkpoint(dict(state))
     run.module.load_state_dict(state["state_dict"], strict=False)
+    _sync_engine(run)
+
+
+def _sync_engine(run: Run) -> None:
+    """Have the engine take over weights that no training step made: those of a checkpoint."""
     run.data.engine.sync(run.module.policy_version)
     if (parity := parity_of(run)) is not None:
         parity.measure(nullcontext())

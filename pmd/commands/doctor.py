@@ -70,7 +70,10 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         console.print(f"vLLM does not fit beside it: {error}", markup=False)
         return 1
     code = _verdict(run, plan.phases(parts, run), tokens, free, console)
-    console.print(str(plan), markup=False)
+    asleep = (
+        f" Asleep, it takes {plan.parts['weights'] / 1e9:.1f} GB of main memory." if run.rollouts.vllm.sleep else ""
+    )
+    console.print(f"{plan}{asleep}", markup=False)
     return code
 
 

@@ -19,7 +19,7 @@ class TakesTurns(HFEngine):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.asleep, self.unchecked, self.generating, self.checking = False, True, False, False
-        self.turns, self.wrong = [], []
+        self.turns, self.wrong, self.calls = [], [], []
 
     def generate(self, requests, sampling, role="student"):
         if self.asleep:
@@ -27,6 +27,7 @@ class TakesTurns(HFEngine):
         if self.unchecked and not self.checking:
             self.wrong.append("generated before the check")
         self.generating = True
+        self.calls.append((role, len(requests)))
         yield from list(super().generate(requests, sampling, role))
         self.generating = False
 
@@ -89,3 +90,7 @@ def test_nobody_computes_out_of_turn(tmp_path, audit_groups):
     batch = ["sleep", "sleep", *once]  # two updates of one rollout batch
     audit = ["sleep", "wake", "parity"] if audit_groups else []
     assert engine.turns == [*once, *2 * (2 * batch + audit)]
+    groups = len(run.tasks["train"])
+    reflected = [count for role, count in engine.calls if role == config.reflection.by]
+    assert reflected[0] >= groups  # all groups of the epoch in one call
+    assert len(reflected) <= 2 * 3  # in each epoch: the reflections, the malformed ones once more, the behaviours

@@ -73,3 +73,17 @@ def test_a_killed_run_is_resumed_as_if_it_had_not_been(tmp_path):
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=0)
     assert len(metrics(tmp_path / "run", "parity/max")) == 4
+
+
+def test_resuming_a_finished_run_evaluates_the_weights_that_it_ended_with(tmp_path):
+    """No step is taken, so that no step hands the weights to the engine."""
+    arguments = [*TINY, "--model.finetune=lora", "--optimizer.lr=3e-2", f"--run_dir={tmp_path / 'run'}"]
+    run_pmd("fit", *arguments)
+    samples = (tmp_path / "run" / "samples.jsonl").read_text()
+    run_pmd("fit", *arguments, "--ckpt_path=last")
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == samples
+    answers = {"initial": [], "last": []}
+    for row in map(json.loads, samples.splitlines()):
+        if row["phase"] in answers:
+            answers[row["phase"]].append(row["answer"])
+    assert answers["initial"] != answers["last"]
