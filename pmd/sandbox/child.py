@@ -131,8 +131,9 @@ def _set_limits(request: Request, confinement: "Confinement") -> None:
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    if confinement.user is not None and confinement.user >= rooms.FIRST_OWN_USER:
-        limits[resource.RLIMIT_NPROC] = NUM_THREADS  # counts this user's threads, and no one else is this user
+    in_own_user_namespace = confinement.user is None and confinement.stdin_writer is not None
+    if in_own_user_namespace or (confinement.user or 0) >= rooms.FIRST_OWN_USER:
+        limits[resource.RLIMIT_NPROC] = NUM_THREADS  # counts this user's threads here, and no one else is this user
     for which, most in limits.items():
         hard = resource.getrlimit(which)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

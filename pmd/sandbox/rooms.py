@@ -1,6 +1,8 @@
 """Where a program runs: the files it may see. Level `namespaces` gets a root directory of its own, made in memory."""
 
+import glob
 import os
+import sys
 import sysconfig
 
 from pmd.sandbox import kernel
@@ -39,7 +41,13 @@ def package_paths(site_packages: str) -> list[str]:
 
 def readable_paths(site_packages: str) -> list[str]:
     """Return everything that a program may read."""
-    return [*python_paths(), *package_paths(site_packages), *(path for path in LIBRARIES if os.path.exists(path))]
+    found = [path for path in LIBRARIES if os.path.exists(path)]
+    return [*python_paths(), *package_paths(site_packages), *found, *shared_libraries(sys.base_prefix)]
+
+
+def shared_libraries(prefix: str) -> list[str]:
+    """Return the shared libraries that a Python of its own prefix brings: conda's `zlib` and `sqlite3` need them."""
+    return [] if f"{prefix}/lib" in LIBRARIES else sorted(glob.glob(f"{glob.escape(prefix)}/lib/*.so*"))
 
 
 def writable_place(readable: list[str]) -> str:
@@ -68,7 +76,7 @@ def build_root(readable: list[str], writable: str) -> int:
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     base = next(place for place in BUILDING_PLACES if os.path.isdir(place) and not _lies_below(place, readable))
     kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID, "size=256m,mode=755")
-    for path in readable:
+    for path in outermost(readable):
         _show(path, base)
     for path in DEVICES:
         _show(path, base, devices=True)
@@ -84,6 +92,11 @@ def build_root(readable: list[str], writable: str) -> int:
     kernel.make_read_only(base, below=False)
     kernel.change_root(base)
     return writer
+
+
+def outermost(paths: list[str]) -> list[str]:
+    """Leave out what lies below another path: where Python's library is /usr/lib/python3, showing /usr/lib shows it."""
+    return [path for path in paths if not any(path.startswith(other + "/") for other in paths)]
 
 
 def _lies_below(place: str, paths: list[str]) -> bool:

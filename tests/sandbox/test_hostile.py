@@ -7,8 +7,10 @@ import shutil
 import time
 from pathlib import Path
 
+import attacks
 import correct
 import hostile
+import idioms
 import pytest
 import unusual
 
@@ -29,16 +31,32 @@ GROUPS = {
     "hang 2": (unusual.HANGS, {**STDIN, "time_limit_s": 0.6}, {"timeout"}),
     "greedy 2": (unusual.GREEDY, {**STDIN, "time_limit_s": 60}, {"memory"}),
     "flood 2": (unusual.FLOODS, {**STDIN, "time_limit_s": 20}, {"output_limit"}),
+    "refused 3": (attacks.REFUSED, {**STDIN, "time_limit_s": 10}, {"wrong_answer", "runtime_error"}),
+    "function 3": (attacks.FUNCTIONS, {**CALL, "time_limit_s": 5}, {"wrong_answer", "runtime_error"}),
+    "hang 3": (attacks.HANGS, {**STDIN, "time_limit_s": 0.6}, {"timeout"}),
+    "greedy 3": (attacks.GREEDY, {**STDIN, "time_limit_s": 60}, {"memory"}),
+    "flood 3": (attacks.FLOODS, {**STDIN, "time_limit_s": 20}, {"output_limit"}),
+    "correct 3": (idioms.PROGRAMS, {**STDIN, "time_limit_s": 20}, {"ok"}),
+    "correct function 3": (idioms.FUNCTIONS, {**CALL, "time_limit_s": 20}, {"ok"}),
     "correct 2": (unusual.CORRECT, {**STDIN, "time_limit_s": 20}, {"ok"}),
     "correct function 2": (unusual.CORRECT_FUNCTIONS, {**CALL, "time_limit_s": 20}, {"ok"}),
     "correct": (correct.PROGRAMS, {**STDIN, "time_limit_s": 20}, {"ok"}),
     "correct function": (correct.FUNCTIONS, {**CALL, "time_limit_s": 20}, {"ok"}),
 }
-#: What a level does not offer: a writable directory; as root, a bound on threads but memory; a bound on files.
+#: What a level does not offer: a writable directory, modes of files; as root, a bound on threads; a bound on files.
 GAPS = {
     "namespaces": set(),
-    "landlock": {"cwd and env", "write a file", "temporary file", "thread bomb"},
-    "bubblewrap": {"many files", "deep folders", "thread bomb"},
+    "landlock": {
+        "cwd and env",
+        "write a file",
+        "temporary file",
+        "thread bomb",
+        "file too large",
+        "sqlite file",
+        "shelve",
+        "tempfile",
+    },
+    "bubblewrap": {"many files", "deep folders", "thread bomb", "shelve"},
 }
 NEEDS_BWRAP = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")]
 #: Names that the programs write to.
@@ -75,7 +93,7 @@ def score(folder: Path, groups: list[str], level: str) -> dict[tuple[str, str], 
 
 
 def test_there_are_more_than_a_hundred_hostile_programs():
-    assert sum(len(programs) for group, (programs, _, _) in GROUPS.items() if "correct" not in group) >= 290
+    assert sum(len(programs) for group, (programs, _, _) in GROUPS.items() if "correct" not in group) >= 480
 
 
 @pytest.mark.parametrize("level", ["namespaces", "landlock", pytest.param("bubblewrap", marks=NEEDS_BWRAP)])

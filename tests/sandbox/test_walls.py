@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pmd.sandbox import landlock, protocol, seccomp
+from pmd.sandbox import landlock, protocol, rooms, seccomp
 from pmd.sandbox.protocol import Reply
 
 
@@ -35,3 +35,16 @@ def test_replies_survive_the_socket():
     with pytest.raises(EOFError):
         protocol.receive_reply(ours)
     ours.close()
+
+
+def test_a_library_inside_a_library_does_not_hide_it():
+    paths = ["/usr/lib/python3.11", "/usr/lib/python3.11/lib-dynload", "/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
+    assert rooms.outermost(paths) == ["/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
+
+
+def test_a_python_with_its_own_libraries_shows_them_alone(tmp_path):
+    (tmp_path / "lib" / "python3.11").mkdir(parents=True)
+    for name in ("libz.so.1", "libz.so", "libz.a", "notes"):
+        (tmp_path / "lib" / name).touch()
+    assert rooms.shared_libraries(str(tmp_path)) == [f"{tmp_path}/lib/libz.so", f"{tmp_path}/lib/libz.so.1"]
+    assert rooms.shared_libraries("/usr") == []
