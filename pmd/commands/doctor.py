@@ -59,7 +59,9 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         refuse_small_cache(read_cache(run), run)
     if not on_cuda:
         parts["Python and libraries"] = libraries_bytes()
-        return _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
+        code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
+        console.print("On a CPU the process may hold half as much again: the C library keeps what torch frees.")
+        return code
     free, total = (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
     if run.rollouts.engine != "vllm":
         return _verdict(run, {"peak": parts}, tokens, free, console)

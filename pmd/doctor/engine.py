@@ -23,7 +23,7 @@ from pmd.rollouts.vllm_adapter import reserved_rank
 #: Bytes of a weight under vLLM's own quantisation: NF4 with a float32 scale for each block of 64, or 8-bit floats.
 QUANTIZED_BYTES = {"bitsandbytes": 0.5 + 4 / 64, "fp8": 1.0}
 #: Parts of the trainer's prediction that exist during a step alone.
-TRANSIENT = ("activations", "logits chunk", "head gradient", "KV cache", "sampling")
+TRANSIENT = ("activations", "logits chunk", "backward pass", "KV cache", "sampling")
 #: Estimates, not measured: CUDA context and libraries of the process, fragmentation, vLLM's CUDA graphs.
 CONTEXT_BYTES, FRAGMENTED_SHARE, GRAPH_BYTES = 1.5e9, 0.03, 1.0e9
 MOST_FRACTION = 0.95

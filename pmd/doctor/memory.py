@@ -1,8 +1,9 @@
 """How much memory a training step will need, by part, from a model's config.json and the run's configuration.
 
 Enters: the architecture and the configuration. Leaves: bytes by part. Weights, gradients and optimizer are counted
-exactly; activations are those of a Qwen3 layer under scaled-dot-product attention. Training and generation with the
-`hf` engine take turns, so the larger of the two counts.
+exactly, the rest is what torch allocates for a Qwen3 layer under scaled-dot-product attention; a test holds it against
+what a step allocates. Training and generation with the `hf` engine take turns, so the larger of the two counts. What a
+C library or a CUDA allocator keeps of freed memory comes on top.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,17 @@ from pmd.models.logprobs import CHUNK_ELEMENTS, CHUNK_ELEMENTS_DEFAULT
 
 #: NF4 with double quantisation: half a byte a weight and the scales of its blocks.
 NF4_BYTES = 0.516
+#: What a Qwen3 layer keeps of a token for its backward pass, in widths of hidden state, queries, keys, MLP. Norms keep
+#: float32; a bfloat16 layer keeps a float32 copy of its input for each adapter.
+KEPT = {
+    ("full", "float32"): (6, 4, 4, 4),
+    ("full", "bfloat16"): (8, 5, 5, 4),
+    ("adapter", "float32"): (4, 3, 3, 4),
+    ("adapter", "bfloat16"): (14, 6, 4, 5),
+}
+#: Tensors [chunk, V] at the peak of a comparison of the whole vocabulary, by alpha; with top_k there are 3.
+WHOLE_TENSORS = {0.0: 6.25, 1.0: 6.25, "symmetric": 8.0}
+WHOLE_TENSORS_BETWEEN = 10.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,7 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
     """Return bytes by part.
 
     Args:
-        tokens: of the largest micro-batch, padding included.
+        tokens: that the student is given in the largest micro-batch, padding included.
         completion_tokens: those of them that are scored.
     """
     size = DTYPES[run.model.dtype].itemsize
@@ -90,16 +102,43 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
         parts["adapters"] = float(trained * trained_size * (2 if run.teacher.has_own_weights else 1))
     parts["gradients"] = float(trained * trained_size)
     parts["optimizer"] = 2.0 * trained * (1 if run.optimizer.kind == "adamw_8bit_paged" else trained_size)
-    layer = (6 * shape.hidden + 6 * shape.query + 4 * shape.key + 4 * shape.intermediate) * tokens * size
-    kept = shape.hidden * tokens * size * shape.layers + layer
-    activations = kept if run.model.gradient_checkpointing else layer * shape.layers
-    chunk = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_DEFAULT) // shape.vocabulary
-    logits = 3.0 * min(max(chunk, 1), completion_tokens) * shape.vocabulary * 4
-    head = 2.0 * shape.vocabulary * shape.hidden * 4 if run.model.finetune == "full" else 0.0
+    transient = _transient(shape, run, tokens, completion_tokens, device)
     cache, sampling = _generation(shape, run, size)
-    if activations + logits + head >= cache + sampling or run.rollouts.engine != "hf":
-        return parts | {"activations": float(activations), "logits chunk": logits, "head gradient": head}
-    return parts | {"KV cache": cache, "sampling": sampling}
+    if run.rollouts.engine == "hf" and cache + sampling > sum(transient.values()):
+        return parts | {"KV cache": cache, "sampling": sampling}
+    return parts | transient
+
+
+def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
+    """Return what exists during a micro-batch alone, at its peak: at the loss, or in a layer's backward pass."""
+    model, size = run.model, DTYPES[run.model.dtype].itemsize
+    kind = "full" if model.finetune == "full" else "adapter"
+    counts, ranks = KEPT[kind, model.dtype], 0 if kind == "full" else 7 * 4 * model.lora_rank
+    widths = (shape.hidden, shape.query, shape.key, shape.intermediate)
+    layer = tokens * (size * sum(n * width for n, width in zip(counts, widths, strict=True)) + ranks)
+    kept = shape.layers * (tokens * size * shape.hidden if model.gradient_checkpointing else layer)
+    ends = 3 * tokens * size * shape.hidden  # embedding, last norm
+    backward = 2 * tokens * size * shape.intermediate + (layer if model.gradient_checkpointing else 0)
+    scoring = scoring_bytes(shape, run, completion_tokens, device)
+    return {
+        "activations": float(kept + ends),
+        "logits chunk": scoring,
+        "backward pass": max(0.0, backward - scoring),
+    }
+
+
+def scoring_bytes(shape: Shape, run: RunConfig, completion_tokens: int, device: str) -> float:
+    """Return what a chunk of logits takes: tensors of the chunk, and the gradient of a head that is trained."""
+    objective = run.objective
+    chunk = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_DEFAULT) // shape.vocabulary
+    one = 4.0 * min(max(chunk, 1), completion_tokens) * shape.vocabulary
+    tensors = 3.0
+    if objective.distillation > 0 and objective.top_k is None:
+        tensors = WHOLE_TENSORS.get(objective.alpha, WHOLE_TENSORS_BETWEEN)
+    if run.model.finetune != "full":
+        return tensors * one
+    head = 4.0 * shape.vocabulary * shape.hidden
+    return max(tensors * one, (tensors - 1) * one + head, one + 2 * head)
 
 
 def _generation(shape: Shape, run: RunConfig, size: int) -> tuple[float, float]:

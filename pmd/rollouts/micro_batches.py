@@ -14,6 +14,8 @@ from pmd.models.sequences import Pair, common_length
 LEAST_SAVED_TOKENS = 256
 #: ... and this share of them (keys and values are copied for every row).
 LEAST_SAVED_SHARE = 0.25
+#: Each row has its own copy of its prefix's keys and values: this many such tokens take the memory of one computed.
+TOKENS_PER_COPY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,10 @@ class Size:
 
     def num_tokens(self, packs: bool) -> int:
         """Return the tokens of the forward pass; whole rows may be packed without padding."""
-        return self.real if packs and not self.prefix else self.prefixes * self.prefix + self.rows * self.row
+        if packs and not self.prefix:
+            return self.real
+        copies = self.rows * self.prefix // TOKENS_PER_COPY
+        return self.prefixes * self.prefix + self.rows * self.row + copies
 
 
 @dataclass(frozen=True, slots=True)
