@@ -36,10 +36,11 @@ class WeightSyncCallback(Callback):
             self._sleep_s = 0.0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refresh a frozen teacher that is due."""
+        """Refresh a frozen teacher that is due; give the engine the student's weights back, where it held others."""
         assert isinstance(pl_module, PMDModule)
         refreshed = pl_module.policy.after_epoch(trainer.current_epoch)
         pl_module.log("teacher/refreshed", float(refreshed), batch_size=1)
+        self._sync(trainer, pl_module)  # reflections by the teacher had it load the teacher's
 
     def _sync(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Wake the engine, hand it the weights, and see that it computes what the trainer computes."""

@@ -89,7 +89,7 @@ def test_nobody_computes_out_of_turn(tmp_path, audit_groups):
     once = ["wake", "sync", "parity"]
     batch = ["sleep", "sleep", *once]  # two updates of one rollout batch
     audit = ["sleep", "wake", "parity"] if audit_groups else []
-    assert engine.turns == [*once, *2 * (2 * batch + audit)]
+    assert engine.turns == [*once, *2 * (2 * batch + audit + once)]
     groups = len(run.tasks["train"])
     reflected = [count for role, count in engine.calls if role == config.reflection.by]
     assert reflected[0] >= groups  # all groups of the epoch in one call
