@@ -70,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"{error}; compare runs of one data set, with as many samples as --metric needs.") from error
     print_table(found, options)
-    if options.out:
+    if not options.out:
+        print("Name a folder with --out to keep the table as compare.json and draw compare.png.")
+    else:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {"phase": options.phase, "metric": options.metric, "methods": [dataclasses.asdict(c) for c in found]}
         (options.out / "compare.json").write_text(json.dumps(content, indent=1) + "\n")

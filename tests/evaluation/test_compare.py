@@ -130,6 +130,7 @@ def test_the_command(tmp_path, capsys):
     assert content["methods"][1]["num_runs"] == 3
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
     assert main([*runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
+    assert "--out" in capsys.readouterr().out
 
 
 def test_what_could_not_be_verified_counts_nowhere(tmp_path):
