@@ -6,8 +6,8 @@ from pmd.bootstrap.random_model import make_random_model
 from pmd.cli import main
 from pmd.config import ModelConfig, RolloutsConfig, RunConfig
 from pmd.config_engines import VLLMConfig
-from pmd.doctor.engine import Cache, Gpu, engine_parts, plan_engine, read_cache, refuse_small_cache
-from pmd.doctor.memory import Shape
+from pmd.doctor.engine import TRANSIENT, Cache, Gpu, engine_parts, plan_engine, read_cache, refuse_small_cache
+from pmd.doctor.memory import Shape, predict
 from pmd.errors import ConfigError
 
 #: Linear layers: 2 x (100 x (2 x 100 + 2 x 50) + 3 x 100 x 200) = 180,000 weights; embedding 100,000.
@@ -58,6 +58,16 @@ def test_weights_and_adapters(finetune, dtype, quantization, weights, adapters):
     parts = engine_parts(SHAPE, run, GPU)
     assert (parts["weights"], parts["adapters"], parts["CUDA graphs"]) == (weights, adapters, 0)
     assert parts["forward pass"] == 16384 * 3 * 300 * (4 if dtype == "float32" else 2) + 10 * 1000 * 16
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_each_part_of_the_trainer_is_known_to_stay_or_to_go(finetune, engine):
+    run = run_with(finetune)
+    run.rollouts.engine = engine
+    parts = predict(SHAPE, run, 1000, 100, "cuda")
+    stay = {"base", "teacher", "adapters", "gradients", "optimizer"}
+    assert {"base", "gradients", "optimizer"} <= set(parts) <= stay | set(TRANSIENT)
 
 
 def test_what_cannot_fit_is_refused_with_remedies():
