@@ -6,6 +6,7 @@ rollouts and updates as every other method), and never again; one that was impor
 """
 
 import csv
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from pmd.callbacks.audit import AuditCallback
 from pmd.callbacks.reflect import ReflectionCallback
+from pmd.errors import MemoryStoreError
 from pmd.memory.health import health, item_table
 from pmd.memory.memory import Learnt, ProceduralMemory
 from pmd.module import PMDModule
@@ -77,12 +79,26 @@ class MemoryUpdateCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole store, so that a checkpoint is one thing."""
-        database = np.frombuffer(self.memory.snapshot(), dtype=np.uint8).copy()
-        return {"generation": self.memory.generation, "database": torch.from_numpy(database)}
+        data = self.memory.snapshot()
+        return {
+            "generation": self.memory.generation,
+            "database": torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()),
+            "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits as it is
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the checkpoint's memory in place of whatever the run directory holds."""
-        self.memory.restore(state_dict["database"].numpy().tobytes())
+        """Put the checkpoint's memory in place of whatever the run directory holds.
+
+        Raises:
+            MemoryStoreError: the checkpoint is damaged; the run directory's memory stays.
+        """
+        data = state_dict["database"].numpy().tobytes()
+        if state_dict.get("sha256") not in (None, hashlib.sha256(data).hexdigest()):  # earlier checkpoints have none
+            raise MemoryStoreError(
+                "the checkpoint's memory is damaged (its bytes are not those of its sha256); resume from another "
+                "checkpoint of the run with --ckpt_path=FILE."
+            )
+        self.memory.restore(data)
 
     def _of_epoch(self, learnt: Learnt) -> dict[str, float]:
         """Return what this epoch's retrieval and update did."""

@@ -14,7 +14,9 @@ import pytest
 from command_line import run_pmd
 from memory_world import World
 
+from pmd.callbacks.memory import MemoryUpdateCallback
 from pmd.cli import main
+from pmd.errors import MemoryStoreError
 from pmd.memory.index import ProblemIndex
 from pmd.memory.memory import ProceduralMemory
 from pmd.memory.store import MemoryStore
@@ -207,6 +209,23 @@ def test_the_remedy_works(copy, world):
     copy.with_name("m.sqlite.sum").rename(copy.with_name("damaged.sqlite.sum"))
     memory = ProceduralMemory(copy, store.config, keys, frozenset())
     memory.restore(data)
+    assert memory.store.insights() == kept
+    memory.close()
+
+
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(copy, world):
+    with MemoryStore.open(copy, embedder=world.embedder()) as store:
+        keys = [task.memory_key for task in world.tasks]
+        config = store.config
+    memory = ProceduralMemory(copy, config, keys, frozenset())
+    callback = MemoryUpdateCallback(memory, None, None, copy.parent / "items")  # type: ignore[arg-type]
+    state = callback.state_dict()
+    callback.load_state_dict(state)
+    kept = memory.store.insights()
+    place = state["database"].numpy().tobytes().index(b"use ")  # in a text, where SQLite would not notice
+    state["database"][place] ^= 1
+    with pytest.raises(MemoryStoreError, match="checkpoint's memory is damaged"):
+        callback.load_state_dict(state)
     assert memory.store.insights() == kept
     memory.close()
 
