@@ -120,13 +120,18 @@ def draw(results: list[dict[str, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     sizes = [result["problems"] for result in results]
-    for axis, title, keys in (
-        (axes[0], "one query, ms", ("query_p50_ms", "query_p99_ms", "query_cpu_p99_ms")),
-        (axes[1], "seconds", ("update_s", "index_build_s", "open_s")),
-        (axes[2], "MB", ("file_mb", "peak_memory_mb")),
-    ):
-        for key in keys:
-            axis.plot(sizes, [result[key] for result in results], marker="o", label=key)
+    curves = {
+        "one query, ms": {
+            "query_p99_ms": "99th percentile",
+            "query_cpu_p99_ms": "99th percentile, CPU time",
+            "query_p50_ms": "median",
+        },
+        "seconds": {"index_build_s": "index from nothing", "update_s": "update", "open_s": "opening"},
+        "MB": {"peak_memory_mb": "process, at most", "file_mb": "file"},
+    }  # fmt: skip
+    for axis, (title, named) in zip(axes, curves.items(), strict=True):
+        for key, label in named.items():
+            axis.plot(sizes, [result[key] for result in results], marker="o", label=label)
         axis.set(xscale="log", yscale="log", title=title, xlabel="problems")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

@@ -6,8 +6,8 @@
 For each seed two runs of the shipped `tiny` model make and export a memory: the whole method, and the same with a fixed
 policy. Then the receiving model trains with an empty memory, and with each export at the start
 (`memory.import_path`), either writing on as usual or never written again (`memory.frozen`). Printed: memory-free
-avg@16 on held-out problems after some of the epochs (validation) and at the end (test), mean and standard error over
-the seeds. Runs that are there already are not repeated.
+avg@16 on held-out problems after every second epoch (validation) and at the end (test), mean and standard error over
+the seeds, and the same of the differences within a seed. Runs that are there already are not repeated.
 """
 
 import argparse
@@ -99,6 +99,9 @@ def main() -> None:
         table.add_column(column, justify="left" if column[0] == "m" else "right")
     for name, runs in found.items():
         table.add_row(name, *(mean_and_error([run[column] for run in runs]) for column in columns))
+    for name, runs in list(found.items())[1:]:  # runs of one seed share their world: the differences vary less
+        pairs = list(zip(runs, found["empty"], strict=True))
+        table.add_row(f"{name} less empty", *(mean_and_error([a[c] - b[c] for a, b in pairs]) for c in columns))
     Console().print(table)
 
 
