@@ -187,10 +187,11 @@ def _finish(code: int, name: str) -> int:
 
 def _let_go(name: str) -> None:
     """Drop the program's module and all that only it holds; a file that was not closed writes what it holds."""
-    names = vars(sys.modules.pop(name))
+    module = sys.modules.pop(name, None)
+    names = {} if module is None else vars(module)  # a program may have removed it
     for key in [key for key, value in names.items() if hasattr(type(value), "__del__")]:
         names[key] = None
-    del names
+    del module, names
     if sys.getallocatedblocks() < MOST_SEARCHED:
         _flush_open_files()
         gc.collect()

@@ -3,6 +3,7 @@
 
 #: Read two integers, print the sum.
 PROGRAMS = {
+    "own module removed": "import sys\ndel sys.modules['__main__']\nprint(3)",
     "rlimit stack inf": "import resource,sys\nresource.setrlimit(resource.RLIMIT_STACK,(resource.RLIM_INFINITY,resource.RLIM_INFINITY))\nsys.setrecursionlimit(10**6)\ndef f(n): return 3 if n==0 else f(n-1)\nprint(f(50000))",
     "rlimit stack 2**29,-1": "import resource\nresource.setrlimit(resource.RLIMIT_STACK,(2**29,-1)); print(3)",
     "rlimit stack soft to hard": "import resource\ns,h=resource.getrlimit(resource.RLIMIT_STACK); resource.setrlimit(resource.RLIMIT_STACK,(h,h)); print(3)",
