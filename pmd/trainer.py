@@ -34,6 +34,7 @@ UNTRUE_WARNINGS = (
     "You have overridden `transfer_batch_to_device`",
     "GPU available but not used",
     "It is recommended to use `self.log",
+    "could not find the monitored key",  # in epochs that are not verified, which cannot be the best
 )
 
 
