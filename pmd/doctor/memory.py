@@ -93,8 +93,9 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
     parts = {"base": float(everything * size)}
     if run.model.finetune == "full":
         trained, trained_size = everything, size
-        frozen = run.teacher.kind != "live" or run.objective.kl_weight > 0
-        parts["teacher"] = float(everything * size * frozen)
+        own = run.teacher.has_own_weights
+        initial = run.objective.kl_weight > 0 or not (own or run.teacher.kind == "live")
+        parts["frozen copies"] = float(everything * size * (own + initial))
     else:
         if run.model.finetune == "qlora":
             parts["base"] = shape.linear * NF4_BYTES + shape.embedding * size

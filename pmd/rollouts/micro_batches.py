@@ -1,8 +1,8 @@
 """Which rollouts go through the models together.
 
 Enters: prompt and completion of each rollout as student and teacher see them, and a bound on the tokens of one forward
-pass. Leaves: rows, micro-batch by micro-batch. Rows of like length stand together; where the prompt
-that a group shares is computed once, the group stays together, too.
+pass. Leaves: rows, micro-batch by micro-batch. Rows of like length stand together; where the prompt that a group shares
+is computed once, the group stays together, too.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -3,7 +3,7 @@
 import pytest
 
 from pmd.cli import main
-from pmd.config import ModelConfig, RunConfig, TeacherConfig
+from pmd.config import ModelConfig, ObjectiveConfig, RunConfig, TeacherConfig
 from pmd.doctor.memory import predict, read_shape
 from pmd.models.load import load_base
 from pmd.models.policy import make_policy
@@ -24,8 +24,8 @@ def test_parts_follow_the_configuration():
     full = predict(read_shape(config), RunConfig(model=config), 10**6, 1000, "cpu")
     config = ModelConfig(path="tiny", finetune="lora", gradient_checkpointing=True)
     lora = predict(read_shape(config), RunConfig(model=config), 10**6, 1000, "cpu")
-    assert full["teacher"] == full["base"]
-    assert "teacher" not in lora
+    assert full["frozen copies"] == full["base"]
+    assert "frozen copies" not in lora
     assert lora["optimizer"] < full["optimizer"]
 
 
@@ -36,3 +36,15 @@ def test_the_verdict(tokens, code, words, capsys):
     output = capsys.readouterr().out
     assert words in output
     assert "Python and libraries" in output
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kl_weight", "copies"),
+    [("live", 0.0, 0), ("live", 0.1, 1), ("frozen", 0.1, 1), ("ema", 0.0, 1), ("ema", 0.1, 2)],
+)
+def test_frozen_copies_are_those_that_the_policy_makes(teacher, kl_weight, copies):
+    run = RunConfig(teacher=TeacherConfig(kind=teacher), objective=ObjectiveConfig(kl_weight=kl_weight))
+    parts = predict(read_shape(run.model), run, 1000, 100, "cpu")
+    policy = make_policy(load_base(run.model), run.model, run.teacher, needs_initial=kl_weight > 0)
+    assert [policy.initial, policy.teacher].count(None) == 2 - copies
+    assert parts["frozen copies"] == copies * parts["base"]

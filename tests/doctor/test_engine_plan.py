@@ -66,7 +66,7 @@ def test_each_part_of_the_trainer_is_known_to_stay_or_to_go(finetune, engine):
     run = run_with(finetune)
     run.rollouts.engine = engine
     parts = predict(SHAPE, run, 1000, 100, "cuda")
-    stay = {"base", "teacher", "adapters", "gradients", "optimizer"}
+    stay = {"base", "frozen copies", "adapters", "gradients", "optimizer"}
     assert {"base", "gradients", "optimizer"} <= set(parts) <= stay | set(TRANSIENT)
 
 

@@ -5,7 +5,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NUM_TOKENS = 6
@@ -87,8 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if cut else data)
+        with suppress(BrokenPipeError):  # a client that was kept waiting has gone
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2] if cut else data)
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
