@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pmd.config import MemoryConfig, TinyWorldConfig
+from pmd.config.schema import MemoryConfig, TinyWorldConfig
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.store import MemoryStore
-from pmd.memory.transfer import export_file
+from pmd.memory.tools.transfer import export_file
+from pmd.tasks.prompts.words import parse_line, parse_statement, solved_line
 from pmd.tasks.tiny import load_tiny
-from pmd.tiny.language import parse_line, parse_statement, solved_line
 from pmd.tiny.world import make_world, rules_of, solution
 
 WORLD = TinyWorldConfig()

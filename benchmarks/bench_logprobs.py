@@ -61,7 +61,7 @@ def measure(way: str, tokens: int, arguments: argparse.Namespace) -> dict[str, f
 
 
 def chunked_loss(student, teacher, head, targets, top_k):
-    from pmd.models.logprobs import TeacherPart, token_terms
+    from pmd.scoring import TeacherPart, token_terms
 
     terms = token_terms(student, head, targets, [TeacherPart(teacher, head, 1.0)], alpha=0.5, top_k=top_k)
     return terms.per_token_divergence.mean()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.memory.index import ProblemIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore

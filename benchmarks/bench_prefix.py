@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pmd.models.logprobs import completion_hidden_states
-from pmd.models.sequences import Pair, pad_after_prefixes, pad_sequences
+from pmd.batch import Pair, pad_after_prefixes, pad_sequences
+from pmd.scoring import completion_hidden_states
 
 
 def make_model(arguments: argparse.Namespace) -> Qwen3ForCausalLM:

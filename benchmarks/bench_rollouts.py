@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from pmd.bootstrap.random_model import make_random_model
-from pmd.config import ModelConfig, TeacherConfig
-from pmd.models.load import load_base, load_tokenizer
-from pmd.models.policy import make_policy
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.vllm import VLLMEngine
-from pmd.rollouts.vllm_adapter import EngineSettings, VLLMRuntime
+from pmd.config.schema import ModelConfig, TeacherConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.vllm import VLLMEngine
+from pmd.engines.vllm_runtime import EngineSettings, VLLMRuntime
+from pmd.policy import make_policy
+from pmd.pretrained import load_base, load_tokenizer
 
 QWEN3_8B = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -114,14 +114,14 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
 
 def colocated_step(arguments: argparse.Namespace, folder: Path) -> None:
     """Take steps of 8 rollouts a problem, as `fit` does, and print the seconds of each part."""
-    from pmd.commands.bench import main as bench
+    from pmd.cli.bench import main as bench
 
     problems = max(1, arguments.requests // 8)
     sizes = {
         "model.path": folder,
         "data.path": make_questions(folder.parent, 2 * problems * (arguments.steps + 1)),
         "data.max_train": problems * (arguments.steps + 1),
-        "rollouts.problems_per_step": problems,
+        "rollouts.tasks_per_step": problems,
         "rollouts.group_size": 8,
         "rollouts.max_new_tokens": arguments.tokens,
         "rollouts.vllm.max_num_seqs": min(256, arguments.requests),

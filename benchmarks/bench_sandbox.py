@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pmd.sandbox.pool import Level, Limits, Sandbox, SandboxUnavailable
+from pmd.verifiers.sandbox.pool import Level, Limits, Sandbox, SandboxUnavailable
 
 PROGRAM, INPUT, OUTPUT = "print(sum(map(int, input().split())))", b"1 2\n", b"3\n"
 BWRAP = [

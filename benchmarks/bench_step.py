@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from pmd.bench.measure import measure_steps
-from pmd.bench.synthetic import FixedBatches, Lengths, synthetic_examples
-from pmd.config import ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutsConfig, RunConfig, TeacherConfig
-from pmd.models.load import resolve_model_path
+from pmd.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutsConfig, RunConfig, TeacherConfig
 from pmd.module import PMDModule
+from pmd.planning.bench import measure_steps
+from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
+from pmd.pretrained import resolve_model_path
 
 SHAPES = {
     # groups, group size, lengths, vocabulary
@@ -53,7 +53,7 @@ def pmd_module(folder: str, examples) -> tuple[PMDModule, FixedBatches]:
     config = RunConfig(
         model=ModelConfig(path=folder),
         teacher=TeacherConfig(kind="frozen"),
-        objective=ObjectiveConfig(alpha=0.5, top_k=TOP_K, reduction="sequence", importance_clip=None, engine_cap=None),
+        objective=ObjectiveConfig(alpha=0.5, top_k=TOP_K, reduction="sequence", importance_clip=None, tis_cap=None),
         optimizer=OptimizerConfig(lr=1e-5, weight_decay=0.01),
         rollouts=RolloutsConfig(micro_batch_tokens=4096),
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmd.config import RunConfig
+from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pmd.models.logprobs import TokenTerms
-from pmd.rollouts.batch import Batch, Example, MicroBatch
+from pmd.batch import Batch, Example, MicroBatch
+from pmd.losses.distillation import TokenTerms
 
 PER_TOKEN = ("per_token_divergence", "student_logprobs", "teacher_logprobs", "entropy")
 
@@ -73,8 +73,8 @@ def _describe(example: Example) -> dict[str, Any]:
         "advantage": example.advantage,
         "finish_reason": completion.finish_reason,
         "memory": [
-            {"id": p.procedure_id, "level": p.level, "kind": p.kind, "text": p.text, "similarity": p.similarity}
-            for p in context.procedures
+            {"id": p.item_id, "level": p.level, "kind": p.kind, "text": p.text, "similarity": p.similarity}
+            for p in context.items
         ],
         "success_shown": context.success,
         "failure_shown": context.shows_failure,

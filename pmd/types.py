@@ -1,6 +1,6 @@
 """The records that flow through one training step. Plain data: no torch, no I/O, nothing mutable.
 
-Task -> (engine) Completion -> Rollout -> (verifier) Verdict -> (reflection) Procedure. Records are joined by id,
+Task -> (engine) Completion -> Rollout -> (verifier) Verdict -> (reflection) MemoryItem. Records are joined by id,
 never by list position.
 """
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Split = Literal["train", "validation", "test"]
+Role = Literal["student", "teacher", "reference"]  # which weights of the policy
+PromptAndCompletion = tuple[tuple[int, ...], tuple[int, ...]]  # token ids
 Level = Literal[0, 1, 2]
-ProcedureKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
+ItemKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
 InsightAction = Literal["add", "keep", "edit", "retire"]
 VerdictStatus = Literal[
     "ok",
@@ -120,7 +122,7 @@ class InsightDraft:
     """One change to a problem's insights as the policy wrote it, not yet in memory."""
 
     task_id: str
-    kind: ProcedureKind
+    kind: ItemKind
     text: str
     rollout_ids: tuple[str, ...]  # the attempts it was learnt from
     action: InsightAction = "add"
@@ -128,12 +130,12 @@ class InsightDraft:
 
 
 @dataclass(frozen=True, slots=True)
-class Procedure:
+class MemoryItem:
     """One memory entry, as retrieval hands it to the teacher."""
 
-    procedure_id: int
+    item_id: int
     level: Level
-    kind: ProcedureKind
+    kind: ItemKind
     text: str
     problem_id: int | None  # None for behaviours, which belong to several problems
     task_id: str | None  # the train task it was learnt from

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
-    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+    "--rollouts.tasks_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
 ]  # fmt: skip
 LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "--teacher.kind=ema"]
 

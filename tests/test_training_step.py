@@ -6,16 +6,15 @@ from collections import Counter
 import pytest
 import torch
 
-from pmd.config import ModelConfig, ObjectiveConfig, RolloutsConfig, RunConfig, TeacherConfig
-from pmd.models.sequences import pad_sequences
-from pmd.module import PMDModule
-from pmd.rollouts.batch import Batch, Example
-from pmd.teacher.context import TeacherContext
+from pmd.batch import Batch, Example, pad_sequences
+from pmd.config.schema import ModelConfig, ObjectiveConfig, RolloutsConfig, RunConfig, TeacherConfig
+from pmd.module import PMDModule, combined_loss
+from pmd.teacher import TeacherContext
 from pmd.types import Completion, Rollout, Verdict
 
 METHODS = {
     "grpo": ObjectiveConfig(policy_gradient=1.0, distillation=0.0, kl_weight=0.05),
-    "sdpo": ObjectiveConfig(alpha=0.5, top_k=20, anchor_weight=0.0, reduction="sequence"),
+    "sdpo": ObjectiveConfig(alpha=0.5, top_k=20, no_context_weight=0.0, reduction="sequence"),
     "pmd": ObjectiveConfig(alpha="symmetric"),
     "mix": ObjectiveConfig(policy_gradient=0.5, distillation=0.5, alpha=1.0, top_k=5, reduction="sequence"),
 }
@@ -51,8 +50,8 @@ def gradient(module: PMDModule, batch: Batch) -> tuple[torch.Tensor, float, int]
     """Return the step's gradient as one vector, its loss, and how many micro-batches it took."""
     module.seconds, total, count = Counter(), 0.0, 0
     for micro_batch in batch.micro_batches(module.layout, torch.device("cpu")):
-        terms, initial_kl = module._score(micro_batch)
-        loss = module._loss(micro_batch, terms, initial_kl)
+        terms = module._score(micro_batch)
+        loss = combined_loss(terms, micro_batch.tokens, module.policy_version, module.objective)
         loss.total.backward()
         total, count = total + loss.total.item(), count + 1
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -79,10 +78,10 @@ def test_split_order_and_padding_change_nothing(method, finetune):
 
 def test_the_teacher_gets_no_gradient_and_does_not_move():
     module = module_for(METHODS["pmd"], 200)
-    before = {name: value.clone() for name, value in module.policy.initial.state_dict().items()}
+    before = {name: value.clone() for name, value in module.policy.reference.state_dict().items()}
     gradient(module, Batch(tuple(examples()), 0, 0))
-    assert all(p.grad is None for p in module.policy.initial.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in module.policy.initial.state_dict().items())
+    assert all(p.grad is None for p in module.policy.reference.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in module.policy.reference.state_dict().items())
 
 
 def test_masked_rollouts_keep_their_place_in_the_denominator():

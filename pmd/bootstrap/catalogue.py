@@ -15,8 +15,8 @@ from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.tiny_model import TinySize, make_tiny_model
 from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.bootstrap.train import DrawSample, Recipe, rounded_to_bfloat16
-from pmd.tiny.tokenizer import make_tokenizer
 
 TINY_SIZES = {"tiny": TinySize(), "tiny_large": TinySize(layers=4, width=160)}
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pmd.tiny.language import BOS, EOS, PAD, VOCABULARY
-from pmd.tiny.tokenizer import MAX_POSITIONS
+from pmd.bootstrap.tiny_tokenizer import MAX_POSITIONS
+from pmd.tasks.prompts.words import BOS, EOS, PAD, VOCABULARY
 
 HEAD_WIDTH, THETA, INIT = 32, 1e4, 0.02
 PAIRS = HEAD_WIDTH // 2  # rotary pairs: dimensions i and i + PAIRS turn together

@@ -20,7 +20,7 @@ from pmd.bootstrap.tiny_samples import (
     encode_words,
     lines_about_others,
 )
-from pmd.tiny.language import EOS, NOT_KINDS, VOCABULARY, Line, reflect_prompt, solve_prompt, statement
+from pmd.tasks.prompts.words import EOS, NOT_KINDS, VOCABULARY, Line, reflect_prompt, solve_prompt, statement
 from pmd.tiny.world import BOX_COUNTS, NAMES, Problem, execution, rules_of, solution
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pmd.bootstrap.sample import Sample
-from pmd.tiny.language import (
+from pmd.tasks.prompts.words import (
     BOS,
     EOS,
     NOT_KINDS,

@@ -1,13 +1,13 @@
-"""After a rollout batch's optimizer steps the engine takes the student's weights; after an epoch a teacher may too."""
+"""After a rollout batch's optimizer steps the engine takes over the student's weights."""
 
 import time
 
 from lightning import Callback, LightningModule, Trainer
 
+from pmd.batch import Batch
+from pmd.engines.base import Engine
+from pmd.engines.parity import ParityCheck
 from pmd.module import PMDModule
-from pmd.rollouts.batch import Batch
-from pmd.rollouts.engine import Engine
-from pmd.rollouts.vllm_parity import ParityCheck
 
 
 class WeightSyncCallback(Callback):
@@ -34,13 +34,6 @@ class WeightSyncCallback(Callback):
         if (batch.step + 1) % self.updates_per_batch == 0:
             pl_module.log_dict(self._sync(trainer, pl_module) | {"time/sleep_s": self._sleep_s}, batch_size=1)
             self._sleep_s = 0.0
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refresh a frozen teacher that is due; give the engine the student's weights back, where it held others."""
-        assert isinstance(pl_module, PMDModule)
-        refreshed = pl_module.policy.after_epoch(trainer.current_epoch)
-        pl_module.log("teacher/refreshed", float(refreshed), batch_size=1)
-        self._sync(trainer, pl_module)  # reflections by the teacher had it load the teacher's
 
     def _sync(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Wake the engine, hand it the weights, and see that it computes what the trainer computes."""

@@ -1,21 +1,21 @@
 """Held-out evaluation: sample the policy without any memory, or with memory in its prompt to see what is left to learn.
 
-Enters: an engine, tasks, what makes prompts. Leaves: samples for `metrics.py`. Works without Lightning.
+Works without Lightning; `metrics.py` turns the samples into scores.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmd.config import RunConfig, VerificationConfig
+from pmd.config.schema import RunConfig, VerificationConfig, VerifiersConfig
+from pmd.engines.base import Engine, Sampling
 from pmd.errors import VerificationError
 from pmd.evaluation.chance import chance_scores
 from pmd.evaluation.metrics import Sample
-from pmd.memory.memory import ProceduralMemory
-from pmd.rollouts.attempt import attempt
-from pmd.rollouts.engine import Engine, Sampling
+from pmd.memory import ProceduralMemory
+from pmd.rollouts.generate import generate_rollouts
 from pmd.seeds import derive_seed
-from pmd.teacher.context import ContextBuilder
+from pmd.teacher import ContextBuilder
 from pmd.types import UNSCORED, Task, Verdict
 
 
@@ -26,6 +26,7 @@ class Evaluator:
     engine: Engine
     contexts: ContextBuilder  # the prompt format, and the bounds of a prompt that holds memory
     config: VerificationConfig
+    verifiers: VerifiersConfig
     max_new_tokens: int
     seed: int
 
@@ -44,10 +45,12 @@ class Evaluator:
     def _score(self, prompts: Sequence[tuple[Task, Sequence[int]]], num_samples: int) -> list[Sample]:
         """Sample with seeds that depend on the task alone, so that two policies are compared on the same draws."""
         sampling = Sampling(self.config.temperature, self.max_new_tokens, self.config.top_p)
-        attempts = attempt(self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.config)
+        rollouts = generate_rollouts(
+            self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.verifiers
+        )
         samples = [
             sample_of(task, rollout.verdict)
-            for (task, _), group in zip(prompts, attempts.groups, strict=True)
+            for (task, _), group in zip(prompts, rollouts.groups, strict=True)
             for rollout in group
         ]
         if all(sample.status in UNSCORED for sample in samples):

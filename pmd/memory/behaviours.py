@@ -14,7 +14,7 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.memory.records import Behaviour, Insight
 from pmd.memory.store import MemoryStore
 from pmd.memory.write_behaviours import BehaviourDraft

@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 from pmd.errors import MemoryStoreError
+from pmd.memory.checksum import is_sealed, remedy, sum_path
 from pmd.memory.embed import Embedder, load_embedder
 from pmd.memory.migrations import SCHEMA_VERSION, STEPS, migrate
-from pmd.memory.seal import is_sealed, remedy, sum_path
 
 APPLICATION_ID = 0x706D6431  # "pmd1"
 

@@ -8,15 +8,15 @@ score and the probability with which it was chosen for its place.
 import random
 from dataclasses import dataclass, replace
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.memory.embed import words_of
 from pmd.memory.index import SIMILARITY_DECIMALS
-from pmd.types import Procedure
+from pmd.types import MemoryItem
 
 
 @dataclass(slots=True)
 class _Candidate:
-    procedure: Procedure
+    procedure: MemoryItem
     support: float  # sum of the squared similarities of the neighbours that speak for the text
     usefulness: float | None
 
@@ -28,20 +28,20 @@ class Ranking:
         self._config = config
         self._candidates: dict[str, _Candidate] = {}
 
-    def add(self, procedure: Procedure, similarity: float, usefulness: float | None = None) -> None:
+    def add(self, procedure: MemoryItem, similarity: float, usefulness: float | None = None) -> None:
         """Count one more neighbour that speaks for a text; the nearest one's procedure stands for it."""
         candidate = self._candidates.setdefault(procedure.text, _Candidate(procedure, 0.0, usefulness))
         candidate.support += max(similarity, 0.0) ** 2
 
-    def best(self, quota: int, taken: list[Procedure], draws: random.Random) -> list[Procedure]:
+    def best(self, quota: int, taken: list[MemoryItem], draws: random.Random) -> list[MemoryItem]:
         """Return the quota's best whose text is not taken; ties by id."""
         texts = {procedure.text for procedure in taken}
         free = [candidate for text, candidate in self._candidates.items() if text not in texts]
-        free.sort(key=lambda c: (-self._score(c, []), c.procedure.procedure_id))
-        chosen: list[Procedure] = []
+        free.sort(key=lambda c: (-self._score(c, []), c.procedure.item_id))
+        chosen: list[MemoryItem] = []
         while free and len(chosen) < quota:
             if self._config.diversity:
-                free.sort(key=lambda c: (-self._score(c, [*taken, *chosen]), c.procedure.procedure_id))
+                free.sort(key=lambda c: (-self._score(c, [*taken, *chosen]), c.procedure.item_id))
             position, explored = 0, self._config.exploration
             if explored and draws.random() < explored:
                 position = draws.randrange(len(free))
@@ -51,7 +51,7 @@ class Ranking:
             chosen.append(replace(candidate.procedure, score=score, propensity=propensity))
         return chosen
 
-    def _score(self, candidate: _Candidate, chosen: list[Procedure]) -> float:
+    def _score(self, candidate: _Candidate, chosen: list[MemoryItem]) -> float:
         """Return support, moved by usefulness u up to the factor 1 +- weight as u / (|u| + margin), less repetition."""
         config, score = self._config, candidate.support
         if candidate.usefulness is not None:

@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError
 from pmd.memory.embed import Embedder
 from pmd.memory.index import SIMILARITY_DECIMALS, ProblemIndex
@@ -21,7 +21,7 @@ from pmd.memory.rank import Ranking
 from pmd.memory.records import Insight
 from pmd.memory.store import MemoryStore
 from pmd.memory.view import View, build_view
-from pmd.types import Procedure, ProcedureKind
+from pmd.types import ItemKind, MemoryItem
 
 SAME_PROBLEM = 0.999  # similarity from which a neighbour is the query's own problem, which sets no standard
 RELATIVE_FLOOR = 0.5  # of the nearest other problem's similarity; below it only common words are shared
@@ -57,11 +57,11 @@ class Retriever:
         self._index.refresh()
         self._view = build_view(self._store)
 
-    def retrieve(self, task_key: str, *, seed: int, task_id: str | None = None) -> list[Procedure]:
+    def retrieve(self, task_key: str, *, seed: int, task_id: str | None = None) -> list[MemoryItem]:
         """Return at most k procedures for one problem."""
         return self.retrieve_many([Query(task_key, seed, task_id)])[0]
 
-    def retrieve_many(self, queries: Sequence[Query]) -> list[list[Procedure]]:
+    def retrieve_many(self, queries: Sequence[Query]) -> list[list[MemoryItem]]:
         """Return at most k procedures for each query, in an order shuffled by its seed.
 
         Raises:
@@ -99,13 +99,13 @@ class Retriever:
             )
         return self._view
 
-    def _select(self, view: View, query: Query, vector: np.ndarray, hits: Hits) -> list[Procedure]:
+    def _select(self, view: View, query: Query, vector: np.ndarray, hits: Hits) -> list[MemoryItem]:
         """Fill the quotas in order: behaviours, strategies and contrasts, experience, lessons with what is left."""
         config = self._config
         hits, floor = self._neighbours(hits)
         strategies, lessons = self._insights(view, query, hits)
         max_experiences = config.k if set(config.levels) == {0} else 1
-        chosen: list[Procedure] = []
+        chosen: list[MemoryItem] = []
         draws = random.Random(f"{query.seed}/explore")
         for ranking, quota in (
             (self._behaviours(view, vector, hits, floor), config.max_behaviours),
@@ -134,8 +134,8 @@ class Retriever:
             for insight in view.insights.get(problem_id, ()):
                 if insight.kind in self._config.kinds:
                     ranking = lessons if insight.kind == "lesson" else strategies
-                    kind = cast(ProcedureKind, insight.kind)
-                    procedure = Procedure(insight.id, 1, kind, insight.text, problem_id, insight.task_id, similarity)
+                    kind = cast(ItemKind, insight.kind)
+                    procedure = MemoryItem(insight.id, 1, kind, insight.text, problem_id, insight.task_id, similarity)
                     ranking.add(procedure, similarity, insight.usefulness)
         return strategies, lessons
 
@@ -153,7 +153,7 @@ class Retriever:
         support += [(int(position), float(own[position])) for position in np.flatnonzero(own >= floor)]
         for position, similarity in support:
             behaviour = view.behaviours[position]
-            procedure = Procedure(behaviour.id, 2, "behaviour", behaviour.text, None, None, float(own[position]))
+            procedure = MemoryItem(behaviour.id, 2, "behaviour", behaviour.text, None, None, float(own[position]))
             ranking.add(procedure, similarity, behaviour.usefulness)
         return ranking
 
@@ -164,7 +164,7 @@ class Retriever:
             for problem_id, similarity in hits:
                 success = view.successes.get(problem_id)
                 if success is not None and success.task_id != query.task_id:
-                    procedure = Procedure(
+                    procedure = MemoryItem(
                         success.id, 0, "experience", success.response, problem_id, success.task_id, similarity
                     )
                     ranking.add(procedure, similarity)

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files, records
+from pmd.memory.checksum import seal
 from pmd.memory.embed import Embedder
-from pmd.memory.seal import seal
 from pmd.memory.write import RetrievalLog, Writer
 from pmd.memory.write_behaviours import match_behaviours
-from pmd.types import Procedure
+from pmd.types import MemoryItem
 
 
 class MemoryStore:
@@ -118,7 +118,7 @@ class MemoryStore:
             ) from error
 
     def log_retrievals(
-        self, step: int, group_id: str, procedures: Sequence[Procedure], dropped: Sequence[Procedure] = ()
+        self, step: int, group_id: str, procedures: Sequence[MemoryItem], dropped: Sequence[MemoryItem] = ()
     ) -> None:
         """Remember what the teacher was shown, and what its prompt had no room for; written with the next update."""
         chosen = [(procedure, True) for procedure in procedures] + [(procedure, False) for procedure in dropped]

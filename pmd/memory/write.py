@@ -11,16 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import bounds, leaks
-from pmd.memory.audits import ItemAudit, judge, write_audits
 from pmd.memory.embed import Embedder, validated
+from pmd.memory.judge import ItemAudit, judge, write_audits
 from pmd.memory.ledger import Ledger
 from pmd.memory.merge import merge_insights
 from pmd.memory.records import LIVE, vector_blob
 from pmd.memory.write_behaviours import BehaviourDraft, replace_behaviours
-from pmd.types import InsightDraft, Procedure, Rollout, Task
+from pmd.types import InsightDraft, MemoryItem, Rollout, Task
 
 INSIGHT_KINDS = ("strategy", "lesson", "contrast")
 FEEDBACK_CHARS = 200  # of a failure without an answer, enough to tell errors apart
@@ -34,7 +34,7 @@ class RetrievalLog:
     step: int
     group_id: str
     rank: int
-    procedure: Procedure
+    procedure: MemoryItem
     included: bool = True  # False: the prompt had no room for it
 
 
@@ -129,7 +129,7 @@ class Writer:
                 "signature": signature,
             }
             experience_id = self.ledger.add(0, values, "rollout")
-        bounds.bound_experiences(self.ledger, problem_id, verdict.correct, self._config.experiences_per_problem)
+        bounds.bound_experiences(self.ledger, problem_id, verdict.correct, self._config.experiences_per_task)
         return experience_id
 
     def add_insight(
@@ -158,7 +158,7 @@ class Writer:
         else:
             values = {"problem_id": problem_id, "kind": kind, "content": text, "policy_version": policy_version}
             insight_id = self._insert_insight(values, "reflection", parents)
-        bounds.bound_insights(self.ledger, problem_id, insight_id, self._config.insights_per_problem)
+        bounds.bound_insights(self.ledger, problem_id, insight_id, self._config.insights_per_task)
         return insight_id
 
     def edit_insight(self, insight_id: int, text: str, *, policy_version: int, parents: Iterable[int] = ()) -> int:
@@ -274,7 +274,7 @@ class Writer:
             "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity, score, included,"
             " propensity) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (log.generation, log.step, log.group_id, log.procedure.level, log.procedure.procedure_id, log.rank,
+                (log.generation, log.step, log.group_id, log.procedure.level, log.procedure.item_id, log.rank,
                  log.procedure.similarity, log.procedure.score, int(log.included), log.procedure.propensity)
                 for log in retrievals
             ],

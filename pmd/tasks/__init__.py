@@ -5,7 +5,7 @@ Held-out problems never reach memory: `duplicated_task_ids` names the training p
 
 from datetime import date
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks.records import shown
 from pmd.tasks.splits import DuplicateReport, duplicated_task_ids, find_duplicates, first_shuffled, hold_out

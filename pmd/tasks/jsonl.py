@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks.code_tests import tests_problems
 from pmd.tasks.records import Line, read_lines
 from pmd.tasks.splits import hold_out

@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks.code_tests import tests_problems
 from pmd.tasks.hub import load_rows
 from pmd.tasks.records import iterate_lines

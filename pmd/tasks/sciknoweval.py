@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks.hub import load_rows
 from pmd.tasks.records import Line, read_lines
 from pmd.tasks.splits import hold_out

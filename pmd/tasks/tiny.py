@@ -4,8 +4,8 @@ Training, validation and held-out problems of a family are distinct; every famil
 measured is whether a family was learnt, not whether a problem was.
 """
 
-from pmd.config import TinyWorldConfig
-from pmd.tiny.language import memory_key, statement
+from pmd.config.schema import TinyWorldConfig
+from pmd.tasks.prompts.words import memory_key, statement
 from pmd.tiny.world import Problem, answer, family_problems, make_world
 from pmd.types import Message, Split, Task
 

@@ -6,7 +6,7 @@ out. Lines have `prompt` (the whole user message), `answer` (JSON text of the ca
 
 from pathlib import Path
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks.jsonl import TEST_SHARE, check_line, make_task
 from pmd.tasks.records import Line, read_lines
 from pmd.tasks.splits import hold_out

@@ -4,7 +4,7 @@ A task and the text of a completion enter, a verdict leaves. Boxes show distinct
 come from the right rule and not from luck.
 """
 
-from pmd.tiny.language import EOS
+from pmd.tasks.prompts.words import EOS
 from pmd.tiny.world import DIGITS
 from pmd.types import Task, Verdict
 

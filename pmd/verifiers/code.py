@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from pmd.sandbox.pool import Level, Limits, Outcome, Sandbox
 from pmd.tasks.code_tests import DEFAULT_MEMORY_MB, DEFAULT_TIME_LIMIT_S
 from pmd.types import CaseCounts, Task, Verdict, VerdictStatus
+from pmd.verifiers.sandbox.pool import Level, Limits, Outcome, Sandbox
 
 BLANKS = " \t\r\n\v\f"
 #: No two parts can match the same digits: a program can print a million of them, and time must grow with their number.

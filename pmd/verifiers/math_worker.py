@@ -16,7 +16,7 @@ import signal
 import sys
 from typing import Any
 
-from pmd.sandbox import kernel, landlock, rooms, seccomp
+from pmd.verifiers.sandbox import kernel, landlock, rooms, seccomp
 
 MEMORY_BYTES = 4 << 30
 #: What marks mathematics in a text, or shows that there is more in it than mathematics.

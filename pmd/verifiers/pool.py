@@ -8,25 +8,54 @@ sandbox, which ends with the process.
 """
 
 import contextlib
+import logging
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from numbers import Real
 from types import TracebackType
+from typing import get_args
 
 from pmd.errors import VerificationError
-from pmd.types import Task, Verdict
-from pmd.verifiers import verify
+from pmd.types import Task, Verdict, VerdictStatus
+from pmd.verifiers.resolve import find_verifier
 
 #: Their time is bounded by the length of the completion, and short.
 IN_PLACE = frozenset({"boxes", "exact", "mcq", "tool_use"})
 DEADLINE_S = 900.0
 #: More abandoned threads than this at one time mean that verification as a whole is broken.
-MOST_ABANDONED = 64
+MAX_ABANDONED = 64
 ABANDONED = "verification, abandoned"
+log = logging.getLogger(__name__)
+
+
+def verify(task: Task, completion_text: str) -> Verdict:
+    """Return the verdict of the task's verifier, and the seconds it took."""
+    started = time.perf_counter()
+    try:
+        verdict = _checked(find_verifier(task.verifier)(task, completion_text))
+    except Exception as error:  # the one place that may swallow: a broken verifier must not end a run of hours
+        log.warning("verifier %s crashed on task %s: %s: %s", task.verifier, task.task_id, type(error).__name__, error)
+        verdict = Verdict(0.0, False, "error")
+    return replace(verdict, seconds=time.perf_counter() - started)
+
+
+def _checked(verdict: object) -> Verdict:
+    """Return a verdict that a file of verdicts can hold; NumPy's numbers and truth values become Python's."""
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"it returned {type(verdict).__name__}, not a Verdict")
+    if not isinstance(verdict.reward, Real) or not isfinite(verdict.reward):
+        raise TypeError(f"its reward {verdict.reward!r} is not a finite number")
+    if verdict.status not in get_args(VerdictStatus):
+        raise TypeError(f"its status {verdict.status!r} is not one of {', '.join(get_args(VerdictStatus))}")
+    if not isinstance(verdict.feedback, str) or not isinstance(verdict.answer, str | None):
+        raise TypeError("its feedback or its answer is not a text")
+    return replace(verdict, reward=float(verdict.reward), correct=bool(verdict.correct))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +113,9 @@ class VerificationPool:
             if self._closed.is_set():
                 raise RuntimeError("the verification pool is closed")
             num_abandoned = sum(thread.name == ABANDONED for thread in threading.enumerate())
-            if num_abandoned > MOST_ABANDONED:
+            if num_abandoned > MAX_ABANDONED:
                 raise VerificationError(
-                    f"{num_abandoned} verifications hang beyond verification.deadline_s={self.deadline_s}, the latest "
+                    f"{num_abandoned} verifications hang beyond verifiers.deadline_s={self.deadline_s}, the latest "
                     f"of a task with verifier {task.verifier}; mend the verifier, or give it an end of its own."
                 )
             if self._room.acquire(timeout=0.5):

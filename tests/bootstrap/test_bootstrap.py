@@ -18,9 +18,9 @@ from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.ship import write_model
 from pmd.bootstrap.tiny_model import make_tiny_model
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample, encode_words
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.bootstrap.train import batch_loss, train
-from pmd.tiny.language import VOCABULARY, parse_line
-from pmd.tiny.tokenizer import make_tokenizer
+from pmd.tasks.prompts.words import VOCABULARY, parse_line
 from pmd.tiny.world import ALL_RULES, NAMES
 
 

@@ -10,9 +10,9 @@ from pmd.bootstrap.exam_probes import EXAM, exam_probes
 from pmd.bootstrap.exam_text import noise
 from pmd.bootstrap.generate import sampled
 from pmd.bootstrap.tiny_probes import tiny_probes
-from pmd.prompts.chat import ChatPrompts
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
+from pmd.tasks.prompts.chat import ChatPrompts
 from pmd.tiny import SHIPPED_MODELS, shipped_model_path
-from pmd.tiny.tokenizer import make_tokenizer
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import LORA, small_fit
 
 ROOT = Path(__file__).parents[2]
 #: Exits with 99 if a command that needs no weights imported torch.
@@ -26,3 +27,17 @@ def refused() -> Callable[..., str]:
         return done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("lora") / "run"
+    small_fit(run_dir, 2, *LORA)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def full_run(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("full") / "run"
+    small_fit(run_dir, 1)
+    return run_dir

@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from pmd.cli import COMMANDS, TRAINING
-from pmd.config import RunConfig
+from pmd.config.schema import RunConfig
 
 CHILD = """
 import sys

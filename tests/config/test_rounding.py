@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pmd.config import ModelConfig, OptimizerConfig, RunConfig
-from pmd.config_check import LEAST_BFLOAT16_LR, describe_rounding
+from pmd.config.check import MIN_BFLOAT16_LR, describe_rounding
+from pmd.config.schema import ModelConfig, OptimizerConfig, RunConfig
 
 
 def share_moved(lr: float, dtype: torch.dtype) -> float:
@@ -18,9 +18,9 @@ def share_moved(lr: float, dtype: torch.dtype) -> float:
 
 
 def test_the_bound_is_where_weights_begin_to_move():
-    assert share_moved(LEAST_BFLOAT16_LR, torch.bfloat16) > 0.8
-    assert share_moved(LEAST_BFLOAT16_LR / 10, torch.bfloat16) < 0.2
-    assert share_moved(LEAST_BFLOAT16_LR / 10, torch.float32) == 1.0
+    assert share_moved(MIN_BFLOAT16_LR, torch.bfloat16) > 0.8
+    assert share_moved(MIN_BFLOAT16_LR / 10, torch.bfloat16) < 0.2
+    assert share_moved(MIN_BFLOAT16_LR / 10, torch.float32) == 1.0
 
 
 @pytest.mark.parametrize(

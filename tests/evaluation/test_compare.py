@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from pmd.commands.compare import main, read_run
+from pmd.cli.compare import main, read_run
 from pmd.evaluation.compare import MethodRun, Question, bootstrap, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample
 

@@ -91,7 +91,7 @@ def test_a_copied_run_remembers_its_best_epoch(tmp_path):
 
 def test_a_run_that_is_ended_within_an_epoch_is_verified_and_goes_on_where_it_was_left(tmp_path):
     run_dir = tmp_path / "run"
-    batches_of_four = ["--rollouts.problems_per_step=4", "--rollouts.updates_per_batch=2"]
+    batches_of_four = ["--rollouts.tasks_per_step=4", "--rollouts.updates_per_batch=2"]
     small_fit(run_dir, 2, *batches_of_four, "--trainer.max_steps=3", "--verification.every_epochs=9")
     small_fit(run_dir, 3, *batches_of_four, "--trainer.max_steps=12", "--ckpt_path=last")
     files = sorted((run_dir / "traces").glob("*.gz"))

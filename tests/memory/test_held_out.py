@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from pmd.memory.procedural import ProceduralMemory
 
-from pmd.config import DataConfig, MemoryConfig
+from pmd.config.schema import DataConfig, MemoryConfig
 from pmd.errors import MemoryStoreError
-from pmd.memory.memory import ProceduralMemory
 from pmd.tasks import duplicated_task_ids, load_tasks
 from pmd.types import Completion, InsightDraft, Rollout, Verdict
 

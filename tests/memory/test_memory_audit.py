@@ -6,20 +6,19 @@ from pathlib import Path
 import pytest
 from memory_world import make_rollout
 
-from pmd.config import MemoryConfig, ModelConfig, TeacherConfig, TinyWorldConfig
-from pmd.memory.audits import ItemAudit
-from pmd.memory.history import diff, rollback
+from pmd.config.schema import MemoryConfig, ModelConfig, TeacherConfig, TinyWorldConfig
+from pmd.memory.audit import ShownGroup, answer_span, audit, choose_groups
 from pmd.memory.index import ProblemIndex
+from pmd.memory.judge import ItemAudit
 from pmd.memory.retrieve import Retriever
-from pmd.models.load import load_base, load_tokenizer
-from pmd.models.policy import make_policy
-from pmd.prompts.words import WordPrompts
-from pmd.reflection.audit import ShownGroup, answer_span, audit, choose_groups
-from pmd.rollouts.scoring import PolicyScorer
+from pmd.memory.tools.history import diff, rollback
+from pmd.policy import make_policy
+from pmd.pretrained import load_base, load_tokenizer
+from pmd.scoring import PolicyScorer
+from pmd.tasks.prompts.words import WordPrompts, parse_statement
 from pmd.tasks.tiny import load_tiny
-from pmd.tiny.language import parse_statement
 from pmd.tiny.world import make_world, rules_of, solution
-from pmd.types import Completion, InsightDraft, Message, Procedure, Rollout, Task, Verdict
+from pmd.types import Completion, InsightDraft, MemoryItem, Message, Rollout, Task, Verdict
 
 
 def lifts(item_id: int, correct: float | None, wrong: float | None, **fields) -> ItemAudit:
@@ -102,7 +101,7 @@ def test_absorbed_when_the_student_gains_nothing_and_back_when_it_does(open_stor
     audit_in(store, *[lifts(item, 0.5, None, student_lift=0.001)] * 3)
     assert status(store, item) == "absorbed"
     retriever = Retriever(store, ProblemIndex.open(store), store.embedder, store.config)
-    assert [p.procedure_id for p in retriever.retrieve("door", seed=0)] == [item]  # the teacher still needs it
+    assert [p.item_id for p in retriever.retrieve("door", seed=0)] == [item]  # the teacher still needs it
     audit_in(store, *[lifts(item, 0.5, None, student_lift=0.3 + n / 100) for n in range(3)])
     assert status(store, item) == "active"
 
@@ -111,15 +110,15 @@ def test_usefulness_moves_the_rank(open_store):
     store = open_store(max_strategies=1)
     first, second = one_insight(store, "try the left door"), one_insight(store, "look for a key first")
     retriever = Retriever(store, ProblemIndex.open(store), store.embedder, store.config)
-    assert [p.procedure_id for p in retriever.retrieve("door", seed=0)] == [first]
+    assert [p.item_id for p in retriever.retrieve("door", seed=0)] == [first]
     audit_in(store, lifts(second, 0.2, 0.0))
     retriever.refresh()
-    assert [p.procedure_id for p in retriever.retrieve("door", seed=0)] == [second]
+    assert [p.item_id for p in retriever.retrieve("door", seed=0)] == [second]
 
 
 def test_groups_are_chosen_mixed_first_and_hopeless_last():
     task = Task("t", (Message("user", "q"),), "exact", "train")
-    item = Procedure(1, 1, "strategy", "x", 1, "t")
+    item = MemoryItem(1, 1, "strategy", "x", 1, "t")
 
     def group(name: str, *correct: bool) -> ShownGroup:
         rollouts = [make_rollout(f"t{n}", f"{name}{n}", correct=c) for n, c in enumerate(correct)]
@@ -156,7 +155,7 @@ def test_the_tiny_teacher_tells_true_from_false(tiny):
         lines = [f"strategy use {name} {rule}", f"lesson not {name} {wrong[0]}", f"pattern use {name} {rule}"]
         lines += [f"strategy use {name} {wrong[1]}", f"lesson not {name} {rule}"]
         true_ids |= {number * 10 + n for n in range(3)}
-        items = tuple(Procedure(number * 10 + n, 1, "strategy", text, 1, "t") for n, text in enumerate(lines))
+        items = tuple(MemoryItem(number * 10 + n, 1, "strategy", text, 1, "t") for n, text in enumerate(lines))
         groups.append(ShownGroup(0, task, rollouts, items))
     found = audit(groups, scorer, prompts, tokenizer, 512)
     assert len(found.audits) == 40

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from command_line import run_pmd
 from memory_world import World
+from pmd.memory.procedural import ProceduralMemory
 
 from pmd.callbacks.memory import MemoryUpdateCallback
 from pmd.cli import main
 from pmd.errors import MemoryStoreError
 from pmd.memory.index import ProblemIndex
-from pmd.memory.memory import ProceduralMemory
 from pmd.memory.store import MemoryStore
 
 READING = (

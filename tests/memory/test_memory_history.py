@@ -5,15 +5,15 @@ import json
 import pytest
 from memory_world import make_rollout, make_task
 
-from pmd.commands.memory import main
+from pmd.cli.memory import main
 from pmd.errors import MemoryStoreError
-from pmd.memory.check import check
 from pmd.memory.embed import HashEmbedder
-from pmd.memory.history import diff, rollback
 from pmd.memory.index import ProblemIndex
 from pmd.memory.retrieve import Query, Retriever
 from pmd.memory.store import MemoryStore
-from pmd.memory.transfer import export_file, export_lines, import_file
+from pmd.memory.tools.check import check
+from pmd.memory.tools.history import diff, rollback
+from pmd.memory.tools.transfer import export_file, export_lines, import_file
 
 ITEMS = {
     "experiences": "SELECT id, problem_id, response, support, status FROM experiences ORDER BY id",
@@ -56,7 +56,7 @@ def check_without_index(store: MemoryStore) -> list[str]:
 
 
 def test_diff_says_what_happened(open_store):
-    store = open_store(insights_per_problem=1)
+    store = open_store(insights_per_task=1)
     with store.update() as writer:
         problem = writer.add_problem(make_task())
         first = writer.add_insight(problem, "lesson", "a", policy_version=0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from memory_world import make_task
 
-from pmd.commands.memory import main
-from pmd.config import MemoryConfig
+from pmd.cli.memory import main
+from pmd.config.schema import MemoryConfig
 from pmd.errors import ConfigError, MemoryStoreError
 from pmd.memory.embed import HashEmbedder, SentenceEmbedder, load_embedder, make_embedder, validated
 from pmd.memory.index import ProblemIndex

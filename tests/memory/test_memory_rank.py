@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 from memory_world import make_task
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.memory.index import ProblemIndex
 from pmd.memory.rank import Ranking
 from pmd.memory.retrieve import Retriever
-from pmd.types import Procedure
+from pmd.types import MemoryItem
 
 TEXTS = ("peel the apple first", "peel the apple at first", "wait for the pear")
 SUPPORT = (0.9, 0.8, 0.5)
@@ -19,13 +19,13 @@ SUPPORT = (0.9, 0.8, 0.5)
 def ranking(texts=TEXTS, support=SUPPORT, usefulness=None, **config) -> Ranking:
     found = Ranking(MemoryConfig(**config))
     for n, (text, similarity) in enumerate(zip(texts, support, strict=True), start=1):
-        procedure = Procedure(n, 1, "strategy", text, n, f"t{n}", similarity)
+        procedure = MemoryItem(n, 1, "strategy", text, n, f"t{n}", similarity)
         found.add(procedure, similarity, usefulness[n - 1] if usefulness else None)
     return found
 
 
 def chosen(found: Ranking, quota: int, taken=(), seed=0) -> list[int]:
-    return [p.procedure_id for p in found.best(quota, list(taken), random.Random(seed))]
+    return [p.item_id for p in found.best(quota, list(taken), random.Random(seed))]
 
 
 def test_without_diversity_the_nearest_are_chosen():
@@ -39,13 +39,13 @@ def test_diversity_prefers_what_does_not_repeat():
 
 
 def test_diversity_looks_at_what_other_kinds_gave_already():
-    behaviour = Procedure(9, 2, "behaviour", "first peel the apple", None, None)
+    behaviour = MemoryItem(9, 2, "behaviour", "first peel the apple", None, None)
     assert chosen(ranking(diversity=0.9), 1, [behaviour]) == [3]
     assert chosen(ranking(), 1, [behaviour]) == [1]
 
 
 def test_a_text_that_is_shown_already_is_not_shown_again():
-    assert chosen(ranking(), 3, [Procedure(9, 2, "behaviour", TEXTS[0], None, None)]) == [2, 3]
+    assert chosen(ranking(), 3, [MemoryItem(9, 2, "behaviour", TEXTS[0], None, None)]) == [2, 3]
 
 
 def test_scores_say_what_the_order_was():
@@ -60,7 +60,7 @@ def test_propensities_are_the_probabilities(exploration):
     first = Counter()
     for seed in range(3000):
         one = found.best(1, [], random.Random(seed))[0]
-        first[one.procedure_id, round(one.propensity, 9)] += 1
+        first[one.item_id, round(one.propensity, 9)] += 1
     assert len({number for number, _ in first}) == (1 if exploration == 0 else 3)
     assert {number: p for number, p in first}[1] == pytest.approx(1 - exploration + exploration / 3)
     for (_, propensity), count in first.items():

@@ -3,11 +3,11 @@
 import re
 from html.parser import HTMLParser
 
-from pmd.commands.memory import main
-from pmd.memory.audits import ItemAudit
+from pmd.cli.memory import main
 from pmd.memory.health import health, item_table
 from pmd.memory.index import ProblemIndex
-from pmd.memory.report import growth, render
+from pmd.memory.judge import ItemAudit
+from pmd.memory.tools.report import growth, render
 
 VOID = {"meta", "link", "br", "img", "circle", "rect", "line", "polyline"}
 
@@ -52,7 +52,7 @@ def test_growth_is_read_back_from_the_log(world, open_store):
 
 
 def test_the_page_stands_alone_and_is_sound(world, open_store):
-    store = open_store(embedder=world.embedder(), insights_per_problem=20)
+    store = open_store(embedder=world.embedder(), insights_per_task=20)
     audited(world, store)
     page = render(store, "Memory of <x>")
     reader = Balanced()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from memory_world import make_rollout, make_task
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError
 from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import HashEmbedder
@@ -105,7 +105,7 @@ def test_reading_a_store_that_moved_is_an_error(small):
 def test_order_is_drawn_from_the_seed_and_batches_change_nothing(small):
     retriever = retriever_of(small, k=6)
     orders = [retriever.retrieve("apple red", seed=seed) for seed in range(8)]
-    assert len({tuple(p.procedure_id for p in order) for order in orders}) > 1
+    assert len({tuple(p.item_id for p in order) for order in orders}) > 1
     assert len({frozenset(texts(order)) for order in orders}) == 1
     assert retriever.retrieve_many([Query("apple red", seed) for seed in range(8)]) == orders
 

@@ -16,7 +16,7 @@ from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import ProblemIndex
 from pmd.memory.store import MemoryStore
-from pmd.types import Procedure
+from pmd.types import MemoryItem
 
 
 def dump(store: MemoryStore) -> list[str]:
@@ -62,7 +62,7 @@ def test_a_second_writer_is_found_out(open_store):
 
 def test_retrievals_are_written_with_the_next_update(open_store):
     store = open_store()
-    store.log_retrievals(7, "g", [Procedure(3, 1, "lesson", "x", 1, "t", 0.5)])
+    store.log_retrievals(7, "g", [MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5)])
     assert store.query("SELECT count(*) FROM retrievals") == [(0,)]
     with pytest.raises(RuntimeError), store.update():
         raise RuntimeError

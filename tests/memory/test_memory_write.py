@@ -44,7 +44,7 @@ def test_a_task_is_one_problem_and_its_id_names_one_text(open_store):
 
 
 def test_successes_are_distinct_and_the_oldest_leaves(open_store):
-    store = open_store(experiences_per_problem=2)
+    store = open_store(experiences_per_task=2)
     problem = one_problem(store)
     with store.update() as writer:
         ids = [writer.add_experience(problem, make_rollout(text=text), n) for n, text in enumerate("aabc")]
@@ -99,7 +99,7 @@ def test_an_insight_written_again_gains_support_and_evidence(open_store):
 
 
 def test_lessons_do_not_drive_out_a_strategy(open_store):
-    store = open_store(insights_per_problem=3)
+    store = open_store(insights_per_task=3)
     problem = one_problem(store)
     with store.update() as writer:
         writer.add_insight(problem, "strategy", "do", policy_version=0)
@@ -109,7 +109,7 @@ def test_lessons_do_not_drive_out_a_strategy(open_store):
 
 
 def test_a_retired_insight_comes_back_and_ids_are_never_reused(open_store):
-    store = open_store(insights_per_problem=1)
+    store = open_store(insights_per_task=1)
     problem = one_problem(store)
     with store.update() as writer:
         first = writer.add_insight(problem, "lesson", "a", policy_version=0)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, load_tasks
 from pmd.tasks.jsonl import NAMED_VERIFIERS

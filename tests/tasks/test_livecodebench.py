@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, load_tasks
 from pmd.tasks.hub import load_rows
 from pmd.tasks.livecodebench import decode_tests, make_tasks, string_of_pickle
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 
 
 def pack(value) -> str:

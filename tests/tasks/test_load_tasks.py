@@ -1,6 +1,6 @@
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks import describe_data_problems, duplicated_task_ids, load_tasks
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 
 
 def test_the_tiny_world_is_the_default():

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, find_duplicates, load_tasks
 from pmd.tasks.hub import load_rows

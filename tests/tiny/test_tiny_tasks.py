@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from pmd.config import TinyWorldConfig
+from pmd.config.schema import TinyWorldConfig
+from pmd.tasks.prompts.words import parse_statement
 from pmd.tasks.tiny import load_tiny
-from pmd.tiny.language import parse_statement
 from pmd.tiny.world import answer, make_world
 from pmd.types import Message, Task
 from pmd.verifiers.boxes import verify_boxes

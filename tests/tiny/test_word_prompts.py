@@ -3,11 +3,10 @@
 import pytest
 from transformers import AutoTokenizer
 
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.errors import AlignmentError
-from pmd.prompts.parse import Reflected
-from pmd.prompts.words import WordPrompts
-from pmd.tiny.language import VOCABULARY, solve_prompt
-from pmd.tiny.tokenizer import make_tokenizer
+from pmd.tasks.prompts.parsing import Reflected
+from pmd.tasks.prompts.words import VOCABULARY, WordPrompts, solve_prompt
 from pmd.tiny.world import NAMES
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 

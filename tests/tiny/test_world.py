@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pmd.tiny.language import (
+from pmd.tasks.prompts.words import (
     VOCABULARY,
     Line,
     memory_key,

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pmd.types import Message, Task
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 
 QUESTION = (Message("user", "Q?\n\nA: one\nB: two\nC: three"),)
 DEEP = "[" * 5000 + "]" * 5000

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmd.types import Message, Task
-from pmd.verifiers import verify
 from pmd.verifiers.code import MOST_PART, extract_program, run_test, same_output, same_value
+from pmd.verifiers.pool import verify
 
 
 def task(cases, **tests):

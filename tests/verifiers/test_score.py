@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from pmd.commands.score import main
+from pmd.cli.score import main
 
 CODE = {"kind": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}], "time_limit_s": 5, "memory_mb": 512}
 TASKS = [

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks import describe_data_problems, load_tasks
 from pmd.types import Message, Task
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 from pmd.verifiers.tool_use import OPTIONAL
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pmd.errors import VerificationError
 from pmd.types import Message, Task, Verdict
-from pmd.verifiers.pool import MOST_ABANDONED, VerificationPool, Verified
+from pmd.verifiers.pool import MAX_ABANDONED, VerificationPool, Verified
 
 TASK = Task("t", (Message("user", "q"),), "own.verifier", "train", answer="x")
 
@@ -52,7 +52,7 @@ def test_too_many_hanging_verifications_end_the_run():
 
     def submit_all() -> None:
         with VerificationPool(8, deadline_s=0.05, verifier=wait) as pool:
-            for _ in range(MOST_ABANDONED + 20):
+            for _ in range(MAX_ABANDONED + 20):
                 pool.submit(TASK, "").result(5)
 
     try:

@@ -9,11 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks import load_tasks
 from pmd.types import Message, Task, Verdict
-from pmd.verifiers import describe_verifier_problem, verify
 from pmd.verifiers.math import WORKER, MathWorker, verify_math
+from pmd.verifiers.pool import verify
+from pmd.verifiers.resolve import describe_verifier_problem
 
 
 def task(verifier, answer, prompt="Q?\n\nA: one\nB: two\nC: three\nD: four\nPlease reason step by step."):

@@ -7,9 +7,9 @@ import ctypes
 import json
 import sys
 
+from pmd.engines.base import Request, Sampling
+from pmd.engines.vllm_runtime import EngineSettings, Generation, VLLMRuntime
 from pmd.errors import EngineError
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.vllm_adapter import EngineSettings, Generation, VLLMRuntime
 
 STOP_IDS = (258,)
 SAMPLING = Sampling(1.0, 400)

@@ -5,7 +5,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pmd.bootstrap.random_model import make_random_model
-from pmd.rollouts.vllm_adapter import EngineSettings, VLLMRuntime
+from pmd.engines.vllm_runtime import EngineSettings, VLLMRuntime
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ import pytest
 from command_line import run_pmd
 from transformers import AutoTokenizer
 
-from pmd.config_check import check_config
-from pmd.config_load import load_config
+from pmd.config.check import check_config
+from pmd.config.load import load_config
+from pmd.engines.base import Sampling
+from pmd.engines.vllm import to_completion
+from pmd.engines.vllm_runtime import Generation
 from pmd.errors import ConfigError, EngineError
-from pmd.rollouts.engine import Sampling
-from pmd.rollouts.vllm import to_completion
-from pmd.rollouts.vllm_adapter import Generation
 from pmd.tiny import shipped_model_path
 
 TOKENIZER = AutoTokenizer.from_pretrained(shipped_model_path("tiny_exam"))

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from pmd.config import ModelConfig, TeacherConfig
+from pmd.config.schema import ModelConfig, TeacherConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.vllm import MAX_TRIES, VLLMEngine
+from pmd.engines.vllm_runtime import Generation
 from pmd.errors import EngineError
-from pmd.models.load import load_base, load_tokenizer
-from pmd.models.policy import make_policy
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.vllm import MOST_TRIES, VLLMEngine
-from pmd.rollouts.vllm_adapter import Generation
+from pmd.policy import make_policy
+from pmd.pretrained import load_base, load_tokenizer
 
 REQUESTS = [Request((1, 2, number), number) for number in range(6)]
 SAMPLING = Sampling(1.0, 4)
@@ -53,11 +53,11 @@ def engine_with(script) -> VLLMEngine:
 
 @pytest.mark.parametrize("failure", ["aborted", "empty", "lost"])
 def test_what_comes_back_unfinished_is_asked_for_again_and_arrives_once(failure):
-    engine = engine_with(lambda key, attempt: failure if key % 2 and attempt < MOST_TRIES else "whole")
+    engine = engine_with(lambda key, attempt: failure if key % 2 and attempt < MAX_TRIES else "whole")
     arrived = list(engine.generate(REQUESTS, SAMPLING))
     assert sorted(position for position, _ in arrived) == list(range(len(REQUESTS)))
     assert all(completion.token_ids[1] == position for position, completion in arrived)
-    assert engine.runtime.tries == {key: MOST_TRIES if key % 2 else 1 for key in range(len(REQUESTS))}
+    assert engine.runtime.tries == {key: MAX_TRIES if key % 2 else 1 for key in range(len(REQUESTS))}
 
 
 @pytest.mark.parametrize("failure", ["aborted", "empty", "lost"])
@@ -67,7 +67,7 @@ def test_tries_are_bounded_and_the_first_request_is_named(failure):
         EngineError, match=r"gave up on 2 of 6 completions 3 times, first on request 2; nothing of them"
     ):
         list(engine.generate(REQUESTS, SAMPLING))
-    assert max(engine.runtime.tries.values()) == MOST_TRIES
+    assert max(engine.runtime.tries.values()) == MAX_TRIES
 
 
 def test_a_completion_that_was_cut_short_is_not_taken_for_a_whole_one():

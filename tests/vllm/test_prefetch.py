@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
-from pmd.build import build
-from pmd.config import DataConfig, ModelConfig, RolloutsConfig, RunConfig, TinyWorldConfig
-from pmd.config_check import check_config
-from pmd.config_load import load_config
+from pmd.cli.run import build
+from pmd.config.check import check_config
+from pmd.config.load import load_config
+from pmd.config.schema import DataConfig, ModelConfig, RolloutsConfig, RunConfig, TinyWorldConfig
+from pmd.engines.hf import HFEngine
 from pmd.errors import ConfigError
-from pmd.rollouts.hf import HFEngine
 from pmd.run_dir import RunDir
 
 
@@ -34,7 +34,7 @@ def data_with(tmp_path, prefetch):
     config = RunConfig(
         model=ModelConfig(path="tiny"),
         data=DataConfig(world=TinyWorldConfig(families=4, train_per_family=3)),
-        rollouts=RolloutsConfig(problems_per_step=4, group_size=2, max_new_tokens=8, prefetch=prefetch),
+        rollouts=RolloutsConfig(tasks_per_step=4, group_size=2, max_new_tokens=8, prefetch=prefetch),
     )
     run = build(config, RunDir(tmp_path / str(prefetch)))
     run.data.engine = OneAtATime(run.module.policy, run.module.tokenizer, 64)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from vllm_checkpoints import disturb, make_random_policy
 
-from pmd.config_engines import VLLMConfig
+from pmd.config.schema import VLLMConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.hf import HFEngine
+from pmd.engines.parity import ParityCheck
+from pmd.engines.vllm import VLLMEngine
 from pmd.errors import EngineError
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.hf import HFEngine
-from pmd.rollouts.vllm import VLLMEngine
-from pmd.rollouts.vllm_parity import ParityCheck
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [tuple(torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in (3, 40, 97)]

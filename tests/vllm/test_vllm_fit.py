@@ -19,7 +19,7 @@ CPU = ["--rollouts.engine=vllm", "--rollouts.vllm.kv_cache_memory_bytes=33554432
 TINY = [
     "--config", "configs/tiny.yaml", *CPU, "--rollouts.vllm.parity_bound=1e-4", "--trainer.max_epochs=2",
     "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=1",
-    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+    "--rollouts.tasks_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
 ]  # fmt: skip
 
 

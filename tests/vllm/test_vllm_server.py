@@ -14,12 +14,12 @@ from command_line import ROOT, run_pmd
 from vllm_checkpoints import disturb, make_random_policy
 from vllm_runs import metrics, write_chemistry
 
-from pmd.config_engines import ServerConfig, VLLMConfig
+from pmd.config.schema import ServerConfig, VLLMConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.parity import ParityCheck
+from pmd.engines.server import VLLMServerEngine
+from pmd.engines.server_client import ServerClient
 from pmd.errors import EngineError
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.server import VLLMServerEngine
-from pmd.rollouts.server_client import ServerClient
-from pmd.rollouts.vllm_parity import ParityCheck
 
 REQUESTS = [Request(tuple(range(1, 40 + number)), number) for number in range(24)]
 SAMPLING = Sampling(1.0, 64)

@@ -1,0 +1,66 @@
+"""Predicted memory against what a training step allocates: within 15 percent, whatever is trained and compared."""
+
+import gc
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from pmd.config.schema import ModelConfig, ObjectiveConfig, RolloutsConfig, RunConfig, TeacherConfig
+from pmd.module import PMDModule
+from pmd.planning.bench import measure_steps
+from pmd.planning.gpu_memory import predict, read_shape
+from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
+from pmd.pretrained import resolve_model_path
+
+ROWS, LENGTHS = 8, Lengths(96, 96, 64, 64)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def model_path(request, tmp_path_factory) -> str:
+    """A Qwen3 with grouped heads whose vocabulary counts beside its layers."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    config = Qwen3Config(
+        vocab_size=4000, hidden_size=128, intermediate_size=400, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=request.param == "tied",
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_model_path("tiny")).save_pretrained(folder)
+    return folder
+
+
+def allocated_bytes(module: PMDModule, batches: FixedBatches) -> int:
+    """Return the most that torch held at once: what stands before the steps, and the peak of what they allocate."""
+    storages = {p.untyped_storage() for p in [*module.parameters(), *module.buffers()]}
+    gc.collect()  # what earlier tests left would count as freed by this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        measure_steps(module, batches, 2, "cpu")  # the optimizer has its state in the second
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("finetune", "dtype", "objective"),
+    [
+        ("full", "float32", ObjectiveConfig(alpha="symmetric")),
+        ("full", "bfloat16", ObjectiveConfig(alpha=0.5, top_k=20)),
+        ("lora", "float32", ObjectiveConfig(alpha=0.5)),
+        ("lora", "bfloat16", ObjectiveConfig(alpha=0.5, top_k=20)),
+        ("lora", "float32", ObjectiveConfig(policy_gradient=1.0, distillation=0.0)),
+    ],
+)
+def test_within_15_percent(model_path, finetune, dtype, objective, checkpointing):
+    model = ModelConfig(model_path, dtype, finetune, lora_rank=8, gradient_checkpointing=checkpointing)
+    rollouts = RolloutsConfig(
+        tasks_per_step=2, group_size=4, max_prompt_tokens=8, max_new_tokens=8, share_prefixes="off"
+    )
+    run = RunConfig(model=model, objective=objective, teacher=TeacherConfig(kind="ema"), rollouts=rollouts)
+    batches = FixedBatches(synthetic_examples(2, ROWS // 2, LENGTHS, 100), 2)
+    measured = allocated_bytes(PMDModule(run), batches)
+    predicted = predict(read_shape(model), run, ROWS * 160, ROWS * 64, "cpu")
+    assert sum(predicted.values()) == pytest.approx(measured, rel=0.15), predicted

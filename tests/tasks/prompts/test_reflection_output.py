@@ -1,0 +1,96 @@
+"""Whatever a model writes when asked to reflect: reading it never raises, and what is read is bounded and known."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmd.tasks.prompts.parsing import ACTIONS, KINDS, MAX_ITEM_CHARACTERS, MAX_ITEMS, Reflected, parse_items, parse_line
+
+GOOD = '{"kind": "lesson", "title": "Units", "content": "Check them."}'
+ITEM = Reflected("lesson", "Units: Check them.")
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        (GOOD, [ITEM]),
+        (f"```json\n{GOOD}\n```", [ITEM]),
+        (f"<think>{GOOD.replace('Units', 'No')}</think>\n{GOOD}", [ITEM]),
+        (f"half a thought {GOOD.replace('Units', 'No')} </think> {GOOD}", [ITEM]),  # the template opened the thinking
+        (f"<think>{GOOD}", []),  # the thinking never ended
+        (f"```json\n{GOOD.replace('Units', 'Draft')}\n```\nBetter:\n```json\n{GOOD}\n```", [ITEM]),
+        (f"```json\n{GOOD}", [ITEM]),  # an open fence
+        (f"[{GOOD}, {GOOD[:30]}", [ITEM]),  # an array that breaks off
+        ('{"kind": "spell"} ' + GOOD, [ITEM]),
+        ("{{{{" + GOOD, [ITEM]),
+        ("**Kind:** lesson\n**Title:** Units\n**Content:** Check them.", [ITEM]),
+        ("kind: lesson\ntitle: Units\ncontent: Check them.\nkind: spell\ntitle: x\ncontent: y", [ITEM]),
+        (" ".join([GOOD] * 9), [ITEM] * MAX_ITEMS),
+        (GOOD.replace("Check", "\\ud800Check\\u0000"), [ITEM]),
+        ('{"action": "retire", "insight": 2}', [Reflected("strategy", "", "retire", 2)]),
+        (
+            '{"action": "edit", "insight": "1", "title": "a", "content": "b"}',
+            [Reflected("strategy", "a: b", "edit", 1)],
+        ),
+        ('{"action": "retire", "insight": true}', []),
+        ('{"action": "retire"}', []),
+        ('{"action": "drop table", "insight": 1}', []),
+        ('{"kind": ["lesson"], "title": "a", "content": "b"}', []),
+        ('{"kind": "lesson", "title": "a", "content": ' + "9" * 5000 + "}", []),
+        ('{"kind": "lesson", "title": "a", "content": "' + "b" * 5000 + '"}', []),
+        ('{"a":' * 5000, []),
+        ("{" * 100_000, []),
+        ("[" * 100_000 + GOOD, [ITEM]),
+        ("", []),
+    ],
+)
+def test_by_hand(text, items):
+    assert parse_items(text).items == items
+
+
+def check_bounds(text: str) -> list[Reflected]:
+    items, num_rejected = parse_items(text)
+    assert len(items) <= MAX_ITEMS
+    assert num_rejected >= 0
+    for item in items:
+        assert item.action in ACTIONS
+        assert item.kind in KINDS
+        assert len(item.text) <= MAX_ITEM_CHARACTERS
+        assert item.text.isprintable()
+        item.text.encode("utf-8")
+        assert (item.number is None) == (item.action == "add")
+    line = parse_line(text)
+    assert line is None or line.isprintable()
+    return items
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "kind": st.sampled_from([*KINDS, "spell"]) | JSON,
+        "action": st.sampled_from([*ACTIONS, "KEEP ", "sudo"]) | JSON,
+        "insight": st.integers(-3, 9) | JSON,
+        "title": st.text(max_size=30) | JSON,
+        "content": st.text(max_size=60) | JSON,
+    },
+)
+NEARLY = st.lists(FIELDS, min_size=1, max_size=5).map(json.dumps)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.text(max_size=400))
+def test_any_text(text):
+    check_bounds(text)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(NEARLY, st.sampled_from(["{}", "```json\n{}\n```", "<think>{}</think>{}", "x {} y"]))
+def test_nearly_right_objects(listed, frame):
+    check_bounds(frame.replace("{}", listed))
