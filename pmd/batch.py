@@ -128,7 +128,7 @@ class Batch:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
-        """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout gets its own."""
+        """Yield micro-batches of at most `layout.max_tokens` padded tokens; a longer rollout gets its own."""
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         pairs = {side: [_pair(example, side) for example in self.examples] for side in SIDES}
         groups = self._groups()
@@ -328,7 +328,7 @@ def pad_after_prefixes(pairs: Sequence[Pair], groups: Sequence[int], pad_id: int
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many ids all prompts have in common at the start, short of the last one, which predicts a completion."""
+    """Return how many ids all prompts begin with, short of a prompt's last one, which predicts the completion."""
     common, first = min(len(prompt) for prompt in prompts) - 1, prompts[0]
     for prompt in prompts[1:]:
         if prompt[:common] != first[:common]:

@@ -78,7 +78,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def after_epoch(self, epoch: int) -> bool:
-        """Copy the student into a frozen teacher if that is due after `epoch` (counted from 0); return whether it was."""
+        """Copy the student into a frozen teacher if due after `epoch` (counted from 0); return whether it was."""
         due = self.kind == "frozen" and self.refresh_epochs is not None and (epoch + 1) % self.refresh_epochs == 0
         if due:
             for teacher, student in self.teacher_pairs():

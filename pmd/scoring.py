@@ -66,7 +66,7 @@ def score(
 
 @torch.no_grad()
 def teacher_part(policy: Policy, role: Role, sequences: Sequences, weight: float = 1.0) -> TeacherPart:
-    """Return the hidden states of `role`, for `score` to compare with. No dropout, even if the teacher is the student."""
+    """Return the hidden states of `role`, for `score` to compare with; never with dropout, be it the student's own."""
     with policy.weights(role) as model, eval_mode(model):
         return TeacherPart(completion_hidden_states(model, sequences), output_head(model), weight)
 
