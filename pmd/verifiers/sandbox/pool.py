@@ -135,7 +135,7 @@ class Worker:
 
 def supervisor_command(level: Level) -> list[str]:
     """Return the command of a supervisor; at level `bubblewrap` it starts inside bubblewrap's namespaces."""
-    packages, root = rooms.site_packages(), str(Path(__file__).parents[2])
+    packages, root = rooms.site_packages(), str(Path(__file__).parents[3])
     start = f"import sys; sys.path.insert(0, {root!r}); from pmd.verifiers.sandbox.supervisor import main; main()"
     arguments = ["-S", "-s", "-P", "-B", "-c", start, level, str(os.getpid()), packages]
     if level != "bubblewrap":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import stubborn
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: A tiny model that reads any text, few and short rollouts.
 FLAGS = [
     "--config", "configs/tiny_sciknoweval.yaml", "--method=grpo", "--memory.enabled=false", "--data.task=jsonl",
