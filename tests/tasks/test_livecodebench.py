@@ -59,7 +59,7 @@ def test_damaged_fields_are_refused(text):
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr("pmd.tasks.livecodebench.MOST_BYTES", 1 << 16)
+    monkeypatch.setattr("pmd.tasks.livecodebench.MAX_DECODED_BYTES", 1 << 16)
     with pytest.raises(ValueError, match="larger than"):
         decode_tests(base64.b64encode(zlib.compress(bytes(1 << 20))).decode())
 

@@ -9,7 +9,7 @@ from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, find_duplicates, load_tasks
 from pmd.tasks.hub import load_rows
-from pmd.tasks.sciknoweval import divide_upstream, own_split, split_permutation, system_prompt
+from pmd.tasks.sciknoweval import split_permutation, split_upstream, split_without_duplicates, system_prompt
 
 DOMAINS = ["biology", "chemistry", "material", "physics"]
 
@@ -65,11 +65,11 @@ def test_duplicates_of_the_real_files(data_folder):
 def test_the_own_split_has_no_question_on_both_sides(data_folder):
     tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=DOMAINS), seed=0)
     everything = tasks["train"] + tasks["test"]
-    divided = own_split(everything, seed=5)
+    divided = split_without_duplicates(everything, seed=5)
     report = find_duplicates(divided)
     assert not report.same_prompt
     assert not report.same_stem
-    assert str(report).startswith("No problem")
+    assert str(report).startswith("No task")
     assert {task.task_id for task in divided} == {task.task_id for task in everything}
     for domain, count in (("biology", 50), ("chemistry", 210), ("material", 94), ("physics", 80)):
         assert sum(t.domain == domain and t.split == "test" for t in divided) == pytest.approx(count, abs=2)
@@ -96,7 +96,7 @@ def test_smaller_subsets_are_prefixes_of_larger_ones(data_folder):
 def test_hub_rows_are_filtered_and_divided(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, UPSTREAM)))
-    tasks = divide_upstream(load_rows(str(tmp_path), "test"), ["chemistry", "physics"])
+    tasks = split_upstream(load_rows(str(tmp_path), "test"), ["chemistry", "physics"])
     sizes = Counter((task.domain, task.split) for task in tasks)
     assert sizes == {
         ("chemistry", "train"): 36,
@@ -120,7 +120,7 @@ def test_upstream_file_equals_the_hub(tmp_path):
     path = tmp_path / "sciknoweval_test_v2.jsonl"
     path.write_text("\n".join(map(json.dumps, UPSTREAM)))
     tasks = load_tasks(DataConfig(task="sciknoweval", path=str(path), domains=["chemistry"]), seed=0)
-    assert tasks["train"] + tasks["test"] == divide_upstream(UPSTREAM, ["chemistry"])
+    assert tasks["train"] + tasks["test"] == split_upstream(UPSTREAM, ["chemistry"])
 
 
 def test_all_bad_lines_are_named_at_once(tmp_path):

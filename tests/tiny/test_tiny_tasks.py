@@ -21,10 +21,10 @@ def test_tasks_of_a_world(boxes):
     rules = make_world(boxes, 16, 2)
     for split, found in tasks.items():
         for task in found:
-            problem = parse_statement(task.question)
-            assert problem is not None
+            puzzle = parse_statement(task.question)
+            assert puzzle is not None
             assert task.split == split
-            assert task.answer == answer(rules[problem.name], problem)
+            assert task.answer == answer(rules[puzzle.name], puzzle)
             assert task.memory_key.split() == [w for w in task.question.split() if w not in ("task", "plan")]
     assert load_tiny(world, seed=2) == tasks
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmd.types import Message, Task
-from pmd.verifiers.code import MOST_PART, extract_program, run_test, same_output, same_value
+from pmd.verifiers.code import MAX_EXCERPT, extract_program, run_test, same_output, same_value
 from pmd.verifiers.pool import verify
 
 
@@ -144,7 +144,7 @@ def test_of_an_output_only_its_beginning_is_kept():
     result = run_test("print(3, ' ' * 10**6)", CODE, case)
     assert (result.status, result.output) == ("ok", "3")
     result = run_test("import sys\nfor out in (sys.stderr, sys.stdout): print('x' * 10**6, file=out)", CODE, case)
-    assert (result.status, len(result.output), len(result.error)) == ("wrong_answer", MOST_PART, MOST_PART)
+    assert (result.status, len(result.output), len(result.error)) == ("wrong_answer", MAX_EXCERPT, MAX_EXCERPT)
 
 
 def test_functional_cases():

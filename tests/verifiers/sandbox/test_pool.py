@@ -213,7 +213,7 @@ def test_the_weak_level_is_never_chosen_unasked():
         raise Unavailable("not here")
 
     sandbox._start_at = refuse  # type: ignore[method-assign]
-    with pytest.raises(SandboxUnavailable, match="by asking for level rlimits by name"):
+    with pytest.raises(SandboxUnavailable, match="by requesting level rlimits by name"):
         sandbox.describe()
     sandbox.close()
 

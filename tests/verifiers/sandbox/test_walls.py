@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pmd.verifiers.sandbox import landlock, protocol, rooms, seccomp
+from pmd.verifiers.sandbox import landlock, protocol, filesystem, seccomp
 from pmd.verifiers.sandbox.pool import Limits, Sandbox
 from pmd.verifiers.sandbox.protocol import Reply
 
@@ -40,15 +40,15 @@ def test_replies_survive_the_socket():
 
 def test_a_library_inside_a_library_does_not_hide_it():
     paths = ["/usr/lib/python3.11", "/usr/lib/python3.11/lib-dynload", "/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
-    assert rooms.outermost(paths) == ["/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
+    assert filesystem.outermost(paths) == ["/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
 
 
 def test_a_python_with_its_own_libraries_shows_them_alone(tmp_path):
     (tmp_path / "lib" / "python3.11").mkdir(parents=True)
     for name in ("libz.so.1", "libz.so", "libz.a", "notes"):
         (tmp_path / "lib" / name).touch()
-    assert rooms.shared_libraries(str(tmp_path)) == [f"{tmp_path}/lib/libz.so", f"{tmp_path}/lib/libz.so.1"]
-    assert rooms.shared_libraries("/usr") == []
+    assert filesystem.shared_libraries(str(tmp_path)) == [f"{tmp_path}/lib/libz.so", f"{tmp_path}/lib/libz.so.1"]
+    assert filesystem.shared_libraries("/usr") == []
 
 
 def test_the_environment_is_empty_but_for_the_threads_of_numpy():
@@ -62,4 +62,4 @@ def test_the_environment_is_empty_but_for_the_threads_of_numpy():
 
 def test_packages_are_found_where_python_finds_them():
     numpy = pytest.importorskip("numpy")
-    assert rooms.package_paths(rooms.site_packages())[0] == str(Path(numpy.__file__).parent)
+    assert filesystem.package_paths(filesystem.site_packages())[0] == str(Path(numpy.__file__).parent)
