@@ -1,4 +1,4 @@
-"""The tiny world as tasks, and its verifier."""
+"""The tiny world's tasks and their verifier."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_ids_are_unique_and_questions_never_cross_splits():
     assert tasks[0].task_id.startswith("tiny4-s0/train/")
 
 
-def test_sizes_do_not_move_training_problems():
+def test_split_sizes_do_not_change_the_training_tasks():
     small = load_tiny(TinyWorldConfig(test_per_family=1), seed=0)
     large = load_tiny(TinyWorldConfig(test_per_family=50), seed=0)
     assert small["train"] == large["train"]

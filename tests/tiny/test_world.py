@@ -1,4 +1,4 @@
-"""The tiny world's puzzles and language: what is right, what can be read back, what is drawn from a seed."""
+"""The tiny world's puzzles and language: solutions, parsing, and what depends on the seed."""
 
 import random
 
@@ -31,7 +31,7 @@ NAME = NAMES[0]
 PUZZLE = Puzzle(NAME, ("3", "5", "1", "7"))
 
 
-def test_a_problem_in_words():
+def test_a_puzzle_in_words():
     assert statement(PUZZLE) == f"task red 3 blue 5 green 1 gold 7 plan {NAME}"
     assert memory_key(PUZZLE) == f"red 3 blue 5 green 1 gold 7 {NAME}"
     assert execution("gold>red", PUZZLE) == "gold 7 red 3"
@@ -48,7 +48,7 @@ def test_the_small_world_is_part_of_the_large_one():
 
 
 @pytest.mark.parametrize("boxes", [4, 6])
-def test_statements_are_read_back(boxes):
+def test_statements_are_parsed(boxes):
     draw = random.Random(0)
     for name in NAMES:
         puzzle = random_puzzle(draw, name, boxes)
@@ -66,11 +66,11 @@ def test_statements_are_read_back(boxes):
         "task red 3 blue 5 green 1 gold 7 plan nobody",
     ],
 )
-def test_what_is_no_statement_is_not_read(text):
+def test_malformed_statements_are_not_parsed(text):
     assert parse_statement(text) is None
 
 
-def test_lines_are_read_back():
+def test_memory_lines_are_parsed():
     for kind, polarity in [("strategy", "use"), ("pattern", "use"), ("lesson", "not"), ("failed", "not")]:
         text = f"{kind} {polarity} {NAME} red>gold"
         assert parse_line(text) == Line(kind, NAME, "red>gold")
@@ -94,17 +94,17 @@ def test_lines_are_read_back():
         f"memory use {NAME} red>gold",
     ],
 )
-def test_what_is_no_line_is_not_read(text):
+def test_malformed_memory_lines_are_not_parsed(text):
     assert parse_line(text) is None
 
 
-def test_the_rule_an_attempt_states():
+def test_the_rule_that_an_attempt_states():
     assert stated_rule("red>gold ; red 3 gold 7") == "red>gold"
     assert stated_rule("; red 3 gold 7") is None
     assert stated_rule("") is None
 
 
-def test_worlds_and_problems_come_from_the_seed():
+def test_worlds_and_puzzles_depend_on_the_seed():
     assert make_world(4, 32, 0) == make_world(4, 32, 0)
     assert make_world(4, 32, 0) != make_world(4, 32, 1)
     assert set(make_world(4, 64, 5).values()) <= set(rules_of(4))
