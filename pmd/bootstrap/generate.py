@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-BATCH = 64
+#: Prompt tokens in a batch, padding included: short prompts share large batches, long ones are hardly padded.
+MAX_BATCH_TOKENS = 8192
 
 
 def greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
@@ -83,8 +84,12 @@ def _continue(
 
 def _batches(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return batches of prompt indices, short prompts first."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    batches: list[list[int]] = [[]]
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[index]) > MAX_BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

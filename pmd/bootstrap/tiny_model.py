@@ -66,7 +66,9 @@ def plant_induction_head(model: Qwen3ForCausalLM, half: int) -> None:
     embeddings = model.model.embed_tokens.weight
     embeddings[:, half:] = 0
     embeddings[:, 0] = CONSTANT
-    reader = torch.linalg.qr(torch.randn(half - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, half - 1], reads the embedding to copy
+    reader = torch.linalg.qr(torch.randn(half - 1, HEAD_WIDTH))[
+        0
+    ].T  # [HEAD_WIDTH, half - 1], reads the embedding to copy
     writer = torch.linalg.qr(torch.randn(half, HEAD_WIDTH))[0]  # [half, HEAD_WIDTH], writes the copy
     _plant_previous_token_head(model.get_submodule("model.layers.0.self_attn"), reader, writer)
     _plant_matching_heads(model.get_submodule("model.layers.1.self_attn"), reader, writer)
