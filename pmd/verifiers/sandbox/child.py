@@ -24,14 +24,11 @@ import sys
 import threading
 import traceback
 import types
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from pmd.verifiers.sandbox import filesystem, kernel, landlock, seccomp
 from pmd.verifiers.sandbox.protocol import EXIT_MEMORY, Request
 from pmd.verifiers.sandbox.semaphores import ThreadSemLock
-
-if TYPE_CHECKING:
-    from pmd.verifiers.sandbox.zygote import Confinement
 
 FILE_NAME = "main.py"
 EXIT_ERROR = 1
@@ -55,6 +52,18 @@ ALSO_LOADED = ("array", "cmath", "dataclasses", "decimal", "enum", "fractions", 
 NAMES: dict[str, Any] = {}
 
 
+class Confinement(NamedTuple):
+    """What every child of a zygote is confined with."""
+
+    stdin_writer: int | None  # at level namespaces: for writing the input into the root directory
+    writable: str  # path of a small writable directory; empty if there is none
+    user: int | None  # user id to switch to
+    ruleset: int | None  # descriptor of the Landlock rule set
+    filter: bytes | None  # seccomp program
+    zygote: int  # process id of the parent of every child
+    base_bytes: int  # address space of the interpreter before a program runs
+
+
 def prepare(packages: str) -> int:
     """Import common modules before any fork; return the address space used so far, in bytes."""
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "EOF")  # as the `site` module defines them
@@ -75,7 +84,7 @@ def prepare(packages: str) -> int:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main(request: Request, stdin: int, ready: int, confinement: "Confinement", offsets: tuple[int, ...]) -> NoReturn:
+def main(request: Request, stdin: int, ready: int, confinement: Confinement, offsets: tuple[int, ...]) -> NoReturn:
     """Confine this process and run the program."""
     files = request.files
     try:
@@ -103,7 +112,7 @@ def _arrange_descriptors(descriptors: tuple[int, ...], ruleset: int | None) -> N
     os.closerange(len(sources), os.sysconf("SC_OPEN_MAX"))
 
 
-def _confine(request: Request, confinement: "Confinement", offsets: tuple[int, ...]) -> None:
+def _confine(request: Request, confinement: Confinement, offsets: tuple[int, ...]) -> None:
     """Drop privileges in an order in which each step is still allowed: session, user, capabilities, files, calls."""
     os.setsid()
     os.chdir(confinement.writable or "/")
@@ -125,7 +134,7 @@ def _confine(request: Request, confinement: "Confinement", offsets: tuple[int, .
         kernel.install_filter(seccomp.with_pid(confinement.filter, offsets, os.getpid()))
 
 
-def _set_limits(request: Request, confinement: "Confinement") -> None:
+def _set_limits(request: Request, confinement: Confinement) -> None:
     limits = {
         resource.RLIMIT_AS: confinement.base_bytes + (request.memory_mb << 20) + RESERVED_BYTES,
         resource.RLIMIT_CPU: request.cpu_s,

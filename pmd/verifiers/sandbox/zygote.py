@@ -15,24 +15,13 @@ import time
 from typing import NamedTuple
 
 from pmd.verifiers.sandbox import child, filesystem, protocol, seccomp
+from pmd.verifiers.sandbox.child import Confinement
 from pmd.verifiers.sandbox.protocol import Reply, Request
 
 #: If a killed child takes longer than this to die, the zygote exits.
 DYING_S = 5.0
 #: Time limit for a child to confine itself.
 STARTING_S = 5.0
-
-
-class Confinement(NamedTuple):
-    """What every child of this zygote is confined with."""
-
-    stdin_writer: int | None  # at level namespaces: for writing the input into the root directory
-    writable: str  # path of a small writable directory; empty if there is none
-    user: int | None  # user id to switch to
-    ruleset: int | None  # descriptor of the Landlock rule set
-    filter: bytes | None  # seccomp program
-    zygote: int  # process id of the parent of every child
-    base_bytes: int  # address space of the interpreter before a program runs
 
 
 def serve(peer: socket.socket, confinement: Confinement) -> None:
