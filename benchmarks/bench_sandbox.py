@@ -1,4 +1,4 @@
-"""Time to run one trivial program: at each sandbox level, in a plain `python` subprocess, and in bubblewrap if installed.
+"""Times one trivial program: at each sandbox level, in a plain `python` subprocess, and in bubblewrap if installed.
 
 python benchmarks/bench_sandbox.py [--runs 200]
 """
