@@ -1,4 +1,4 @@
-"""Time of one trivial program: this sandbox's levels, a plain `python` subprocess, bubblewrap where it is installed.
+"""Times one trivial program: at each sandbox level, in a plain `python` subprocess, and in bubblewrap if installed.
 
 python benchmarks/bench_sandbox.py [--runs 200]
 """

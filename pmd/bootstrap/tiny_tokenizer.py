@@ -1,7 +1,6 @@
 """The tiny world's tokenizer: one token per word, as a plain Hugging Face fast tokenizer.
 
-Nothing enters; a `PreTrainedTokenizerFast` leaves. It adds no special tokens by itself: prompts state their `<bos>`.
-Unknown words raise, because silence would train on something nobody wrote.
+It adds no special tokens; prompts contain their own `<bos>`. Unknown words raise, so that a typo is never trained on.
 """
 
 from tokenizers import Tokenizer
@@ -15,7 +14,7 @@ MAX_POSITIONS = 512
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer; decoding gives words joined by single spaces."""
+    """Build the tokenizer; decoding joins words with single spaces."""
     words = WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unknown word>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,7 +15,7 @@ from rich.table import Table
 from pmd.errors import ConfigError
 from pmd.evaluation.compare import Comparison, Difference, MethodRun, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample, score_samples
-from pmd.tasks.records import Line, iterate_lines
+from pmd.tasks.lines import Line, iterate_lines
 from pmd.types import UNSCORED
 
 DESCRIPTION = """Compare runs on the same questions by a paired bootstrap.

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from pmd.errors import ConfigError
 from pmd.tasks.code_tests import DEFAULT_TIME_LIMIT_S
 from pmd.tasks.jsonl import read_task_file
-from pmd.tasks.records import Line, iterate_lines, shown
+from pmd.tasks.lines import Line, cap_problems, iterate_lines
 from pmd.types import Task, Verdict
 from pmd.verifiers.pool import DEADLINE_S, VerificationPool, Verified
 from pmd.verifiers.resolve import describe_verifier_problem
@@ -118,7 +118,7 @@ def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
             problems += [entry] if isinstance(entry, str) else _check_completion(entry, known)
     problems += _out_problems(options)
     if problems:
-        raise ConfigError(shown(problems))
+        raise ConfigError(cap_problems(problems))
     return tasks
 
 
@@ -151,7 +151,7 @@ def _write(out: TextIO, path: Path, fields: dict[str, Any]) -> None:
 def _check_completion(line: Line, known: set[str] | None) -> list[str]:
     problems = []
     if not isinstance(line.fields.get("completion"), str):
-        problems.append(line.problem("completion", "must be a text", "write the completion there"))
+        problems.append(line.problem("completion", "must be a string", "write the completion there"))
     if not isinstance(line.fields.get("id"), str | int):
         problems.append(line.problem("id", "must be the id of a task", "name the task"))
     elif known is not None and str(line.fields["id"]) not in known:

@@ -1,1 +1,1 @@
-"""Verifiers judge the text of a completion: one file a kind, a pool that runs them, a sandbox for programs."""
+"""Verifiers judge the text of a completion: one file per kind, a pool that runs them, a sandbox for programs."""

@@ -1,7 +1,7 @@
-"""Which verifier a task names, whether it can be used, and what to say of it at the start of a run.
+"""Finds the verifier that a task names, and checks before a run that it can be used.
 
-A verifier takes a task and the text of a completion, and returns a verdict. Feedback is words for the model and never
-holds the expected answer.
+A verifier takes a task and the text of a completion, and returns a verdict. Its feedback is shown to the model and must
+never contain the expected answer.
 """
 
 import functools
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def find_verifier(name: str) -> Verifier:
-    """Return the verifier of that name; modules are imported when they are first needed."""
+    """Return the verifier of that name; its module is imported on first use."""
     match name:
         case "mcq":
             from pmd.verifiers.mcq import verify_mcq as found
@@ -37,13 +37,13 @@ def find_verifier(name: str) -> Verifier:
         case "boxes":
             from pmd.verifiers.boxes import verify_boxes as found
         case _:
-            return load_own_verifier(name)
+            return load_custom_verifier(name)
     return found
 
 
 @functools.cache
-def load_own_verifier(path: str) -> Verifier:
-    """Return the function at a dotted path, or an instance of the class there, made once and without arguments."""
+def load_custom_verifier(path: str) -> Verifier:
+    """Return the function at a dotted path, or the one instance of the class there, created without arguments."""
     module_name, _, attribute = path.rpartition(".")
     found = getattr(importlib.import_module(module_name), attribute)
     return cast(Verifier, found() if inspect.isclass(found) else found)
@@ -59,7 +59,7 @@ def describe_verifier_problem(name: str) -> str | None:
         known = ", ".join(NAMED_VERIFIERS)
         return f"verifier={name}: must be {known} or a class path such as package.module.Class; name one of them."
     try:
-        found = load_own_verifier(name)
+        found = load_custom_verifier(name)
     except (Exception, SystemExit) as error:  # an import runs the user's code, which may raise anything
         return f"verifier={name}: cannot be loaded ({type(error).__name__}: {error}); check the path and PYTHONPATH."
     if not callable(found):
@@ -68,10 +68,10 @@ def describe_verifier_problem(name: str) -> str | None:
 
 
 def prepare_verifiers(tasks: Iterable[Task], sandbox_level: SandboxChoice) -> list[str]:
-    """Check every verifier of the tasks and fix the sandbox's level; return what to say at the start of a run.
+    """Check the verifiers of all tasks and set the sandbox level; return lines to print at the start of a run.
 
     Raises:
-        ConfigError: with every verifier that cannot be used.
+        ConfigError: naming every verifier that cannot be used.
     """
     names = sorted({task.verifier for task in tasks})
     if "code" in names:

@@ -1,4 +1,4 @@
-"""The tiny tokenizer, and prompts checked by hand."""
+"""The tiny tokenizer and the tiny language's prompts, compared with texts written by hand."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -40,11 +40,11 @@ def test_tokenizer_round_trip(tmp_path):
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
 
 
-def test_student_sees_the_bare_problem(prompts):
+def test_the_student_sees_the_bare_task(prompts):
     assert prompts.tokenizer.decode(prompts.student(TASK)) == f"<bos> {STATED}"
 
 
-def test_teacher_sees_lines_then_success_or_failure(prompts):
+def test_the_teacher_sees_memory_lines_then_success_or_failure(prompts):
     lines = [f"lesson not {ZIB} red>blue", f"pattern use {OTHER} gold>red"]
     shown = prompts.teacher(TASK, lines, "red>gold ; red 3 gold 7 <eos>", None)
     assert prompts.tokenizer.decode(shown) == (
@@ -80,7 +80,7 @@ def test_reflections_are_parsed_strictly(prompts):
         assert prompts.parse_reflection(text).items == []
 
 
-def test_abstraction_begins_with_the_name_that_succeeded_most(prompts):
+def test_abstraction_starts_with_the_name_that_succeeded_most(prompts):
     lesson, strategy = f"lesson not {ZIB} red>blue", f"strategy use {ZIB} red>gold"
     shown = prompts.abstraction([f"lesson not {OTHER} red>blue", lesson, strategy, strategy])
     text = f"<bos> insights {strategy} . {lesson} . lesson not {OTHER} red>blue . pattern"

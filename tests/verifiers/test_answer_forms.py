@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Answers in the forms that people and models give them: what counts as right, and what only looks so."""
+"""Answers in the many forms that models write them: which are right, and which only look right."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Prompt formats: the tiny world's words, and chat templates."""
+"""Prompt formats: the tiny world's language, and chat templates for real models."""
 
 from typing import TYPE_CHECKING, Literal
 

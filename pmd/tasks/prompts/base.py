@@ -1,7 +1,7 @@
-"""How a task, a memory and an attempt become token ids, and how the policy's reflections become memory lines.
+"""The prompt format: renders tasks, memory and attempts to token ids, and parses reflections into memory lines.
 
-Two dialects: `WordPrompts` (words.py) speaks the tiny world's language, `ChatPrompts` (chat.py) any tokenizer's chat
-template with the text files beside it. Both are pure: no engine, no store.
+There are two: `WordPrompts` (words.py) for the tiny world's language, `ChatPrompts` (chat.py) for any tokenizer with a
+chat template, using the text files in `templates/`. Both are pure functions of their arguments.
 """
 
 from collections.abc import Sequence
@@ -13,35 +13,35 @@ from pmd.types import Rollout, Task
 
 @runtime_checkable
 class PromptFormat(Protocol):
-    """One dialect of prompts."""
+    """Renders every prompt of a run and parses what the policy writes."""
 
     def student(self, task: Task) -> list[int]:
-        """Return the prompt the student attempts: the task and nothing else, ever."""
+        """Return the student's prompt: the task and nothing else, ever."""
         ...
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
-        """Return the same task with retrieved memory lines, a verified success, or the scored rollout's own failure."""
+        """Return the task with retrieved memory lines, a verified success, or the scored rollout's own failure."""
         ...
 
     def placebo(self, text: str) -> str:
-        """Return a memory line as long as this one that says nothing of any problem this one is about."""
+        """Return a memory line of the same length that says nothing about this line's task."""
         ...
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
         """Return the prompts, possibly none, that ask what one group of verified rollouts teaches.
 
-        `known` are the problem's insights, which the reflection may revise by their number.
+        `known` are the task's existing insights, which the reflection may revise by number.
         """
         ...
 
     def parse_reflection(self, text: str) -> Reply:
-        """Return the well-formed items of a reflection, and count what is none. Never raises."""
+        """Return the well-formed items of a reflection and the number of malformed ones. Never raises."""
         ...
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
-        """Return the prompt that asks for the pattern behind a cluster of insights; empty where there is none."""
+        """Return the prompt that asks for the pattern behind a cluster of insights; empty if there is none."""
         ...
 
     def parse_abstraction(self, text: str) -> str | None:
-        """Return the behaviour's memory line, or None where the output is malformed. Never raises."""
+        """Return the behaviour's memory line, or None if the output is malformed. Never raises."""
         ...

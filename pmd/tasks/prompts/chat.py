@@ -1,8 +1,7 @@
 """Prompts for chat models: the tokenizer's own chat template around the text files in `templates/`.
 
-Enters: tasks, memory lines, attempts. Leaves: token ids; and memory lines parsed from the policy's JSON (parse.py).
-Thinking is off in every prompt and stripped from every attempt that is shown. The wording is our choice; the paper's
-prompts are not public.
+Thinking is turned off in every prompt and stripped from every attempt that is shown. The wording is our choice; the
+paper's prompts are not public.
 """
 
 import re
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXT = Path(__file__).parent / "templates"
-MAX_ATTEMPTS_SHOWN = 4  # per outcome; more only lengthens the prompt
+MAX_ATTEMPTS_SHOWN = 4  # per outcome; more would only lengthen the prompt
 
 
 class ChatPrompts:
@@ -34,7 +33,7 @@ class ChatPrompts:
         return self._ids(task.messages)
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
-        """Return the task with the sections that apply in its last user message; the task alone where none does."""
+        """Return the task with the applicable sections in its last user message, or the bare task if there are none."""
         sections = ""
         if items:
             sections += self._fill("memory", items="\n".join(f"- {item}" for item in items))
@@ -51,11 +50,11 @@ class ChatPrompts:
         return self._ids(messages)
 
     def placebo(self, text: str) -> str:
-        """Return neutral words, as many tokens as the text has."""
+        """Return neutral text with as many tokens as `text`."""
         wanted = len(self._tokens(text))
         words = self.text["placebo"].split()
         words *= 1 + wanted // len(words)
-        first, last = 1, len(words)  # fewest and most words; the number of tokens grows with them
+        first, last = 1, len(words)  # binary search over the number of words, which the number of tokens grows with
         while first < last:
             middle = (first + last) // 2
             first, last = (
@@ -67,7 +66,7 @@ class ChatPrompts:
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
-        """Return one prompt per group. An all-failed group without any feedback teaches nothing: no prompt."""
+        """Return one prompt per group, or none for a group that failed entirely and got no feedback."""
         right = [r for r in rollouts if r.verdict.correct]
         wrong = [r for r in rollouts if r.verdict.scored and not r.verdict.correct]
         if not right and not any(r.verdict.feedback for r in wrong):
@@ -93,7 +92,7 @@ class ChatPrompts:
         return [self._ids([Message("user", prompt)])]
 
     def parse_reflection(self, text: str) -> Reply:
-        """Return each well-formed item; one malformed item does not cost the others."""
+        """Return the well-formed items; a malformed one does not affect the others."""
         return parse_items(text)
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
@@ -113,7 +112,7 @@ class ChatPrompts:
         return [int(i) for i in cast(list[int], ids)]
 
     def _fill(self, name: str, **values: str) -> str:
-        """Fill a text file's {fields}; braces inside the values stay as they are."""
+        """Fill the {fields} of a template; braces inside the values are left as they are."""
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.text[name])
 
 

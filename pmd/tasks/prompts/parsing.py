@@ -1,8 +1,8 @@
-"""What a chat model wrote, read as items of memory. Nothing that a model can write raises; the cost is bounded.
+"""Parses a chat model's reflection into memory items. No text makes it raise, and its cost is bounded.
 
-Enters: raw text. Leaves: at most `MAX_ITEMS` items, each on one printable line; what is malformed is left out, and one
-malformed item does not cost the others. Looked for in this order: JSON objects in the last fence, JSON objects anywhere
-(arrays that break off keep their whole members), `title:` and `content:` headings.
+It returns at most `MAX_ITEMS` items, each on one printable line, and drops malformed ones without affecting the others.
+It looks for, in this order: JSON objects in the last fence, JSON objects anywhere (a truncated array still yields its
+complete members), and `title:` and `content:` headings.
 """
 
 import json
@@ -16,43 +16,43 @@ KINDS: tuple[ItemKind, ...] = ("strategy", "lesson", "contrast")
 ACTIONS: tuple[InsightAction, ...] = ("add", "keep", "edit", "retire")
 MAX_ITEMS = 3  # of one output
 MAX_ITEM_CHARACTERS = 1200  # an item longer than this is a transcript, not an insight
-MAX_CHARACTERS = 40_000  # of an output that are looked at, counted from its end
-MAX_FAILURES = 200  # opening braces tried in vain
+MAX_CHARACTERS = 40_000  # only the end of a longer output is parsed
+MAX_FAILURES = 200  # opening braces that may fail to parse
 THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 HEADING = re.compile(r"^[\W_]*(action|kind|title|content|insight)\b[\W_]*?:[\W_]*(.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 class Reflected(NamedTuple):
-    """One change to a problem's insights, as a reflection asks for it."""
+    """One change to a task's insights that a reflection asks for."""
 
     kind: ItemKind
     text: str
     action: InsightAction = "add"
-    number: int | None = None  # of the insight in the prompt's list, counted from 1
+    number: int | None = None  # of the insight in the prompt's list, from 1
 
 
 class Reply(NamedTuple):
-    """What one output of the model holds."""
+    """What was parsed from one output of the model."""
 
     items: list[Reflected]
-    num_rejected: int = 0  # what began as an item and is none, and items beyond `MAX_ITEMS`
+    num_rejected: int = 0  # malformed items, and items beyond `MAX_ITEMS`
 
 
 def parse_items(text: str) -> Reply:
-    """Return the well-formed items of a reflection, at most `MAX_ITEMS`, and how many others were left out."""
+    """Return the well-formed items of a reflection, at most `MAX_ITEMS`, and how many others were dropped."""
     objects, num_broken = _objects(text)
     found = [item for each in objects if (item := _reflected(each)) is not None]
     return Reply(found[:MAX_ITEMS], num_broken + len(objects) - len(found[:MAX_ITEMS]))
 
 
 def parse_line(text: str) -> str | None:
-    """Return `title: content` of the first well-formed item; None where there is none."""
+    """Return `title: content` of the first well-formed item, or None."""
     return next((line for item in _objects(text)[0] if (line := _line(item))), None)
 
 
 def strip_thinking(text: str) -> str:
-    """Remove <think> blocks, closed or not, also one that the prompt opened, and surrounding white space."""
+    """Remove <think> blocks (closed, unclosed, or opened by the prompt) and surrounding white space."""
     return THINKING.sub("", text).rpartition("</think>")[2].strip()
 
 
@@ -80,7 +80,7 @@ def _word(value: object) -> str:
 
 
 def _line(item: dict[str, Any]) -> str | None:
-    """Return `title: content` on one line, None where either is missing or overlong."""
+    """Return `title: content` on one line, or None if either is missing or the line is too long."""
     title, content = item.get("title"), item.get("content")
     if not (isinstance(title, str) and isinstance(content, str)):
         return None
@@ -90,12 +90,12 @@ def _line(item: dict[str, Any]) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """Return one line without control characters and halves of characters, which no store or tokenizer takes."""
+    """Return one line without control characters and lone surrogates, which stores and tokenizers reject."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _objects(text: str) -> tuple[list[dict[str, Any]], int]:
-    """Return what the output holds, by the first way of reading that finds anything, and 1 if some is unreadable."""
+    """Return the objects found by the first method that finds any, and 1 if some text was unreadable."""
     shown = strip_thinking(text[-MAX_CHARACTERS:].rsplit("</think>", 1)[-1])
     fences = FENCE.findall(shown)
     broken = 0
@@ -103,11 +103,11 @@ def _objects(text: str) -> tuple[list[dict[str, Any]], int]:
         objects, broken = _json_objects(source)
         if objects:
             return objects, broken
-    return _headed(shown), broken
+    return _parse_headings(shown), broken
 
 
 def _json_objects(source: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects, and 1 if an opening brace led to none: what follows it cannot be counted."""
+    """Return the objects, and 1 if any opening brace failed to parse; such failures cannot be counted reliably."""
     decoder, start, failures = json.JSONDecoder(), 0, 0
     found: list[object] = []
     while (start := source.find("{", start)) >= 0 and failures < MAX_FAILURES:
@@ -121,8 +121,8 @@ def _json_objects(source: str) -> tuple[list[dict[str, Any]], int]:
     return [cast(dict[str, Any], value) for value in found if isinstance(value, dict)], min(failures, 1)
 
 
-def _headed(source: str) -> list[dict[str, Any]]:
-    """Read `Kind: ...`, `Title: ...`, `Content: ...` lines; a heading that recurs begins the next item."""
+def _parse_headings(source: str) -> list[dict[str, Any]]:
+    """Parse `Kind: ...`, `Title: ...`, `Content: ...` lines; a repeated heading starts the next item."""
     items: list[dict[str, Any]] = []
     headings: Sequence[tuple[str, str]] = HEADING.findall(source)
     for name, value in headings:

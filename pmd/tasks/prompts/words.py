@@ -1,8 +1,8 @@
-"""The tiny world's language: tasks, memory lines and prompts as words, one word per token, and the way back.
+"""The tiny world's language: renders puzzles, memory lines and prompts as words, one token each, and parses them back.
 
-`WordPrompts` is the prompt format of the tiny model: the student's prompt is the bare task; the teacher's has memory
-lines before it, with a verified success or the rollout's own failure as the last line. What the policy writes is parsed
-strictly: a line that is not of the language never reaches memory. Parsers return None for what is not well formed.
+`WordPrompts` is the prompt format of the tiny model. The student's prompt is the bare task; the teacher's has memory
+lines before it, the last of which is a verified success or the rollout's own failure. Parsing is strict: a line that is
+not in the language never reaches memory. Parsers return None for malformed text.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pmd.errors import AlignmentError
 from pmd.tasks.prompts.parsing import Reflected, Reply
-from pmd.tiny.world import ALL_RULES, BOX_COUNTS, COLOURS, DIGITS, NAMES, Problem
+from pmd.tiny.world import ALL_RULES, BOX_COUNTS, COLOURS, DIGITS, NAMES, Puzzle
 from pmd.types import ItemKind, Rollout, Task
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ LineKind = Literal["strategy", "pattern", "solved", "lesson", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one memory line says about one name."""
+    """A memory line: what it says about one name."""
 
     kind: LineKind
     name: str
@@ -47,29 +47,29 @@ class Line:
         return f"{self.kind} {'use' if self.kind in USE_KINDS else 'not'} {self.name} {self.rule}"
 
 
-def boxes_text(problem: Problem) -> str:
+def boxes_text(puzzle: Puzzle) -> str:
     """Return the row of boxes: `red 3 blue 5 green 1 gold 7`."""
-    return " ".join(f"{c} {d}" for c, d in zip(COLOURS[: problem.boxes], problem.digits, strict=True))
+    return " ".join(f"{c} {d}" for c, d in zip(COLOURS[: puzzle.boxes], puzzle.digits, strict=True))
 
 
-def statement(problem: Problem) -> str:
-    """Return the problem as it is asked: `task red 3 blue 5 green 1 gold 7 plan zib`."""
-    return f"task {boxes_text(problem)} plan {problem.name}"
+def statement(puzzle: Puzzle) -> str:
+    """Return the question: `task red 3 blue 5 green 1 gold 7 plan zib`."""
+    return f"task {boxes_text(puzzle)} plan {puzzle.name}"
 
 
-def memory_key(problem: Problem) -> str:
-    """Return the statement without its template words."""
-    return f"{boxes_text(problem)} {problem.name}"
+def memory_key(puzzle: Puzzle) -> str:
+    """Return the statement without the words `task` and `plan`."""
+    return f"{boxes_text(puzzle)} {puzzle.name}"
 
 
-def parse_statement(text: str) -> Problem | None:
-    """Read a statement back."""
+def parse_statement(text: str) -> Puzzle | None:
+    """Parse a statement."""
     words = text.split()
     for boxes in BOX_COUNTS:
         if len(words) == 2 * boxes + 3:
-            problem = Problem(words[-1], tuple(words[2:-2:2]))
-            known = problem.name in NAMES and all(digit in DIGITS for digit in problem.digits)
-            return problem if known and statement(problem).split() == words else None
+            puzzle = Puzzle(words[-1], tuple(words[2:-2:2]))
+            known = puzzle.name in NAMES and all(digit in DIGITS for digit in puzzle.digits)
+            return puzzle if known and statement(puzzle).split() == words else None
     return None
 
 
@@ -80,29 +80,29 @@ def solved_line(name: str, attempt: str) -> str:
 
 
 def parse_line(text: str) -> Line | None:
-    """Read a memory line of four words back; a `solved` line may go on after `;`."""
+    """Parse a memory line of four words; a `solved` line may continue after `;`."""
     words = text.split()
     if len(words) > 4 and (words[0] != "solved" or words[4] != ";"):
         return None
     if len(words) < 4 or words[0] not in USE_KINDS + NOT_KINDS or words[2] not in NAMES or words[3] not in ALL_RULES:
         return None
-    line = Line(words[0], words[2], words[3])  # pyright: ignore[reportArgumentType]  # checked just above
+    line = Line(words[0], words[2], words[3])  # pyright: ignore[reportArgumentType]  # checked above
     return line if line.text.split() == words[:4] else None
 
 
 def stated_rule(attempt: str) -> str | None:
-    """Return the rule an attempt begins with, None where it begins with anything else."""
+    """Return the rule that an attempt starts with, or None."""
     words = attempt.split()
     return words[0] if words and words[0] in ALL_RULES else None
 
 
 def memory_text(lines: Sequence[str]) -> str:
-    """Return the memory section of a prompt, with a trailing space; nothing where there are no lines."""
+    """Return the memory section of a prompt with a trailing space, or an empty string if there are no lines."""
     return f"memory {_listed(lines)} " if lines else ""
 
 
 def solve_prompt(stated: str, lines: Sequence[str] = ()) -> str:
-    """Return the prompt for an attempt at a stated problem, with memory lines before it or without."""
+    """Return the prompt for an attempt at a stated puzzle, optionally preceded by memory lines."""
     return f"{BOS} {memory_text(lines)}{stated}"
 
 
@@ -112,7 +112,7 @@ def reflect_prompt(stated: str, attempt: str, correct: bool) -> str:
 
 
 def abstract_prompt(lines: Sequence[str]) -> str:
-    """Return the prompt that asks for the pattern behind insights; the first line's name is what they are about."""
+    """Return the prompt that asks for the pattern behind insights; the pattern is about the first line's name."""
     return f"{BOS} insights {_listed(lines)} pattern"
 
 
@@ -121,7 +121,7 @@ def _listed(lines: Iterable[str]) -> str:
 
 
 REFLECTED_KINDS: dict[str, ItemKind] = {"strategy": "strategy", "lesson": "lesson"}
-MAX_INSIGHTS = 12  # lines in one abstraction prompt; the tiny model has practised no more
+MAX_INSIGHTS = 12  # lines in one abstraction prompt; the tiny model was trained on no more
 
 
 class WordPrompts:
@@ -137,7 +137,7 @@ class WordPrompts:
         return self._ids(solve_prompt(task.question))
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
-        """Return the task behind `memory LINE . LINE .`; the task alone where there is no line."""
+        """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines."""
         lines = list(items)
         if success is not None and stated_rule(success) is not None:
             lines.append(solved_line(_name_in(task), self._without_specials(success)))
@@ -146,16 +146,16 @@ class WordPrompts:
         return self._ids(solve_prompt(task.question, lines))
 
     def placebo(self, text: str) -> str:
-        """Return the same line about another name: the same words are in the prompt, and nothing is bound."""
+        """Return the same line about another name, so that it says nothing about this one."""
         words = text.split()
         names = [name for name in NAMES if name not in words]
         draw = Random(text)
         return " ".join(draw.choice(names) if word in NAMES else word for word in words)
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
-        """Return one prompt per distinct (stated rule, correct); attempts that state no rule teach nothing.
+        """Return one prompt per distinct (stated rule, correct); attempts without a rule teach nothing.
 
-        The language has no words for revising what is known.
+        `known` is ignored: the language cannot express revisions.
         """
         prompts: dict[tuple[str, bool], str] = {}
         for rollout in rollouts:
@@ -167,16 +167,16 @@ class WordPrompts:
         return [self._ids(prompt) for prompt in prompts.values()]
 
     def parse_reflection(self, text: str) -> Reply:
-        """Return the strategy or lesson line, if the text is exactly one."""
+        """Return the line if the text is exactly one strategy or lesson."""
         line = parse_line(self._without_specials(text))
         if line is None or line.kind not in REFLECTED_KINDS:
             return Reply([])
         return Reply([Reflected(REFLECTED_KINDS[line.kind], line.text)])
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
-        """Return `<bos> insights LINE . LINE . pattern`; empty where no strategy is among the lines.
+        """Return `<bos> insights LINE . LINE . pattern`, or an empty prompt if no line is a strategy.
 
-        The lines of the name with the most strategies come first: the model writes about the first line's name.
+        The lines about the name with the most strategies come first, because the model writes about the first name.
         """
         lines = [line for insight in insights if (line := parse_line(insight)) is not None]
         strategies = Counter(line.name for line in lines if line.kind == "strategy")
@@ -196,7 +196,7 @@ class WordPrompts:
         if unknown:
             raise AlignmentError(
                 f"the tiny world has no word {unknown[0]!r} (in {text[:80]!r}); "
-                "use model.prompts: chat for text that is not of the tiny world."
+                "use model.prompts: chat for text from outside the tiny world."
             )
         return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
 
@@ -205,8 +205,8 @@ class WordPrompts:
 
 
 def _name_in(task: Task) -> str:
-    """Return the name whose plan the task asks for."""
-    problem = parse_statement(task.question)
-    if problem is None:
-        raise AlignmentError(f"task {task.task_id} is not a problem of the tiny world; use model.prompts: chat.")
-    return problem.name
+    """Return the name in the task's question."""
+    puzzle = parse_statement(task.question)
+    if puzzle is None:
+        raise AlignmentError(f"task {task.task_id} is not from the tiny world; use model.prompts: chat.")
+    return puzzle.name

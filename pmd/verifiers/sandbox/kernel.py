@@ -1,4 +1,4 @@
-"""The system calls that the sandbox needs and Python lacks. Numbers and bytes enter; `OSError` leaves on failure."""
+"""System calls that the sandbox needs and Python does not offer. All raise `OSError` on failure."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ MACHINE = platform.machine()
 
 
 def checked(result: int, what: str) -> int:
-    """Return the result, or raise the errno of the call."""
+    """Return the result of a call, or raise its errno as `OSError`."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -37,7 +37,7 @@ def syscall(number: int, *arguments: int | bytes | None, what: str) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Move this process (for the pid namespace: its next children) into new namespaces."""
+    """Move this process (for the pid namespace: its future children) into new namespaces."""
     checked(LIBC.unshare(ctypes.c_int(flags)), "unshare")
 
 
@@ -56,7 +56,7 @@ def make_read_only(path: str, *, devices: bool = False, below: bool = True) -> N
 
 
 def change_root(path: str) -> None:
-    """Make `path`, a mount point, the root directory, and let go of the old one."""
+    """Make `path`, a mount point, the root directory, and detach the old one."""
     os.chdir(path)
     syscall(SYS_PIVOT_ROOT[MACHINE], b".", b".", what="pivot_root")
     checked(LIBC.umount2(b".", MNT_DETACH), "umount of the old root")
@@ -69,7 +69,7 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, for good."""
+    """Give up every capability permanently."""
     header = struct.pack("<Ii", CAPABILITY_VERSION_3, 0)
     checked(LIBC.capset(header, bytes(24)), "capset")
 

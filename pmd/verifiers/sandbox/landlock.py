@@ -1,4 +1,4 @@
-"""Landlock: paths enter, a rule set that a process can restrict itself with leaves."""
+"""Landlock: builds the rule set with which a process restricts its own access to files."""
 
 import os
 import stat
@@ -10,9 +10,9 @@ from pmd.verifiers.sandbox import kernel
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE = 1, 2, 4, 8, 16, 32
 MAKE_DIR, MAKE_REG, MAKE_SYM = 1 << 7, 1 << 8, 1 << 12
 REFER, TRUNCATE = 1 << 13, 1 << 14
-#: How many of the access rights each version of the interface knows.
+#: Number of access rights that each version of the interface knows.
 NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-NUM_RIGHTS_NOW = 16
+NUM_RIGHTS_LATEST = 16
 FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
 READ = READ_FILE | READ_DIR
 WRITE = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SYM | REFER | TRUNCATE
@@ -20,7 +20,7 @@ TCP_BIND_AND_CONNECT = SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS = 3
 
 
 def version() -> int:
-    """Return the version of the kernel's Landlock; 0 if it has none."""
+    """Return the kernel's Landlock version; 0 if it has none."""
     try:
         return kernel.syscall(kernel.SYS_LANDLOCK_CREATE_RULESET, None, 0, 1, what="landlock_create_ruleset")
     except OSError:
@@ -28,9 +28,9 @@ def version() -> int:
 
 
 def make_ruleset(readable: Iterable[str], read_write: Iterable[str], listable: Iterable[str] = ()) -> int:
-    """Return the descriptor of a rule set that allows nothing but these files and trees. Missing ones are skipped."""
+    """Return the descriptor of a rule set that allows only these files and trees; missing paths are skipped."""
     abi = version()
-    handled = (1 << NUM_RIGHTS.get(abi, NUM_RIGHTS_NOW)) - 1
+    handled = (1 << NUM_RIGHTS.get(abi, NUM_RIGHTS_LATEST)) - 1
     fields = [handled] + ([TCP_BIND_AND_CONNECT] if abi >= 4 else [])
     fields += [SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS] if abi >= 6 else []
     attributes = struct.pack(f"<{len(fields)}Q", *fields)
@@ -61,5 +61,5 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def restrict(ruleset: int) -> None:
-    """Restrict this process for good; `no_new_privs` must be set."""
+    """Restrict this process permanently; `no_new_privs` must be set."""
     kernel.syscall(kernel.SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0, what="landlock_restrict_self")

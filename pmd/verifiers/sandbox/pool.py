@@ -1,6 +1,6 @@
-"""The trainer's side: programs enter from any thread; `Outcome`s leave. Blocks when every worker is busy.
+"""The trainer's side of the sandbox: `Sandbox.run`, from any thread; it blocks while all workers are busy.
 
-A worker is a supervisor with its zygote. One that dies, hangs or answers nonsense is replaced, and its run repeated
+A worker is a supervisor with its zygote. A worker that dies, hangs or answers nonsense is replaced and its run repeated
 once; if that fails too, the outcome is `sandbox_error`, which says nothing about the program.
 """
 
@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pmd.verifiers.sandbox import protocol, rooms
+from pmd.verifiers.sandbox import filesystem, protocol
 from pmd.verifiers.sandbox.protocol import Limits, Reply, Request
 from pmd.verifiers.sandbox.streams import Streams
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "rlimits"]
 End = Literal["finished", "runtime_error", "timeout", "memory", "output_limit", "sandbox_error"]
 START_S = 60.0
-#: How long after its wall limit a run may take to be reported before the worker counts as hung.
+#: A worker that has not reported a run this long after its wall limit counts as hung.
 GRACE_S = 10.0
-ENDING_S = 2.0
+CLOSING_S = 2.0
 PROBE = b"""
 import ctypes, os, socket
 def refused(attempt):
@@ -42,12 +42,12 @@ print(all(map(refused, [socket.socket, os.fork, lambda: open('/etc/passwd'), lam
 
 
 class SandboxUnavailable(RuntimeError):
-    """No level that may be used works on this machine."""
+    """No permitted level works on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What is run: source, and its input; with an entry, the JSON list of its arguments."""
+    """Source and input of one run; with an entry, `payload` is the JSON list of its arguments."""
 
     code: bytes
     payload: bytes = b""
@@ -56,7 +56,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended and what it wrote. Bytes: whoever compares them decides how to read them."""
+    """How a run ended and what it wrote, as bytes: decoding is left to whoever compares them."""
 
     end: End
     stdout: bytes = b""
@@ -81,7 +81,7 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 env={"PATH": os.defpath, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},
                 cwd="/",
-                start_new_session=True,  # Ctrl-C in a terminal is for the trainer, which then ends us
+                start_new_session=True,  # Ctrl-C must reach the trainer only, which then closes its workers
             )
         self.peer, self._in_use = ours, threading.Lock()
         try:
@@ -102,7 +102,7 @@ class Worker:
         return text
 
     def run(self, program: Program, limits: Limits, grace_s: float = GRACE_S) -> tuple[Reply, Streams]:
-        """Run one program; raises EOFError, OSError or TimeoutError if the worker is of no use any more."""
+        """Run one program; raises EOFError, OSError or TimeoutError if the worker can no longer be used."""
         with self._in_use, Streams(limits.output_bytes, has_entry=bool(program.entry)) as streams:
             code, payload = protocol.memory_file(program.code), protocol.memory_file(program.payload)
             files = protocol.Files(code, payload, *streams.writers)
@@ -121,39 +121,39 @@ class Worker:
             return reply, streams
 
     def close(self) -> None:
-        """End supervisor, zygote and whatever runs under them; wait until they have ended."""
+        """Kill the supervisor, the zygote and whatever runs under them; wait until they have ended."""
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError):
-            self.peer.settimeout(ENDING_S)
+            self.peer.settimeout(CLOSING_S)
             self.peer.shutdown(socket.SHUT_WR)
-            while self.peer.recv(4096):  # the zygote held the last copy of the other end
+            while self.peer.recv(4096):  # the zygote holds the last copy of the other end
                 pass
-        with self._in_use:  # a thread that runs something here learns of the end by now
+        with self._in_use:  # by now a thread that is running something here has noticed
             self.peer.close()
 
 
 def supervisor_command(level: Level) -> list[str]:
     """Return the command of a supervisor; at level `bubblewrap` it starts inside bubblewrap's namespaces."""
-    packages, root = rooms.site_packages(), str(Path(__file__).parents[2])
+    packages, root = filesystem.site_packages(), str(Path(__file__).parents[3])
     start = f"import sys; sys.path.insert(0, {root!r}); from pmd.verifiers.sandbox.supervisor import main; main()"
     arguments = ["-S", "-s", "-P", "-B", "-c", start, level, str(os.getpid()), packages]
     if level != "bubblewrap":
         return [sys.executable, *arguments]
-    python, readable = os.path.realpath(sys.executable), rooms.readable_paths(packages)
-    place = ["--size", str(rooms.TMPFS_BYTES), "--tmpfs", rooms.writable_place(readable)]
-    binds = [word for path in (*readable, python, f"{root}/pmd") for word in ("--ro-bind", path, path)]
-    walls = ["--unshare-all", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
-    return ["bwrap", *place, *binds, *walls, python, *arguments]
+    python, readable = os.path.realpath(sys.executable), filesystem.readable_paths(packages)
+    writable = ["--size", str(filesystem.TMPFS_BYTES), "--tmpfs", filesystem.writable_place(readable)]
+    binds = [part for path in (*readable, python, f"{root}/pmd") for part in ("--ro-bind", path, path)]
+    isolation = ["--unshare-all", "--new-session", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
+    return ["bwrap", *writable, *binds, *isolation, python, *arguments]
 
 
 class Sandbox:
-    """A pool of workers on the strongest level that this machine has, or on the one asked for by name."""
+    """A pool of workers at the strongest level this machine supports, or at the level requested by name."""
 
     def __init__(self, workers: int | None = None, level: Level | None = None, grace_s: float = GRACE_S):
         self.grace_s = grace_s
         self.num_workers = workers or os.cpu_count() or 1
-        self.asked: Level | None = level
+        self.requested: Level | None = level
         self.level: Level | None = level
         self.reasons: list[str] = []
         self.missing = ""
@@ -163,11 +163,11 @@ class Sandbox:
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self._all: set[Worker] = set()
         for _ in range(self.num_workers):
-            self._idle.put(None)  # a place for a worker that is started when it is first needed
+            self._idle.put(None)  # stands for a worker that is started on first use
         atexit.register(self.close)
 
     def describe(self) -> str:
-        """Return the one line that says which level runs and what is missing; starts a worker to know."""
+        """Return one line that names the level in use and what it lacks; starts a worker to find out."""
         worker = self._take()
         self._idle.put(worker)
         gap = f"; missing: {self.missing}" if self.missing else ""
@@ -178,7 +178,7 @@ class Sandbox:
         """Run a program on stdin `payload`, or call its `entry` with the JSON list of arguments in `payload`.
 
         Raises:
-            SandboxUnavailable: if no level that may be used works.
+            SandboxUnavailable: if no permitted level works.
         """
         program, reason = Program(code.encode(errors="replace"), payload, entry), ""
         for number in range(2):
@@ -193,7 +193,7 @@ class Sandbox:
         return Outcome("sandbox_error", stderr=reason.encode())
 
     def _attempt(self, program: Program, limits: Limits) -> Outcome | str:
-        """Return the outcome, or why there is none."""
+        """Return the outcome, or a text that says why there is none."""
         worker, keep = self._take(), False
         try:
             reply, streams = worker.run(program, limits, self.grace_s)
@@ -203,7 +203,7 @@ class Sandbox:
         except (EOFError, OSError) as error:
             self.num_hung += isinstance(error, TimeoutError)
             return f"the worker failed: {error!r}"
-        finally:  # also on Ctrl-C: what the worker would still say belongs to no one
+        finally:  # also on Ctrl-C: the worker's late reply must not go to the next run
             if not keep:
                 self._discard(worker)
             self._idle.put(worker if keep else None)
@@ -230,9 +230,9 @@ class Sandbox:
         with self._lock:
             if self._closed:
                 raise SandboxUnavailable("the sandbox was closed")
-            if self.level is not None and (self.level == self.asked == "rlimits" or self._all):
+            if self.level is not None and (self.level == self.requested == "rlimits" or self._all):
                 return self._start_at(self.level)
-            levels: list[Level] = [self.asked] if self.asked else ["namespaces", "bubblewrap", "landlock"]
+            levels: list[Level] = [self.requested] if self.requested else ["namespaces", "bubblewrap", "landlock"]
             self.reasons = []
             for level in levels:
                 try:
@@ -246,7 +246,7 @@ class Sandbox:
         tried = "; ".join(self.reasons)
         raise SandboxUnavailable(
             f"no safe level for running programs works here ({tried}); allow user namespaces, or use Linux 5.13 or "
-            "later with Landlock, or accept weak protection by asking for level rlimits by name"
+            "later with Landlock, or accept weak protection by requesting level rlimits by name"
         )
 
     def _start_at(self, level: Level) -> Worker:
@@ -255,21 +255,21 @@ class Sandbox:
         return worker
 
     def _check(self, worker: Worker, level: Level) -> None:
-        """Refuse a level that lets through what it should hold."""
+        """Raise SandboxUnavailable if a probe program can do what the level should prevent."""
         if level == "rlimits":
             return
         _, streams = worker.run(Program(PROBE), Limits(wall_s=20.0))
         if streams.texts[0].strip() != b"True":
             worker.close()
-            said = b"".join(streams.texts)[-200:].decode(errors="replace")
-            raise SandboxUnavailable(f"a probe got out ({said})")
+            output = b"".join(streams.texts)[-200:].decode(errors="replace")
+            raise SandboxUnavailable(f"a probe program escaped ({output})")
 
     def _discard(self, worker: Worker) -> None:
         self._all.discard(worker)
         worker.close()
 
     def close(self) -> None:
-        """End every worker; a run in progress becomes a `sandbox_error`."""
+        """Kill every worker; runs in progress end as `sandbox_error`."""
         if os.getpid() != self._owner:
             return
         self._closed = True
@@ -279,7 +279,7 @@ class Sandbox:
 
 
 def outcome_of(reply: Reply, streams: Streams, limits: Limits) -> Outcome:
-    """Name how a run ended, from what the kernel and the zygote say; the program's word only ever harms itself."""
+    """Derive how a run ended from the kernel and the zygote; a program's exit status can only count against it."""
     code = os.waitstatus_to_exitcode(reply.wait_status)
     memory_full = reply.peak_kb > limits.memory_mb << 10
     end: End = "finished" if code == 0 else "runtime_error"
@@ -291,5 +291,5 @@ def outcome_of(reply: Reply, streams: Streams, limits: Limits) -> Outcome:
         end = "memory"
     stdout, stderr, result = streams.texts
     if code < 0 and end == "runtime_error":
-        stderr += f"\nended by signal {signal.Signals(-code).name}".encode()
+        stderr += f"\nkilled by signal {signal.Signals(-code).name}".encode()
     return Outcome(end, stdout, stderr, result, reply.wall_s, reply.cpu_s)

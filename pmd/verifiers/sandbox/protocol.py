@@ -1,8 +1,8 @@
-"""What passes between trainer and zygote: numbers, and descriptors of the files and pipes that hold the bytes.
+"""The protocol between trainer and zygote: numbers, and descriptors of the files and pipes that hold the bytes.
 
-The zygote never holds a program, its input or its output: those lie in sealed memory files and pipes that the trainer
-makes and the child uses. A program that searches its inherited memory therefore finds nothing of the runs before it.
-Nothing that comes back is ever unpickled.
+The zygote never holds a program, its input or its output. Those are in sealed memory files and pipes that the trainer
+creates and the child uses, so a program that searches its inherited memory finds nothing from earlier runs. Replies
+are never unpickled.
 """
 
 import fcntl
@@ -12,11 +12,11 @@ import struct
 from typing import NamedTuple
 
 HELLO = struct.Struct("<II")  # 1 ready or 0 failed, length of the text that follows
-REQUEST = struct.Struct("<dIII")  # and the entry's name, and the descriptors
+REQUEST = struct.Struct("<dIII")  # followed by the entry's name; the descriptors travel beside it
 REPLY = struct.Struct("<Biddi")
-KILL = b"K"  # from the trainer, in the middle of a run: the program wrote too much
+KILL = b"K"  # sent by the trainer during a run: the program wrote too much
 ENDED, TIMED_OUT, NOT_STARTED = range(3)
-EXIT_MEMORY = 97  # how a child says that memory ran out
+EXIT_MEMORY = 97  # a child's exit status when memory ran out
 NUM_FILES = 5
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -30,7 +30,7 @@ class Limits(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Descriptors of one run: two memory files, three writing ends of pipes."""
+    """Descriptors of one run: two memory files and the write ends of three pipes."""
 
     code: int
     payload: int  # stdin, or for an entry the JSON list of its arguments
@@ -40,7 +40,7 @@ class Files(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One run as the zygote sees it. `entry` is empty for a program that reads stdin."""
+    """One run, as sent to the zygote. `entry` is empty for a program that reads stdin."""
 
     wall_s: float
     memory_mb: int
@@ -50,7 +50,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """How a run ended. `wait_status` is that of waitpid, `peak_kb` the memory used beyond the interpreter's own."""
+    """How a run ended. `wait_status` is from waitpid, `peak_kb` the memory used beyond the interpreter's own."""
 
     end: int
     wait_status: int
@@ -67,7 +67,7 @@ def send_request(peer: socket.socket, request: Request) -> None:
 
 
 def receive_request(peer: socket.socket) -> Request | None:
-    """Return the next request, None when the trainer is gone. A late KILL for the run before is skipped."""
+    """Return the next request, or None when the trainer is gone. Skips a late KILL for the previous run."""
     try:
         first, descriptors = KILL, []
         while first == KILL and not descriptors:
@@ -86,7 +86,7 @@ def send_reply(peer: socket.socket, reply: Reply) -> None:
 
 
 def receive_reply(peer: socket.socket) -> Reply:
-    """Return the reply to a request; EOFError if the zygote is gone, TimeoutError if the socket's time is up."""
+    """Return the reply to a request; EOFError if the zygote is gone, TimeoutError if the socket times out."""
     return Reply(*REPLY.unpack(receive(peer, REPLY.size)))
 
 
@@ -102,7 +102,7 @@ def receive(peer: socket.socket, count: int) -> bytes:
 
 
 def memory_file(content: bytes) -> int:
-    """Return a descriptor of a file in memory that nobody can change any more, at its start."""
+    """Return the descriptor of a sealed, read-only file in memory, positioned at its start."""
     descriptor = os.memfd_create("pmd", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(content)

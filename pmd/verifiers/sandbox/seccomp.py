@@ -1,21 +1,21 @@
-"""The system call filter: the machine's name enters, a classic BPF program leaves; the child patches in its pid.
+"""The system call filter: a classic BPF program, into which each child patches its pid.
 
-What is not listed fails with EPERM. No process can be made (threads can), no program executed, no socket opened (a
-Unix pair can, for event loops), no other process signalled, traced or adopted, no namespace, key, System V or
-io_uring object made. Files are governed by Landlock. What Landlock cannot govern (chown, xattr) is absent; a mode or a
-time of a file can be set only where everything but the program's own files lies on read-only mounts.
+A call that is not listed fails with EPERM. A program can create threads but no processes, execute nothing, and open no
+sockets (except a Unix pair, for event loops); it can signal, trace or adopt no other process, and create no namespace,
+key, System V or io_uring object. Landlock governs files. Calls that Landlock cannot govern (chown, xattr) are not
+listed; modes and times of files can be set only where everything but the program's own files is on read-only mounts.
 """
 
 import errno
 import struct
 
-PID = 0xFFFF_FFF1  # stands for the child's own pid until `with_pid`
+PID = 0xFFFF_FFF1  # placeholder for the child's own pid, replaced by `with_pid`
 ALLOW, KILL, DENY, ABSENT = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 LOAD, JUMP_IF_EQUAL, JUMP_IF_SET, JUMP_IF_AT_LEAST, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE_THREAD = 0x00010000
 
-#: name: (x86_64, aarch64); None where the architecture has no such call. The most frequent ones stand first.
+#: name: (x86_64, aarch64); None where the architecture has no such call. The most frequent calls come first.
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "futex": (202, 98), "mmap": (9, 222), "munmap": (11, 215), "brk": (12, 214),
     "lseek": (8, 62), "fstat": (5, 80), "close": (3, 57), "openat": (257, 56), "newfstatat": (262, 79),
@@ -51,7 +51,7 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "sched_getscheduler": (145, 120), "getpriority": (140, 141), "getcpu": (309, 168), "mincore": (27, 232),
     "msync": (26, 227),
 }  # fmt: skip
-#: name: (numbers, argument, the only values of it that are let through)
+#: name: (numbers, index of an argument, its allowed values)
 IF_EQUAL: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
     "kill": ((62, 129), 0, (PID,)),
     "tkill": ((200, 130), 0, (PID,)),
@@ -63,7 +63,7 @@ IF_EQUAL: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
     "socketpair": ((53, 199), 0, (1,)),  # AF_UNIX
     "sendto": ((44, 206), 4, (0,)),  # no address
 }
-#: name: (numbers, argument with the mode): no set-user-id, set-group-id or sticky file is made.
+#: name: (numbers, index of the mode argument): set-user-id, set-group-id and sticky bits are refused.
 MODES: dict[str, tuple[tuple[int, int | None], int]] = {
     "chmod": ((90, None), 1),
     "fchmod": ((91, 52), 1),
@@ -71,7 +71,7 @@ MODES: dict[str, tuple[tuple[int, int | None], int]] = {
     "fchmodat2": ((452, 452), 2),
 }
 SPECIAL_MODES = 0o7000
-#: Times, and the names of extended attributes, without which `shutil.copy2` fails.
+#: File times and names of extended attributes, which `shutil.copy2` needs.
 OWN_FILES: dict[str, tuple[int, int]] = {
     "utimensat": (280, 88), "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
 }  # fmt: skip
@@ -79,10 +79,10 @@ CLONE, CLONE3 = (56, 220), (435, 435)
 
 
 def build_filter(machine: str, *, own_root: bool = False) -> bytes:
-    """Return the program, with `PID` where the child's pid belongs; `own_root`: only its own files can be written to.
+    """Return the filter with `PID` as a placeholder; with `own_root`, it may also set modes and times of files.
 
     Raises:
-        KeyError: if the architecture is not known.
+        KeyError: if the architecture is unknown.
     """
     architecture, column = ARCHITECTURE[machine], list(ARCHITECTURE).index(machine)
     code = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
@@ -102,7 +102,7 @@ def build_filter(machine: str, *, own_root: bool = False) -> bytes:
             code += [(JUMP_IF_SET, 0, 1, SPECIAL_MODES), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
     code += [
         (JUMP_IF_EQUAL, 0, 1, CLONE3[column]),
-        (RETURN, 0, 0, ABSENT),  # its flags lie in memory; the C library then uses clone
+        (RETURN, 0, 0, ABSENT),  # a filter cannot read its flags; the C library falls back to clone
         (JUMP_IF_EQUAL, 0, 3, CLONE[column]),
         (LOAD, 0, 0, 16),
         (JUMP_IF_SET, 0, 1, CLONE_THREAD),
@@ -113,12 +113,12 @@ def build_filter(machine: str, *, own_root: bool = False) -> bytes:
 
 
 def pid_offsets(program: bytes) -> tuple[int, ...]:
-    """Return where the pid stands in the program."""
+    """Return the byte offsets of the pid placeholders in the filter."""
     return tuple(at + 4 for at in range(0, len(program), 8) if struct.unpack_from("<I", program, at + 4)[0] == PID)
 
 
 def with_pid(program: bytes, offsets: tuple[int, ...], pid: int) -> bytes:
-    """Return the program for the process `pid`."""
+    """Return the filter for the process `pid`."""
     patched = bytearray(program)
     for offset in offsets:
         struct.pack_into("<I", patched, offset, pid)

@@ -1,8 +1,7 @@
-"""Semaphores of `multiprocessing` in a program that can make no process: a kind and a value enter, a lock leaves.
+"""`multiprocessing` semaphores for programs that cannot create processes.
 
-`multiprocessing.pool.ThreadPool`, `multiprocessing.dummy` and `multiprocessing.Lock` make a named semaphore of the
-system, a file in /dev/shm, even where threads alone share it. `ThreadSemLock` stands in for `_multiprocessing.SemLock`
-and needs no file.
+`multiprocessing.pool.ThreadPool`, `multiprocessing.dummy` and `multiprocessing.Lock` create a named system semaphore, a
+file in /dev/shm, even if only threads share it. `ThreadSemLock` replaces `_multiprocessing.SemLock` without a file.
 """
 
 import threading
@@ -12,18 +11,18 @@ RECURSIVE = 0
 
 
 class ThreadSemLock:
-    """A counting semaphore, or a lock that its thread may take again."""
+    """A counting semaphore, or a lock that the thread holding it may acquire again."""
 
     SEM_VALUE_MAX = 2**31 - 1
 
     def __init__(self, kind: int, value: int, maxvalue: int, name: str, unlink: bool):
         self.kind, self.maxvalue, self.handle = kind, maxvalue, id(self)
-        self.name = None  # nothing to remove at the end
+        self.name = None  # no system object to unlink
         self._semaphore, self._value = threading.Semaphore(value), value
         self._owner, self._held = 0, 0
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
-        """Take one; say whether there was one to take."""
+        """Decrement the semaphore; return whether that succeeded."""
         if self.kind == RECURSIVE and self._is_mine():
             self._held += 1
             return True
@@ -35,7 +34,7 @@ class ThreadSemLock:
         return True
 
     def release(self) -> None:
-        """Give one back."""
+        """Increment the semaphore."""
         if self.kind == RECURSIVE:
             if not self._is_mine():
                 raise AssertionError("attempt to release recursive lock not owned by thread")

@@ -1,4 +1,4 @@
-"""The pipes of one run, on the trainer's side: what a program writes enters, bounded bytes leave."""
+"""The pipes of one run, read by the trainer within a bound on bytes."""
 
 import contextlib
 import os
@@ -9,25 +9,25 @@ from types import TracebackType
 
 from pmd.verifiers.sandbox import protocol
 
-#: Of words that are not the program's output.
-WORDS_KEPT, WORDS_MOST = 16 << 10, 32 << 20
+#: Bounds for text that is not the program's output, such as stderr.
+MESSAGE_BYTES_KEPT, MAX_MESSAGE_BYTES = 16 << 10, 32 << 20
 CHUNK = 1 << 16
 
 
 class Pipe:
-    """One pipe: keeps all of at most `most` bytes, or of any number the last `kept`."""
+    """One pipe, read up to `limit` bytes; keeps all of them, or only the last `kept`."""
 
-    def __init__(self, most: int, kept: int | None = None):
+    def __init__(self, limit: int, kept: int | None = None):
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
         self.content = bytearray()
-        self.most, self.kept = most, kept
+        self.limit, self.kept = limit, kept
         self.num_read, self.ended = 0, False
 
     def drain(self) -> None:
-        """Read what is there, one chunk beyond the limit at most."""
+        """Read what is available, at most one chunk beyond the limit."""
         with contextlib.suppress(BlockingIOError):
-            while self.num_read <= self.most and not self.ended:
+            while self.num_read <= self.limit and not self.ended:
                 part = os.read(self.reader, CHUNK)
                 self.ended = not part
                 self.num_read += len(part)
@@ -37,16 +37,16 @@ class Pipe:
 
     @property
     def flooded(self) -> bool:
-        """Whether the program has written more than it may."""
-        return self.num_read > self.most
+        """Whether the program has written more than allowed."""
+        return self.num_read > self.limit
 
 
 class Streams:
-    """Stdout, stderr and the result of one run, of which one is the output. Whoever closes writing ends owns them."""
+    """Stdout, stderr and result of one run; one of them is the output. The caller closes the write ends."""
 
-    def __init__(self, most: int, *, has_entry: bool = False):
-        printed = Pipe(WORDS_MOST, WORDS_KEPT) if has_entry else Pipe(most)
-        self.pipes = (printed, Pipe(WORDS_MOST, WORDS_KEPT), Pipe(most))
+    def __init__(self, output_bytes: int, *, has_entry: bool = False):
+        printed = Pipe(MAX_MESSAGE_BYTES, MESSAGE_BYTES_KEPT) if has_entry else Pipe(output_bytes)
+        self.pipes = (printed, Pipe(MAX_MESSAGE_BYTES, MESSAGE_BYTES_KEPT), Pipe(output_bytes))
         self.writers = tuple(pipe.writer for pipe in self.pipes)
 
     def __enter__(self) -> "Streams":
@@ -58,22 +58,22 @@ class Streams:
 
     @property
     def texts(self) -> tuple[bytes, bytes, bytes]:
-        """What was written: stdout (its end, where the result is the output), the end of stderr, the result."""
+        """Stdout (only its end if the result is the output), the end of stderr, and the result."""
         stdout, stderr, result = (bytes(pipe.content) for pipe in self.pipes)
-        return stdout, stderr[-WORDS_KEPT:], result
+        return stdout, stderr[-MESSAGE_BYTES_KEPT:], result
 
     @property
     def flooded(self) -> bool:
-        """Whether any of them holds more than it may."""
+        """Whether the program wrote more than allowed to any of them."""
         return any(pipe.flooded for pipe in self.pipes)
 
     def drain(self) -> None:
-        """Read what is there."""
+        """Read what is available."""
         for pipe in self.pipes:
             pipe.drain()
 
     def follow(self, peer: socket.socket, deadline: float) -> bool:
-        """Read until the zygote has something to say; have the program killed if it writes too much.
+        """Read until the zygote sends something; have it kill a program that writes too much.
 
         Never waits for the end of a pipe. Returns False if the deadline passed.
         """

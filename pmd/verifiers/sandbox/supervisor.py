@@ -1,7 +1,7 @@
-"""The process between trainer and zygote: exec'd fresh, so it inherits neither CUDA, nor threads, nor descriptors.
+"""The process between trainer and zygote, freshly exec'd: it inherits no CUDA context, threads or descriptors.
 
-Started as `python -S -s -P -B -c ... LEVEL TRAINER_PID SITE_PACKAGES` with its socket as stdin. It sets up the level
-or says why it cannot, forks the zygote, and ends it as soon as the trainer is gone, however the trainer ended.
+Started as `python -S -s -P -B -c ... LEVEL TRAINER_PID SITE_PACKAGES` with its socket as stdin. It sets up the level or
+reports why it cannot, forks the zygote, and kills it as soon as the trainer is gone for any reason.
 """
 
 import contextlib
@@ -12,25 +12,26 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from pmd.verifiers.sandbox import child, kernel, landlock, rooms, seccomp
+from pmd.verifiers.sandbox import child, filesystem, kernel, landlock, seccomp
+from pmd.verifiers.sandbox.child import Confinement
 from pmd.verifiers.sandbox.protocol import HELLO
-from pmd.verifiers.sandbox.zygote import Confinement, serve
+from pmd.verifiers.sandbox.zygote import serve
 
 NOBODY = 65534
 
 
 def main() -> None:
-    """Set up, fork the zygote, wait for the first of trainer and zygote to end."""
+    """Set up the level, fork the zygote, and wait until either trainer or zygote ends."""
     level, trainer_pid, site_packages = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     with socket.socket(fileno=os.dup(0)) as peer:
         _point_at_null(0)
-        # From inside bubblewrap the trainer cannot be seen; the end of the socket then has to do.
+        # Inside bubblewrap the trainer's process is invisible; the zygote then notices the closed socket.
         trainer = os.pidfd_open(trainer_pid) if level != "bubblewrap" else None
         if trainer is not None and os.getppid() != trainer_pid:
             return
         try:
             zygote = _fork_zygote(level, site_packages, peer)
-        except Exception as error:  # said to the trainer, which then decides about the next level
+        except Exception as error:  # reported to the trainer, which then tries the next level
             _say_hello(peer, ready=False, text=f"{error}" if isinstance(error, OSError) else repr(error))
             return
     _wait(trainer, zygote)
@@ -49,25 +50,25 @@ def _wait(trainer: int | None, zygote: int) -> None:
 
 
 def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
-    base_bytes = child.prepare(site_packages if rooms.package_paths(site_packages) else "")
+    base_bytes = child.prepare(site_packages if filesystem.package_paths(site_packages) else "")
     user = _user_for_programs()
-    readable = rooms.readable_paths(site_packages)
-    writable = rooms.writable_place(readable) if level in ("namespaces", "bubblewrap") else ""
+    readable = filesystem.readable_paths(site_packages)
+    writable = filesystem.writable_place(readable) if level in ("namespaces", "bubblewrap") else ""
     missing: list[str] = []
     stdin_writer = None
     if level == "namespaces":
-        rooms.enter_namespaces()
-        stdin_writer = rooms.build_root(readable, writable)
+        filesystem.enter_namespaces()
+        stdin_writer = filesystem.build_root(readable, writable)
     elif level == "bubblewrap":
-        missing.append("a bound on the number of files and threads")
+        missing.append("a limit on the number of files and threads")
     else:
         missing.append("namespaces")
         if user is not None and not _reachable_by(user, readable):
             user = None
-            missing.append("a user of its own")
-    read_write = [*([writable] if writable else []), *rooms.DEVICES]
-    readable_now = [*readable, rooms.STDIN_FILE] if level == "namespaces" else readable
-    ruleset, program = _optional_walls(level, (readable_now, read_write, [site_packages]), missing)
+            missing.append("a separate user")
+    read_write = [*([writable] if writable else []), *filesystem.DEVICES]
+    readable_now = [*readable, filesystem.STDIN_FILE] if level == "namespaces" else readable
+    ruleset, program = _landlock_and_seccomp(level, (readable_now, read_write, [site_packages]), missing)
     pid = os.fork()
     if pid:
         return pid
@@ -89,10 +90,10 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
         os._exit(0)
 
 
-def _optional_walls(
+def _landlock_and_seccomp(
     level: str, files: tuple[Sequence[str], Sequence[str], Sequence[str]], missing: list[str]
 ) -> tuple[int | None, bytes | None]:
-    """Return Landlock's rule set and the seccomp program; only the weak level may go without them."""
+    """Return Landlock's rule set and the seccomp filter; only level `rlimits` may run without them."""
     ruleset = program = None
     try:
         ruleset = landlock.make_ruleset(*files)
@@ -110,10 +111,10 @@ def _optional_walls(
 
 
 def _user_for_programs() -> int | None:
-    """Return a user id that no one else has, nobody's where the range is closed to us, None when not root."""
+    """Return an unused user id; nobody's if unused ids are not mapped here; None when not root."""
     if os.getuid() != 0:
         return None
-    for user in (rooms.FIRST_OWN_USER + os.getpid(), NOBODY):
+    for user in (filesystem.FIRST_FREE_USER + os.getpid(), NOBODY):
         if all(_is_mapped(user, f"/proc/self/{kind}_map") for kind in ("uid", "gid")):
             return user
     return None
@@ -126,7 +127,7 @@ def _is_mapped(number: int, path: str) -> bool:
 
 
 def _reachable_by(user: int, paths: list[str]) -> bool:
-    """Try in a child whether that user can read Python's library where it lies."""
+    """Test in a forked child whether that user can read all paths."""
     pid = os.fork()
     if pid == 0:
         try:

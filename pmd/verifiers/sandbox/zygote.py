@@ -1,7 +1,7 @@
-"""The zygote: one request after another enters; each forks one confined child, whose end leaves.
+"""The zygote: serves one request at a time by forking a confined child, and reports how the child ended.
 
-Single-threaded, with the usual modules imported once, so that a run costs a fork. It waits for the child's death on a
-pidfd, never for the end of a pipe, and kills at the wall limit, when the trainer says so, and when the trainer is gone.
+It is single-threaded and has imported the common modules once, so a run costs only a fork. It waits for the child on a
+pidfd, never for the end of a pipe, and kills it at the wall limit, at the trainer's request, or if the trainer is gone.
 """
 
 import contextlib
@@ -14,25 +14,14 @@ import socket
 import time
 from typing import NamedTuple
 
-from pmd.verifiers.sandbox import child, protocol, rooms, seccomp
+from pmd.verifiers.sandbox import child, filesystem, protocol, seccomp
+from pmd.verifiers.sandbox.child import Confinement
 from pmd.verifiers.sandbox.protocol import Reply, Request
 
-#: How long a killed child may take to die before the zygote gives itself up.
+#: If a killed child takes longer than this to die, the zygote exits.
 DYING_S = 5.0
-#: How long a child may take to shut itself in.
+#: Time limit for a child to confine itself.
 STARTING_S = 5.0
-
-
-class Confinement(NamedTuple):
-    """What every child of this zygote is shut in with."""
-
-    stdin_writer: int | None  # in namespaces, with a root directory of its own: writes the input that stands there
-    writable: str  # a small directory to write to; empty if there is none
-    user: int | None  # becomes this user
-    ruleset: int | None  # Landlock
-    filter: bytes | None  # seccomp
-    zygote: int  # process id of the parent of every child
-    base_bytes: int  # address space of the interpreter before a program runs
 
 
 def serve(peer: socket.socket, confinement: Confinement) -> None:
@@ -47,11 +36,11 @@ def serve(peer: socket.socket, confinement: Confinement) -> None:
             return
         protocol.send_reply(peer, reply)
         if reply.end == protocol.NOT_STARTED:
-            return  # something is wrong with this zygote; the pool starts another
+            return  # this zygote is broken; the pool starts another
 
 
 def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], peer: socket.socket) -> Reply | None:
-    """Run one program to its end; None if the trainer went away meanwhile."""
+    """Run one program to its end; return None if the trainer is gone."""
     stdin = _stdin_file(request, confinement.stdin_writer)
     ready, ready_writer = os.pipe()
     pid = os.fork()
@@ -66,24 +55,24 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
     _, status, usage = os.wait4(pid, 0)
     if confinement.stdin_writer is not None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing
+            os.kill(-1, signal.SIGKILL)  # everything else in this pid namespace; there should be nothing left
     if confinement.writable:
-        rooms.clear_writable(confinement.writable)
+        filesystem.clear_writable(confinement.writable)
     peak_kb = max(0, usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return Reply(watched.end, status, watched.wall_s, usage.ru_utime + usage.ru_stime, peak_kb)
 
 
 class Watched(NamedTuple):
-    """How a child ended, and the time since its program began."""
+    """How a child ended, and the time since its program started."""
 
     end: int
     wall_s: float
 
 
 def _watch(pid: int, ready: int, wall_s: float, peer: socket.socket) -> Watched | None:
-    """Wait until the child has ended or must; None if the trainer went away or the child cannot die.
+    """Wait for the child and kill it if it must end; return None if the trainer is gone or the child does not die.
 
-    The wall limit counts from the child's byte on `ready`; a child without one has not begun to run the program.
+    The wall limit starts with the child's byte on `ready`; without that byte the program has not started.
     """
     process, started, begun = os.pidfd_open(pid), time.monotonic(), False
     deadline = started + STARTING_S
@@ -113,9 +102,9 @@ def _watch(pid: int, ready: int, wall_s: float, peer: socket.socket) -> Watched 
 
 
 def _stdin_file(request: Request, writer: int | None) -> int:
-    """Return the descriptor of the input; in a root of our own, it also stands at /dev/stdin."""
+    """Return a descriptor of the input; at level `namespaces` the input is also the file /dev/stdin."""
     if writer is not None:
-        os.ftruncate(writer, 0)  # in place: Landlock knows the file, not its name
+        os.ftruncate(writer, 0)  # truncate rather than replace: Landlock rules refer to the file, not to its name
     if request.entry:
         return os.open(os.devnull, os.O_RDONLY)
     if writer is None:
@@ -125,4 +114,4 @@ def _stdin_file(request: Request, writer: int | None) -> int:
     copied = 0
     while copied < size:
         copied += os.sendfile(writer, request.files.payload, copied, size - copied)
-    return os.open(rooms.STDIN_FILE, os.O_RDONLY)
+    return os.open(filesystem.STDIN_FILE, os.O_RDONLY)

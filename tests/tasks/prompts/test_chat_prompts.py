@@ -1,4 +1,4 @@
-"""Chat prompts: the student sees the task alone, the teacher sees what helps, nobody sees the hidden answer."""
+"""Chat prompts: the student sees only the task, the teacher also sees what helps, nobody sees the hidden answer."""
 
 import pytest
 
@@ -16,7 +16,7 @@ TASK = Task(
 )  # fmt: skip
 
 
-def words(ids: list[int]) -> str:
+def decoded(ids: list[int]) -> str:
     return TOKENIZER.decode(ids)
 
 
@@ -25,7 +25,7 @@ def rollout(number: int, correct: bool, text: str, feedback: str = "", status: s
     return Rollout(f"r{number}", "g", "t", (), Completion((1,), (-1.0,), text, "stop", 0), verdict)
 
 
-def test_the_student_sees_its_messages_and_nothing_else():
+def test_the_student_sees_only_the_tasks_messages():
     expected = TOKENIZER.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TASK.question}],
         add_generation_prompt=True, tokenize=True, return_dict=False,
@@ -33,13 +33,13 @@ def test_the_student_sees_its_messages_and_nothing_else():
     assert PROMPTS.student(TASK) == list(expected)
 
 
-def test_the_teacher_without_anything_extra_sees_what_the_student_sees():
+def test_the_teacher_without_extras_sees_what_the_student_sees():
     assert PROMPTS.teacher(TASK, [], None, None) == PROMPTS.student(TASK)
 
 
-def test_the_teacher_sees_items_success_and_failure_thinking_stripped():
+def test_the_teacher_sees_items_success_and_failure_without_thinking():
     failed = rollout(0, False, "<think>hmm QQQ</think>I say neon", "neon is heavier")
-    shown = words(PROMPTS.teacher(TASK, ["mind the mass", "braces {stay}"], "<think>ZZZ</think>helium", failed))
+    shown = decoded(PROMPTS.teacher(TASK, ["mind the mass", "braces {stay}"], "<think>ZZZ</think>helium", failed))
     for text in (
         "Be brief.",
         TASK.question,
@@ -68,17 +68,17 @@ def test_thinking_is_stripped(text, left):
     assert strip_thinking(text) == left
 
 
-def test_a_group_is_reflected_on_with_its_verdicts_and_without_the_answer():
+def test_a_reflection_prompt_has_the_verdicts_but_not_the_answer():
     group = [rollout(0, True, "helium it is"), rollout(1, False, "neon it is"), rollout(2, False, "neon it is")]
     (ids,) = PROMPTS.reflection(TASK, group)
-    shown = words(ids)
-    assert shown.count("neon it is") == 1  # the same attempt twice teaches once
+    shown = decoded(ids)
+    assert shown.count("neon it is") == 1  # equal attempts are shown once
     assert "helium it is" in shown
     assert "mixed" in shown
     assert "SECRET" not in shown
 
 
-def test_a_group_that_only_failed_needs_feedback():
+def test_an_entirely_failed_group_is_reflected_on_only_with_feedback():
     assert PROMPTS.reflection(TASK, [rollout(0, False, "neon")]) == []
     assert len(PROMPTS.reflection(TASK, [rollout(0, False, "neon", "too heavy")])) == 1
     assert PROMPTS.reflection(TASK, [rollout(0, False, "neon", "boom", "sandbox_error")]) == []
@@ -97,7 +97,7 @@ GOOD = '{"kind": "strategy", "title": "Mass", "content": "Compare masses."}'
         f"```json\n[1]\n```\nrather\n```json\n{GOOD}\n```",
     ],
 )
-def test_good_items_are_salvaged(text):
+def test_well_formed_items_are_extracted(text):
     assert PROMPTS.parse_reflection(text).items == [Reflected("strategy", "Mass: Compare masses.")]
 
 
@@ -114,5 +114,5 @@ def test_good_items_are_salvaged(text):
         '{"kind": "order", "title": "a", "content": "b"}',
     ],
 )
-def test_what_is_malformed_is_dropped(text):
+def test_malformed_items_are_dropped(text):
     assert PROMPTS.parse_reflection(text).items == []

@@ -1,6 +1,7 @@
-"""Whatever a model writes when asked to reflect: reading it never raises, and what is read is bounded and known."""
+"""Whatever a model writes as a reflection, parsing it never raises and returns bounded, valid items."""
 
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -18,11 +19,14 @@ ITEM = Reflected("lesson", "Units: Check them.")
         (GOOD, [ITEM]),
         (f"```json\n{GOOD}\n```", [ITEM]),
         (f"<think>{GOOD.replace('Units', 'No')}</think>\n{GOOD}", [ITEM]),
-        (f"half a thought {GOOD.replace('Units', 'No')} </think> {GOOD}", [ITEM]),  # the template opened the thinking
+        (
+            f"half a thought {GOOD.replace('Units', 'No')} </think> {GOOD}",
+            [ITEM],
+        ),  # the chat template opened the thinking
         (f"<think>{GOOD}", []),  # the thinking never ended
         (f"```json\n{GOOD.replace('Units', 'Draft')}\n```\nBetter:\n```json\n{GOOD}\n```", [ITEM]),
         (f"```json\n{GOOD}", [ITEM]),  # an open fence
-        (f"[{GOOD}, {GOOD[:30]}", [ITEM]),  # an array that breaks off
+        (f"[{GOOD}, {GOOD[:30]}", [ITEM]),  # a truncated array
         ('{"kind": "spell"} ' + GOOD, [ITEM]),
         ("{{{{" + GOOD, [ITEM]),
         ("**Kind:** lesson\n**Title:** Units\n**Content:** Check them.", [ITEM]),
@@ -46,7 +50,7 @@ ITEM = Reflected("lesson", "Units: Check them.")
         ("", []),
     ],
 )
-def test_by_hand(text, items):
+def test_examples(text, items):
     assert parse_items(text).items == items
 
 
@@ -84,13 +88,38 @@ FIELDS = st.fixed_dictionaries(
 NEARLY = st.lists(FIELDS, min_size=1, max_size=5).map(json.dumps)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.text(max_size=400))
-def test_any_text(text):
+def test_any_text_is_parsed_within_bounds(text):
     check_bounds(text)
 
 
-@settings(max_examples=1500, deadline=None)
-@given(NEARLY, st.sampled_from(["{}", "```json\n{}\n```", "<think>{}</think>{}", "x {} y"]))
-def test_nearly_right_objects(listed, frame):
+FRAMES = ["{}", "```json\n{}\n```", "<think>{}</think>{}", "x {} y"]
+
+
+@settings(max_examples=300)
+@given(NEARLY, st.sampled_from(FRAMES))
+def test_nearly_well_formed_objects_are_parsed_within_bounds(listed, frame):
     check_bounds(frame.replace("{}", listed))
+
+
+def test_many_nearly_well_formed_objects_are_parsed_within_bounds():
+    draw, num_parsed = random.Random(0), 0
+    odd = [None, True, -3, 2, 9.5, "", "1", " 2 ", "x" * 700, "\x00\ud800", ["a"], {"a": [1]}, float("nan"), 10**30]
+
+    def value(*usual: object) -> object:
+        return draw.choice(usual) if draw.random() < 0.8 else draw.choice(odd)
+
+    for _ in range(10_000):
+        fields = {
+            "kind": value(*KINDS, "spell"),
+            "action": value(*ACTIONS, "KEEP ", "sudo"),
+            "insight": value(*range(-3, 10)),
+            "title": value("Units", "a\nb", "title: x"),
+            "content": value("Check them.", "```", "}{", "</think>"),
+        }
+        listed = json.dumps(
+            [{k: v for k, v in fields.items() if draw.random() < 0.8} for _ in range(draw.randint(1, 5))]
+        )
+        num_parsed += len(check_bounds(draw.choice(FRAMES).replace("{}", listed)))
+    assert num_parsed > 5000

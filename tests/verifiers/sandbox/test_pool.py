@@ -1,3 +1,5 @@
+"""The pool of workers: results, isolation between runs, failures, and what happens when it or its trainer ends."""
+
 import json
 import os
 import signal
@@ -5,9 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from child_processes import all_end, sandbox_processes, start, watch
 
 from pmd.verifiers.sandbox.pool import Limits, Sandbox, SandboxUnavailable
 
@@ -21,33 +23,21 @@ def sandbox():
     made.close()
 
 
-def processes() -> dict[int, bytes]:
-    found = {}
-    for entry in os.listdir("/proc"):
-        try:
-            command = Path(f"/proc/{entry}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"pmd.verifiers.sandbox" in command:
-            found[int(entry)] = command
-    return found
-
-
 def own_processes() -> set[int]:
-    """Return the sandbox's processes of this process; a supervisor is told its trainer's id."""
-    return {pid for pid, command in processes().items() if f"\0{os.getpid()}\0".encode() in command}
+    return sandbox_processes(os.getpid())
 
 
-def descendants_end(before: set[int], within_s: float = 10.0) -> bool:
+def wait_for(condition, within_s: float = 10.0) -> bool:
+    """Wait until the condition holds; return whether it did in time."""
     deadline = time.monotonic() + within_s
-    while set(processes()) - before:
+    while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(0.02)
     return True
 
 
-def test_runs_from_many_threads_keep_to_their_own(sandbox):
+def test_concurrent_runs_get_their_own_results(sandbox):
     results = {}
 
     def work(number):
@@ -63,7 +53,7 @@ def test_runs_from_many_threads_keep_to_their_own(sandbox):
     assert sandbox.num_repeated == 0
 
 
-def test_a_run_leaves_nothing_to_the_next(sandbox):
+def test_a_run_leaves_no_files_or_names_for_the_next_one(sandbox):
     leave = "import os\nos.makedirs('a/b'); open('a/b/c', 'w').write('x'); os.symlink('/', 'l'); open('.h', 'w')"
     look = "import os; print(os.listdir('.'), sorted(globals().get('leak', [])))"
     for _ in range(4):
@@ -73,7 +63,7 @@ def test_a_run_leaves_nothing_to_the_next(sandbox):
             assert sandbox.run(look, b"", Limits()).stdout == b"[] []\n"
 
 
-def test_a_function_does_not_see_the_input_of_the_run_before():
+def test_a_function_does_not_see_the_input_of_the_previous_run():
     sandbox = Sandbox(workers=1)
     sandbox.run(ADD, b"1 2", Limits())
     outcome = sandbox.run("def look(): return open('/dev/stdin').read()", b"[]", Limits(), "look")
@@ -98,7 +88,7 @@ os.chmod('own', 0); os.mkdir('closed', 0)
 """
 
 
-def test_a_program_sets_modes_of_its_own_files_alone(sandbox):
+def test_a_program_can_set_modes_only_of_its_own_files(sandbox):
     if sandbox.run("", b"", Limits()).end == "finished" and sandbox.level == "namespaces":
         for _ in range(4):
             outcome = sandbox.run(MODES, b"1 2", Limits())
@@ -114,7 +104,7 @@ def test_large_input_and_output(sandbox):
     assert sandbox.run("print(input())", text, Limits(output_bytes=1 << 20, wall_s=30)).end == "output_limit"
 
 
-def test_runs_are_the_same_every_time(sandbox):
+def test_runs_are_deterministic(sandbox):
     code = "import random; print(hash('x'), random.random(), {'a', 'b', 'c'})"
     assert len({sandbox.run(code, b"", Limits()).stdout for _ in range(6)}) == 1
 
@@ -124,57 +114,51 @@ def test_a_killed_worker_is_replaced(sandbox):
     for worker in list(sandbox._all):
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
-    time.sleep(0.1)  # the kernel takes the zygote after its supervisor
+    assert wait_for(lambda: not own_processes())  # the kernel kills the zygotes after their supervisors
     outcome = sandbox.run(ADD, b"1 2", Limits())
     assert (outcome.end, outcome.stdout) == ("finished", b"3\n")
     assert sandbox.num_repeated >= 1
 
 
 def test_a_hung_worker_is_counted_and_replaced():
-    before = set(processes())
+    before = own_processes()
     sandbox = Sandbox(workers=1, grace_s=0.3)
     sandbox.run(ADD, b"1 2", Limits())
-    for pid in set(processes()) - before:
+    for pid in own_processes() - before:
         os.kill(pid, signal.SIGSTOP)
     outcome = sandbox.run(ADD, b"1 2", Limits(wall_s=0.3))
     assert (outcome.end, outcome.stdout) == ("finished", b"3\n")
     assert sandbox.num_hung == 1
     sandbox.close()
-    assert descendants_end(before)
+    assert wait_for(lambda: own_processes() == before)
 
 
 def test_a_closed_sandbox_refuses(sandbox):
-    before = set(processes())
+    before = own_processes()
     sandbox.run(ADD, b"1 2", Limits())
     sandbox.close()
-    assert set(processes()) - before == set()
+    assert own_processes() == before
     with pytest.raises(SandboxUnavailable, match="closed"):
         sandbox.run(ADD, b"1 2", Limits())
 
 
 @pytest.mark.parametrize("level", ["namespaces", "landlock"])
-def test_closing_ends_what_runs(level):
+def test_closing_ends_running_programs(level):
     outcomes = []
     sandbox = Sandbox(workers=2, level=level)
     loop = ("while True: pass", b"", Limits(wall_s=60))
     threads = [threading.Thread(target=lambda: outcomes.append(sandbox.run(*loop).end)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
-    while len(own := own_processes()) < 6 and time.monotonic() < deadline:  # supervisor, zygote and program, twice
-        time.sleep(0.05)
-    assert len(own) == 6
+    assert wait_for(lambda: len(own_processes()) == 6, within_s=60)  # supervisor, zygote and program, twice
     sandbox.close()
     for thread in threads:
         thread.join(5)
     assert outcomes == ["sandbox_error"] * 2
-    deadline = time.monotonic() + 2
-    while own_processes() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert own_processes() == set()
+    assert wait_for(lambda: not own_processes(), within_s=2)
 
 
-def test_closing_while_a_worker_starts_leaves_none():
+def test_closing_while_a_worker_starts_leaves_no_process():
     for pause_s in (0.0, 0.02, 0.1, 0.2, 0.3):
         sandbox = Sandbox(workers=1)
         ended = []
@@ -194,7 +178,7 @@ def test_closing_while_a_worker_starts_leaves_none():
         assert own_processes() == set()
 
 
-def test_the_line_at_start_says_level_and_gaps():
+def test_the_description_names_the_level_and_what_it_lacks():
     for level, words in (("landlock", "level landlock"), ("rlimits", "level rlimits")):
         sandbox = Sandbox(workers=1, level=level)
         assert words in sandbox.describe()
@@ -202,7 +186,7 @@ def test_the_line_at_start_says_level_and_gaps():
         sandbox.close()
 
 
-def test_the_weak_level_is_never_chosen_unasked():
+def test_the_weak_level_is_used_only_on_request():
     sandbox = Sandbox(workers=1)
 
     class Unavailable(SandboxUnavailable):
@@ -213,7 +197,7 @@ def test_the_weak_level_is_never_chosen_unasked():
         raise Unavailable("not here")
 
     sandbox._start_at = refuse  # type: ignore[method-assign]
-    with pytest.raises(SandboxUnavailable, match="by asking for level rlimits by name"):
+    with pytest.raises(SandboxUnavailable, match="by requesting level rlimits by name"):
         sandbox.describe()
     sandbox.close()
 
@@ -232,27 +216,29 @@ def test_a_sandbox_is_not_shared_across_a_fork(sandbox):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_nothing_outlives_a_scorer_that_is_ended(tmp_path, number):
-    before, temporary = set(processes()), tmp_path / "temporary"
+def test_nothing_outlives_a_scorer_that_is_killed(tmp_path, number):
+    temporary = tmp_path / "temporary"
     temporary.mkdir()
     tests = {"kind": "stdin", "cases": [{"input": "", "output": "3"}], "time_limit_s": 60}
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": "t", "prompt": "p", "verifier": "code", "tests": tests}))
     spin = "import threading\nfor _ in range(3): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()"
     line = json.dumps({"id": "t", "completion": f"```\n{spin}\n```"})
     (tmp_path / "c.jsonl").write_text("\n".join([line] * 4))
-    command = [sys.executable, "-m", "pmd.cli.score", f"--tasks={tmp_path}/t.jsonl"]
-    scorer = subprocess.Popen(
+    command = [sys.executable, "-m", "pmd", "score", f"--tasks={tmp_path}/t.jsonl", "--workers=2"]
+    scorer = start(
         [*command, f"--completions={tmp_path}/c.jsonl", f"--out={tmp_path}/v.jsonl"],
+        {"TMPDIR": str(temporary)},
         stderr=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(temporary)},
     )
     assert scorer.stderr
     assert b"sandbox: level" in scorer.stderr.readline()
-    time.sleep(0.5)
-    assert set(processes()) - before
+    assert wait_for(lambda: len(sandbox_processes(scorer.pid)) >= 5, within_s=30)  # two workers, at least one program
+    watched = watch(sandbox_processes(scorer.pid))
     scorer.send_signal(number)
-    assert scorer.wait(20) == {signal.SIGTERM: 130, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
-    assert descendants_end(before)
+    assert scorer.wait(60) == {signal.SIGTERM: 130, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert all_end(watched)
+    assert sandbox_processes(scorer.pid) == set()
+    scorer.stderr.close()
     assert list(temporary.iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", "c.jsonl", "v.jsonl", "temporary"}
 
@@ -274,7 +260,7 @@ print(found)
 """
 
 
-def test_a_program_finds_nothing_of_the_runs_before_it():
+def test_a_program_finds_nothing_of_earlier_runs_in_its_memory():
     def found_after(num_runs):
         sandbox = Sandbox(workers=1)
         for n in range(num_runs):
@@ -285,7 +271,7 @@ def test_a_program_finds_nothing_of_the_runs_before_it():
         assert outcome.end == "finished"
         return int(outcome.stdout)
 
-    assert found_after(20) == found_after(0) >= 1  # what it looks for lies in its own memory
+    assert found_after(20) == found_after(0) >= 1  # the needle itself is in its own memory
 
 
 def test_no_descriptor_is_left_open(sandbox):

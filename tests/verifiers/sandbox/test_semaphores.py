@@ -1,3 +1,5 @@
+"""`ThreadSemLock` behaves like the semaphore of `multiprocessing` that it replaces."""
+
 import multiprocessing
 import threading
 
@@ -11,19 +13,19 @@ STEPS = "aaraarrrraraarrraaaaaarr"
 
 
 def record(lock, steps):
-    """Take (a) and release (r) as told; return what every step gave and left."""
+    """Acquire (a) and release (r) in the order of `steps`; return the result and the state after every step."""
     seen = []
     for step in steps:
         try:
-            given = lock.acquire(False) if step == "a" else lock.release()
+            result = lock.acquire(False) if step == "a" else lock.release()
         except (AssertionError, ValueError) as error:
-            given = type(error).__name__
-        seen.append((step, given, lock._count(), lock._is_mine(), lock._get_value(), lock._is_zero()))
+            result = type(error).__name__
+        seen.append((step, result, lock._count(), lock._is_mine(), lock._get_value(), lock._is_zero()))
     return seen
 
 
 @pytest.mark.parametrize(("kind", "value", "maxvalue"), CASES)
-def test_it_does_what_the_systems_semaphore_does(kind, value, maxvalue):
+def test_it_behaves_like_a_system_semaphore(kind, value, maxvalue):
     system = multiprocessing.get_context("fork")
     real = (system.RLock() if kind == RECURSIVE else system.Semaphore(value))._semlock  # type: ignore[attr-defined]
     if kind == SEMAPHORE and maxvalue < 2**31 - 1:
@@ -31,7 +33,7 @@ def test_it_does_what_the_systems_semaphore_does(kind, value, maxvalue):
     assert record(ThreadSemLock(kind, value, maxvalue, "/name", True), STEPS) == record(real, STEPS)
 
 
-def test_threads_wait_for_each_other_and_no_longer_than_they_say():
+def test_threads_wait_for_each_other_and_respect_timeouts():
     lock, seen = ThreadSemLock(SEMAPHORE, 1, 1, "/name", True), []
     with lock:
         assert not lock.acquire(True, 0.01)

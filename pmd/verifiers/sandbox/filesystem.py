@@ -1,4 +1,4 @@
-"""Where a program runs: the files it may see. Level `namespaces` gets a root directory of its own, made in memory."""
+"""The files a program may see: readable and writable paths, and at level `namespaces` a root directory in memory."""
 
 import glob
 import importlib.util
@@ -19,14 +19,14 @@ NAMESPACES = (
 )
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-#: Packages that programs may import where they are installed, with what they load.
+#: Packages that programs may import if they are installed, with the libraries they load.
 PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
-#: Places to build the new root on: nothing that the program needs lies below them.
-BUILDING_PLACES = ("/sys", "/mnt", "/media", "/srv", "/proc", "/tmp")
+#: Candidate mount points for the new root; the first one with nothing readable below it is used.
+ROOT_MOUNT_POINTS = ("/sys", "/mnt", "/media", "/srv", "/proc", "/tmp")
 STDIN_FILE = "/dev/stdin"
-#: Users from here on belong to no one: a worker's programs run as this plus its process id.
-FIRST_OWN_USER = 1_000_000_000
-#: The root that is made in memory holds no file but the input.
+#: User ids from here on are unused: a worker's programs run as this plus its process id.
+FIRST_FREE_USER = 1_000_000_000
+#: The root directory in memory holds no file except the input.
 ROOT_BYTES = 4 << 30
 TMPFS_BYTES, TMPFS_FILES, WRITABLE_MODE = 16 << 20, 512, 0o1777
 
@@ -38,13 +38,13 @@ def python_paths() -> list[str]:
 
 
 def site_packages() -> str:
-    """Return the directory of this Python's packages: where the first that programs may import is found."""
+    """Return this Python's package directory: the one that holds the first of `PACKAGES`."""
     found = importlib.util.find_spec(PACKAGES[0])
     return str(Path(found.origin).parents[1]) if found and found.origin else sysconfig.get_path("purelib")
 
 
 def package_paths(site_packages: str) -> list[str]:
-    """Return the packages that programs may import."""
+    """Return the directories of the packages that programs may import."""
     found = [os.path.join(site_packages, name) for name in PACKAGES] if site_packages else []
     return [path for path in found if os.path.isdir(path)]
 
@@ -56,17 +56,17 @@ def readable_paths(site_packages: str) -> list[str]:
 
 
 def shared_libraries(prefix: str) -> list[str]:
-    """Return the shared libraries that a Python of its own prefix brings: conda's `zlib` and `sqlite3` need them."""
+    """Return the shared libraries that a Python outside /usr ships itself; conda's `zlib` and `sqlite3` need them."""
     return [] if f"{prefix}/lib" in LIBRARIES else sorted(glob.glob(f"{glob.escape(prefix)}/lib/*.so*"))
 
 
 def writable_place(readable: list[str]) -> str:
-    """Return where a program may write, in a root of its own: /tmp, unless something that must be seen lies there."""
+    """Return where a program may write in its own root: /tmp, unless something readable lies below it."""
     return "/box" if _lies_below("/tmp", [*readable, __file__]) else "/tmp"
 
 
 def enter_namespaces() -> None:
-    """Leave the host's namespaces; when not root, as root of a user namespace of our own."""
+    """Leave the host's namespaces; when not root, as root of a new user namespace."""
     user, group = os.getuid(), os.getgid()
     if user == 0:
         kernel.unshare(NAMESPACES)
@@ -78,18 +78,18 @@ def enter_namespaces() -> None:
 
 
 def build_root(readable: list[str], writable: str) -> int:
-    """Make a root directory in memory that shows the readable paths, and move into it.
+    """Create a root directory in memory that contains the readable paths, and move into it.
 
-    All of it but `writable` lies on read-only mounts. Returns a descriptor to write the input with, which programs
-    read at `STDIN_FILE`: it belongs to a mount below the read-only one.
+    Everything except `writable` is on read-only mounts. Returns a descriptor for writing the input, which programs read
+    at `STDIN_FILE`; it belongs to a mount beneath the read-only one.
     """
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    base = next(place for place in BUILDING_PLACES if os.path.isdir(place) and not _lies_below(place, readable))
+    base = next(place for place in ROOT_MOUNT_POINTS if os.path.isdir(place) and not _lies_below(place, readable))
     kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID, f"size={ROOT_BYTES},mode=755")
     for path in outermost(readable):
-        _show(path, base)
+        _bind(path, base)
     for path in DEVICES:
-        _show(path, base, devices=True)
+        _bind(path, base, devices=True)
     os.close(os.open(base + STDIN_FILE, os.O_CREAT | os.O_WRONLY, 0o444))
     os.makedirs(base + writable, exist_ok=True)
     limits = f"size={TMPFS_BYTES},nr_inodes={TMPFS_FILES},mode={WRITABLE_MODE:o}"
@@ -105,7 +105,7 @@ def build_root(readable: list[str], writable: str) -> int:
 
 
 def outermost(paths: list[str]) -> list[str]:
-    """Leave out what lies below another path: where Python's library is /usr/lib/python3, showing /usr/lib shows it."""
+    """Drop paths that lie below another one: /usr/lib already contains /usr/lib/python3."""
     return [path for path in paths if not any(path.startswith(other + "/") for other in paths)]
 
 
@@ -113,7 +113,7 @@ def _lies_below(place: str, paths: list[str]) -> bool:
     return any(path.startswith(place + "/") for path in paths)
 
 
-def _show(path: str, base: str, *, devices: bool = False) -> None:
+def _bind(path: str, base: str, *, devices: bool = False) -> None:
     target = base + path
     if os.path.lexists(target) or not os.path.exists(path):
         return
@@ -130,12 +130,12 @@ def _show(path: str, base: str, *, devices: bool = False) -> None:
 
 
 def clear_writable(place: str) -> None:
-    """Remove what a run left in its writable directory. The run is over, so nothing changes underfoot.
+    """Remove what a run left in its writable directory. The run is over, so nothing changes meanwhile.
 
-    What lies in a directory is moved to the top before the directory goes: no depth and no length of path stops it.
+    The contents of a directory are moved to the top before it is removed, so neither depth nor path length matters.
     """
     moved = 0
-    os.chmod(place, WRITABLE_MODE)  # a program that runs as our own user can have closed it
+    os.chmod(place, WRITABLE_MODE)  # a program that ran as our own user may have changed it
     while names := os.listdir(place):
         for name in names:
             path = os.path.join(place, name)

@@ -1,9 +1,11 @@
+"""The parts of the confinement: system call filter, Landlock, protocol, visible files, environment."""
+
 import socket
 from pathlib import Path
 
 import pytest
 
-from pmd.verifiers.sandbox import landlock, protocol, rooms, seccomp
+from pmd.verifiers.sandbox import filesystem, landlock, protocol, seccomp
 from pmd.verifiers.sandbox.pool import Limits, Sandbox
 from pmd.verifiers.sandbox.protocol import Reply
 
@@ -19,7 +21,7 @@ def test_the_filter_is_a_valid_program(machine, own_root):
     assert seccomp.pid_offsets(seccomp.with_pid(program, offsets, 7)) == ()
 
 
-def test_landlock_is_found_where_the_kernel_has_it():
+def test_landlock_is_detected_if_the_kernel_has_it():
     assert (
         (landlock.version() > 0) == ("landlock" in Path("/sys/kernel/security/lsm").read_text().split(","))
         if Path("/sys/kernel/security/lsm").exists()
@@ -38,20 +40,20 @@ def test_replies_survive_the_socket():
     ours.close()
 
 
-def test_a_library_inside_a_library_does_not_hide_it():
+def test_only_the_outermost_of_nested_paths_are_kept():
     paths = ["/usr/lib/python3.11", "/usr/lib/python3.11/lib-dynload", "/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
-    assert rooms.outermost(paths) == ["/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
+    assert filesystem.outermost(paths) == ["/lib64", "/usr/lib", "/usr/lib64", "/etc/x"]
 
 
-def test_a_python_with_its_own_libraries_shows_them_alone(tmp_path):
+def test_only_the_shared_libraries_of_a_separate_python_are_visible(tmp_path):
     (tmp_path / "lib" / "python3.11").mkdir(parents=True)
     for name in ("libz.so.1", "libz.so", "libz.a", "notes"):
         (tmp_path / "lib" / name).touch()
-    assert rooms.shared_libraries(str(tmp_path)) == [f"{tmp_path}/lib/libz.so", f"{tmp_path}/lib/libz.so.1"]
-    assert rooms.shared_libraries("/usr") == []
+    assert filesystem.shared_libraries(str(tmp_path)) == [f"{tmp_path}/lib/libz.so", f"{tmp_path}/lib/libz.so.1"]
+    assert filesystem.shared_libraries("/usr") == []
 
 
-def test_the_environment_is_empty_but_for_the_threads_of_numpy():
+def test_the_environment_is_empty_except_for_numpys_threads():
     look = "import ctypes, os; g = ctypes.CDLL(None).getenv; g.restype = ctypes.c_char_p\n"
     sandbox = Sandbox(workers=1)
     names = "b'OPENBLAS_NUM_THREADS', b'PATH', b'HOME'"
@@ -62,4 +64,4 @@ def test_the_environment_is_empty_but_for_the_threads_of_numpy():
 
 def test_packages_are_found_where_python_finds_them():
     numpy = pytest.importorskip("numpy")
-    assert rooms.package_paths(rooms.site_packages())[0] == str(Path(numpy.__file__).parent)
+    assert filesystem.package_paths(filesystem.site_packages())[0] == str(Path(numpy.__file__).parent)

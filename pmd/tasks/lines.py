@@ -1,6 +1,6 @@
-"""Read JSON Lines: a path (plain or gzip) enters; one dict per line, and a sentence per bad line, leave.
+"""Reads JSON Lines files, plain or gzip: one dict per line, and one sentence per bad line.
 
-Nothing raises for bad content. A loader collects the sentences of all its files and raises one `ConfigError`.
+Bad content never raises. A loader collects the sentences of all its files and raises a single `ConfigError`.
 """
 
 import gzip
@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: A wrong file can hold a bad line per line; a person reads the first hundred.
-MOST_SHOWN = 100
+#: In a wrong file every line may be bad; nobody reads more than the first hundred errors.
+MAX_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One JSON object and where it stands."""
+    """One JSON object and its place in a file."""
 
     path: Path
     number: int  # from 1
     fields: dict[str, Any]
 
     def problem(self, field: str, rule: str, remedy: str) -> str:
-        """Say what is wrong with one field: file, line, field, value, rule, remedy."""
+        """Return an error about one field: file, line, field, value, rule, remedy."""
         value = f"{field}={shorten(self.fields[field])}" if field in self.fields else f"{field} is missing"
         return f"{self.path}:{self.number}: {value}: {rule}; {remedy}."
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """Return the value as JSON, cut to a length that a message can hold."""
+    """Return the value as JSON, cut to a length that fits a message."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -42,7 +42,7 @@ def read_lines(path: Path) -> tuple[list[Line], list[str]]:
 
 
 def iterate_lines(path: Path) -> Iterator[Line | str]:
-    """Yield the lines of `read_lines` one by one, a bad one as its sentence."""
+    """Yield the lines one by one, each bad one as a sentence."""
     found = False
     try:
         for number, raw in enumerate(_raw_lines(path), start=1):
@@ -53,12 +53,14 @@ def iterate_lines(path: Path) -> Iterator[Line | str]:
         yield f"{path}: cannot be read ({error}); give a readable JSON Lines file, plain or gzip."
     else:
         if not found:
-            yield f"{path}: holds no line; at least one is needed."
+            yield f"{path}: is empty; at least one line is needed."
 
 
 def _parse(path: Path, number: int, raw: bytes) -> Line | str:
     try:
-        value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))  # a mark at the start is no fault
+        value = json.loads(
+            raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        )  # a byte order mark at the start is allowed
     except (ValueError, RecursionError) as error:
         return f"{path}:{number}: not valid JSON ({error}); write one JSON object per line."
     if not isinstance(value, dict):
@@ -75,7 +77,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
             yield from plain
 
 
-def shown(problems: Sequence[str]) -> list[str]:
-    """Return the problems, the first hundred if there are more, and how many are left out."""
-    left_out = len(problems) - MOST_SHOWN
-    return list(problems) if left_out <= 0 else [*problems[:MOST_SHOWN], f"... and {left_out} more."]
+def cap_problems(problems: Sequence[str]) -> list[str]:
+    """Return the problems; of more than a hundred, the first hundred and a count of the others."""
+    left_out = len(problems) - MAX_SHOWN
+    return list(problems) if left_out <= 0 else [*problems[:MAX_SHOWN], f"... and {left_out} more."]
