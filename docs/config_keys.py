@@ -20,26 +20,15 @@ def section_tables(section: type, prefix: str) -> list[str]:
     """Return a heading and a table of the section's keys, then the same for the sections inside it."""
     hints, defaults = typing.get_type_hints(section), section()
     title = prefix.rstrip(".") or "top level"
-    lines = [
-        "",
-        f"## {title}",
-        "",
-        (section.__doc__ or "").strip(),
-        "",
-        "| Key | Default | Values | |",
-        "|---|---|---|---|",
-    ]
+    lines = ["", f"## {title}", "", (section.__doc__ or "").strip(), ""]
+    lines += ["| Key | Default | Values | Meaning |", "|---|---|---|---|"]
     nested: list[str] = []
     for field in dataclasses.fields(section):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             nested += section_tables(typing.cast(type, hint), f"{prefix}{field.name}.")
         else:
-            cells = [
-                f"`{field.name}`",
-                f"`{shown(getattr(defaults, field.name))}`",
-                describe(hint),
-                field.metadata["help"],
-            ]
+            default = shown(getattr(defaults, field.name))
+            cells = [f"`{field.name}`", f"`{default}`", describe(hint), field.metadata["help"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines + nested

@@ -14,9 +14,7 @@ from pmd.tasks.jsonl import read_task_file
 from pmd.types import Message, Task
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(
-    ROOT.glob("docs/**/*.md")
-)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md"))]
 COMMAND = re.compile(r"python -m pmd ([a-z]+)([^`\n#]*)")
 FILE = re.compile(
     r"\b(?:pmd|configs|ablations|benchmarks|notebooks|tests|docs)/[\w./]*\w\.(?:py|yaml|ipynb|txt|sql|md)\b"
