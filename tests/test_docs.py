@@ -20,7 +20,7 @@ FILE = re.compile(
     r"\b(?:pmd|configs|ablations|benchmarks|notebooks|tests|docs)/[\w./]*\w\.(?:py|yaml|ipynb|txt|sql|md)\b"
 )
 KEY = re.compile(
-    r"`((?:model|optimizer|teacher|objective|data|rollouts|verifiers|verification|reflection|memory)\.[\w.]+)"
+    r"`((?:model|optimizer|teacher|objective|data|rollouts|verifiers|verification|reflection|memory)\.[a-z_][a-z_0-9.]*)"
 )
 METRIC = re.compile(r'"((?:loss|rollout|student|sampling|teacher|verify|reflect|memory|audit|parity|time)/[a-z_0-9]+)"')
 LINK = re.compile(r"\]\(([^):\s]+)\)")
@@ -103,7 +103,7 @@ def test_every_link_leads_somewhere(document, link):
     assert not anchor or anchor in slugs(target)
 
 
-@pytest.mark.parametrize(("document", "key"), in_documents(KEY))
+@pytest.mark.parametrize(("document", "key"), [pair for pair in in_documents(KEY) if not pair[1].endswith(".py")])
 def test_every_named_key_exists(document, key):
     assert has_key(key)
 
