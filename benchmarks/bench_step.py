@@ -134,7 +134,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"pmd": [], "trl": []}
         losses: dict[str, list[float]] = {"pmd": [], "trl": []}
         for _ in range(1 + arguments.repeats):
-            (record,) = measure_steps(module, batches, 1, "cpu")
+            (record,) = measure_steps(module, batches, 1, "cpu").steps
             seconds["pmd"].append(record.cpu_s)
             losses["pmd"].append(record.loss)
             started = time.process_time()
