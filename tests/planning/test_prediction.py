@@ -1,4 +1,4 @@
-"""Predicted memory against what a training step allocates: within 15 percent, whatever is trained and compared."""
+"""Predicted memory is within 15 percent of what a training step allocates, whatever is trained and compared."""
 
 import gc
 
@@ -18,7 +18,7 @@ ROWS, LENGTHS = 8, Lengths(96, 96, 64, 64)
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def model_path(request, tmp_path_factory) -> str:
-    """A Qwen3 with grouped heads whose vocabulary counts beside its layers."""
+    """A Qwen3 with grouped heads, and a vocabulary that is not negligible beside its layers."""
     folder = str(tmp_path_factory.mktemp("model"))
     config = Qwen3Config(
         vocab_size=4000, hidden_size=128, intermediate_size=400, num_hidden_layers=4, num_attention_heads=8,
@@ -30,17 +30,17 @@ def model_path(request, tmp_path_factory) -> str:
 
 
 def allocated_bytes(module: PMDModule, batches: FixedBatches) -> int:
-    """Return the most that torch held at once: what stands before the steps, and the peak of what they allocate."""
+    """Return the peak of what torch held at once: the weights, and the peak of what the steps allocate."""
     storages = {p.untyped_storage() for p in [*module.parameters(), *module.buffers()]}
-    gc.collect()  # what earlier tests left would count as freed by this one
+    gc.collect()  # memory that earlier tests left would count as freed by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         measure_steps(module, batches, 2, "cpu")  # the optimizer has its state in the second
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
+    held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
-    return most + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        peak = max(peak, held)
+    return peak + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

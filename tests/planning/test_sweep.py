@@ -1,4 +1,4 @@
-"""A real sweep: one run that works, one that diverges; then the same again; then a changed grid."""
+"""A real sweep with a run that works and one that diverges; then the same again, and a changed grid."""
 
 import json
 import subprocess
