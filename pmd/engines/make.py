@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from pmd.config.schema import RunConfig
 from pmd.engines.base import Engine
 from pmd.engines.hf import HFEngine
-from pmd.engines.vllm_runtime import EngineSettings, check_version
+from pmd.engines.server import VLLMServerEngine
+from pmd.engines.vllm import VLLMEngine
+from pmd.engines.vllm_runtime import EngineSettings, VLLMRuntime, check_version, exempt_from_compilation
 from pmd.policy import AdapterPolicy, Policy
 from pmd.pretrained import resolve_model_path
 
@@ -35,16 +37,10 @@ def make_engine(
     if config.rollouts.engine == "hf":
         return HFEngine(policy, tokenizer, config.rollouts.engine_batch)
     if config.rollouts.engine == "vllm_server":
-        from pmd.engines.server import VLLMServerEngine
-
         assert isinstance(policy, AdapterPolicy)  # the configuration check refuses anything else
         folder = Path(mkdtemp(prefix="pmd-adapters-", dir=config.rollouts.server.adapter_dir))
-        return VLLMServerEngine(
-            policy, tokenizer, config.rollouts.server, folder.absolute()
-        )  # servers run in other directories
-    from pmd.engines.vllm import VLLMEngine
-    from pmd.engines.vllm_runtime import VLLMRuntime, exempt_from_compilation
-
+        # Servers run in other directories, so the path must be absolute.
+        return VLLMServerEngine(policy, tokenizer, config.rollouts.server, folder.absolute())
     with policy.weights("student") as model:
         max_positions = model.config.get_text_config().max_position_embeddings
     runtime = VLLMRuntime(engine_settings(config, max_positions, memory_fraction))

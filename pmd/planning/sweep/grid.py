@@ -86,7 +86,7 @@ def plan(file: Path, out: Path) -> list[PlannedRun]:
                 choices = tuple(zip(arm.axes, values, strict=True))
                 for seed in grid.seeds:
                     try:
-                        runs.append(_planned(grid, block, name, arm, choices, seed, out))
+                        runs.append(_plan_run(grid, block, (name, arm), choices, seed, out))
                     except ConfigError as error:
                         label = row_label(name, choices)
                         problems |= dict.fromkeys(f"{block.title}, {label}: {problem}" for problem in error.problems)
@@ -142,9 +142,15 @@ def row_label(arm: str, choices: Sequence[tuple[str, Any]]) -> str:
     return f"{arm} ({', '.join(named)})" if named else arm
 
 
-def _planned(
-    grid: GridFile, block: Block, name: str, arm: Arm, choices: tuple[tuple[str, Any], ...], seed: int, out: Path
+def _plan_run(
+    grid: GridFile,
+    block: Block,
+    named_arm: tuple[str, Arm],
+    choices: tuple[tuple[str, Any], ...],
+    seed: int,
+    out: Path,
 ) -> PlannedRun:
+    name, arm = named_arm
     settings = grid.settings | block.settings | arm.settings | dict(choices) | {"method": name, "seed_everything": seed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     files = [grid.base, *arm.overlays]
