@@ -62,7 +62,7 @@ def test_a_cache_too_small_for_one_sequence_is_refused_before_anything_starts(ch
         f"--model.path={checkpoint}", f"--data.path={write_chemistry(tmp_path / 'data')}",
         f"--run_dir={tmp_path / 'run'}", "--rollouts.vllm.kv_cache_memory_bytes=1048576", code=2,
     )  # fmt: skip
-    for words in ("kv_cache_memory_bytes=1048576 holds 2048 tokens", "give it at least 4202496", "max_prompt_tokens"):
+    for words in ("kv_cache_memory_bytes=1048576 holds 2048 tokens", "set it to at least 4202496", "max_prompt_tokens"):
         assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert "vLLM" not in done.stdout
