@@ -1,5 +1,7 @@
 """Engine settings that cannot work are refused before anything is loaded; none of it needs vLLM."""
 
+import signal
+
 import pytest
 
 from pmd.cli import main
@@ -30,6 +32,15 @@ def test_settings_that_cannot_run_are_refused(overrides, message):
     assert message in str(refused.value)
 
 
+@pytest.fixture
+def sigterm():
+    """Restore the handler of SIGTERM, which `fit` sets."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("sigterm")
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0"])
 def test_an_untested_version_of_vllm_is_refused(tmp_path, monkeypatch, capsys, version):
     """An empty package with that name and version comes first on the path."""
