@@ -21,8 +21,7 @@ from pmd.config.load import LoadedConfig, load_arguments
 from pmd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pmd.module import PMDModule
-    from pmd.planning.bench import StepRecord
+    from pmd.planning.bench import Measurement
 
 
 def main(argv: list[str]) -> int:
@@ -47,8 +46,8 @@ def main(argv: list[str]) -> int:
             loaded.run.model = write_random_model(loaded.run.model, Path(folder) / "model")
         from pmd.planning.bench import summarise
 
-        module, records = _measure(loaded, arguments, Path(folder))
-        result = {"model": loaded.plain.get("model", {}), "lengths": _lengths(arguments)} | summarise(module, records)
+        measured = _measure(loaded, arguments, Path(folder))
+        result = {"model": loaded.plain.get("model", {}), "lengths": _lengths(arguments)} | summarise(measured)
     _show(result, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -82,7 +81,7 @@ def _lengths(arguments: argparse.Namespace) -> dict[str, int] | None:
     return lengths
 
 
-def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "tuple[PMDModule, list[StepRecord]]":
+def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "Measurement":
     """Take one step more than asked for: the first warms up."""
     from pmd.planning.bench import measure_steps
 
@@ -94,10 +93,9 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
 
         builder = import_module("pmd.cli.run")
         run = builder.build(config, RunDir(folder / "run"))
-        parity = builder.parity_of(run)
-        callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, parity)]
+        callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, run.parity)]
         with closing(run.data.engine):
-            return run.module, measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
+            return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
     from pmd.module import PMDModule
     from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 
@@ -109,7 +107,7 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         Lengths(lengths["prompt"], lengths["teacher_prompt"], completion, completion),
         len(module.tokenizer),
     )
-    return module, measure_steps(module, FixedBatches(examples, arguments.steps + 1), arguments.steps + 1, accelerator)
+    return measure_steps(module, FixedBatches(examples, arguments.steps + 1), arguments.steps + 1, accelerator)
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
