@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 from memory_world import make_task
+from pmd.memory.rank import Ranking
 
 from pmd.config.schema import MemoryConfig
 from pmd.memory.index import ProblemIndex
-from pmd.memory.rank import Ranking
 from pmd.memory.retrieve import Retriever
 from pmd.types import MemoryItem
 

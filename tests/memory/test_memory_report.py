@@ -3,8 +3,9 @@
 import re
 from html.parser import HTMLParser
 
-from pmd.cli.memory import main
 from pmd.memory.health import health, item_table
+
+from pmd.cli.memory import main
 from pmd.memory.index import ProblemIndex
 from pmd.memory.judge import ItemAudit
 from pmd.memory.tools.report import growth, render

@@ -2,10 +2,10 @@
 
 import pytest
 from memory_world import make_rollout, make_task
-
-from pmd.errors import MemoryStoreError
 from pmd.memory.leaks import answer_words, fingerprint, leak_reason
 from pmd.memory.write import without_thinking
+
+from pmd.errors import MemoryStoreError
 
 
 def one_problem(store, **fields):
