@@ -1,4 +1,4 @@
-"""Behaviours: clusters of insights of several tasks that say the same, which the policy puts into words. Ids are stable.
+"""Behaviours: clusters of insights of several tasks that say the same, put into words by the policy. Ids are stable.
 
 Average-link agglomeration of the distinct strategies and contrasts at the cosine threshold `memory.cluster_similarity`.
 The texts are compared by an embedder fitted to them, because words that tell tasks apart are not those that tell

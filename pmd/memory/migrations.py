@@ -19,6 +19,7 @@ _INSIGHT_COLUMNS = (
     "content, policy_version, last_policy_version, version, previous_id, support, usefulness, leak, status,"
     " generation, last_generation, embedding"
 )
+_RETRIEVAL_COLUMNS = "id, generation, step, group_id, level, item_id, rank, similarity, score, included"
 _BEHAVIOUR_COLUMNS = (
     "content, support, evidence_sha, policy_version, version, usefulness, status, generation, last_generation,"
     " embedding"
@@ -68,7 +69,6 @@ STEPS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE problems RENAME TO tasks",
         "ALTER TABLE experiences RENAME COLUMN problem_id TO task_row",
         "ALTER TABLE experiences DROP COLUMN model",
-        "ALTER TABLE retrievals DROP COLUMN propensity",
         "DELETE FROM links WHERE relation != 'supports'",
         "ALTER TABLE links DROP COLUMN relation",
         *_rebuilt(
@@ -95,6 +95,14 @@ STEPS: dict[int, tuple[str, ...]] = {
             " usefulness REAL, status TEXT NOT NULL DEFAULT 'active'"
             " CHECK (status IN ('active', 'internalized', 'retired', 'quarantined')),"
             " generation INTEGER NOT NULL, last_generation INTEGER NOT NULL, embedding BLOB",
+        ),
+        *_rebuilt(  # DROP COLUMN would leave the closing bracket in the comment of the column before
+            "retrievals",
+            _RETRIEVAL_COLUMNS,
+            _RETRIEVAL_COLUMNS,
+            "id INTEGER PRIMARY KEY AUTOINCREMENT, generation INTEGER NOT NULL, step INTEGER NOT NULL,"
+            " group_id TEXT NOT NULL, level INTEGER NOT NULL, item_id INTEGER NOT NULL, rank INTEGER NOT NULL,"
+            " similarity REAL NOT NULL, score REAL, included INTEGER NOT NULL DEFAULT 1",
         ),
         *_rewritten_log("before"),
         *_rewritten_log("after"),

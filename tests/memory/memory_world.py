@@ -5,6 +5,7 @@ import random
 from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 BOXES = ("red", "blue", "green", "gold")
@@ -36,18 +37,18 @@ class World:
     def write_epoch(self, store: MemoryStore, epoch: int, attempts: int = 4) -> None:
         """Random attempts at every problem, and what they teach."""
         draws = random.Random(epoch)
-        with store.update() as writer:
+        with open_writer(store) as writer:
             for task in self.tasks:
                 name = task.memory_key.split()[-1]
-                problem_id = writer.add_problem(task)
+                task_row = writer.add_task(task)
                 for attempt in range(attempts):
                     rule = draws.choice(RULES)
                     right = rule == self.rule[name]
                     rollout = make_rollout(task.task_id, f"{rule} ; {attempt}", correct=right, answer=rule)
-                    parent = writer.add_experience(problem_id, rollout, epoch)
+                    parent = writer.add_experience(task_row, rollout, epoch)
                     kind, text = ("strategy", f"use {name} {rule}") if right else ("lesson", f"not {name} {rule}")
                     writer.add_insight(
-                        problem_id, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
+                        task_row, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
                     )
             drafts = [cluster.draft(cluster.insights[0].text) for cluster in find_clusters(store, store.config)]
             writer.replace_behaviours(drafts, policy_version=epoch)

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from pmd.memory.procedural import ProceduralMemory
 
 from pmd.config.schema import DataConfig, MemoryConfig
 from pmd.errors import MemoryStoreError
+from pmd.memory import ProceduralMemory
 from pmd.tasks import duplicated_task_ids, load_tasks
-from pmd.types import Completion, InsightDraft, Rollout, Verdict
+from pmd.types import Completion, InsightChange, Rollout, Verdict
 
 
 def write(path, questions):
@@ -19,10 +19,10 @@ def write(path, questions):
     path.write_text("\n".join(lines) + "\n")
 
 
-def attempt(task_id: str) -> tuple[Rollout, InsightDraft]:
+def attempt(task_id: str) -> tuple[Rollout, InsightChange]:
     completion = Completion((1,), (-1.0,), "4", "stop", 0)
     rollout = Rollout(f"{task_id}#0", task_id, task_id, (), completion, Verdict(1.0, True, "ok"))
-    return rollout, InsightDraft(task_id, "strategy", f"Think about {task_id}.", (rollout.rollout_id,))
+    return rollout, InsightChange(task_id, "strategy", f"Think about {task_id}.", (rollout.rollout_id,))
 
 
 @pytest.fixture

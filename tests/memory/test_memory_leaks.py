@@ -3,6 +3,7 @@
 import pytest
 from memory_world import make_rollout
 
+from pmd.memory.update import open_writer
 from pmd.types import Message, Task
 
 STDIN = {
@@ -23,13 +24,13 @@ def task(tests, question: str = "Print the sum of the numbers.") -> Task:
 def reason(open_store, problem: Task, text: str, *, again: bool = False) -> str:
     """Write one insight of the problem, `again` in a later update; return why it was stopped."""
     store = open_store()
-    with store.update() as writer:
-        problem_id = writer.add_problem(problem)
+    with open_writer(store) as writer:
+        task_row = writer.add_task(problem)
         if not again:
-            writer.add_insight(problem_id, "strategy", text, policy_version=0)
+            writer.add_insight(task_row, "strategy", text, policy_version=0)
     if again:
-        with store.update() as writer:
-            writer.add_insight(writer.add_problem(problem), "strategy", text, policy_version=1)
+        with open_writer(store) as writer:
+            writer.add_insight(writer.add_task(problem), "strategy", text, policy_version=1)
     found = store.insights(None)
     assert [insight.status for insight in found] == ["quarantined" if found[0].leak else "active"]
     return found[0].leak
@@ -59,19 +60,19 @@ def test_what_the_problem_itself_says_may_be_said(open_store):
 def test_a_solution_is_not_quoted(open_store):
     store = open_store()
     solution = "read n then the numbers, keep a running total and print it at the end"
-    with store.update() as writer:
-        problem_id = writer.add_problem(task(STDIN))
-        writer.add_experience(problem_id, make_rollout("t", solution), 0)
-        writer.add_insight(problem_id, "strategy", f"Do this: {solution}.", policy_version=0)
-        writer.add_insight(problem_id, "strategy", "Keep a running total.", policy_version=0)
+    with open_writer(store) as writer:
+        task_row = writer.add_task(task(STDIN))
+        writer.add_experience(task_row, make_rollout("t", solution), 0)
+        writer.add_insight(task_row, "strategy", f"Do this: {solution}.", policy_version=0)
+        writer.add_insight(task_row, "strategy", "Keep a running total.", policy_version=0)
     assert [insight.leak for insight in store.insights(None)] == ["quotes a solution", ""]
 
 
 def test_an_edit_is_filtered_like_an_addition(open_store):
     store = open_store()
-    with store.update() as writer:
-        problem_id = writer.add_problem(task(STDIN))
-        first = writer.add_insight(problem_id, "strategy", "Add them up.", policy_version=0)
+    with open_writer(store) as writer:
+        task_row = writer.add_task(task(STDIN))
+        first = writer.add_insight(task_row, "strategy", "Add them up.", policy_version=0)
         writer.edit_insight(first, "Test it on 31 41 59 26 53 58 97 93.", policy_version=1)
     assert store.insights() == []
     assert [insight.leak for insight in store.insights("quarantined")] == ["quotes a test"]

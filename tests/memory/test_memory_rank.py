@@ -8,8 +8,9 @@ from memory_world import make_task
 from pmd.memory.rank import Ranking
 
 from pmd.config.schema import MemoryConfig
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
+from pmd.memory.update import open_writer
 from pmd.types import MemoryItem
 
 TEXTS = ("peel the apple first", "peel the apple at first", "wait for the pear")
@@ -19,8 +20,8 @@ SUPPORT = (0.9, 0.8, 0.5)
 def ranking(texts=TEXTS, support=SUPPORT, usefulness=None, **config) -> Ranking:
     found = Ranking(MemoryConfig(**config))
     for n, (text, similarity) in enumerate(zip(texts, support, strict=True), start=1):
-        procedure = MemoryItem(n, 1, "strategy", text, n, f"t{n}", similarity)
-        found.add(procedure, similarity, usefulness[n - 1] if usefulness else None)
+        item = MemoryItem(n, 1, "strategy", text, n, f"t{n}", similarity)
+        found.add(item, similarity, usefulness[n - 1] if usefulness else None)
     return found
 
 
@@ -82,11 +83,11 @@ def test_usefulness_moves_the_rank_by_at_most_its_weight():
 @pytest.fixture
 def store(open_store):
     found = open_store()
-    with found.update() as writer:
+    with open_writer(found) as writer:
         for n, key in enumerate(["apple red", "apple green", "apple blue"], start=1):
-            problem_id = writer.add_problem(make_task(f"t{n}", key=key))
-            writer.add_insight(problem_id, "strategy", f"strategy of {n}", policy_version=0)
-            writer.add_insight(problem_id, "lesson", f"lesson of {n}", policy_version=0)
+            task_row = writer.add_task(make_task(f"t{n}", key=key))
+            writer.add_insight(task_row, "strategy", f"strategy of {n}", policy_version=0)
+            writer.add_insight(task_row, "lesson", f"lesson of {n}", policy_version=0)
     return found
 
 
@@ -102,9 +103,7 @@ def store(open_store):
     ],
 )
 def test_scopes(store, scope, task_id, wanted):
-    retriever = Retriever(
-        store, ProblemIndex.open(store), store.embedder, MemoryConfig(k=9, scope=scope, max_strategies=9, levels=[1])
-    )
+    retriever = Retriever(store, TaskIndex.open(store), MemoryConfig(k=9, scope=scope, max_strategies=9, levels=[1]))
     found = retriever.retrieve("apple red", seed=0, task_id=task_id)
     assert {p.task_id for p in found} == wanted
     assert len(found) == 2 * len(wanted)
@@ -113,7 +112,7 @@ def test_scopes(store, scope, task_id, wanted):
 def test_exploration_and_diversity_change_nothing_in_who_may_be_shown(store):
     """Explored places go to candidates of the query, and retrieval is repeated by the seed."""
     config = MemoryConfig(k=3, exploration=1.0, diversity=0.5, levels=[1])
-    retriever = Retriever(store, ProblemIndex.open(store), store.embedder, config)
+    retriever = Retriever(store, TaskIndex.open(store), config)
     runs = [retriever.retrieve("apple red", seed=seed) for seed in range(20)]
     assert runs == [retriever.retrieve("apple red", seed=seed) for seed in range(20)]
     assert len({frozenset(p.text for p in run) for run in runs}) > 3

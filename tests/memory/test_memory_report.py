@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pmd.memory.health import health, item_table
 
 from pmd.cli.memory import main
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
 from pmd.memory.tools.report import growth, render
+from pmd.memory.update import open_writer
 
 VOID = {"meta", "link", "br", "img", "circle", "rect", "line", "polyline"}
 
@@ -31,7 +32,7 @@ def audited(world, store) -> None:
     for epoch in range(3):
         world.write_epoch(store, epoch)
     harmful, useful = store.insights()[0].id, store.insights()[1].id
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for group in "abc":
             writer.audit(
                 [
@@ -64,7 +65,7 @@ def test_the_page_stands_alone_and_is_sound(world, open_store):
     assert "&lt;script&gt;" in page
     assert "the answer is 3 7" not in page  # a leak is named, not repeated
     assert "states the answer" in page
-    for heading in ("Growth", "Map", "Most useful", "Most harmful", "Age of insights", "Absorbed", "Leaks"):
+    for heading in ("Growth", "Map", "Most useful", "Most harmful", "Age of insights", "Internalized", "Leaks"):
         assert heading in page
     assert page.count("<svg") == 4
 
@@ -88,7 +89,7 @@ def test_commands(world, open_store, tmp_path, capsys):
 
 def test_health(world, open_store):
     store = open_store(embedder=world.embedder())
-    index = ProblemIndex.open(store)
+    index = TaskIndex.open(store)
     assert health(store, index, 0) == {}
     audited(world, store)
     index.refresh()

@@ -9,13 +9,14 @@ from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError
 from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import HashEmbedder
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Query, Retriever
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 
 
 def retriever_of(store: MemoryStore, **config) -> Retriever:
-    return Retriever(store, ProblemIndex.open(store), store.embedder, MemoryConfig(**config))
+    return Retriever(store, TaskIndex.open(store), MemoryConfig(**config))
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def small(open_store):
     """Three problems about apples and one about pears, by nearness to "apple red": 1, 2, 3; 4 is far."""
     keys = ["apple red", "apple green", "apple blue", "pear brown"]
     store = open_store(embedder=HashEmbedder.fit([*keys, *"bcdfghjklmnp"], dimension=64))
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for n, key in enumerate(keys, start=1):
-            assert writer.add_problem(make_task(f"t{n}", key=key)) == n
+            assert writer.add_task(make_task(f"t{n}", key=key)) == n
         for n in (1, 2, 3, 4):
             writer.add_experience(n, make_rollout(f"t{n}", text=f"solved {n}"), 0)
             writer.add_experience(n, make_rollout(f"t{n}", text="oops", correct=False), 0)
@@ -43,14 +44,14 @@ def small(open_store):
 
 
 def texts(found):
-    return sorted(procedure.text for procedure in found)
+    return sorted(item.text for item in found)
 
 
 def test_quotas_are_filled_in_order_and_lessons_take_the_rest(small):
     found = retriever_of(small, k=6).retrieve("apple red", seed=0)
-    kinds = sorted(procedure.kind for procedure in found)
+    kinds = sorted(item.kind for item in found)
     assert kinds == ["behaviour", "contrast", "lesson", "lesson", "lesson", "strategy"]
-    assert {procedure.task_id for procedure in found if procedure.kind == "lesson"} == {"t1"}  # the nearest problem's
+    assert {item.task_id for item in found if item.kind == "lesson"} == {"t1"}  # the nearest problem's
     assert len(retriever_of(small, k=6, max_lessons=1).retrieve("apple red", seed=0)) == 4
     assert [p.kind for p in retriever_of(small, k=1).retrieve("apple red", seed=0)] == ["behaviour"]
     assert len(retriever_of(small, k=50, max_strategies=9).retrieve("apple red", seed=0)) == 1 + 3 + 9
@@ -82,7 +83,7 @@ def test_far_problems_are_no_neighbours(small):
 
 
 def test_past_success_is_of_the_task_itself_and_the_best(small):
-    with small.update() as writer:
+    with open_writer(small) as writer:
         writer.add_experience(1, make_rollout("t1", text="<think>hm</think>newer"), 5)
         writer.add_experience(1, make_rollout("t1", text="poorer", reward=0.5), 9)
     retriever = retriever_of(small)
@@ -93,7 +94,7 @@ def test_past_success_is_of_the_task_itself_and_the_best(small):
 
 def test_reading_a_store_that_moved_is_an_error(small):
     retriever = retriever_of(small)
-    with small.update():
+    with open_writer(small):
         pass
     for read in (lambda: retriever.retrieve("apple red", seed=0), lambda: retriever.past_success("t1")):
         with pytest.raises(AlignmentError, match="read-only within an epoch"):
@@ -122,16 +123,14 @@ def test_families_are_bound_exactly(world, grown):
     retriever = retriever_of(grown, k=8)
     found = retriever.retrieve_many([Query(world.key(name), n) for n, name in enumerate(world.names * 20)])
     families = [
-        (name, procedure.text.split()[1])
-        for name, procedures in zip(world.names * 20, found, strict=True)
-        for procedure in procedures
+        (name, item.text.split()[1]) for name, items in zip(world.names * 20, found, strict=True) for item in items
     ]
     assert len(families) > 3_000
     assert all(wanted == got for wanted, got in families)
-    for name, procedures in zip(world.names, found, strict=False):
-        for procedure in procedures:
-            if procedure.kind in ("behaviour", "strategy"):
-                assert procedure.text == f"use {name} {world.rule[name]}"
+    for name, items in zip(world.names, found, strict=False):
+        for item in items:
+            if item.kind in ("behaviour", "strategy"):
+                assert item.text == f"use {name} {world.rule[name]}"
 
 
 def test_unweighted_words_would_not_bind(world, grown):
@@ -157,7 +156,7 @@ def test_clusters_are_the_families(world, grown):
     for cluster in wise:
         name = cluster.insights[0].text.split()[1]
         assert {insight.text for insight in cluster.insights} == {f"use {name} {world.rule[name]}"}
-        assert len(cluster.problem_ids) >= grown.config.cluster_support
+        assert len(cluster.task_rows) >= grown.config.cluster_support
         assert len(cluster.lessons) <= 3
         assert all(lesson.text.startswith(f"not {name} ") for lesson in cluster.lessons)
         assert cluster.texts == [insight.text for insight in (*cluster.insights, *cluster.lessons)]
@@ -169,9 +168,9 @@ def test_behaviours_keep_their_ids_and_unchanged_clusters_need_nothing(open_stor
     store = open_store(cluster_support=2)
 
     def learn(*insights, text="wash apples"):
-        with store.update() as writer:
+        with open_writer(store) as writer:
             for task_id, kind, words in insights:
-                writer.add_insight(writer.add_problem(make_task(task_id)), kind, words, policy_version=0)
+                writer.add_insight(writer.add_task(make_task(task_id)), kind, words, policy_version=0)
             clusters = find_clusters(store, store.config)
             drafts = [cluster.draft(text if cluster.changed else None) for cluster in clusters]
             return clusters, writer.replace_behaviours(drafts, policy_version=0)
@@ -188,9 +187,9 @@ def test_behaviours_keep_their_ids_and_unchanged_clusters_need_nothing(open_stor
     assert again == ids
     assert [(b.text, b.version) for b in store.behaviours()] == [("wash, never cut", 2)]
     failed = [cluster.draft(None) for cluster in find_clusters(store, store.config)]
-    with store.update() as writer:
+    with open_writer(store) as writer:
         assert writer.replace_behaviours(failed, policy_version=1) == ids  # abstraction failed: the old one stays
-    with store.update() as writer:
+    with open_writer(store) as writer:
         writer.replace_behaviours([], policy_version=1)
     assert store.behaviours() == []
     assert [b.id for b in store.behaviours("retired")] == ids
@@ -198,9 +197,9 @@ def test_behaviours_keep_their_ids_and_unchanged_clusters_need_nothing(open_stor
 
 def test_a_new_cluster_without_words_is_left_out(open_store):
     store = open_store(cluster_support=2)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for task_id in "ab":
-            writer.add_insight(writer.add_problem(make_task(task_id)), "strategy", "wash it", policy_version=0)
+            writer.add_insight(writer.add_task(make_task(task_id)), "strategy", "wash it", policy_version=0)
         drafts = [cluster.draft(None) for cluster in find_clusters(store, store.config)]
         assert writer.replace_behaviours(drafts, policy_version=0) == [None]
     assert store.behaviours(None) == []

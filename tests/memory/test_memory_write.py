@@ -6,11 +6,12 @@ from pmd.memory.leaks import answer_words, fingerprint, leak_reason
 from pmd.memory.write import without_thinking
 
 from pmd.errors import MemoryStoreError
+from pmd.memory.update import open_writer
 
 
 def one_problem(store, **fields):
-    with store.update() as writer:
-        return writer.add_problem(make_task(**fields))
+    with open_writer(store) as writer:
+        return writer.add_task(make_task(**fields))
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -18,21 +19,21 @@ def test_held_out_problems_are_refused_and_leave_nothing(open_store, split):
     store = open_store()
 
     def write_both():
-        with store.update() as writer:
-            writer.add_problem(make_task("fine"))
-            writer.add_problem(make_task("held-out", split))
+        with open_writer(store) as writer:
+            writer.add_task(make_task("fine"))
+            writer.add_task(make_task("held-out", split))
 
     with pytest.raises(MemoryStoreError, match=f"split={split}; memory keeps training problems only"):
         write_both()
     assert store.generation == 0
-    assert store.problems() == []
+    assert store.tasks() == []
 
 
 def test_the_schema_itself_refuses_held_out_problems(open_store):
     store = open_store()
     one_problem(store)
-    with pytest.raises(MemoryStoreError, match="CHECK constraint"), store.update() as writer:
-        writer._db.execute("UPDATE problems SET split = 'test'")
+    with pytest.raises(MemoryStoreError, match="CHECK constraint"), open_writer(store) as writer:
+        writer.ledger.db.execute("UPDATE tasks SET split = 'test'")
 
 
 def test_a_task_is_one_problem_and_its_id_names_one_text(open_store):
@@ -46,7 +47,7 @@ def test_a_task_is_one_problem_and_its_id_names_one_text(open_store):
 def test_successes_are_distinct_and_the_oldest_leaves(open_store):
     store = open_store(experiences_per_task=2)
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         ids = [writer.add_experience(problem, make_rollout(text=text), n) for n, text in enumerate("aabc")]
     assert ids[0] == ids[1]
     assert [experience.response for experience in store.experiences()] == ["b", "c"]
@@ -56,7 +57,7 @@ def test_successes_are_distinct_and_the_oldest_leaves(open_store):
 def test_failures_are_distinct_by_error(open_store):
     store = open_store()
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for text, answer in (("x", "1"), ("y", "1"), ("z", "2")):
             writer.add_experience(problem, make_rollout(text=text, correct=False, answer=answer), 0)
         for feedback in ("no brackets", "no brackets", "too long"):
@@ -74,7 +75,7 @@ def test_failures_are_distinct_by_error(open_store):
 def test_what_says_nothing_is_not_kept(open_store, rollout):
     store = open_store()
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         assert writer.add_experience(problem, rollout, 0) is None
     assert store.experiences(None) == []
 
@@ -88,7 +89,7 @@ def test_thinking_is_stripped():
 def test_an_insight_written_again_gains_support_and_evidence(open_store):
     store = open_store()
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         attempts = [writer.add_experience(problem, make_rollout(text=text), 0) for text in "ab"]
         first = writer.add_insight(problem, "strategy", "use  it", policy_version=0, parents=attempts[:1])
         second = writer.add_insight(problem, "strategy", "use it ", policy_version=3, parents=attempts[1:])
@@ -101,7 +102,7 @@ def test_an_insight_written_again_gains_support_and_evidence(open_store):
 def test_lessons_do_not_drive_out_a_strategy(open_store):
     store = open_store(insights_per_task=3)
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         writer.add_insight(problem, "strategy", "do", policy_version=0)
         for n in range(5):
             writer.add_insight(problem, "lesson", f"not {n}", policy_version=0)
@@ -111,14 +112,14 @@ def test_lessons_do_not_drive_out_a_strategy(open_store):
 def test_a_retired_insight_comes_back_and_ids_are_never_reused(open_store):
     store = open_store(insights_per_task=1)
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         first = writer.add_insight(problem, "lesson", "a", policy_version=0)
         second = writer.add_insight(problem, "lesson", "b", policy_version=0)
         assert writer.add_insight(problem, "lesson", "a", policy_version=0) == first
     assert [insight.id for insight in store.insights()] == [first]
-    with store.update() as writer:
+    with open_writer(store) as writer:
         old = [writer.add_experience(problem, make_rollout(text=str(n)), n) for n in range(6)]
-    with store.update() as writer:
+    with open_writer(store) as writer:
         assert writer.add_experience(problem, make_rollout(text="new"), 9) == max(old) + 1
     assert second not in [insight.id for insight in store.insights()]
 
@@ -126,11 +127,11 @@ def test_a_retired_insight_comes_back_and_ids_are_never_reused(open_store):
 def test_capacity_retires_old_copies_before_anything_else(open_store):
     store = open_store(capacity=3)
     problems = [one_problem(store, task_id=str(n)) for n in range(3)]
-    with store.update() as writer:
+    with open_writer(store) as writer:
         writer.add_insight(problems[0], "lesson", "unique and oldest", policy_version=0)
         for problem in problems:
             writer.add_insight(problem, "strategy", "the same", policy_version=0)
-    assert [(i.problem_id, i.text) for i in store.insights()] == [
+    assert [(i.task_row, i.text) for i in store.insights()] == [
         (problems[0], "unique and oldest"), (problems[1], "the same"), (problems[2], "the same"),
     ]  # fmt: skip
 
@@ -139,9 +140,9 @@ def test_insights_must_be_usable(open_store):
     store = open_store()
     problem = one_problem(store)
     for kind, text in (("strategy", "  "), ("behaviour", "x")):
-        with pytest.raises(MemoryStoreError, match="kind"), store.update() as writer:
+        with pytest.raises(MemoryStoreError, match="kind"), open_writer(store) as writer:
             writer.add_insight(problem, kind, text, policy_version=0)
-    with pytest.raises(MemoryStoreError, match="problem_id=99 is not in the store"), store.update() as writer:
+    with pytest.raises(MemoryStoreError, match="task_row=99 is not in the store"), open_writer(store) as writer:
         writer.add_insight(99, "strategy", "x", policy_version=0)
 
 
@@ -165,7 +166,7 @@ def test_leak_filter(answer, text, leaks):
 def test_a_leaking_insight_is_quarantined_for_good(open_store):
     store = open_store()
     problem = one_problem(store, answer="sodium chloride")
-    with store.update() as writer:
+    with open_writer(store) as writer:
         writer.add_insight(problem, "strategy", "say sodium chloride", policy_version=0)
         writer.add_insight(problem, "strategy", "say sodium chloride", policy_version=1)
     assert store.insights() == []
@@ -175,9 +176,9 @@ def test_a_leaking_insight_is_quarantined_for_good(open_store):
 def test_each_change_is_logged_with_what_it_replaced(open_store):
     store = open_store()
     problem = one_problem(store)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         insight = writer.add_insight(problem, "lesson", "a", policy_version=0)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         writer.set_status(1, insight, "retired", "harmful")
         writer.set_status(1, insight, "retired", "harmful")  # no change, no entry
     assert store.query("SELECT generation, action, before, after, reason FROM ops") == [

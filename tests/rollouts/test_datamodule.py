@@ -17,7 +17,7 @@ from pmd.config.schema import (
 from pmd.engines.hf import HFEngine
 from pmd.errors import ConfigError
 from pmd.run_dir import RunDir
-from pmd.types import InsightDraft
+from pmd.types import InsightChange
 
 WORLD = TinyWorldConfig(families=4, train_per_family=3, validation_per_family=1, test_per_family=1)
 
@@ -66,7 +66,7 @@ def test_memory_in_an_evaluation_keeps_the_bounds_of_the_teachers(tmp_path, max_
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
     texts = ("strategy use zam red>gold", "strategy use teb red>gold")
-    drafts = [InsightDraft(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
+    drafts = [InsightChange(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
     run.memory.learn(tasks, rollouts, drafts, lambda clusters: [None] * len(clusters), 0)
     recorder = Recorder(run.data.engine)
     replace(run.evaluator, engine=recorder).memory_conditioned(run.tasks["train"], 1, run.memory)
@@ -89,7 +89,7 @@ def test_the_students_prompt_never_holds_memory_and_the_teachers_does(tmp_path):
     run = run_with(tmp_path)
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
-    drafts = [InsightDraft(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
+    drafts = [InsightChange(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
     run.memory.learn(tasks, rollouts, drafts, lambda clusters: [None] * len(clusters), 0)
     memory_word = run.module.tokenizer.convert_tokens_to_ids("memory")
     shown = 0

@@ -4,9 +4,8 @@ import json
 import random
 from dataclasses import dataclass
 
-from pmd.memory.procedural import ProceduralMemory
-
 from pmd.config.schema import MemoryConfig, ReflectionConfig
+from pmd.memory import ProceduralMemory
 from pmd.memory.reflect import abstract, reflect
 from pmd.memory.tools.check import check
 from pmd.tasks.prompts.base import PromptFormat
@@ -116,12 +115,12 @@ def test_five_thousand_outputs_leave_a_sound_and_bounded_memory(tmp_path):
     for epoch in range(EPOCHS):
         groups = rollouts(epoch)
         found = reflect(engine, TASKS, groups, prompts, reflection, f"{epoch}", memory.known_insights)
-        num_items, num_usable = len(found.drafts) + found.num_unknown, found.num_prompts - found.num_malformed
+        num_items, num_usable = len(found.changes) + found.num_unknown, found.num_prompts - found.num_malformed
         assert num_usable <= num_items <= MAX_ITEMS * num_usable  # each output gave an item or is counted
         learnt = memory.learn(
             TASKS,
             [rollout for group in groups for rollout in group],
-            found.drafts,
+            found.changes,
             lambda clusters, epoch=epoch: abstract(engine, clusters, prompts, reflection, f"{epoch}/abstract"),
             epoch,
         )
@@ -129,9 +128,9 @@ def test_five_thousand_outputs_leave_a_sound_and_bounded_memory(tmp_path):
         num_malformed += found.num_malformed
         num_rejected += found.num_rejected
         num_unknown += found.num_unknown
-        num_drafts += len(found.drafts)
+        num_drafts += len(found.changes)
         num_refused += learnt.num_refused
-        per_problem = memory.store.query("SELECT count(*) FROM insights WHERE status = 'active' GROUP BY problem_id")
+        per_problem = memory.store.query("SELECT count(*) FROM insights WHERE status = 'active' GROUP BY task_row")
         assert max(count for (count,) in per_problem) <= config.insights_per_task
     assert num_outputs == 5_000
     assert num_malformed > 1_000
