@@ -1,16 +1,14 @@
-"""Neighbours, quotas, levels, order, determinism; clusters and the ids of behaviours."""
-
-from dataclasses import replace
+"""What a query finds: neighbours, quotas, levels, scopes, ranks, order."""
 
 import pytest
 from memory_world import make_rollout, make_task
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError
-from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import TaskIndex
-from pmd.memory.retrieve import Query, Retriever
+from pmd.memory.judge import ItemAudit
+from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
 from pmd.memory.update import open_writer
 
@@ -21,7 +19,7 @@ def retriever_of(store: MemoryStore, **config) -> Retriever:
 
 @pytest.fixture
 def small(open_store):
-    """Three problems about apples and one about pears, by nearness to "apple red": 1, 2, 3; 4 is far."""
+    """Three tasks about apples and one about pears, by nearness to "apple red": 1, 2, 3; 4 is far."""
     keys = ["apple red", "apple green", "apple blue", "pear brown"]
     store = open_store(embedder=HashEmbedder.fit([*keys, *"bcdfghjklmnp"], dimension=64))
     with open_writer(store) as writer:
@@ -38,8 +36,7 @@ def small(open_store):
             for lesson in "abc":
                 writer.add_insight(n, "lesson", f"not {lesson}{n}", policy_version=0)
         writer.add_insight(4, "strategy", "pears: wait", policy_version=0)
-        clusters = find_clusters(store, store.config)
-        writer.replace_behaviours([cluster.draft("fruit: peel") for cluster in clusters], policy_version=0)
+        writer.replace_behaviours([cluster.change("fruit: peel") for cluster in writer.clusters()], policy_version=0)
     return store
 
 
@@ -51,13 +48,13 @@ def test_quotas_are_filled_in_order_and_lessons_take_the_rest(small):
     found = retriever_of(small, k=6).retrieve("apple red", seed=0)
     kinds = sorted(item.kind for item in found)
     assert kinds == ["behaviour", "contrast", "lesson", "lesson", "lesson", "strategy"]
-    assert {item.task_id for item in found if item.kind == "lesson"} == {"t1"}  # the nearest problem's
+    assert {item.task_id for item in found if item.kind == "lesson"} == {"t1"}  # the nearest task's
     assert len(retriever_of(small, k=6, max_lessons=1).retrieve("apple red", seed=0)) == 4
     assert [p.kind for p in retriever_of(small, k=1).retrieve("apple red", seed=0)] == ["behaviour"]
     assert len(retriever_of(small, k=50, max_strategies=9).retrieve("apple red", seed=0)) == 1 + 3 + 9
 
 
-def test_a_text_of_several_near_problems_comes_first(small):
+def test_a_text_of_several_near_tasks_comes_first(small):
     found = retriever_of(small, k=1, levels=[1], max_strategies=1).retrieve("apple purple", seed=0)
     assert texts(found) == ["apples: peel"]
     assert found[0].task_id == "t2"
@@ -77,7 +74,7 @@ def test_kinds(small):
     assert {p.kind for p in retriever_of(small, kinds=["lesson"], k=9).retrieve("apple red", seed=0)} == {"lesson"}
 
 
-def test_far_problems_are_no_neighbours(small):
+def test_far_tasks_are_not_neighbours(small):
     assert retriever_of(small).retrieve("melon", seed=0) == []
     assert "pears: wait" not in texts(retriever_of(small, k=50).retrieve("apple red", seed=0))
 
@@ -103,25 +100,24 @@ def test_reading_a_store_that_moved_is_an_error(small):
     assert retriever.retrieve("apple red", seed=0)
 
 
-def test_order_is_drawn_from_the_seed_and_batches_change_nothing(small):
+def test_order_is_drawn_from_the_seed(small):
     retriever = retriever_of(small, k=6)
     orders = [retriever.retrieve("apple red", seed=seed) for seed in range(8)]
     assert len({tuple(p.item_id for p in order) for order in orders}) > 1
     assert len({frozenset(texts(order)) for order in orders}) == 1
-    assert retriever.retrieve_many([Query("apple red", seed) for seed in range(8)]) == orders
+    assert [retriever.retrieve("apple red", seed=seed) for seed in range(8)] == orders
 
 
 def test_an_empty_memory_gives_nothing(open_store):
     retriever = retriever_of(open_store())
     assert retriever.retrieve("anything", seed=0) == []
-    assert retriever.retrieve_many([]) == []
     assert retriever.past_success("t") is None
 
 
 def test_families_are_bound_exactly(world, grown):
-    """Every item retrieved for new problems of each family is of that family."""
+    """Every item retrieved for new tasks of each family is of that family."""
     retriever = retriever_of(grown, k=8)
-    found = retriever.retrieve_many([Query(world.key(name), n) for n, name in enumerate(world.names * 20)])
+    found = [retriever.retrieve(world.key(name), seed=n) for n, name in enumerate(world.names * 20)]
     families = [
         (name, item.text.split()[1]) for name, items in zip(world.names * 20, found, strict=True) for item in items
     ]
@@ -145,68 +141,76 @@ def test_unweighted_words_would_not_bind(world, grown):
 def test_equal_stores_retrieve_identically(world, grown, tmp_path):
     MemoryStore.restore(tmp_path / "copy.sqlite", grown.snapshot())
     with MemoryStore.open(tmp_path / "copy.sqlite", embedder=world.embedder()) as copy:
-        queries = [Query(world.key(name), 3) for name in world.names]
-        assert retriever_of(copy).retrieve_many(queries) == retriever_of(grown).retrieve_many(queries)
+        one, other = retriever_of(copy), retriever_of(grown)
+        for key in map(world.key, world.names):
+            assert one.retrieve(key, seed=3) == other.retrieve(key, seed=3)
 
 
-def test_clusters_are_the_families(world, grown):
-    clusters = find_clusters(grown, grown.config, ("do", "avoid"))
-    wise = [cluster for cluster in clusters if cluster.polarity == "do"]
-    assert len({cluster.insights[0].text.split()[1] for cluster in wise}) == len(wise) > 20
-    for cluster in wise:
-        name = cluster.insights[0].text.split()[1]
-        assert {insight.text for insight in cluster.insights} == {f"use {name} {world.rule[name]}"}
-        assert len(cluster.task_rows) >= grown.config.cluster_support
-        assert len(cluster.lessons) <= 3
-        assert all(lesson.text.startswith(f"not {name} ") for lesson in cluster.lessons)
-        assert cluster.texts == [insight.text for insight in (*cluster.insights, *cluster.lessons)]
-    for cluster in clusters:
-        assert len({insight.text.split()[1] for insight in cluster.insights}) == 1
+@pytest.fixture
+def apples(open_store):
+    """One strategy and one lesson for each of three tasks about apples."""
+    store = open_store()
+    with open_writer(store) as writer:
+        for n, key in enumerate(["apple red", "apple green", "apple blue"], start=1):
+            task_row = writer.add_task(make_task(f"t{n}", key=key))
+            writer.add_insight(task_row, "strategy", f"strategy of {n}", policy_version=0)
+            writer.add_insight(task_row, "lesson", f"lesson of {n}", policy_version=0)
+    return store
 
 
-def test_behaviours_keep_their_ids_and_unchanged_clusters_need_nothing(open_store):
+@pytest.mark.parametrize(
+    ("scope", "task_id", "wanted"),
+    [
+        ("both", "t1", {"t1", "t2", "t3"}),
+        ("own", "t1", {"t1"}),
+        ("neighbours", "t1", {"t2", "t3"}),
+        ("own", "new", set()),  # a task that memory does not know has nothing of its own
+        ("neighbours", "new", {"t1", "t2", "t3"}),
+        ("own", None, set()),
+    ],
+)
+def test_scopes(apples, scope, task_id, wanted):
+    retriever = retriever_of(apples, k=9, scope=scope, max_strategies=9, levels=[1])
+    found = retriever.retrieve("apple red", seed=0, task_id=task_id)
+    assert {item.task_id for item in found} == wanted
+    assert len(found) == 2 * len(wanted)
+
+
+def ranked(store: MemoryStore, **config) -> list[str]:
+    """Return the strategies retrieved for "apple red" by their scores."""
+    settings = {"k": 9, "max_strategies": 9, "levels": [1], "kinds": ["strategy"]} | config
+    found = retriever_of(store, **settings).retrieve("apple red", seed=0)
+    return [item.text for item in sorted(found, key=lambda item: (-item.score, item.item_id))]
+
+
+def test_nearer_tasks_score_higher_and_the_best_fill_the_quota(apples):
+    assert ranked(apples)[0] == "strategy of 1"
+    assert ranked(apples, max_strategies=2) == ranked(apples)[:2]
+
+
+def test_usefulness_moves_the_score_by_at_most_its_weight(apples):
+    plain = {item.text: item.score for item in retriever_of(apples, levels=[1]).retrieve("apple red", seed=0)}
+    with open_writer(apples) as writer:
+        for item, lift in ((1, -5.0), (5, 5.0)):  # the strategies of tasks 1 and 3
+            writer.audit([ItemAudit(0, "g", 1, item, 1, 1, lift, 0.0, None, None, None)])
+    for weight in (0.0, 0.5):
+        retriever = retriever_of(apples, k=9, max_strategies=9, levels=[1], usefulness_weight=weight)
+        scores = {item.text: item.score for item in retriever.retrieve("apple red", seed=0)}
+        assert scores["strategy of 1"] == pytest.approx(plain["strategy of 1"] * (1 - weight), rel=0.01)
+        assert scores["strategy of 3"] == pytest.approx(scores["lesson of 3"] * (1 + weight), rel=0.01)
+    assert ranked(apples, usefulness_weight=0.0) == [f"strategy of {n}" for n in (1, 2, 3)]
+    assert ranked(apples, usefulness_weight=1.0)[-1] == "strategy of 1"
+
+
+def test_a_text_that_a_behaviour_gave_is_not_shown_again(open_store):
     store = open_store(cluster_support=2)
-
-    def learn(*insights, text="wash apples"):
-        with open_writer(store) as writer:
-            for task_id, kind, words in insights:
-                writer.add_insight(writer.add_task(make_task(task_id)), kind, words, policy_version=0)
-            clusters = find_clusters(store, store.config)
-            drafts = [cluster.draft(text if cluster.changed else None) for cluster in clusters]
-            return clusters, writer.replace_behaviours(drafts, policy_version=0)
-
-    clusters, ids = learn(("a", "strategy", "wash it"), ("b", "strategy", "wash it"), ("c", "strategy", "other thing"))
-    assert [cluster.changed for cluster in clusters] == [True]
-    assert [(b.text, b.version, b.support) for b in store.behaviours()] == [("wash apples", 1, 2)]
-    clusters, again = learn(("d", "strategy", "wash it"))
-    assert [cluster.changed for cluster in clusters] == [False]  # one more problem, the same words
-    assert again == ids
-    assert [(b.text, b.version, b.support) for b in store.behaviours()] == [("wash apples", 1, 3)]
-    clusters, again = learn(("a", "lesson", "never cut"), text="wash, never cut")
-    assert [cluster.changed for cluster in clusters] == [True]
-    assert again == ids
-    assert [(b.text, b.version) for b in store.behaviours()] == [("wash, never cut", 2)]
-    failed = [cluster.draft(None) for cluster in find_clusters(store, store.config)]
     with open_writer(store) as writer:
-        assert writer.replace_behaviours(failed, policy_version=1) == ids  # abstraction failed: the old one stays
-    with open_writer(store) as writer:
-        writer.replace_behaviours([], policy_version=1)
-    assert store.behaviours() == []
-    assert [b.id for b in store.behaviours("retired")] == ids
-
-
-def test_a_new_cluster_without_words_is_left_out(open_store):
-    store = open_store(cluster_support=2)
-    with open_writer(store) as writer:
-        for task_id in "ab":
-            writer.add_insight(writer.add_task(make_task(task_id)), "strategy", "wash it", policy_version=0)
-        drafts = [cluster.draft(None) for cluster in find_clusters(store, store.config)]
-        assert writer.replace_behaviours(drafts, policy_version=0) == [None]
-    assert store.behaviours(None) == []
-
-
-def test_above_the_cap_further_texts_join_the_nearest_cluster(grown, monkeypatch):
-    whole = find_clusters(grown, replace(grown.config, cluster_support=1))
-    monkeypatch.setattr("pmd.memory.behaviours.MAX_CLUSTERED_TEXTS", 16)
-    capped = find_clusters(grown, replace(grown.config, cluster_support=1))
-    assert 0 < len(capped) <= 16 < len(whole)
+        for n in (1, 2):
+            task_row = writer.add_task(make_task(f"t{n}", key="apple red"))
+            writer.add_insight(task_row, "strategy", "peel first", policy_version=0)
+            writer.add_insight(task_row, "strategy", f"cut {n}", policy_version=0)
+        changes = [cluster.change(cluster.insights[0].text) for cluster in writer.clusters()]
+        writer.replace_behaviours(changes, policy_version=0)
+    found = retriever_of(store, k=4, max_strategies=3).retrieve("apple red", seed=0)
+    assert texts(found) == ["cut 1", "cut 2", "peel first"]
+    assert next(item.kind for item in found if item.text == "peel first") == "behaviour"
