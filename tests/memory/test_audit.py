@@ -1,7 +1,6 @@
-"""What audits find decides what stays: harmful items leave, useful shadows are promoted, known ones are internalized."""
+"""What audits find decides what stays: harmful items leave, leaks are quarantined, known ones are internalized."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from memory_world import make_rollout
@@ -44,20 +43,19 @@ def status(store, item_id: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("probation", "audits", "wanted"),
+    ("audits", "wanted"),
     [
-        (False, [(-0.5, 0.1), (-0.4, 0.0), (-0.6, 0.1)], "retired"),  # lowers correct attempts
-        (False, [(0.1, 0.6), (0.1, 0.5), (0.2, 0.7)], "retired"),  # raises wrong ones more
-        (False, [(-0.5, 0.1), (-0.4, 0.0)], "active"),  # too little evidence
-        (False, [(-0.5, 0.1), (0.9, 0.0), (-0.4, 0.2)], "active"),  # not sure
-        (False, [(-0.001, 0.0), (-0.002, 0.0), (-0.001, 0.0)], "active"),  # within the margin
-        (False, [(None, 0.5), (None, 0.5), (None, 0.5)], "active"),  # wrong attempts alone decide nothing
-        (True, [(0.5, 0.0), (0.4, -0.1), (0.6, 0.0)], "active"),  # promoted
-        (True, [(0.001, 0.0), (0.0, 0.0), (0.0, 0.0)], "shadow"),
+        ([(-0.5, 0.1), (-0.4, 0.0), (-0.6, 0.1)], "retired"),  # lowers correct attempts
+        ([(0.1, 0.6), (0.1, 0.5), (0.2, 0.7)], "retired"),  # raises wrong ones more
+        ([(-0.5, 0.1), (-0.4, 0.0)], "active"),  # too little evidence
+        ([(-0.5, 0.1), (0.9, 0.0), (-0.4, 0.2)], "active"),  # not sure
+        ([(-0.001, 0.0), (-0.002, 0.0), (-0.001, 0.0)], "active"),  # within the margin
+        ([(0.5, 0.0), (0.4, -0.1), (0.6, 0.0)], "active"),  # useful
+        ([(None, 0.5), (None, 0.5), (None, 0.5)], "active"),  # wrong attempts alone decide nothing
     ],
 )
-def test_what_follows_from_lift(open_store, probation, audits, wanted):
-    store = open_store(probation=probation)
+def test_what_follows_from_lift(open_store, audits, wanted):
+    store = open_store()
     item = one_insight(store)
     audit_in(store, *(lifts(item, *pair) for pair in audits))
     assert status(store, item) == wanted
@@ -197,7 +195,7 @@ def test_a_leaked_answer_is_quarantined(open_store):
     assert (status(store, leak), status(store, honest)) == ("quarantined", "active")
 
 
-def test_drafts_name_only_their_own_insights(open_store):
+def test_changes_reach_only_insights_of_their_own_task(open_store):
     store = open_store()
     mine = one_insight(store)
     other = Task("u", (Message("user", "which gate"),), "exact", "train", memory_key="gate")
@@ -224,31 +222,3 @@ def test_near_duplicates_become_one_with_all_evidence(open_store):
         assert writer.merge([1]) == 1
     rows = store.query("SELECT id, status, support FROM insights ORDER BY id")
     assert rows == [(one, "active", 2), (two, "retired", 0), (lesson, "active", 1)]
-
-
-def test_an_older_schema_is_brought_up_to_date(world, open_store, tmp_path):
-    import sqlite3
-
-    from pmd.memory.store import MemoryStore
-
-    new = open_store("new.sqlite")
-    old = open_store("old.sqlite")
-    one_insight(old)
-    old.close()
-    path = Path(old.path)
-    db = sqlite3.connect(path)  # what version 1 looked like
-    db.execute("DROP INDEX audits_by_item")
-    for column in ("version", "num_correct", "num_wrong", "masked_lift_correct", "masked_lift_wrong", "student_lift"):
-        db.execute(f"ALTER TABLE audits DROP COLUMN {column}")
-    db.execute("PRAGMA user_version=1")
-    db.commit()
-    db.close()
-    path.with_name("old.sqlite.sum").unlink()
-    with MemoryStore.open(path, read_only=True) as store:
-        assert store.query("SELECT count(version) FROM audits") == [(0,)]
-    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)  # a reader changes nothing
-    with MemoryStore.open(path) as store:
-        assert len(store.insights()) == 1
-        for pragma in ("table_info(audits)", "user_version"):
-            assert store.query(f"PRAGMA {pragma}") == new.query(f"PRAGMA {pragma}")
-        audit_in(store, lifts(1, 0.1, 0.0))

@@ -9,7 +9,7 @@ from pmd.cli.memory import main
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import TaskIndex
-from pmd.memory.retrieve import Query, Retriever
+from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
 from pmd.memory.tools.check import check
 from pmd.memory.tools.history import diff, rollback
@@ -81,17 +81,14 @@ def test_an_export_gives_another_store_the_same_memory(world, grown, tmp_path):
     assert '"experiences"' not in {json.loads(line).get("type") for line in text.splitlines()}
     with MemoryStore.open(tmp_path / "other.sqlite", embedder=world.embedder()) as other:
         counts = import_file(other, tmp_path / "m.jsonl")
-        assert counts["problem"] == 192
+        assert counts["task"] == 192
         assert counts["insights"] == len(grown.insights())
         assert counts["behaviours"] == len(grown.behaviours())
         assert check_without_index(other) == []
-        queries = [Query(world.key(name), 3) for name in world.names]
-        found = [
-            [sorted(p.text for p in items) for items in Retriever(
-                s, TaskIndex.open(s), grown.config).retrieve_many(queries)]
-            for s in (grown, other)
-        ]  # fmt: skip
-        assert found[0] == found[1]
+        one, two = (Retriever(s, TaskIndex.open(s), grown.config) for s in (grown, other))
+        for key in map(world.key, world.names):
+            found = [sorted(item.text for item in r.retrieve(key, seed=3)) for r in (one, two)]
+            assert found[0] == found[1]
         again = import_file(other, tmp_path / "m.jsonl")
         assert set(again.values()) == {0}
     with MemoryStore.open(tmp_path / "third.sqlite", embedder=HashEmbedder(32)) as third:  # another embedder will do
@@ -113,15 +110,15 @@ def spoil(line_number: int, **fields):
     [
         (lambda lines: ["{}", *lines[1:]], ":1 has format=None"),
         (lambda lines: [], ":1 has format=None"),
-        (spoil(0, version=2), ":1 has format=pmd-memory, version=2"),
-        (lambda lines: [*lines[:5], "{half", *lines[5:]], ":6 is no line"),
-        (lambda lines: [lines[0], "[]"], ":2 is no line"),
-        (lambda lines: [lines[0], lines[-1]], ":2 is no line|no insight"),
+        (spoil(0, version=3), ":1 has format=pmd-memory, version=3"),
+        (lambda lines: [*lines[:5], "{half", *lines[5:]], ":6 is not a line"),
+        (lambda lines: [lines[0], "[]"], ":2 is not a line"),
+        (lambda lines: [lines[0], lines[-1]], ":2 is not a line|no insight"),
         (spoil(1, split="test"), "split=test; memory keeps train only"),
-        (spoil(1, **{"id) VALUES (1); --": 1}), ":2 is no line .*unknown field"),
+        (spoil(1, **{"id) VALUES (1); --": 1}), ":2 is not a line .*unknown field"),
         (spoil(200, kind="spell"), "could not be written .*CHECK"),
-        (spoil(200, task_row=10**9), ":201 is no line"),
-        (spoil(200, type="meta"), ":201 is no line"),
+        (spoil(200, task_row=10**9), ":201 is not a line"),
+        (spoil(200, type="meta"), ":201 is not a line"),
     ],
 )
 def test_a_bad_import_changes_nothing(world, grown, store, tmp_path, change, message):
@@ -140,9 +137,9 @@ def test_check_finds_what_is_wrong(world, store):
     assert check(store) == []
     store.db.execute("UPDATE tasks SET embedding = zeroblob(2048) WHERE id = 3")
     store.db.execute("DELETE FROM links WHERE child_level = 2 AND child_id = 1")
-    store.db.execute("INSERT INTO links VALUES (1, 99999, 0, 1, 'supports')")
+    store.db.execute("INSERT INTO links VALUES (1, 99999, 0, 1)")
     found = " ".join(check(store))
-    for sentence in ("vectors of problems are not of length 1: 1", "rests on no insight: 1, first id 1",
+    for sentence in ("vectors of tasks are not of length 1: 1", "rests on no insight: 1, first id 1",
                      "a link has no child: 1", "index file is not the store's"):  # fmt: skip
         assert sentence in found
 

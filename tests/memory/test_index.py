@@ -70,7 +70,7 @@ def test_graph_search_equals_exact_search(stored):
     assert exact[0][0][0] == int(best.argmax()) + 1
 
 
-def test_more_neighbours_than_problems(stored, open_store):
+def test_more_neighbours_than_tasks(stored, open_store):
     index = TaskIndex.open(stored)
     query = clustered(700, 48)[:1]
     for exact in (True, False):
@@ -194,12 +194,10 @@ def test_sentence_embedder(monkeypatch, tmp_path):
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
     config = MemoryConfig(cluster_support=1)
     with MemoryStore.open(tmp_path / "m.sqlite", embedder=embedder, config=config) as store:
-        from pmd.memory.behaviours import find_clusters
-
         with open_writer(store) as writer:
             problem = writer.add_task(make_task(key="melting point of salt"))
             writer.add_insight(problem, "strategy", "look at the ionic bonds", policy_version=0)
-            assert len(find_clusters(store, config)) == 1
+            assert len(writer.clusters()) == 1
         assert store.vectors("insights")[1].shape == (1, 384)
     with MemoryStore.open(tmp_path / "m.sqlite", read_only=True) as store:
         assert isinstance(store.embedder, SentenceEmbedder)
@@ -223,7 +221,7 @@ def test_command_takes_a_run_or_a_file_and_changes_nothing(run_directory, world,
     for store in (run_directory, path):
         assert main(["stats", str(store), "--json"]) == 0
         facts = {row["quantity"]: row["value"] for row in json.loads(capsys.readouterr().out)["memory"]}
-        assert facts["problems"] == 192
+        assert facts["tasks"] == 192
         assert facts["generation"] == 3
     assert main(["list", str(run_directory), "--kind", "strategy", "--limit", "3", "--json"]) == 0
     (rows,) = json.loads(capsys.readouterr().out).values()
@@ -233,8 +231,8 @@ def test_command_takes_a_run_or_a_file_and_changes_nothing(run_directory, world,
     assert main(["search", str(run_directory), world.key(name), "-k", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["text"].split()[1] for row in found["a teacher would be shown"]} == {name}
-    assert found["nearest training problems"][0]["text"].endswith(name)
-    for what in ("problem", "experience", "insight", "behaviour"):
+    assert found["nearest training tasks"][0]["text"].endswith(name)
+    for what in ("task", "experience", "insight", "behaviour"):
         assert main(["list", str(run_directory), what, "--status", "all", "--limit", "2"]) == 0
         assert main(["show", str(run_directory), what, "1"]) == 0
     assert f"use {world.names[0]}" in capsys.readouterr().out

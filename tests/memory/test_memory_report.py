@@ -3,8 +3,6 @@
 import re
 from html.parser import HTMLParser
 
-from pmd.memory.health import health, item_table
-
 from pmd.cli.memory import main
 from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
@@ -90,14 +88,15 @@ def test_commands(world, open_store, tmp_path, capsys):
 def test_health(world, open_store):
     store = open_store(embedder=world.embedder())
     index = TaskIndex.open(store)
-    assert health(store, index, 0) == {}
+    assert store.health(0) == {}
+    assert index.recall() is None
     audited(world, store)
     index.refresh()
-    figures = health(store, index, 10)
-    assert figures["recall_at_10"] == 1.0
+    figures = store.health(10)
+    assert index.recall(10) == 1.0
     found = [item.usefulness for item in store.insights(None) if item.usefulness is not None]  # copies of two texts
     assert figures["harmful_share"] == sum(value < 0 for value in found) / len(found)
     assert figures["placebo_gap"] == 0.0  # +0.5 and -0.5
     assert figures["leak_rate"] > 0
     assert 8 <= figures["age_policy_steps"] <= 10
-    assert {row["level"] for row in item_table(store, 10)} == {1, 2}
+    assert {row["level"] for row in store.item_table(10)} == {1, 2}

@@ -61,17 +61,22 @@ def test_a_second_writer_is_found_out(open_store):
     assert first.generation == int(second.meta("generation")) == 1
 
 
-def test_retrievals_are_written_with_the_next_update(open_store):
+def test_retrievals_are_logged_with_the_generation_that_was_read(open_store):
     store = open_store()
-    store.log_retrievals(7, "g", [MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5)])
+    shown, dropped = MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5), MemoryItem(4, 1, "lesson", "y", 1, "t", 0.4)
+
+    def log_and_fail():
+        with open_writer(store) as writer:
+            writer.log_retrievals(7, "g", [shown], [dropped])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        log_and_fail()
     assert store.query("SELECT count(*) FROM retrievals") == [(0,)]
-    with pytest.raises(RuntimeError), open_writer(store):
-        raise RuntimeError
-    for _ in range(2):
-        with open_writer(store):
-            pass
-    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity FROM retrievals"
-    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5)]
+    with open_writer(store) as writer:
+        writer.log_retrievals(7, "g", [shown], [dropped])
+    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity, included FROM retrievals"
+    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5, 1), (0, 7, "g", 1, 4, 1, 0.4, 0)]
 
 
 def test_two_equal_builds_have_equal_content(world, tmp_path):
