@@ -64,12 +64,12 @@ def check_without_index(store: MemoryStore) -> list[str]:
 def test_diff_says_what_happened(open_store):
     store = open_store(insights_per_task=1)
     with open_writer(store) as writer:
-        problem = writer.add_task(make_task())
-        first = writer.add_insight(problem, "lesson", "a", policy_version=0)
-        writer.add_experience(problem, make_rollout(text="x"), 0)
+        task_row = writer.add_task(make_task())
+        first = writer.add_insight(task_row, "lesson", "a", policy_version=0)
+        writer.add_experience(task_row, make_rollout(text="x"), 0)
     with open_writer(store) as writer:
-        second = writer.add_insight(problem, "lesson", "b", policy_version=0)
-        writer.add_experience(problem, make_rollout(text="x"), 0)
+        second = writer.add_insight(task_row, "lesson", "b", policy_version=0)
+        writer.add_experience(task_row, make_rollout(text="x"), 0)
     found = {(d.level, d.item_id): d.change for d in diff(store, 1, 2)}
     assert found == {(0, 1): "counted", (1, first): "retired", (1, second): "added"}
     back = {(d.level, d.item_id): d.change for d in diff(store, 2, 1)}

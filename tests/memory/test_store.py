@@ -30,13 +30,13 @@ def dump(store: MemoryStore) -> list[str]:
 def test_an_update_is_whole_or_nothing(open_store):
     store = open_store()
     with open_writer(store) as writer:
-        problem = writer.add_task(make_task())
+        task_row = writer.add_task(make_task())
     before = dump(store)
 
     def fail_half_way():
         with open_writer(store) as writer:
             writer.add_task(make_task("other"))
-            writer.add_insight(problem, "lesson", "a", policy_version=0)
+            writer.add_insight(task_row, "lesson", "a", policy_version=0)
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
