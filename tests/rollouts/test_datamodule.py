@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import pytest
+from epochs import make_epoch, no_behaviours
 
 from pmd.cli.run import build
 from pmd.config.schema import (
@@ -16,8 +17,9 @@ from pmd.config.schema import (
 )
 from pmd.engines.hf import HFEngine
 from pmd.errors import ConfigError
+from pmd.memory import evolve_memory
 from pmd.run_dir import RunDir
-from pmd.types import InsightDraft
+from pmd.types import InsightChange
 
 WORLD = TinyWorldConfig(families=4, train_per_family=3, validation_per_family=1, test_per_family=1)
 
@@ -66,8 +68,8 @@ def test_memory_in_an_evaluation_obeys_the_teachers_limits(tmp_path, max_tokens,
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
     texts = ("strategy use zam red>gold", "strategy use teb red>gold")
-    drafts = [InsightDraft(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
-    run.memory.learn(tasks, rollouts, drafts, lambda clusters: [None] * len(clusters), 0)
+    changes = [InsightChange(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
+    evolve_memory(make_epoch(run.memory, tasks, rollouts, changes), run.memory, no_behaviours, 0)
     recorder = Recorder(run.data.engine)
     replace(run.evaluator, engine=recorder).memory_conditioned(run.tasks["train"], 1, run.memory)
     strategy = run.module.tokenizer.convert_tokens_to_ids("strategy")
@@ -89,8 +91,8 @@ def test_only_the_teachers_prompt_contains_memory(tmp_path):
     run = run_with(tmp_path)
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
-    drafts = [InsightDraft(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
-    run.memory.learn(tasks, rollouts, drafts, lambda clusters: [None] * len(clusters), 0)
+    changes = [InsightChange(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
+    evolve_memory(make_epoch(run.memory, tasks, rollouts, changes), run.memory, no_behaviours, 0)
     memory_word = run.module.tokenizer.convert_tokens_to_ids("memory")
     shown = 0
     for batch in run.data.epoch(1):

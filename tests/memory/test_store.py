@@ -1,5 +1,7 @@
 """One truth: transactions, damage, mismatch, snapshots, kills."""
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -7,70 +9,77 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from memory_world import make_task
+from memory_world import World, leave_a_log, make_task, start_process
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import MemoryItem
 
 
 def dump(store: MemoryStore) -> list[str]:
-    return list(store._db.iterdump())
+    return list(store.db.iterdump())
 
 
 def test_an_update_is_whole_or_nothing(open_store):
     store = open_store()
-    with store.update() as writer:
-        problem = writer.add_problem(make_task())
+    with open_writer(store) as writer:
+        task_row = writer.add_task(make_task())
     before = dump(store)
 
     def fail_half_way():
-        with store.update() as writer:
-            writer.add_problem(make_task("other"))
-            writer.add_insight(problem, "lesson", "a", policy_version=0)
+        with open_writer(store) as writer:
+            writer.add_task(make_task("other"))
+            writer.add_insight(task_row, "lesson", "a", policy_version=0)
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
         fail_half_way()
     assert dump(store) == before
     assert store.generation == int(store.meta("generation")) == 1
-    with store.update():
+    with open_writer(store):
         pass
     assert store.generation == int(store.meta("generation")) == 2
 
 
 def test_updates_do_not_nest(open_store):
     store = open_store()
-    with pytest.raises(MemoryStoreError, match="inside"), store.update(), store.update():
+    with pytest.raises(MemoryStoreError, match="inside"), open_writer(store), open_writer(store):
         pass
     assert store.generation == 0
 
 
 def test_a_second_writer_is_found_out(open_store):
     first, second = open_store(), open_store()
-    with first.update() as writer:
-        writer.add_problem(make_task())
-    with pytest.raises(MemoryStoreError, match="another process wrote to it"), second.update():
+    with open_writer(first) as writer:
+        writer.add_task(make_task())
+    with pytest.raises(MemoryStoreError, match="another process wrote to it"), open_writer(second):
         pass
     assert first.generation == int(second.meta("generation")) == 1
 
 
-def test_retrievals_are_written_with_the_next_update(open_store):
+def test_retrievals_are_logged_with_the_generation_that_was_read(open_store):
     store = open_store()
-    store.log_retrievals(7, "g", [MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5)])
+    shown, dropped = MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5), MemoryItem(4, 1, "lesson", "y", 1, "t", 0.4)
+
+    def log_and_fail():
+        with open_writer(store) as writer:
+            writer.log_retrievals(7, "g", [shown], [dropped])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        log_and_fail()
     assert store.query("SELECT count(*) FROM retrievals") == [(0,)]
-    with pytest.raises(RuntimeError), store.update():
-        raise RuntimeError
-    for _ in range(2):
-        with store.update():
-            pass
-    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity FROM retrievals"
-    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5)]
+    with open_writer(store) as writer:
+        writer.log_retrievals(7, "g", [shown], [dropped])
+    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity, included FROM retrievals"
+    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5, 1), (0, 7, "g", 1, 4, 1, 0.4, 0)]
 
 
 def test_two_equal_builds_have_equal_content(world, tmp_path):
@@ -79,9 +88,9 @@ def test_two_equal_builds_have_equal_content(world, tmp_path):
         store = MemoryStore.open(tmp_path / name / "m.sqlite", embedder=world.embedder())
         world.write_epoch(store, 0)
         world.write_epoch(store, 1)
-        ProblemIndex.open(store)
+        TaskIndex.open(store)
         dumps.append(dump(store))
-        files.append((tmp_path / name / "problems.hnsw").read_bytes())
+        files.append((tmp_path / name / "tasks.hnsw").read_bytes())
         store.close()
     assert dumps[0] == dumps[1]
     assert files[0] == files[1]
@@ -110,25 +119,11 @@ def test_restore_is_not_undone_by_a_log_left_behind(world, tmp_path):
     store = MemoryStore.open(path, embedder=world.embedder())
     data = store.snapshot()
     store.close()
-    # A process that died while a reader stood in the way left its write-ahead log beside the file.
-    script = textwrap.dedent(f"""
-        import os, sqlite3
-        from memory_world import World
-        from pmd.memory.store import MemoryStore
-        world = World()
-        reader = sqlite3.connect({str(path)!r}, isolation_level=None)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM problems").fetchall()
-        store = MemoryStore.open({str(path)!r}, embedder=world.embedder())
-        world.write_epoch(store, 0)
-        os._exit(9)
-    """)
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
-    assert path.with_name("m.sqlite-wal").stat().st_size > 0
+    leave_a_log(path, 0)  # of a process that died while a reader was in the way
     MemoryStore.restore(path, data)
     store = MemoryStore.open(path, embedder=world.embedder())
     assert store.generation == 0
-    assert store.problems() == []
+    assert store.tasks() == []
     store.close()
 
 
@@ -158,8 +153,8 @@ def test_the_store_knows_its_own_embedder(open_store):
     with MemoryStore.open(store.path, read_only=True) as reader:
         assert reader.embedder.name == embedder.name
         assert (reader.embedder.embed(["a c d"]) == embedder.embed(["a c d"])).all()
-        with pytest.raises(MemoryStoreError, match="could not be written"), reader.update() as writer:
-            writer.add_problem(make_task())
+        with pytest.raises(MemoryStoreError, match="could not be written"), open_writer(reader) as writer:
+            writer.add_task(make_task())
 
 
 def test_open_refuses_what_is_no_store_of_this_version(open_store, tmp_path):
@@ -171,7 +166,7 @@ def test_open_refuses_what_is_no_store_of_this_version(open_store, tmp_path):
     with pytest.raises(MemoryStoreError, match=r"text.sqlite is damaged or no SQLite file"):
         open_store("text.sqlite")
     store = open_store()
-    store._db.execute("PRAGMA user_version=99")
+    store.db.execute("PRAGMA user_version=99")
     store.close()
     with pytest.raises(MemoryStoreError, match="schema version=99, this program reads 1"):
         open_store()
@@ -190,24 +185,21 @@ def test_open_refuses_a_damaged_file(world, tmp_path):
         MemoryStore.open(path, embedder=world.embedder())
 
 
-KILLED = """
-from memory_world import World
-from pmd.memory.index import ProblemIndex
-from pmd.memory.store import MemoryStore
-world = World()
-store = MemoryStore.open({path!r}, embedder=world.embedder())
-index = ProblemIndex.open(store)
-print("open", flush=True)
-while True:
-    world.write_epoch(store, store.generation, attempts=2)
-    print(store.generation, flush=True)
-    index.refresh()
-    data = store.snapshot()
-    store.close()
-    MemoryStore.restore({path!r}, data)
-    store = MemoryStore.open({path!r}, embedder=world.embedder())
-    index = ProblemIndex.open(store)
-"""
+def write_forever(path: str, told: Connection) -> None:
+    """Write, snapshot, restore and index without end; tell each generation that was committed."""
+    world = World()
+    store = MemoryStore.open(path, embedder=world.embedder())
+    index = TaskIndex.open(store)
+    told.send(store.generation)
+    while True:
+        world.write_epoch(store, store.generation, attempts=2)
+        told.send(store.generation)
+        index.refresh()
+        data = store.snapshot()
+        store.close()
+        MemoryStore.restore(path, data)
+        store = MemoryStore.open(path, embedder=world.embedder())
+        index = TaskIndex.open(store)
 
 
 def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> int:
@@ -216,23 +208,24 @@ def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> 
     reference = MemoryStore.open(folder / "reference.sqlite", embedder=world.embedder())
     contents = {0: dump(reference)}
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED.format(path=str(path))],
-            cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
+        receiving, sending = multiprocessing.Pipe(duplex=False)
+        process = start_process(write_forever, str(path), sending)
+        sending.close()
+        told = [receiving.recv()]
         time.sleep(moments.uniform(0.0, 0.6))
+        assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        told = [int(line) for line in process.stdout.read().splitlines() if line.strip().isdigit()]
-        process.wait()
+        process.join()
+        with contextlib.suppress(EOFError):  # the killed process's end of the pipe is closed
+            while True:
+                told.append(receiving.recv())
         with MemoryStore.open(path, embedder=world.embedder()) as store:
-            assert store.generation >= max(told, default=0)  # nothing committed is lost
+            assert store.generation >= max(told)  # nothing committed is lost
             while reference.generation < store.generation:
                 world.write_epoch(reference, reference.generation, attempts=2)
                 contents[reference.generation] = dump(reference)
             assert dump(store) == contents[store.generation]  # nothing half written
-            assert len(ProblemIndex.open(store)) == len(store.problems())
+            assert len(TaskIndex.open(store)) == len(store.tasks())
     reference.close()
     return reference.generation
 
@@ -253,14 +246,14 @@ def test_a_full_disk_is_named_and_harms_nothing(world, tmp_path):
         import resource, signal
         from memory_world import World
         from pmd.errors import MemoryStoreError
-        from pmd.memory.index import ProblemIndex
+        from pmd.memory.index import TaskIndex
         from pmd.memory.store import MemoryStore
         world = World()
         store = MemoryStore.open({str(tmp_path / "m.sqlite")!r}, embedder=world.embedder())
         world.write_epoch(store, 0)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        for act in (lambda: ProblemIndex.open(store), lambda: world.write_epoch(store, 1)):
+        for act in (lambda: TaskIndex.open(store), lambda: world.write_epoch(store, 1)):
             try:
                 act()
             except MemoryStoreError as error:
@@ -275,4 +268,4 @@ def test_a_full_disk_is_named_and_harms_nothing(world, tmp_path):
     assert "could not be written (" in store_error
     with MemoryStore.open(tmp_path / "m.sqlite", embedder=world.embedder()) as store:
         assert store.generation == 1
-        assert len(ProblemIndex.open(store)) == 192
+        assert len(TaskIndex.open(store)) == 192
