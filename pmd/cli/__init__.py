@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from pmd.config.check import check_config
-from pmd.config.load import describe, load_arguments, shown
+from pmd.config.load import load_arguments
 from pmd.config.save import resolved_yaml
 from pmd.config.schema import RunConfig
+from pmd.config.values import describe, shown
 from pmd.errors import ConfigError, PmdError, RunInterrupted
 from pmd.run_dir import describe_run_dir_problems
 

@@ -6,6 +6,7 @@ are random ids of fixed lengths and nothing is generated or verified; without, s
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from contextlib import closing
@@ -48,7 +49,9 @@ def main(argv: list[str]) -> int:
         from pmd.planning.bench import summarise
 
         module, records = _measure(loaded, arguments, Path(folder))
-        result = {"model": loaded.plain.get("model", {}), "lengths": _lengths(arguments)} | summarise(module, records)
+        result = {"model": dataclasses.asdict(loaded.run.model), "lengths": _lengths(arguments)} | summarise(
+            module, records
+        )
     _show(result, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -26,7 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pmd.config.check import check_config
-from pmd.config.load import build_section, load_config
+from pmd.config.load import load_config
+from pmd.config.save import resolved_values
+from pmd.config.values import build_section
 from pmd.errors import ConfigError
 
 
@@ -158,7 +160,7 @@ def _planned(
         seed=seed,
         arguments=(*(f"--config={file}" for file in files), *(f"--{override}" for override in overrides)),
         run_dir=out.joinpath(*(_slug(part) for part in parts if part)),
-        config=json.dumps(loaded.plain, sort_keys=True),
+        config=json.dumps(resolved_values(loaded), sort_keys=True),
     )
 
 
