@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pmd.cli import main as run_command
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun, plan, row_label
 from pmd.planning.sweep.launch import launch, log_file, unfinished
@@ -72,7 +73,7 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Conso
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not runs) as progress:
         bar = progress.add_task("runs", total=len(runs))
-        for number, (run, code) in enumerate(launch(runs, jobs, threads), start=1):
+        for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run"), start=1):
             if code != 0:
                 failed.append(run)
                 progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}")

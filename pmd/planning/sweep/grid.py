@@ -30,6 +30,7 @@ from pmd.config.load import load_config
 from pmd.config.save import resolved_values
 from pmd.config.values import build_section
 from pmd.errors import ConfigError
+from pmd.tasks import describe_data_problems
 
 
 @dataclass
@@ -151,7 +152,7 @@ def _planned(
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     files = [grid.base, *arm.overlays]
     loaded = load_config(files, overrides)
-    check_config(loaded)
+    check_config(loaded, describe_data_problems(loaded.run.data))
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
     return PlannedRun(
         block=block.title,
