@@ -1,7 +1,7 @@
 """What the commands share: parsers that keep line breaks, options beside a configuration, and loading one."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from pmd.config.check import check_config
@@ -31,17 +31,22 @@ def make_config_parser(command: str, description: str) -> argparse.ArgumentParse
     )
 
 
-def split_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def split_options(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    check: Callable[[argparse.Namespace], list[str]] = lambda options: [],
+) -> tuple[argparse.Namespace, list[str]]:
     """Return the command's own options, and the rest, which describes the configuration.
 
     Raises:
-        ConfigError: an argument looks like one of the command's own options, misspelt.
+        ConfigError: `check` finds problems in the options, or an argument looks like one of them, misspelt.
     """
     options, rest = parser.parse_known_args(argv)
     own = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     words = [word.partition("=")[0] for word in rest if word.startswith("--")]
     close = {word: get_close_matches(word, own, n=1) for word in words if "." not in word and word != "--config"}
-    problems = [
+    problems = check(options)
+    problems += [
         f"{word} is not an option of {parser.prog.split()[-1]}; did you mean {found[0]}?"
         for word, found in close.items()
         if found
