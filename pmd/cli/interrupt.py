@@ -33,7 +33,7 @@ def saying_how_to_resume(run_dir: RunDir) -> Iterator[None]:
 
 def _how_to_resume(run_dir: RunDir) -> str:
     if not run_dir.last.is_file():
-        return f"stopped before the end of the first epoch, so there is nothing to resume; remove {run_dir.root} and start again."
+        return f"stopped in the first epoch, so there is nothing to resume; remove {run_dir.root} and start again."
     return (
         "stopped; everything up to the last finished epoch is saved. Continue with: "
         f"python -m pmd fit --config {run_dir.config} --ckpt_path last"

@@ -151,7 +151,7 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
 
 
 def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
-    """Refuse verifiers that cannot be used; print what a user should know about rounding, the sandbox and the splits."""
+    """Refuse verifiers that cannot be used; print notes on rounding, the sandbox and duplicates among the splits."""
     everything = [task for part in tasks.values() for task in part]
     for line in [*describe_rounding(config), *prepare_verifiers(everything, config.verifiers.sandbox)]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
@@ -219,9 +219,7 @@ def evaluate(run: Run, *, with_memory: bool) -> Phase:
 
 def evaluate_checkpoints(run: Run, trainer: Trainer) -> dict[str, Phase]:
     """Evaluate the last policy and the one that was best in validation; leaves the best one loaded."""
-    if (
-        run.data.engine.policy_version != run.module.policy_version
-    ):  # a finished run was resumed, without a step and so without a sync
+    if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step, no sync
         _sync_engine(run)
     last = evaluate(run, with_memory=run.config.verification.memory_conditioned)
     state = read_checkpoint(run.run_dir.checkpoints / "best.ckpt")

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 from pmd.callbacks.checkpoint import AtomicCheckpointIO
 from pmd.errors import ConfigError
 
-#: Lightning warns of these in every run, wrongly: rollouts are streamed, batches stay on the host, teachers in eval mode.
+#: Lightning warns of these in every run, wrongly: rollouts are streamed, batches stay on the host, teachers are in eval
+#: mode.
 UNTRUE_WARNINGS = (
     "does not have many workers",
     "Checkpoint directory .* exists and is not empty",
