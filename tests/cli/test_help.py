@@ -1,4 +1,4 @@
-"""Help teaches: every command explains itself, `fit --help` lists every key, and none of it imports torch."""
+"""Every command explains itself with an example, `fit --help` lists every key, and neither imports torch."""
 
 import pytest
 
