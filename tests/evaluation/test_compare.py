@@ -144,7 +144,7 @@ def test_what_could_not_be_verified_counts_nowhere(tmp_path):
     assert not problems
     assert len(samples) == 160
     assert all(sample.correct for sample in samples)
-    assert "it holds initial, last" in read_run(folder, "best")[2][0]
+    assert "it has initial, last" in read_run(folder, "best")[2][0]
 
 
 def test_everything_wrong_is_named_at_once(tmp_path, capsys):
