@@ -2,8 +2,8 @@
 
 A `Batch` holds the examples of one optimizer step. Its micro-batches hold at most a given number of tokens each, and
 their losses add up to the loss of the whole step, however it was split: every token's weight is fixed beforehand.
-Rows of like length are padded together. Rollouts of a group that share a long prompt stay together, so that the models
-compute it once.
+Rows of similar length are padded together. Rollouts of a group that share a long prompt stay together, so that the
+models compute it once.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class BatchLayout:
     pad_id: int
     no_context_weight: float  # distillation weight of rollouts whose teacher saw nothing extra
     reduction: Literal["token", "sequence"]
-    shared: frozenset[str] = frozenset()  # sides whose prompts are computed once for a group, where it pays
-    packs: bool = False  # whether models take rows without padding between them
+    shared: frozenset[str] = frozenset()  # sides whose prompts are computed once a group, where it pays
+    packs: bool = False  # whether rows are packed, without padding between them
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """Beginnings of P prompts, padded on the left: [P, W]; row b of a batch goes on from prefix `of_row[b]`."""
+    """Beginnings of P prompts, left-padded: [P, W]; row b of a batch continues prefix `of_row[b]`."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -69,16 +69,16 @@ class SharedPrefixes:
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Padded prompts with completions: ids, what is real, and what is to be scored; all [B, L].
+    """Padded prompts with completions: ids, what is not padding, and what is scored; all [B, L].
 
-    With prefixes or with passes, rows are padded on the right.
+    Rows are right-padded where there are prefixes or several passes.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor  # bool
-    prefixes: SharedPrefixes | None = None  # what stands before the rows, if they are not whole
-    passes: tuple[tuple[slice, slice], ...] = ((slice(None), slice(None)),)  # rows, columns; all that is real is there
+    prefixes: SharedPrefixes | None = None  # what precedes the rows, where prompts are shared
+    passes: tuple[tuple[slice, slice], ...] = ((slice(None), slice(None)),)  # (rows, columns) that hold all real tokens
 
     @property
     def completion_ids(self) -> Tensor:
@@ -87,19 +87,19 @@ class Sequences:
 
     @property
     def num_real_tokens(self) -> int:
-        """Tokens that a model is given, without padding; a shared prefix counts once."""
+        """Tokens that the model computes, without padding; a shared prefix counts once."""
         before = 0 if self.prefixes is None else int(self.prefixes.attention_mask.sum())
         return before + int(self.attention_mask.sum())
 
     def per_token(self, per_row: Sequence[float]) -> Tensor:
-        """Repeat one value a row over the row's completion tokens: [N]."""
+        """Repeat each row's value over the row's completion tokens: [N]."""
         lengths = self.completion_mask.sum(1)
         return torch.tensor(per_row, device=lengths.device).repeat_interleave(lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionTokens:
-    """What the objective reads of each completion token beside its scores; all [N], row after row."""
+    """What the objective needs to know of each completion token besides its scores; all [N], row after row."""
 
     sampling_logprobs: Tensor  # of the engine, in nats; NaN where it reported none
     policy_versions: Tensor  # of the weights that sampled the token
@@ -128,7 +128,7 @@ class Batch:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
-        """Yield micro-batches of at most `layout.max_tokens` tokens with padding (a longer rollout stands alone)."""
+        """Yield micro-batches of at most `layout.max_tokens` padded tokens; a longer rollout gets its own."""
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         pairs = {side: [_pair(example, side) for example in self.examples] for side in SIDES}
         groups = self._groups()
@@ -153,7 +153,7 @@ def _pair(example: Example, side: str) -> Pair:
 
 
 def _padded(pairs: Sequence[Pair], rows: Sequence[Row], shares: bool, pad_id: int, device: torch.device) -> Sequences:
-    """Pad one side of a micro-batch, whole if no two of its rows could share a prompt."""
+    """Pad one side of a micro-batch; rows stay whole if no two of them could share a prompt."""
     chosen, groups = [pairs[row.rollout] for row in rows], [row.group for row in rows]
     if shares and len(set(groups)) < len(groups):
         return pad_after_prefixes(chosen, groups, pad_id, device)
@@ -182,7 +182,7 @@ def _collate(
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What one model is given: prefixes, each padded to the longest, then rows, each padded to the longest."""
+    """The work of one forward pass: prefixes, each padded to the longest, then rows, each padded to the longest."""
 
     prefixes: int
     prefix: int
@@ -200,7 +200,7 @@ class Size:
         )
 
     def num_tokens(self, packs: bool) -> int:
-        """Return the tokens of the forward pass; whole rows may be packed without padding."""
+        """Return the tokens of the forward pass; rows without a shared prefix may be packed without padding."""
         if packs and not self.prefix:
             return self.real
         copies = self.rows * self.prefix // TOKENS_PER_COPY
@@ -217,15 +217,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Splitter:
-    """Splits the rollouts of a step. A side is `student` or `teacher`."""
+    """Splits the rollouts of a step into micro-batches. A side is `student` or `teacher`."""
 
     pairs: Mapping[str, Sequence[Pair]]  # by side, one for each rollout
     shared: Collection[str]  # sides whose groups share their prompts' beginnings
     max_tokens: int
-    packs: bool  # whether whole rows are given without padding
+    packs: bool  # whether rows are packed without padding
 
     def split(self, groups: Sequence[list[int]]) -> Iterator[list[Row]]:
-        """Yield micro-batches, the longest completion first. A single rollout above the bound stands alone."""
+        """Yield micro-batches, the longest completion first. A single rollout above the limit gets its own."""
         units = [unit for group in groups for unit in self._units(group)]
         batch: list[list[int]] = []
         sizes: list[Size] = []
@@ -262,7 +262,7 @@ class Splitter:
 
 
 def group_size(group: Sequence[Pair], shares: bool) -> Size:
-    """Return what a model is given for the rollouts of one group."""
+    """Return the work of one group's rollouts."""
     cut = common_length([prompt for prompt, _ in group]) if shares else 0
     lengths = [len(prompt) + len(completion) - cut for prompt, completion in group]
     return Size(1, cut, len(group), max(lengths), cut + sum(lengths))
@@ -271,7 +271,7 @@ def group_size(group: Sequence[Pair], shares: bool) -> Size:
 def sharing_pays(groups: Sequence[Sequence[Pair]]) -> bool:
     """Whether enough of a step's tokens are saved if the rollouts of each group share what their prompts begin with.
 
-    False where a prompt has no beginning to take out: a model cannot be given an empty one.
+    False where a prompt has no common beginning: a model cannot compute an empty one.
     """
     cuts = [common_length([prompt for prompt, _ in group]) for group in groups]
     saved = sum((len(group) - 1) * cut for group, cut in zip(groups, cuts, strict=True))
@@ -307,7 +307,7 @@ def pad_sequences(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> S
 
 
 def pad_after_prefixes(pairs: Sequence[Pair], groups: Sequence[int], pad_id: int, device: torch.device) -> Sequences:
-    """Pad rows, and take out what the prompts of each group begin with.
+    """Pad rows, with the common beginning of each group's prompts taken out.
 
     Args:
         groups: the number of each row's group, from 0 without gaps; the prompts of a group have a `common_length` > 0.
@@ -328,7 +328,7 @@ def pad_after_prefixes(pairs: Sequence[Pair], groups: Sequence[int], pad_id: int
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many ids all prompts begin with; the last of the shortest is left to stand before what is scored."""
+    """Return how many ids all prompts begin with, short of a prompt's last one, which predicts the completion."""
     common, first = min(len(prompt) for prompt in prompts) - 1, prompts[0]
     for prompt in prompts[1:]:
         if prompt[:common] != first[:common]:
@@ -337,11 +337,11 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def passes(lengths: Sequence[int], start: int = 0) -> list[tuple[slice, slice]]:
-    """Divide rows of `lengths`, the longest first, where rows and columns that hold them save enough padding."""
+    """Divide rows of `lengths`, the longest first, into (rows, columns) blocks wherever that saves enough padding."""
     longest, rest, saved = max(lengths), 0, {}
     for row in range(len(lengths) - 1, 0, -1):
         rest = max(rest, lengths[row])
-        saved[row] = (longest - rest) * (len(lengths) - row)  # if the rows from here on stand by themselves
+        saved[row] = (longest - rest) * (len(lengths) - row)  # if the rows from here on get a pass of their own
     row = max(saved, key=saved.__getitem__, default=0)
     if not row or saved[row] < MIN_SAVED_PADDING:
         return [(slice(start, start + len(lengths)), slice(longest))]

@@ -57,7 +57,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def weights(self, role: Role) -> Iterator[PreTrainedModel]:
-        """Lend the model that acts as `role`. The student comes in training mode, whatever it is lent for."""
+        """Yield the model that acts as `role`. The student comes in training mode, whatever it is wanted for."""
         raise NotImplementedError
         yield
 
@@ -78,7 +78,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def after_epoch(self, epoch: int) -> bool:
-        """Copy the student into a frozen teacher that is due after `epoch` (counted from 0); say whether it was."""
+        """Copy the student into a frozen teacher if due after `epoch` (counted from 0); return whether it was."""
         due = self.kind == "frozen" and self.refresh_epochs is not None and (epoch + 1) % self.refresh_epochs == 0
         if due:
             for teacher, student in self.teacher_pairs():
@@ -98,7 +98,7 @@ class FullPolicy(Policy):
 
     @contextmanager
     def weights(self, role: Role) -> Iterator[PreTrainedModel]:
-        """Lend the student or a frozen copy."""
+        """Yield the student or a frozen copy."""
         yield cast(PreTrainedModel, getattr(self, self.resolve(role)))
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""From prompts and completions to per-token terms: one scoring path for training, audits, the parity check and people.
+"""From token ids to per-token terms: the one scoring path of training, audits, parity check and notebook.
 
     sequences --backbone--> hidden states [N, H] of the N completion tokens --head, losses/--> per-token terms [N]
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -65,7 +66,7 @@ def score(
 
 @torch.no_grad()
 def teacher_part(policy: Policy, role: Role, sequences: Sequences, weight: float = 1.0) -> TeacherPart:
-    """Return what `role` makes of the completions, for `score` to compare with. A live teacher, too, has no dropout."""
+    """Return the hidden states of `role`, for `score` to compare with; never with dropout, be it the student's own."""
     with policy.weights(role) as model, eval_mode(model):
         return TeacherPart(completion_hidden_states(model, sequences), output_head(model), weight)
 
@@ -90,10 +91,10 @@ class PolicyScorer:
         return scores
 
 
-def completion_hidden_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+def completion_hidden_states(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "N H"]:
     """Return the final hidden states that predict each completion token, [N, H], row after row.
 
-    Prefixes are computed once, rows are packed where the attention allows it, else padded pass by pass.
+    Shared prefixes are computed once; rows are packed where the attention allows it, otherwise padded, pass by pass.
 
     Raises:
         AlignmentError: a token to be scored is padding, or no real token stands before it.
@@ -128,11 +129,11 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(inner, inner.base_model_prefix)
 
 
-def output_head(model: PreTrainedModel) -> Tensor:
+def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
     """Return the output head's weight [V, H].
 
     Raises:
-        ConfigError: the logits are more than hidden state times weight, which this file does not compute.
+        ConfigError: the logits are more than the hidden states times a weight, which nothing here computes.
     """
     inner = _unwrap(model)
     name, head = type(inner).__name__, inner.get_output_embeddings()
@@ -161,8 +162,12 @@ def packs_rows(model: PreTrainedModel) -> bool:
     return is_flash_attention_requested(model.config)
 
 
-def packed_states(backbone: nn.Module, sequences: Sequences) -> Tensor:
-    """Return the final hidden states that predict each completion token, [N, H], row after row."""
+def packed_states(backbone: nn.Module, sequences: Sequences) -> Float[Tensor, "N H"]:
+    """Return what `completion_hidden_states` returns, from one row that holds all rows behind each other.
+
+    Positions start anew with each row, by which transformers tells the rows apart: flash attention then computes each
+    by itself (varlen); other implementations build a mask of the whole length squared, which is right and slow.
+    """
     real = sequences.attention_mask.bool()
     positions = sequences.attention_mask.cumsum(1) - 1
     hidden = backbone(
@@ -181,7 +186,7 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
 
 
 class KeptPrefixes:
-    """Keys and values of prefixes, from which any rows go on."""
+    """Keys and values of shared prefixes, from which rows continue; gradients pass through them."""
 
     def __init__(self, backbone: nn.Module, prefixes: SharedPrefixes):
         """Compute the prefixes [P, W], padded on the left, in one pass."""

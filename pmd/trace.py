@@ -1,4 +1,4 @@
-"""The per-token record of one training step, kept so that a person can look at any rollout of the run.
+"""The per-token record of one training step, by which people can look at any rollout of a run.
 
 One gzipped JSONL file per step, one line per rollout: ids of prompts and completion, memory items, verdict, versions,
 and per completion token the divergence and both log-probs. `pmd inspect step` reads it.

@@ -39,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem that a program can verify."""
+    """Something to solve whose solution a program can verify."""
 
     task_id: str  # unique in its data set, the same in every run
     messages: tuple[Message, ...]  # what the student sees; never any memory
@@ -47,12 +47,12 @@ class Task:
     split: Split
     answer: str = ""  # what the verifier compares with; never shown to a model
     tests: Mapping[str, Any] = field(default_factory=dict)  # for verifiers that run tests
-    memory_key: str = ""  # what the problem is about, without template words; retrieval looks this up
+    memory_key: str = ""  # what the task is about, without template words; retrieval looks this up
     domain: str = ""
 
     @property
     def question(self) -> str:
-        """The last user message: the problem itself, without the system prompt."""
+        """The last user message: the task itself, without the system prompt."""
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
 

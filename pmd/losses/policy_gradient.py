@@ -21,12 +21,12 @@ def group_advantages(
     valid: Bool[Tensor, " B"] | None = None,
     epsilon: float = 1e-6,
 ) -> Float[Tensor, " B"]:
-    """Return reward minus the mean reward of the rollout's group; invalid rollouts count nowhere and get 0.
+    """Return reward minus the mean reward of the rollout's group; rollouts that are not valid count nowhere and get 0.
 
     Args:
         group_index: which group a rollout belongs to, any integers.
         normalize_std: divide by the group's sample standard deviation (n - 1) + epsilon (the original GRPO).
-        valid: rollouts whose verdict says something; the reward of others is not looked at, it may be NaN.
+        valid: rollouts that were scored; the reward of the others is ignored and may be NaN.
     """
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
     groups, index = group_index.unique(return_inverse=True)

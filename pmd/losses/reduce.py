@@ -1,8 +1,8 @@
 """One number from per-token values: sums under weights that were fixed once for the whole optimizer step.
 
-Enters: per-token values of one micro-batch and each token's weight. The weights of all tokens of a step add up to 1
-(`token_weights`), so the losses and gradients of its micro-batches simply add up, however the step was split. A token
-whose value is dropped or masked later keeps its place in the denominator, as in SDPO's release: it counts as zero.
+The weights of all tokens of a step add up to 1 (`token_weights`), so the losses and gradients of its micro-batches
+simply add up, however the step was split. A token whose value is dropped or masked later keeps its place in the
+denominator, as in SDPO's release: it counts as zero.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,8 @@ def weighted_sum(per_token: Float[Tensor, " N"], token_weights: Float[Tensor, " 
 def token_weights(lengths: Sequence[int], reduction: Literal["token", "sequence"]) -> list[float]:
     """Return each rollout's weight per token, given the completion lengths of all rollouts of the step.
 
-    `token`: every token of the step counts alike, 1 / sum of lengths. `sequence`: every rollout counts alike,
-    1 / (number of rollouts x its length), which is how SDPO's release averages. An empty completion has no tokens
-    to weigh: 0.
+    `token`: every token of the step counts the same, 1 / sum of lengths. `sequence`: every rollout counts the same,
+    1 / (number of rollouts x its length), which is how SDPO's release averages. An empty completion gets 0.
     """
     if reduction == "token":
         total = sum(lengths)
