@@ -21,9 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 from pmd.config.schema import MemoryConfig
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import Message, Task
 
 INSIGHTS_PER_PROBLEM = 3
@@ -58,13 +59,13 @@ def clustered_vectors(count: int, dimension: int) -> np.ndarray:
 
 
 def write(store: MemoryStore, start: int, stop: int) -> None:
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for n in range(start, stop):
             task = Task(f"t{n}", (Message("user", f"{n} question"),), "exact", "train", memory_key=f"{n} key")
-            problem_id = writer.add_problem(task)
+            task_row = writer.add_task(task)
             for kind in ("strategy", "lesson", "lesson"):
                 text = f"{n} {kind} that says in some twenty words what an attempt at this problem has taught"
-                writer.add_insight(problem_id, kind, text, policy_version=0)
+                writer.add_insight(task_row, kind, text, policy_version=0)
 
 
 def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -79,9 +80,9 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
     result: dict[str, float] = {"problems": size, "insights": size * INSIGHTS_PER_PROBLEM}
     result["write_s"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    index = ProblemIndex.open(store)
+    index = TaskIndex.open(store)
     result["index_build_s"] = time.perf_counter() - clock
-    retriever = Retriever(store, index, store.embedder, config)
+    retriever = Retriever(store, index, config)
     latencies, cpu = [], []
     for n in track(range(arguments.queries), description=f"{size} problems", transient=True):
         clock, cpu_clock = time.perf_counter(), time.thread_time()
@@ -104,7 +105,7 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
     store = MemoryStore.open(store.path, embedder=LookedUp(vectors), config=config)
     result["open_s"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    ProblemIndex.open(store)
+    TaskIndex.open(store)
     result["index_load_s"] = time.perf_counter() - clock
     store.close()
     result["file_mb"] = store.path.stat().st_size / 1e6

@@ -118,8 +118,8 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class InsightDraft:
-    """One change to a problem's insights as the policy wrote it, not yet in memory."""
+class InsightChange:
+    """One change to a task's insights that a reflection asks for, not yet in memory."""
 
     task_id: str
     kind: ItemKind
@@ -137,8 +137,7 @@ class MemoryItem:
     level: Level
     kind: ItemKind
     text: str
-    problem_id: int | None  # None for behaviours, which belong to several problems
+    task_row: int | None  # of the store; None for behaviours, which belong to several tasks
     task_id: str | None  # the train task it was learnt from
-    similarity: float = 0.0  # of the query to the problem (level 0, 1) or to the behaviour, in [-1, 1]
+    similarity: float = 0.0  # of the query to the task (levels 0, 1) or to the behaviour, in [-1, 1]
     score: float = 0.0  # by which it was ranked within its kind
-    propensity: float = 1.0  # probability with which it was chosen for its place

@@ -1,7 +1,7 @@
-"""At the end of an epoch the memory is audited and updated; it travels inside every checkpoint.
+"""At the end of an epoch the memory is audited and updated; every checkpoint contains it.
 
 A frozen memory is written once, from the rollouts of the first epoch (our choice: the same rollouts and updates as
-every other method), and never again; one that was imported is never written.
+every other method), and never again; a frozen memory that was imported is never written.
 """
 
 import csv
@@ -22,7 +22,6 @@ from pmd.engines.parity import ParityCheck
 from pmd.errors import MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
-from pmd.memory.health import health, item_table
 from pmd.memory.reflect import abstract
 from pmd.module import PMDModule
 from pmd.scoring import PolicyScorer
@@ -31,7 +30,7 @@ from pmd.tasks.prompts.base import PromptFormat
 
 @dataclass(frozen=True, slots=True)
 class Auditor:
-    """What audits need beside the memory. The trainer's model scores, so the engine sleeps meanwhile."""
+    """What audits need besides the memory. The trainer's model scores, so the engine sleeps meanwhile."""
 
     engine: Engine
     scorer: PolicyScorer
@@ -40,7 +39,7 @@ class Auditor:
 
 
 class MemoryCallback(Callback):
-    """Updates the memory from the epoch's record, logs how it does, and carries it through checkpoints."""
+    """Updates the memory from the epoch's record, logs its health, and saves it with checkpoints."""
 
     def __init__(
         self,
@@ -55,36 +54,36 @@ class MemoryCallback(Callback):
     ):
         self.record, self.memory, self.engine, self.prompts = record, memory, engine, prompts
         self.reflection, self.seed = reflection, seed
-        self.items = items  # folder of the tables of items
+        self.items = items  # folder of the item tables
         self.auditor = auditor
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit what teachers were shown, update the memory, log how it does."""
+        """Audit what teachers were shown, update the memory, log its health."""
         assert isinstance(pl_module, PMDModule)
         if self.auditor is not None and not self.memory.is_closed(self.record.epoch):
             self._audit(self.auditor, trainer, pl_module)
         started, version = time.perf_counter(), pl_module.policy_version
         update = evolve_memory(self.record, self.memory, self._abstract, version)
         store = self.memory.store
-        figures = store.stats() | health(store, self.memory.index, version) | self._figures(update)
+        figures = store.stats() | store.health(version) | self._figures(update)
         pl_module.log_dict({f"memory/{name}": float(value) for name, value in figures.items()}, batch_size=1)
-        self._log_items(trainer, item_table(store, version))
+        self._log_items(trainer, store.item_table(version))
         pl_module.log("time/memory_s", time.perf_counter() - started, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole store, so that a checkpoint is one thing."""
+        """Return the whole store, so that a checkpoint is complete by itself."""
         data = self.memory.snapshot()
         return {
             "generation": self.memory.generation,
             "database": torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()),
-            "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits as it is
+            "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits without complaint
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the checkpoint's memory in place of whatever the run directory holds.
+        """Replace the run directory's memory by the checkpoint's.
 
         Raises:
-            MemoryStoreError: the checkpoint is damaged; the run directory's memory stays.
+            MemoryStoreError: the checkpoint is damaged; the run directory's memory stays as it is.
         """
         data = state_dict["database"].numpy().tobytes()
         if state_dict.get("sha256") not in (None, hashlib.sha256(data).hexdigest()):  # earlier checkpoints have none
@@ -121,7 +120,7 @@ class MemoryCallback(Callback):
         module.log_dict(figures, batch_size=1)
 
     def _figures(self, update: MemoryUpdate) -> dict[str, float]:
-        """Return what this epoch's retrieval and update did."""
+        """Return the figures of this epoch's retrieval and update."""
         reflections = self.record.reflections
         figures: dict[str, float] = {
             "hit_rate": self.record.hit_rate,
@@ -131,13 +130,16 @@ class MemoryCallback(Callback):
             "refused_changes": update.num_refused,
             "merged": update.num_merged,
         }
+        recall = self.memory.index.recall(10)
+        if recall is not None:
+            figures["recall_at_10"] = recall
         if self.auditor is not None:
-            for status in ("active", "absorbed", "retired", "quarantined"):
+            for status in ("active", "internalized", "retired", "quarantined"):
                 figures[f"audits_made_{status}"] = update.changed_by_audits.get(status, 0)
         return figures
 
     def _log_items(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
-        """Keep the epoch's table of items: a file of the run, and a table in Weights & Biases."""
+        """Save the epoch's table of items as a file of the run, and as a table in Weights & Biases."""
         if not rows:
             return
         self.items.mkdir(parents=True, exist_ok=True)

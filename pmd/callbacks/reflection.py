@@ -42,7 +42,14 @@ class ReflectionCallback(Callback):
             rollout, context = example.rollout, example.context
             group = self.record.groups.setdefault(
                 rollout.group_id,
-                GroupRecord(batch.step, self.tasks[rollout.task_id], [], context.items, context.dropped),
+                GroupRecord(
+                    batch.step,
+                    self.tasks[rollout.task_id],
+                    rollouts=[],
+                    items=context.items,
+                    dropped=context.dropped,
+                    memory_generation=context.memory_generation,
+                ),
             )
             group.rollouts.append(rollout)
             if context.items:
@@ -65,7 +72,7 @@ class ReflectionCallback(Callback):
         pl_module.log_dict(
             {
                 "reflect/num_prompts": float(found.num_prompts),
-                "reflect/num_insights": float(len(found.drafts)),
+                "reflect/num_insights": float(len(found.changes)),
                 "reflect/malformed": float(found.num_malformed),
                 "reflect/rejected_items": float(found.num_rejected),
                 "reflect/retried": float(found.num_retried),

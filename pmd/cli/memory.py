@@ -1,6 +1,6 @@
-"""`python -m pmd memory`: look into a memory store, check it, move it. A store in, tables or JSON out.
+"""`python -m pmd memory`: look into a memory store, check it, move it. Prints tables or JSON.
 
-Only `rebuild`, `rollback` and `import` write; all else opens the store read-only.
+Only `rebuild`, `rollback` and `import` write; all other commands open the store read-only.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from pmd.cli import memory_tools
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.checksum import remedy
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
 
 Rows = list[dict[str, Any]]
 STORE_IN_RUN = Path("memory") / "memory.sqlite"
-WHAT = ("problem", "experience", "insight", "behaviour")
-STATUSES = ("active", "shadow", "absorbed", "retired", "quarantined", "all")
+WHAT = ("task", "experience", "insight", "behaviour")
+STATUSES = ("active", "internalized", "retired", "quarantined", "all")
 EPILOG = """\
-The memory has three levels: experiences (attempts at one problem), insights (what one problem's attempts teach:
-strategies, lessons, contrasts) and behaviours (what insights of several problems have in common).
+The memory has three levels: experiences (attempts at one task), insights (what the attempts at one task teach:
+strategies, lessons, contrasts) and behaviours (what insights of several tasks have in common).
 
 examples:
   python -m pmd memory stats  runs/pmd                      what is in the memory of a run
@@ -59,14 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", parents=[common], help="list items of one level, best supported first")
     listing.add_argument("what", nargs="?", choices=WHAT, default="insight", help="default: insight")
     listing.add_argument("--kind", choices=("strategy", "lesson", "contrast"), help="insights of this kind only")
-    listing.add_argument("--status", choices=STATUSES, help="default: active; problems have none")
+    listing.add_argument("--status", choices=STATUSES, help="default: active; tasks have none")
     listing.add_argument("--limit", type=_count, default=30, metavar="N", help="rows at most; 0 is all; default 30")
     show = commands.add_parser("show", parents=[common], help="show one item, its evidence and its history")
     show.add_argument("what", choices=WHAT)
     show.add_argument("id", type=int)
     show.add_argument("--lineage", action="store_true", help="also all that it rests on, and all that rests on it")
     search = commands.add_parser("search", parents=[common], help="look up what a teacher would be shown")
-    search.add_argument("text", help="the problem, as its memory key (the statement without template words)")
+    search.add_argument("text", help="the task, as its memory key (the statement without template words)")
     search.add_argument("-k", type=_items, default=MemoryConfig().k, help=f"items; default {MemoryConfig().k}")
     search.add_argument("--levels", type=int, nargs="+", choices=(0, 1, 2), default=MemoryConfig().levels)
     diff = commands.add_parser("diff", parents=[common], help="what changed from one generation to another")
@@ -74,14 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     diff.add_argument("new", type=int, metavar="B")
     diff.add_argument("--all", action="store_true", help="also items of which only the support changed")
     commands.add_parser("check", parents=[common], help="look for anything wrong; exit code 1 if there is")
-    commands.add_parser("rebuild", parents=[common], help="make the problem index anew from the store")
+    commands.add_parser("rebuild", parents=[common], help="rebuild the task index from the store")
     rollback = commands.add_parser(
         "rollback",
         parents=[common],
         help="return to an earlier generation, as a new one; a resumed run takes its checkpoint's memory all the same",
     )
     rollback.add_argument("generation", type=int)
-    export = commands.add_parser("export", parents=[common], help="write problems, insights, behaviours as JSON lines")
+    export = commands.add_parser("export", parents=[common], help="write tasks, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
     report = commands.add_parser("report", parents=[common], help="write one static page to look at in a browser")
@@ -94,20 +94,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one subcommand; returns the exit code."""
+    """Run one subcommand; return the exit code."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.command == "list":
         if arguments.kind and arguments.what != "insight":
-            parser.error(f"--kind={arguments.kind} is of insights only; leave it out for {arguments.what}")
-        if arguments.status not in (None, "all") and arguments.what == "problem":
-            parser.error(f"--status={arguments.status}: problems have no status; leave it out")
+            parser.error(f"--kind={arguments.kind} applies to insights only; leave it out for {arguments.what}")
+        if arguments.status not in (None, "all") and arguments.what == "task":
+            parser.error(f"--status={arguments.status}: tasks have no status; leave it out")
     console = Console()
     write = arguments.command in memory_tools.WRITING
-    views = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
+    commands = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
     with MemoryStore.open(find_store(arguments.store), read_only=not write) as store:
         try:
-            tables = views[arguments.command](store, arguments)
+            tables = commands[arguments.command](store, arguments)
         except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # a store without a checksum opens nevertheless
             raise MemoryStoreError(f"memory store={store.path} is damaged ({error}); {remedy(store.path)}") from error
         except OSError as error:
@@ -157,30 +157,30 @@ def _stats(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]
 
 def _list(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     columns, source, order = {
-        "problem": (
-            "p.id, task_id, domain, memory_key AS text,"
-            " (SELECT count(*) FROM insights i WHERE i.problem_id = p.id AND status = 'active') AS insights",
-            "problems p",
-            "p.id",
+        "task": (
+            "t.id, task_id, domain, memory_key AS text,"
+            " (SELECT count(*) FROM insights i WHERE i.task_row = t.id AND status = 'active') AS insights",
+            "tasks t",
+            "t.id",
         ),
         "experience": (
             "e.id, task_id, correct, policy_version AS policy, e.support, status, response AS text",
-            "experiences e JOIN problems p ON p.id = problem_id",
+            "experiences e JOIN tasks t ON t.id = task_row",
             "e.id",
         ),
         "insight": (
             "i.id, task_id, kind, policy_version AS policy, i.support, status, leak, content AS text",
-            "insights i JOIN problems p ON p.id = problem_id",
+            "insights i JOIN tasks t ON t.id = task_row",
             "i.support DESC, i.id",
         ),
         "behaviour": (
-            "id, polarity, version, policy_version AS policy, support, status, content AS text",
+            "id, version, policy_version AS policy, support, status, content AS text",
             "behaviours",
             "support DESC, id",
         ),
     }[arguments.what]
     conditions, values = ["TRUE"], []
-    if arguments.what != "problem" and arguments.status != "all":
+    if arguments.what != "task" and arguments.status != "all":
         conditions.append("status = ?")
         values.append(arguments.status or "active")
     if arguments.kind:
@@ -200,9 +200,9 @@ def _show(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
         raise MemoryStoreError(f"{arguments.what}={arguments.id} is not in the store; `pmd memory list` shows the ids.")
     item = {key: value for key, value in found[0].items() if key != "embedding" and value not in (None, "")}
     tables = {f"{arguments.what} {arguments.id}": [{"field": key, "value": value} for key, value in item.items()]}
-    if arguments.what == "problem":
+    if arguments.what == "task":
         for child, text in (("experiences", "response"), ("insights", "content")):
-            sql = f"SELECT id, status, support, {text} AS text FROM {child} WHERE problem_id = ? ORDER BY id"
+            sql = f"SELECT id, status, support, {text} AS text FROM {child} WHERE task_row = ? ORDER BY id"
             tables[child] = store.query_rows(sql, arguments.id)
         return tables
     level = WHAT.index(arguments.what) - 1
@@ -210,7 +210,7 @@ def _show(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
         parent, text = (("experiences", "response"), ("insights", "content"))[level - 1]
         tables[f"rests on {parent}"] = store.query_rows(
             f"SELECT parent.id, task_id, status, {text} AS text"
-            f" FROM links JOIN {parent} parent ON parent.id = parent_id JOIN problems p ON p.id = problem_id"
+            f" FROM links JOIN {parent} parent ON parent.id = parent_id JOIN tasks t ON t.id = task_row"
             " WHERE child_level = ? AND child_id = ? ORDER BY parent.id",
             level,
             arguments.id,
@@ -227,9 +227,9 @@ def _show(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
 
 def _search(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     config = MemoryConfig(k=arguments.k, levels=arguments.levels)
-    index = ProblemIndex.open(store)
-    retriever = Retriever(store, index, store.embedder, config)
-    task_ids = {problem.id: (problem.task_id, problem.memory_key) for problem in store.problems()}
+    index = TaskIndex.open(store)
+    retriever = Retriever(store, index, config)
+    tasks = {task.id: task for task in store.tasks()}
     hits = index.search(store.embedder.embed([arguments.text]), config.neighbours)[0]
     items = sorted(retriever.retrieve(arguments.text, seed=0), key=lambda item: (-item.level, item.item_id))
     return {
@@ -244,12 +244,11 @@ def _search(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
             }
             for item in items
         ],
-        "nearest training problems": [
-            {"id": problem_id, "task_id": task_ids[problem_id][0], "similarity": similarity,
-             "text": task_ids[problem_id][1]}
-            for problem_id, similarity in hits
+        "nearest training tasks": [
+            {"id": row, "task_id": tasks[row].task_id, "similarity": similarity, "text": tasks[row].memory_key}
+            for row, similarity in hits
         ],
-    }  # fmt: skip
+    }
 
 
 def _print(console: Console, title: str, rows: Rows) -> None:

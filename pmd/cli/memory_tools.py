@@ -4,9 +4,8 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from pmd.memory.index import ProblemIndex
-from pmd.memory.records import TABLES
-from pmd.memory.store import MemoryStore
+from pmd.memory.index import TaskIndex
+from pmd.memory.store import TABLES, MemoryStore
 from pmd.memory.tools.check import check
 from pmd.memory.tools.history import Difference, diff, rollback
 from pmd.memory.tools.report import render
@@ -67,9 +66,9 @@ def _check(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]
 
 
 def _rebuild(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
-    index = ProblemIndex(store)
+    index = TaskIndex(store)
     index.refresh()
-    return {"problem index": [{"file": str(store.path.with_name("problems.hnsw")), "problems": len(index)}]}
+    return {"task index": [{"file": str(store.path.with_name("tasks.hnsw")), "tasks": len(index)}]}
 
 
 def _export(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -79,7 +78,7 @@ def _export(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
 
 def _import(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     counts = import_file(store, arguments.file)
-    ProblemIndex.open(store)
+    TaskIndex.open(store)
     return {"imported": [{"type": kind, "new": count} for kind, count in counts.items()]}
 
 
@@ -97,7 +96,7 @@ def _audit(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]
     )
     items = (
         "SELECT 'insight' AS level, id, kind, status, usefulness, content AS text FROM insights UNION ALL"
-        " SELECT 'behaviour', id, polarity, status, usefulness, content FROM behaviours"
+        " SELECT 'behaviour', id, 'behaviour', status, usefulness, content FROM behaviours"
     )
     ends = {
         title: store.query_rows(

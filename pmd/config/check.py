@@ -231,9 +231,7 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
     resuming = run.ckpt_path is not None  # the checkpoint holds what was imported
     if memory.import_path is not None and not resuming and not Path(memory.import_path).is_file():
-        problems.append(f"memory.import_path={memory.import_path} is no file; give what `pmd memory export` wrote.")
-    if memory.probation and memory.audit_groups == 0:
-        problems.append("memory.probation=true with memory.audit_groups=0 retrieves nothing ever; set audit_groups.")
+        problems.append(f"memory.import_path={memory.import_path} is not a file; give what `pmd memory export` wrote.")
     quotas = (memory.max_behaviours, memory.max_strategies, memory.max_lessons or 0)
     if memory.enabled and memory.max_lessons is not None and sum(quotas) == 0 and 0 not in memory.levels:
         problems.append(

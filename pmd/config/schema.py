@@ -330,8 +330,8 @@ class MemoryConfig:
     """The procedural memory: what is kept, what is retrieved, and when it may change."""
 
     enabled: bool = option(True, "Keep and retrieve memory.")
-    frozen: bool = option(False, "Build once with the initial policy, then never write again.")
-    k: int = option(4, "Items retrieved for one problem.", minimum=1)
+    frozen: bool = option(False, "Write once, at the end of the first epoch, then never again.")
+    k: int = option(4, "Items retrieved for one task.", minimum=1)
     levels: list[Literal[0, 1, 2]] = option(
         [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
     )
@@ -343,31 +343,32 @@ class MemoryConfig:
     max_lessons: int | None = option(
         None, "Quota of lessons among the k items; null lets them fill what is left.", minimum=0
     )
-    neighbours: int = option(16, "Problems whose items are considered for a query.", minimum=1)
-    min_similarity: float = option(0.2, "Neighbours below this cosine are not used.", minimum=-1, maximum=1)
+    neighbours: int = option(16, "Tasks whose items are considered for a query.", minimum=1)
+    min_similarity: float = option(0.2, "Neighbours below this cosine similarity are ignored.", minimum=-1, maximum=1)
     max_tokens: int = option(768, "Bound on memory in the teacher's prompt; whole items are dropped to fit.", minimum=1)
     capacity: int = option(
-        100_000, "Most active insights in the store; the oldest redundant ones retire first.", minimum=1
+        100_000, "Most active insights in the store; the oldest redundant ones are retired first.", minimum=1
     )
-    insights_per_task: int = option(6, "Most active insights of one problem.", minimum=1)
-    experiences_per_task: int = option(4, "Most successes, and most failures, kept of one problem.", minimum=1)
+    insights_per_task: int = option(6, "Most active insights of one task.", minimum=1)
+    experiences_per_task: int = option(4, "Most successes, and most failures, kept of one task.", minimum=1)
     embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
-    cluster_similarity: float = option(0.6, "Insights this close, on average, form one behaviour.", above=0, maximum=1)
-    cluster_support: int = option(2, "Problems that a behaviour needs behind it.", minimum=1)
+    cluster_similarity: float = option(
+        0.6, "Average cosine similarity from which insights form one behaviour.", above=0, maximum=1
+    )
+    cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1)
     merge_similarity: float = option(
-        0.92, "Insights of one problem and kind this close become one.", above=0, maximum=1
+        0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
     )
     import_path: str | None = option(None, "An export that a new memory starts with; null starts empty.")
-    audit_groups: int = option(0, "Groups an epoch on which the teacher audits the items it was shown.", minimum=0)
+    audit_groups: int = option(0, "Groups per epoch on which the teacher audits the items it was shown.", minimum=0)
     audit_evidence: int = option(3, "Groups in which an item is audited before its status changes.", minimum=2)
-    audit_margin: float = option(0.01, "Lifts no further than this from 0 count as none, nats per token.", above=0)
-    probation: bool = option(False, "New insights are shadows: kept and audited, retrieved once found useful.")
+    audit_margin: float = option(0.01, "Lifts within this distance of 0 count as none; nats per token.", above=0)
     usefulness_weight: float = option(
-        0.5, "Usefulness moves an item's score by up to this share.", minimum=0, maximum=1
+        0.5, "Usefulness raises or lowers an item's score by up to this share.", minimum=0, maximum=1
     )
-    diversity: float = option(0.0, "Share of its score that an item loses for repeating others.", minimum=0, maximum=1)
-    exploration: float = option(0.0, "Share of places that go to an item drawn at random.", minimum=0, maximum=1)
-    scope: Literal["own", "neighbours", "both"] = option("both", "Whose insights are retrieved for a problem.")
+    scope: Literal["own", "neighbours", "both"] = option(
+        "both", "Whose insights are retrieved: the task's own, its neighbours', or both."
+    )
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The procedural memory of one run, behind the few calls that training makes.
 
 During an epoch it is read: `retrieve`, `past_success`. At the epoch's end `evolve_memory` turns the epoch's record into
-one update of the store: audits, experiences, insights and the behaviours behind them, all of it or nothing, and the
-index follows. No Lightning and no torch here, so a memory opens on any machine.
+one update of the store: audits, experiences, insights and the behaviours behind them, all of it or nothing; the index
+follows. No Lightning and no torch here, so a memory opens on any machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import cast
 
 from pmd.config.schema import MemoryConfig
-from pmd.memory.behaviours import find_clusters
+from pmd.errors import AlignmentError
 from pmd.memory.embed import make_embedder
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
 from pmd.memory.reflect import Reflections
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
 from pmd.memory.tools.transfer import import_file
-from pmd.memory.write import Writer
-from pmd.types import InsightDraft, ItemKind, MemoryItem, Rollout, Task
+from pmd.memory.update import Writer, open_writer
+from pmd.types import InsightChange, ItemKind, MemoryItem, Rollout, Task
 
-#: Texts of the insights of each cluster in; one behaviour line each out, None where the model's output is malformed.
+#: From the insight texts of each cluster to one behaviour line per cluster, None where the model's output is malformed.
 Abstraction = Callable[[Sequence[Sequence[str]]], Sequence[str | None]]
 
 
@@ -35,6 +35,7 @@ class GroupRecord:
     rollouts: list[Rollout]
     items: tuple[MemoryItem, ...]
     dropped: tuple[MemoryItem, ...]  # retrieved, but the prompt had no room for them
+    memory_generation: int  # that the items were retrieved from
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class EpochRecord:
 
     epoch: int = 0
     groups: dict[str, GroupRecord] = field(default_factory=dict)  # by group id
-    num_memory_tokens: int = 0  # of the teachers' prompts
+    num_memory_tokens: int = 0  # in the teachers' prompts
     reflections: Reflections = field(default_factory=Reflections)
     audits: tuple[ItemAudit, ...] = ()
 
@@ -60,7 +61,7 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUpdate:
-    """What one update changed beside what it wrote."""
+    """What one update did, beyond the items it wrote."""
 
     num_malformed_behaviours: int = 0  # clusters that the policy could not put into words
     num_refused: int = 0  # changes with an unknown target, or that would retire what audits found useful
@@ -75,8 +76,8 @@ class ProceduralMemory:
         """Open or create the store at `path`.
 
         Args:
-            train_keys: memory keys of all training tasks; they fit the hashing embedder's word weights.
-            excluded: ids of training tasks that must not be remembered (they stand in a held-out split too).
+            train_keys: memory keys of all training tasks; the hashing embedder's word weights are fitted to them.
+            excluded: ids of training tasks that must not be remembered (they are in a held-out split too).
         """
         self.path = path
         self.config = config
@@ -93,7 +94,7 @@ class ProceduralMemory:
         return self.store.generation
 
     def is_closed(self, epoch: int) -> bool:
-        """Whether nothing is written at the end of `epoch`: a frozen memory is built once, an imported one is built."""
+        """Whether nothing is written at the end of `epoch`: a frozen memory is written once, an imported one never."""
         return self.config.frozen and (epoch > 0 or self.config.import_path is not None)
 
     def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
@@ -107,7 +108,7 @@ class ProceduralMemory:
     def known_insights(self, task_id: str) -> list[MemoryItem]:
         """Return all insights of one task that a reflection on it may keep, edit or retire."""
         return [
-            MemoryItem(item.id, 1, cast(ItemKind, item.kind), item.text, item.problem_id, task_id, 1.0)
+            MemoryItem(item.id, 1, cast(ItemKind, item.kind), item.text, item.task_row, task_id, 1.0)
             for item in self.retriever.insights(task_id)
         ]
 
@@ -127,8 +128,8 @@ class ProceduralMemory:
 
     def _open(self) -> None:
         self.store = MemoryStore.open(self.path, embedder=self._embedder, config=self.config)
-        self.index = ProblemIndex.open(self.store)
-        self.retriever = Retriever(self.store, self.index, self._embedder, self.config)
+        self.index = TaskIndex.open(self.store)
+        self.retriever = Retriever(self.store, self.index, self.config)
 
 
 def evolve_memory(
@@ -136,70 +137,81 @@ def evolve_memory(
 ) -> MemoryUpdate:
     """Write what one epoch teaches, all of it or nothing, and bring index and retrieval up to it.
 
-    A frozen memory that is built stays as it is.
+    A closed memory (frozen, and written or imported) stays as it is.
 
     Raises:
+        AlignmentError: a group's teacher was shown another generation of the memory than the present one.
         MemoryStoreError: a task is not of the training split, or the store cannot be written.
     """
     if memory.is_closed(record.epoch):
         return MemoryUpdate()
-    for group_id, group in record.groups.items():
-        if group.items or group.dropped:
-            memory.store.log_retrievals(group.step, group_id, group.items, group.dropped)
-    with memory.store.update() as writer:
-        changed_by_audits = writer.audit(record.audits)
-        problem_ids, experience_ids = _write_experiences(writer, memory, record, policy_version)
-        num_refused = _write_insights(writer, record.reflections.drafts, problem_ids, experience_ids, policy_version)
-        num_merged = writer.merge(problem_ids.values())
+    _check_generation(record, memory)
+    changed_by_audits: dict[str, int] = {}
+    with open_writer(memory.store) as writer:
+        for group_id, group in record.groups.items():
+            writer.log_retrievals(group.step, group_id, group.items, group.dropped)
+        if record.audits:
+            changed_by_audits = writer.audit(record.audits)
+        task_rows, experience_ids = _write_experiences(writer, memory.excluded, record)
+        num_refused = _write_insights(writer, record.reflections.changes, task_rows, experience_ids, policy_version)
+        num_merged = writer.merge(task_rows.values())
         writer.bound()
-        num_malformed = _write_behaviours(writer, memory, abstraction, policy_version)
+        num_malformed = _write_behaviours(writer, abstraction, policy_version)
     memory.retriever.refresh()
     return MemoryUpdate(num_malformed, num_refused, num_merged, changed_by_audits)
 
 
+def _check_generation(record: EpochRecord, memory: ProceduralMemory) -> None:
+    """Refuse groups whose items were read from another generation: ids and audits would be of other items."""
+    for group_id, group in record.groups.items():
+        if group.memory_generation != memory.generation:
+            raise AlignmentError(
+                f"group {group_id} was shown memory generation={group.memory_generation}, the memory is at "
+                f"{memory.generation}: memory is read-only within an epoch; write it at the epoch's end only."
+            )
+
+
 def _write_experiences(
-    writer: Writer, memory: ProceduralMemory, record: EpochRecord, policy_version: int
+    writer: Writer, excluded: frozenset[str], record: EpochRecord
 ) -> tuple[dict[str, int], dict[str, int | None]]:
     """Write the verified attempts; return the tasks' rows and each rollout's experience, None where none was kept."""
-    problem_ids: dict[str, int] = {}
+    task_rows: dict[str, int] = {}
     experience_ids: dict[str, int | None] = {}
     for group in record.groups.values():
         task_id = group.task.task_id
         scored = [rollout for rollout in group.rollouts if rollout.verdict.scored]
-        if not scored or task_id in memory.excluded:
+        if not scored or task_id in excluded:
             continue
-        problem_ids[task_id] = writer.add_problem(group.task)
+        task_rows[task_id] = writer.add_task(group.task)
         for rollout in scored:
             experience_ids[rollout.rollout_id] = writer.add_experience(
-                problem_ids[task_id], rollout, rollout.completion.policy_version
+                task_rows[task_id], rollout, rollout.completion.policy_version
             )
-    return problem_ids, experience_ids
+    return task_rows, experience_ids
 
 
 def _write_insights(
     writer: Writer,
-    drafts: Sequence[InsightDraft],
-    problem_ids: dict[str, int],
+    changes: Sequence[InsightChange],
+    task_rows: dict[str, int],
     experience_ids: dict[str, int | None],
     policy_version: int,
 ) -> int:
     """Carry out the changes that reflections ask for; return how many were refused."""
     num_refused = 0
-    for draft in drafts:
-        if draft.task_id in problem_ids:
-            known = (experience_ids.get(rollout_id) for rollout_id in draft.rollout_ids)
+    for change in changes:
+        if change.task_id in task_rows:
+            known = (experience_ids.get(rollout_id) for rollout_id in change.rollout_ids)
             parents = [experience for experience in known if experience is not None]
-            num_refused += not writer.apply_draft(problem_ids[draft.task_id], draft, policy_version, parents)
+            num_refused += not writer.apply_change(task_rows[change.task_id], change, policy_version, parents)
     return num_refused
 
 
-def _write_behaviours(writer: Writer, memory: ProceduralMemory, abstraction: Abstraction, policy_version: int) -> int:
-    """Cluster the insights, have new clusters put into words; return how many could not be."""
-    clusters = find_clusters(memory.store, memory.config)
-    changed = [cluster for cluster in clusters if cluster.changed]
-    words = abstraction([cluster.texts for cluster in changed])
-    texts = dict(zip((id(cluster) for cluster in changed), words, strict=True))
-    writer.replace_behaviours(
-        [cluster.draft(texts.get(id(cluster))) for cluster in clusters], policy_version=policy_version
-    )
+def _write_behaviours(writer: Writer, abstraction: Abstraction, policy_version: int) -> int:
+    """Cluster the insights and have new or changed clusters put into words; return how many could not be."""
+    clusters = writer.clusters()
+    new = [n for n, cluster in enumerate(clusters) if cluster.needs_text]
+    texts = dict(zip(new, abstraction([clusters[n].texts for n in new]), strict=True))
+    changes = [cluster.change(texts.get(n)) for n, cluster in enumerate(clusters)]
+    writer.replace_behaviours(changes, policy_version=policy_version)
     return sum(text is None for text in texts.values())

@@ -1,10 +1,9 @@
-"""What one memory item does to the teacher: is a correct attempt likelier with it, and a wrong one not?
+"""What one memory item does to the teacher: does it make correct attempts likelier, and wrong ones not?
 
-Enters: an epoch's verified groups, the items that each group's teacher was shown, a scorer. Leaves: one `ItemAudit` per
-item and group. Lift = per-token mean of log T(attempt | item) - log T(attempt | placebo), each token's difference
-clipped; the placebo is a line of the same length that says nothing of the problem, because any line in the prompt moves
-the teacher a little. Measured a second time with the answer's tokens left out, so that an item which only gives the
-answer away shows. Works without Lightning; nothing is written here.
+One `ItemAudit` per item and group of an epoch. Lift = per-token mean of log T(attempt | item) - log T(attempt |
+placebo), each token's difference clipped; the placebo is a line of the same length that says nothing about the task,
+because any line in the prompt moves the teacher a little. A second measurement leaves the answer's tokens out, which
+exposes an item that only gives the answer away. Works without Lightning and writes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ Scorer = Callable[[Sequence[PromptAndCompletion], Role], list[list[float]]]
 
 MAX_TOKEN_LIFT = 5.0  # nats; one token must not decide a completion of hundreds
 MAX_ATTEMPTS = 2  # of each outcome scored per group: the cost is items x attempts x 2
-MAX_SPAN = 40  # letters; an answer whose parts lie further apart has no span
+MAX_SPAN = 40  # letters; an answer whose parts are further apart has no span
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class ShownGroup:
 
     @property
     def attempts(self) -> list[tuple[tuple[int, ...], bool, Rollout | None]]:
-        """Completion ids, whether they are correct, and the rollout; a past success stands in where none succeeded."""
+        """Completion ids, whether they are correct, and the rollout; without a success, a past one (rollout: None)."""
         found = [(r.completion.token_ids, True, r) for r in self.correct[:MAX_ATTEMPTS]]
         past = [] if found or not self.past_success else [(self.past_success, True, None)]
         return [*found, *past, *((r.completion.token_ids, False, r) for r in self.wrong[:MAX_ATTEMPTS])]
@@ -76,7 +75,7 @@ class AuditResult:
 
 
 def choose_groups(groups: Sequence[ShownGroup], config: MemoryConfig, key: str) -> list[ShownGroup]:
-    """Draw `memory.audit_groups` groups with items: half of them mixed if there are so many, all-wrong ones last."""
+    """Draw `memory.audit_groups` groups with items: half of them mixed if there are that many, all-wrong ones last."""
     drawn = sorted((group for group in groups if group.items), key=lambda group: group.group_id)
     Random(derive_seed(key, "groups")).shuffle(drawn)
     mixed = [group for group in drawn if group.correct and group.wrong][: -(-config.audit_groups // 2)]

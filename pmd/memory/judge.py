@@ -1,15 +1,15 @@
-"""What audits say of items, and what follows: promotion, retirement, absorption, quarantine.
+"""What audits say about items, and what follows: retirement, quarantine, internalization.
 
-Enter: per group and item, how far the item raised the teacher's log-probability of correct and of wrong attempts above
-a placebo (`pmd.memory.audit` measures it). Leave: rows of `audits`, usefulness on the items, changes of status.
+An audit says how far an item raised the teacher's log-probability of correct and of wrong attempts above a placebo, in
+one group (`pmd.memory.audit` measures it). It becomes a row of `audits`, usefulness on the item, maybe a new status.
 Items with the same kind and text share their evidence, because a teacher is shown texts.
 
 All bounds are two standard errors wide and `memory.audit_margin` away from 0 (our choice; the paper has no audits):
 
 - harmful: lowers correct attempts, or raises wrong ones above correct ones. Retired, and it does not come back.
 - leaking: all that separates correct from wrong lies in the answer itself. Quarantined.
-- useful and still a shadow: becomes active.
-- absorbed: useful to the teacher, and adds nothing to a student that solves the problem. A lift that returns undoes it.
+- internalized: useful to the teacher, and adds nothing for a student that solves the task. A lift that returns undoes
+  it.
 """
 
 import math
@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 from pmd.config.schema import MemoryConfig
-from pmd.memory.ledger import Ledger
-from pmd.memory.records import LIVE, TABLES
+from pmd.memory.store import LIVE, TABLES, Ledger
 
 SURE = 2.0  # standard errors
 LEAK_SHARE = 0.1  # of the usefulness that must remain without the answer span
@@ -61,7 +60,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate | None":
-        """Estimate from one value a group; None of nothing. One value says nothing of its error."""
+        """Estimate from one value per group; None where there is none. One value has an infinite error."""
         if not values:
             return None
         mean = math.fsum(values) / len(values)
@@ -98,28 +97,26 @@ class Evidence:
         return self.correct.minus(self.wrong) if self.correct and self.wrong else None
 
     def verdict(self, status: str, config: MemoryConfig) -> tuple[str, str]:
-        """Return the status that follows and why; the present status where nothing follows."""
-        least, margin, useful = config.audit_evidence, config.audit_margin, self.usefulness
-        if self.correct and self.correct.below(-margin, least):
+        """Return the status that follows and why; the present status and an empty reason where nothing follows."""
+        evidence, margin, useful = config.audit_evidence, config.audit_margin, self.usefulness
+        if self.correct and self.correct.below(-margin, evidence):
             return "retired", f"audit: harmful, lowers correct attempts by {-self.correct.mean:.3f}"
-        if useful and useful.below(-margin, least):
+        if useful and useful.below(-margin, evidence):
             return "retired", f"audit: harmful, favours wrong attempts by {-useful.mean:.3f}"
-        useful_surely = useful is not None and useful.above(margin, least)
-        if useful and useful_surely and self.masked and self.masked.below(LEAK_SHARE * useful.mean, least):
+        useful_surely = useful is not None and useful.above(margin, evidence)
+        if useful and useful_surely and self.masked and self.masked.below(LEAK_SHARE * useful.mean, evidence):
             return "quarantined", "audit: its use lies in the answer alone"
-        if useful and useful_surely and status == "shadow":
-            return "active", f"audit: useful, {useful.mean:.3f}"
         helps = useful.mean > margin if useful else bool(self.correct and self.correct.mean > margin)
-        fades = self.student is not None and self.student.count >= least and abs(self.student.mean) <= margin
+        fades = self.student is not None and self.student.count >= evidence and abs(self.student.mean) <= margin
         if status == "active" and helps and fades and self.student:
-            return "absorbed", f"audit: absorbed, the student gains {self.student.mean:.3f}"
-        if status == "absorbed" and self.student and self.student.above(margin, least):
-            return "active", f"audit: no longer absorbed, the student gains {self.student.mean:.3f}"
+            return "internalized", f"audit: internalized, the student gains {self.student.mean:.3f}"
+        if status == "internalized" and self.student and self.student.above(margin, evidence):
+            return "active", f"audit: no longer internalized, the student gains {self.student.mean:.3f}"
         return status, ""
 
 
 def write_audits(ledger: Ledger, audits: Sequence[ItemAudit]) -> None:
-    """Add one row an audit."""
+    """Add one row per audit."""
     columns = [field.name for field in fields(ItemAudit)]
     extra = ["usefulness", "masked_usefulness", "generation", "version"]
     marks = ", ".join("?" * (len(columns) + len(extra)))
@@ -127,7 +124,7 @@ def write_audits(ledger: Ledger, audits: Sequence[ItemAudit]) -> None:
     for audit in audits:
         version = ledger.db.execute(f"SELECT version FROM {TABLES[audit.level]} WHERE id = ?", (audit.item_id,))
         found = version.fetchone()
-        if found is not None:  # level 1 and 2 items are never deleted; a rollback may have
+        if found is not None:  # only a rollback deletes items of levels 1 and 2
             rows.append((*astuple(audit), audit.usefulness, audit.masked_usefulness, ledger.generation, found[0]))
     ledger.db.executemany(f"INSERT INTO audits ({', '.join([*columns, *extra])}) VALUES ({marks})", rows)
 
@@ -154,7 +151,7 @@ def judge(ledger: Ledger, audits: Sequence[ItemAudit], config: MemoryConfig) -> 
 
 
 def gather(ledger: Ledger, level: int, item_ids: Sequence[int], evidence: int) -> Evidence:
-    """Pool all audits of the present versions of these items, which bear one text."""
+    """Pool all audits of the present versions of these items, which have one text."""
     marks = ", ".join("?" * len(item_ids))
     rows = ledger.db.execute(
         "SELECT lift_correct, lift_wrong, masked_lift_correct, masked_lift_wrong, student_lift FROM audits a"
@@ -169,13 +166,12 @@ def gather(ledger: Ledger, level: int, item_ids: Sequence[int], evidence: int) -
 
 
 def _copies(ledger: Ledger, level: int, item_id: int) -> list[tuple[int, str]]:
-    """Return ids and statuses of the items that bear the same text and may still be shown, by id."""
-    kind = "kind" if level == 1 else "polarity"
+    """Return ids and statuses of the live items that have the same text (and kind), by id."""
+    same_kind = "AND other.kind = item.kind " if level == 1 else ""
     rows = ledger.db.execute(
         f"SELECT other.id, other.status FROM {TABLES[level]} item JOIN {TABLES[level]} other"
-        f" ON other.{kind} = item.{kind} AND other.content = item.content"
-        f" WHERE item.id = ? AND other.{LIVE} OR item.id = ? AND other.status = 'shadow' ORDER BY other.id",
-        (item_id, item_id),
+        f" ON other.content = item.content {same_kind}WHERE item.id = ? AND other.{LIVE} ORDER BY other.id",
+        (item_id,),
     )
     return rows.fetchall()
 

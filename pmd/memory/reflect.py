@@ -1,8 +1,7 @@
 """The policy reflects: verified groups -> insights; clusters of insights -> behaviours (paper, levels 1 and 2).
 
-Enters: groups of rollouts with verdicts. Leaves: drafts of memory lines, tied by id to the attempts they came from.
-Works without Lightning; nothing is written here. Malformed output is asked for once more, then dropped
-and counted, never guessed at.
+A reflection gives changes to a task's insights, tied by id to the attempts they came from. Malformed output is asked
+for once more, then dropped and counted, never guessed at. Works without Lightning and writes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +15,11 @@ from pmd.config.schema import ReflectionConfig
 from pmd.engines.base import Engine, Request, Sampling
 from pmd.seeds import derive_seed
 from pmd.tasks.prompts.base import PromptFormat
-from pmd.tasks.prompts.parsing import Reflected
-from pmd.types import InsightDraft, MemoryItem, Rollout, Task
+from pmd.tasks.prompts.parsing import ParsedInsight
+from pmd.types import InsightChange, MemoryItem, Rollout, Task
 
 RETRY_TEMPERATURE = 0.7  # a greedy policy would write the same once more
-MAX_KNOWN = 12  # insights of one problem listed in a reflection prompt
+MAX_KNOWN = 12  # insights of one task listed in a reflection prompt
 T = TypeVar("T")
 Known = Callable[[str], Sequence[MemoryItem]]  # task id -> the insights that a reflection on it may change
 
@@ -29,14 +28,14 @@ Known = Callable[[str], Sequence[MemoryItem]]  # task id -> the insights that a 
 class Reflections:
     """What one round of reflection gave, and what it cost."""
 
-    drafts: tuple[InsightDraft, ...] = ()
+    changes: tuple[InsightChange, ...] = ()
     num_prompts: int = 0
     num_malformed: int = 0  # outputs without a single well-formed item
     num_tokens: int = 0  # generated
-    num_overlong: int = 0  # prompts that were not asked: above reflection.max_prompt_tokens
-    num_retried: int = 0  # malformed at first, asked once more
-    num_unknown: int = 0  # changes to an insight that the prompt does not list; left out
-    num_rejected: int = 0  # items that are not well-formed, or one too many, in whatever output
+    num_overlong: int = 0  # prompts left out because they exceed reflection.max_prompt_tokens
+    num_retried: int = 0  # malformed at first and asked once more
+    num_unknown: int = 0  # changes to an insight that the prompt does not list; dropped
+    num_rejected: int = 0  # malformed or surplus items, in any output
 
 
 def reflect(
@@ -50,7 +49,7 @@ def reflect(
 ) -> Reflections:
     """Ask the policy what each group of verified rollouts teaches. `key` names the occasion; seeds derive from it.
 
-    A reflection may also keep, edit or retire what is known of its problem, by number.
+    A reflection may also keep, edit or retire the known insights of its task, by number.
     """
     chosen = list(groups)
     if config.max_groups is not None and len(chosen) > config.max_groups:
@@ -63,15 +62,15 @@ def reflect(
     answers, num_retried, num_tokens = _ask(
         engine, [q.prompt_ids for q in asked], prompts.parse_reflection, lambda reply: bool(reply.items), config, key
     )
-    drafts = [question.draft(item) for question, reply in zip(asked, answers, strict=True) for item in reply.items]
+    changes = [question.change(item) for question, reply in zip(asked, answers, strict=True) for item in reply.items]
     return Reflections(
-        tuple(draft for draft in drafts if draft is not None),
+        tuple(change for change in changes if change is not None),
         len(asked),
         sum(not reply.items for reply in answers),
         num_tokens,
         len(wanted) - len(asked),
         num_retried,
-        sum(draft is None for draft in drafts),
+        sum(change is None for change in changes),
         sum(reply.num_rejected for reply in answers),
     )
 
@@ -84,16 +83,16 @@ class _Question:
     prompt_ids: list[int]
     noted: tuple[MemoryItem, ...]  # the insights that the prompt lists
 
-    def draft(self, item: Reflected) -> InsightDraft | None:
-        """Tie an item to its attempts and to the insight that it changes; None where the prompt lists no such one."""
+    def change(self, item: ParsedInsight) -> InsightChange | None:
+        """Tie an item to its attempts and to the insight it changes; None where the prompt does not list that one."""
         rollout_ids = tuple(rollout.rollout_id for rollout in self.group)
         task_id = self.group[0].task_id
         if item.action == "add":
-            return InsightDraft(task_id, item.kind, item.text, rollout_ids)
+            return InsightChange(task_id, item.kind, item.text, rollout_ids)
         if item.number is None or not 1 <= item.number <= len(self.noted):
             return None
         target = self.noted[item.number - 1]
-        return InsightDraft(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id)
+        return InsightChange(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id)
 
 
 def _ask(

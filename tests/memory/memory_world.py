@@ -2,9 +2,9 @@
 
 import random
 
-from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 BOXES = ("red", "blue", "green", "gold")
@@ -12,7 +12,7 @@ RULES = [f"{first}>{second}" for first in BOXES for second in BOXES if first != 
 
 
 class World:
-    """32 names x 6 training problems."""
+    """32 names x 6 training tasks."""
 
     def __init__(self, seed: int = 0):
         self.random = random.Random(seed)
@@ -34,23 +34,23 @@ class World:
         return HashEmbedder.fit([task.memory_key for task in self.tasks])
 
     def write_epoch(self, store: MemoryStore, epoch: int, attempts: int = 4) -> None:
-        """Random attempts at every problem, and what they teach."""
+        """Random attempts at every task, and what they teach."""
         draws = random.Random(epoch)
-        with store.update() as writer:
+        with open_writer(store) as writer:
             for task in self.tasks:
                 name = task.memory_key.split()[-1]
-                problem_id = writer.add_problem(task)
+                task_row = writer.add_task(task)
                 for attempt in range(attempts):
                     rule = draws.choice(RULES)
                     right = rule == self.rule[name]
                     rollout = make_rollout(task.task_id, f"{rule} ; {attempt}", correct=right, answer=rule)
-                    parent = writer.add_experience(problem_id, rollout, epoch)
+                    parent = writer.add_experience(task_row, rollout, epoch)
                     kind, text = ("strategy", f"use {name} {rule}") if right else ("lesson", f"not {name} {rule}")
                     writer.add_insight(
-                        problem_id, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
+                        task_row, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
                     )
-            drafts = [cluster.draft(cluster.insights[0].text) for cluster in find_clusters(store, store.config)]
-            writer.replace_behaviours(drafts, policy_version=epoch)
+            changes = [cluster.change(cluster.insights[0].text) for cluster in writer.clusters()]
+            writer.replace_behaviours(changes, policy_version=epoch)
 
 
 def make_rollout(

@@ -67,8 +67,8 @@ def test_what_is_malformed_is_asked_once_more_and_warmer():
     assert (cold.temperature, warm.temperature) == (0.0, RETRY_TEMPERATURE)
     assert role == again == "teacher"
     assert not {r.seed for r in first} & {r.seed for r in second}  # or a warm policy would write the same again
-    assert [(d.task_id, d.text) for d in found.drafts] == [("t0", "Late: Check them."), ("t1", "Units: Check them.")]
-    assert found.drafts[0].rollout_ids == ("t0-a", "t0-b")
+    assert [(d.task_id, d.text) for d in found.changes] == [("t0", "Late: Check them."), ("t1", "Units: Check them.")]
+    assert found.changes[0].rollout_ids == ("t0-a", "t0-b")
     assert (found.num_prompts, found.num_retried, found.num_malformed) == (3, 2, 1)
     assert found.num_tokens == 5 * 3
 
@@ -81,13 +81,13 @@ def test_a_warm_reflection_is_not_cooled_by_asking_again():
 def test_without_retry_nothing_is_asked_again():
     engine, found = run([["no", GOOD, "no"]], retry=False)
     assert len(engine.calls) == 1
-    assert (len(found.drafts), found.num_retried, found.num_malformed) == (1, 0, 2)
+    assert (len(found.changes), found.num_retried, found.num_malformed) == (1, 0, 2)
 
 
 def test_good_items_stay_and_the_others_are_counted():
     spoilt = GOOD.replace("lesson", "spell")
     _, found = run([[f"{spoilt} {GOOD} {spoilt}", " ".join([GOOD] * 5), GOOD + ' {"kind":']])
-    assert [d.task_id for d in found.drafts] == ["t0", "t1", "t1", "t1", "t2"]
+    assert [d.task_id for d in found.changes] == ["t0", "t1", "t1", "t1", "t2"]
     assert (found.num_malformed, found.num_rejected) == (0, 2 + 2 + 1)
 
 
@@ -98,7 +98,7 @@ def test_a_change_to_an_insight_that_was_not_listed_is_counted():
     edit = {"action": "edit", "insight": 2, "title": "New", "content": "text"}
     retire = [{"action": "retire", "insight": number} for number in (1, 0, 3)]
     _, found = run([[json.dumps([edit, *retire[:1]]), json.dumps(retire[1:]), GOOD]], known)
-    assert [(d.action, d.target_id, d.kind) for d in found.drafts] == [
+    assert [(d.action, d.target_id, d.kind) for d in found.changes] == [
         ("edit", 41, "lesson"), ("retire", 40, "strategy"), ("add", None, "lesson"),
     ]  # fmt: skip
     assert found.num_unknown == 2
@@ -110,7 +110,7 @@ def test_prompts_too_long_are_not_asked_and_counted():
 
     engine, found = run([[GOOD, GOOD]], known, max_prompt_tokens=5)
     assert [r.prompt_ids for r in engine.calls[0][0]] == [(0,), (2,)]
-    assert (found.num_prompts, found.num_overlong, len(found.drafts)) == (2, 1, 2)
+    assert (found.num_prompts, found.num_overlong, len(found.changes)) == (2, 1, 2)
 
 
 def test_a_sample_of_the_groups_is_drawn_by_the_key():

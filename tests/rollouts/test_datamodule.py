@@ -1,8 +1,9 @@
-"""The stream of batches: each problem once an epoch, prompts that fit, and never any memory before the student."""
+"""The stream of batches: each task once an epoch, prompts that fit, and never any memory before the student."""
 
 from dataclasses import dataclass, field, replace
 
 import pytest
+from epochs import make_epoch, no_behaviours
 
 from pmd.cli.run import build
 from pmd.config.schema import (
@@ -16,8 +17,9 @@ from pmd.config.schema import (
 )
 from pmd.engines.hf import HFEngine
 from pmd.errors import ConfigError
+from pmd.memory import evolve_memory
 from pmd.run_dir import RunDir
-from pmd.types import InsightDraft
+from pmd.types import InsightChange
 
 WORLD = TinyWorldConfig(families=4, train_per_family=3, validation_per_family=1, test_per_family=1)
 
@@ -35,7 +37,7 @@ def run_with(tmp_path, memory=None, **rollouts):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_an_epoch_visits_every_problem_once(tmp_path, updates):
+def test_an_epoch_visits_every_task_once(tmp_path, updates):
     data = run_with(tmp_path, updates_per_batch=updates).data
     batches = list(data.epoch(0))
     assert len(batches) == data.steps_per_epoch == 3 * updates
@@ -66,8 +68,8 @@ def test_memory_in_an_evaluation_keeps_the_bounds_of_the_teachers(tmp_path, max_
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
     texts = ("strategy use zam red>gold", "strategy use teb red>gold")
-    drafts = [InsightDraft(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
-    run.memory.learn(tasks, rollouts, drafts, lambda clusters: [None] * len(clusters), 0)
+    changes = [InsightChange(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
+    evolve_memory(make_epoch(run.memory, tasks, rollouts, changes), run.memory, no_behaviours, 0)
     recorder = Recorder(run.data.engine)
     replace(run.evaluator, engine=recorder).memory_conditioned(run.tasks["train"], 1, run.memory)
     strategy = run.module.tokenizer.convert_tokens_to_ids("strategy")
@@ -89,8 +91,8 @@ def test_the_students_prompt_never_holds_memory_and_the_teachers_does(tmp_path):
     run = run_with(tmp_path)
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
-    drafts = [InsightDraft(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
-    run.memory.learn(tasks, rollouts, drafts, lambda clusters: [None] * len(clusters), 0)
+    changes = [InsightChange(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
+    evolve_memory(make_epoch(run.memory, tasks, rollouts, changes), run.memory, no_behaviours, 0)
     memory_word = run.module.tokenizer.convert_tokens_to_ids("memory")
     shown = 0
     for batch in run.data.epoch(1):
@@ -103,5 +105,5 @@ def test_the_students_prompt_never_holds_memory_and_the_teachers_does(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"rollouts.max_prompt_tokens=5 is exceeded by 20 of 20 problems"):
+    with pytest.raises(ConfigError, match=r"rollouts.max_prompt_tokens=5 is exceeded by 20 of 20 tasks"):
         run_with(tmp_path, max_prompt_tokens=5)

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.errors import AlignmentError
-from pmd.tasks.prompts.parsing import Reflected
+from pmd.tasks.prompts.parsing import ParsedInsight
 from pmd.tasks.prompts.words import VOCABULARY, WordPrompts, solve_prompt
 from pmd.tiny.world import NAMES
 from pmd.types import Completion, Message, Rollout, Task, Verdict
@@ -72,10 +72,10 @@ def test_one_reflection_per_rule_and_verdict(prompts):
 
 def test_reflections_are_parsed_strictly(prompts):
     assert prompts.parse_reflection(f"strategy use {ZIB} red>gold <eos>").items == [
-        Reflected("strategy", f"strategy use {ZIB} red>gold")
+        ParsedInsight("strategy", f"strategy use {ZIB} red>gold")
     ]
     lesson = f"lesson not {ZIB} red>gold"
-    assert prompts.parse_reflection(lesson).items == [Reflected("lesson", lesson)]
+    assert prompts.parse_reflection(lesson).items == [ParsedInsight("lesson", lesson)]
     for text in ("", "strategy", f"failed not {ZIB} red>gold", f"lesson use {ZIB} red>gold", "1 2 3 4"):
         assert prompts.parse_reflection(text).items == []
 

@@ -1,14 +1,14 @@
-"""Is the store what it should be? Every rule that SQLite does not enforce, and the index file against the store."""
+"""Is the store sound? Every rule that SQLite does not enforce, and the index file against the store."""
 
 import numpy as np
 
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 
-#: What must select nothing, and what it means if it does.
+#: Statements that must select nothing, and what it means if they do.
 RULES = {
-    "a problem is not of the training split": "SELECT id FROM problems WHERE split != 'train'",
-    "a problem or behaviour has no vector": "SELECT id FROM problems WHERE embedding IS NULL"
+    "a task is not of the training split": "SELECT id FROM tasks WHERE split != 'train'",
+    "a task or behaviour has no vector": "SELECT id FROM tasks WHERE embedding IS NULL"
     " UNION ALL SELECT id FROM behaviours WHERE embedding IS NULL",
     "a link has no child": "SELECT child_id FROM links WHERE"
     " (child_level = 1 AND child_id NOT IN (SELECT id FROM insights))"
@@ -27,20 +27,20 @@ RULES = {
 
 
 def check(store: MemoryStore) -> list[str]:
-    """Return what is wrong with the store and its index file, one sentence each; empty where all is well."""
+    """Return what is wrong with the store and its index file, one sentence each; empty where nothing is."""
     wrong = [f"the file is damaged: {row[0]}" for row in store.query("PRAGMA integrity_check(5)") if row[0] != "ok"]
-    wrong += [f"a reference of {row[0]} row {row[1]} leads nowhere" for row in store.query("PRAGMA foreign_key_check")]
+    wrong += [f"a reference of {row[0]} row {row[1]} points nowhere" for row in store.query("PRAGMA foreign_key_check")]
     for meaning, sql in RULES.items():
         found = store.query(sql)
         if found:
             wrong.append(f"{meaning}: {len(found)}, first id {found[0][0]}")
     if not any("vector" in sentence for sentence in wrong):
-        for table in ("problems", "behaviours"):
+        for table in ("tasks", "behaviours"):
             lengths = np.linalg.norm(store.vectors(table)[1], axis=1)
             bad = int((~(np.abs(lengths - 1.0) < 1e-3)).sum())
             if bad:
                 wrong.append(f"vectors of {table} are not of length 1: {bad}")
-    stale = ProblemIndex(store).mismatch()
+    stale = TaskIndex(store).mismatch()
     if stale:
-        wrong.append(f"the index file is not the store's: {stale}; `pmd memory rebuild` makes it new")
+        wrong.append(f"the index file is not the store's: {stale}; `pmd memory rebuild` rebuilds it")
     return wrong

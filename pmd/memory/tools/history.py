@@ -1,7 +1,7 @@
-"""Earlier generations, read back from the log of changes: what differs between two, and the way back to one.
+"""Earlier generations, read back from the log of changes: what differs between two, and how to return to one.
 
-A rollback is one more update, whose items are those of the earlier generation: nothing of the history is lost, and it
-can be rolled back itself. Problems stay (they are facts), and so do retrievals and audits.
+A rollback is one more update, whose items are those of the earlier generation: no history is lost, and it can be rolled
+back itself. Tasks stay (they are facts), and so do retrievals and audits.
 """
 
 import json
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmd.errors import MemoryStoreError
-from pmd.memory.ledger import Ledger
-from pmd.memory.records import TABLES
-from pmd.memory.store import MemoryStore
+from pmd.memory.store import TABLES, Ledger, MemoryStore
+from pmd.memory.update import open_writer
 
 Row = dict[str, Any]
 
@@ -67,7 +66,7 @@ def rollback(store: MemoryStore, generation: int) -> list[Difference]:
     """Make the items those of an earlier generation, as one more update; returns what was undone."""
     undone = diff(store, generation, store.generation)
     reason = f"rollback to generation {generation}"
-    with store.update() as writer:
+    with open_writer(store) as writer:
         # Deletions first: what is put back may bear the same text as what was added since.
         for difference in sorted(undone, key=lambda d: (d.old is not None, -d.level, d.item_id)):
             _put(writer.ledger, difference, reason)

@@ -1,6 +1,6 @@
-"""A memory as one static page: growth, a map, what helps and what harms, ages, leaks, what was absorbed. No network.
+"""A memory as one static HTML page: growth, a map, what helps and what harms, ages, leaks, internalized items.
 
-Enters: a store. Leaves: HTML. The drawings are in report_charts.py, the frame in report.html.
+The page loads nothing from elsewhere. The charts are in report_charts.py, the frame in report.html.
 """
 
 from collections import Counter
@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pmd.memory.records import LIVE, TABLES
-from pmd.memory.store import MemoryStore
+from pmd.memory.store import LIVE, TABLES, MemoryStore
 from pmd.memory.tools.report_charts import HALF, bars, lines, scatter
 
 ROWS = 8
@@ -38,11 +37,11 @@ def render(store: MemoryStore, title: str) -> str:
         useful=_ranked(store, "DESC"),
         harmful=_ranked(store, "ASC"),
         ages=_ages(store),
-        absorbed_curve=lines(
-            [("absorbed", "var(--good)", [h["absorbed"] / max(1, h["live"][1]) for h in history])],
+        internalized_curve=lines(
+            [("internalized", "var(--good)", [h["internalized"] / max(1, h["live"][1]) for h in history])],
             [h["generation"] for h in history], "generation", share=True, width=HALF,
         ),
-        absorbed=_absorbed(store),
+        internalized=_internalized(store),
         leaks=_leaks(store),
         footer="Written by pmd memory report. Usefulness is measured by audits (memory.audit_groups): how far an item "
         "raises the teacher's log-probability of correct attempts above a placebo of the same length, less the same "
@@ -63,8 +62,8 @@ def growth(store: MemoryStore) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     position = 0
     for generation in range(store.generation, -1, -1):
-        live = [counts[level, "active"] + counts[level, "absorbed"] for level in TABLES]
-        rows.append({"generation": generation, "live": live, "absorbed": counts[1, "absorbed"]})
+        live = [counts[level, "active"] + counts[level, "internalized"] for level in TABLES]
+        rows.append({"generation": generation, "live": live, "internalized": counts[1, "internalized"]})
         while position < len(changes) and changes[position][0] == generation:
             _, level, item_id, action, before = changes[position]
             position += 1
@@ -83,13 +82,13 @@ def _tiles(store: MemoryStore, stats: dict[str, float]) -> str:
         " FROM ops WHERE reason LIKE 'audit%'"
     )[0]
     values = {
-        "training problems": f"{stats['problems']:,.0f}",
-        "live insights": f"{stats['insights'] + stats['insights_absorbed']:,.0f}",
+        "training tasks": f"{stats['tasks']:,.0f}",
+        "live insights": f"{stats['insights'] + stats['insights_internalized']:,.0f}",
         "live behaviours": f"{len(store.behaviours()):,}",
-        "problems with an insight": f"{stats['coverage']:.0%}",
+        "tasks with an insight": f"{stats['coverage']:.0%}",
         "items audited": f"{audited:,}",
         "found harmful": f"{harmful:,}",
-        "absorbed": f"{stats['insights_absorbed']:,.0f}",
+        "internalized": f"{stats['insights_internalized']:,.0f}",
         "quarantined": f"{stats['insights_quarantined']:,.0f}",
     }
     return "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in values.items())
@@ -112,17 +111,17 @@ def _map(store: MemoryStore) -> str:
         for n, item in enumerate(insights)
     ]
     points += [
-        (x, y, "behaviour", item.support, f"behaviour {item.id}, {item.support} problems: {item.text}")
+        (x, y, "behaviour", item.support, f"behaviour {item.id}, {item.support} tasks: {item.text}")
         for (x, y), item in zip(places[len(insights) :], behaviours, strict=True)
     ]
     return scatter(points)
 
 
 def _ranked(store: MemoryStore, order: str) -> str:
-    """List the items with the highest or the lowest usefulness, each with what was measured and what it rests on."""
+    """List the items with the highest or the lowest usefulness, each with its measured lifts."""
     sign = f"> 0 AND {LIVE}" if order == "DESC" else "< 0"
     rows = store.query_rows(
-        "SELECT 2 AS level, id, polarity AS kind, content, usefulness, status, support FROM behaviours"
+        "SELECT 2 AS level, id, 'behaviour' AS kind, content, usefulness, status, support FROM behaviours"
         f" WHERE usefulness {sign} UNION ALL SELECT 1, id, kind, content, usefulness, status, support FROM insights"
         f" WHERE usefulness {sign} ORDER BY usefulness {order}, level, id"
     )
@@ -177,25 +176,25 @@ def _ages(store: MemoryStore) -> str:
     return bars([(str(age), ages[age]) for age in range(max(ages) + 1)], "updates ago", width=HALF)
 
 
-def _absorbed(store: MemoryStore) -> str:
+def _internalized(store: MemoryStore) -> str:
     rows = store.query(
         "SELECT i.content, count(DISTINCT i.id), max(o.generation) FROM insights i JOIN ops o ON o.level = 1"
-        " AND o.item_id = i.id AND o.reason LIKE 'audit: absorbed%' WHERE i.status = 'absorbed'"
+        " AND o.item_id = i.id AND o.reason LIKE 'audit: internalized%' WHERE i.status = 'internalized'"
         f" GROUP BY i.kind, i.content ORDER BY 2 DESC, 3 DESC, 1 LIMIT {2 * ROWS}"
     )
     body = "".join(
         f'<tr><td class="text">{escape(text)}</td><td class="n">{copies}</td><td class="n">{generation}</td></tr>'
         for text, copies, generation in rows
     )
-    head = '<tr><th>insight</th><th class="n">problems</th><th class="n">since generation</th></tr>'
+    head = '<tr><th>insight</th><th class="n">tasks</th><th class="n">since generation</th></tr>'
     return f"<table>{head}{body}</table>" if rows else _NOTHING.format("Nothing yet.")
 
 
 def _leaks(store: MemoryStore) -> str:
-    """Name the problems and reasons; the texts hold answers and are left out."""
+    """Name the tasks and reasons; the texts hold answers and are left out."""
     rows = store.query(
         "SELECT i.id, task_id, kind, leak, (SELECT reason FROM ops WHERE level = 1 AND item_id = i.id ORDER BY id DESC)"
-        f" FROM insights i JOIN problems p ON p.id = problem_id WHERE status = 'quarantined' ORDER BY i.id LIMIT {ROWS}"
+        f" FROM insights i JOIN tasks t ON t.id = task_row WHERE status = 'quarantined' ORDER BY i.id LIMIT {ROWS}"
     )
     body = "".join(
         f'<tr><td class="n">{item_id}</td><td>{kind}</td><td class="text">{escape(task)}</td>'
@@ -203,7 +202,7 @@ def _leaks(store: MemoryStore) -> str:
         for item_id, task, kind, leak, reason in rows
     )
     total = store.query("SELECT count(*) FROM insights WHERE status = 'quarantined'")[0][0]
-    head = '<tr><th class="n">id</th><th>kind</th><th>problem</th><th>why</th></tr>'
+    head = '<tr><th class="n">id</th><th>kind</th><th>task</th><th>why</th></tr>'
     more = f'<p class="soft">{total - len(rows)} more.</p>' if total > len(rows) else ""
     return f"<table>{head}{body}</table>{more}" if rows else _NOTHING.format("None.")
 

@@ -1,4 +1,4 @@
-"""Line, bar and point drawings as SVG text, coloured by the page's own variables. Numbers in, markup out."""
+"""Line, bar and scatter charts as SVG text, coloured by the page's own CSS variables."""
 
 import math
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ def lines(
     share: bool = False,
     width: int = WIDTH,
 ) -> str:
-    """Draw one line for each (name, colour, values); names stand at the lines' ends."""
+    """Draw one line for each (name, colour, values); names are written at the lines' ends."""
     height = 300
-    least = 0.1 if share else 1.0  # a line along zero needs a scale too
-    top = max(least, *(value for _, _, values in series for value in values)) if ticks else least
+    minimum = 0.1 if share else 1.0  # a line along zero needs a scale too
+    top = max(minimum, *(value for _, _, values in series for value in values)) if ticks else minimum
     steps = _ticks(top)
     top = steps[-1]
 
@@ -87,7 +87,7 @@ def bars(values: Sequence[tuple[str, float]], label: str, *, width: int = WIDTH)
 
 
 def scatter(points: Sequence[tuple[float, float, str, float, str]]) -> str:
-    """Draw points (x, y, kind, support, words); the area follows the support, behaviours lie on top as diamonds."""
+    """Draw points (x, y, kind, support, words); the area follows the support, behaviours are diamonds on top."""
     height, margin = 560, 24
     xs, ys = [point[0] for point in points], [point[1] for point in points]
     spans = [max(max(values) - min(values), 1e-9) for values in (xs, ys)]

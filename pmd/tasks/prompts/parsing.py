@@ -23,7 +23,7 @@ FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 HEADING = re.compile(r"^[\W_]*(action|kind|title|content|insight)\b[\W_]*?:[\W_]*(.*)$", re.IGNORECASE | re.MULTILINE)
 
 
-class Reflected(NamedTuple):
+class ParsedInsight(NamedTuple):
     """One change to a problem's insights, as a reflection asks for it."""
 
     kind: ItemKind
@@ -35,7 +35,7 @@ class Reflected(NamedTuple):
 class Reply(NamedTuple):
     """What one output of the model holds."""
 
-    items: list[Reflected]
+    items: list[ParsedInsight]
     num_rejected: int = 0  # what began as an item and is none, and items beyond `MAX_ITEMS`
 
 
@@ -56,17 +56,17 @@ def strip_thinking(text: str) -> str:
     return THINKING.sub("", text).rpartition("</think>")[2].strip()
 
 
-def _reflected(item: dict[str, Any]) -> Reflected | None:
+def _reflected(item: dict[str, Any]) -> ParsedInsight | None:
     action, kind, number = _word(item.get("action", "add")), _word(item.get("kind")), _number(item.get("insight"))
     if action not in ACTIONS or (action != "add" and number is None):
         return None
     if action in ("keep", "retire"):
-        return Reflected("strategy", "", cast(InsightAction, action), number)
+        return ParsedInsight("strategy", "", cast(InsightAction, action), number)
     line = _line(item)
     if line is None or (action == "add" and kind not in KINDS):
         return None
     kept = cast(ItemKind, kind if kind in KINDS else "strategy")
-    return Reflected(kept, line, cast(InsightAction, action), number if action == "edit" else None)
+    return ParsedInsight(kept, line, cast(InsightAction, action), number if action == "edit" else None)
 
 
 def _number(value: object) -> int | None:

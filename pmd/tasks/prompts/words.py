@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from pmd.errors import AlignmentError
-from pmd.tasks.prompts.parsing import Reflected, Reply
+from pmd.tasks.prompts.parsing import ParsedInsight, Reply
 from pmd.tiny.world import ALL_RULES, BOX_COUNTS, COLOURS, DIGITS, NAMES, Problem
 from pmd.types import ItemKind, Rollout, Task
 
@@ -171,7 +171,7 @@ class WordPrompts:
         line = parse_line(self._without_specials(text))
         if line is None or line.kind not in REFLECTED_KINDS:
             return Reply([])
-        return Reply([Reflected(REFLECTED_KINDS[line.kind], line.text)])
+        return Reply([ParsedInsight(REFLECTED_KINDS[line.kind], line.text)])
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return `<bos> insights LINE . LINE . pattern`; empty where no strategy is among the lines.

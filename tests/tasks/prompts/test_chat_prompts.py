@@ -5,7 +5,7 @@ import pytest
 from pmd.config.schema import ModelConfig
 from pmd.pretrained import load_tokenizer
 from pmd.tasks.prompts.chat import ChatPrompts
-from pmd.tasks.prompts.parsing import Reflected, strip_thinking
+from pmd.tasks.prompts.parsing import ParsedInsight, strip_thinking
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 TOKENIZER = load_tokenizer(ModelConfig(path="tiny_exam"))
@@ -98,7 +98,7 @@ GOOD = '{"kind": "strategy", "title": "Mass", "content": "Compare masses."}'
     ],
 )
 def test_good_items_are_salvaged(text):
-    assert PROMPTS.parse_reflection(text).items == [Reflected("strategy", "Mass: Compare masses.")]
+    assert PROMPTS.parse_reflection(text).items == [ParsedInsight("strategy", "Mass: Compare masses.")]
 
 
 @pytest.mark.parametrize(

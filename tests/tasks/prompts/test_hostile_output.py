@@ -4,9 +4,10 @@ import json
 import random
 from dataclasses import dataclass
 
-from pmd.memory.procedural import ProceduralMemory
+from epochs import make_epoch
 
 from pmd.config.schema import MemoryConfig, ReflectionConfig
+from pmd.memory import ProceduralMemory, evolve_memory
 from pmd.memory.reflect import abstract, reflect
 from pmd.memory.tools.check import check
 from pmd.tasks.prompts.base import PromptFormat
@@ -112,16 +113,15 @@ def test_five_thousand_outputs_leave_a_sound_and_bounded_memory(tmp_path):
     keys = [task.memory_key for task in TASKS.values()]
     memory = ProceduralMemory(tmp_path / "memory.sqlite", config, keys, frozenset())
     engine, prompts = Raving(random.Random(0)), Plain()
-    num_outputs = num_malformed = num_rejected = num_unknown = num_refused = num_drafts = 0
+    num_outputs = num_malformed = num_rejected = num_unknown = num_refused = num_changes = 0
     for epoch in range(EPOCHS):
         groups = rollouts(epoch)
         found = reflect(engine, TASKS, groups, prompts, reflection, f"{epoch}", memory.known_insights)
-        num_items, num_usable = len(found.drafts) + found.num_unknown, found.num_prompts - found.num_malformed
+        num_items, num_usable = len(found.changes) + found.num_unknown, found.num_prompts - found.num_malformed
         assert num_usable <= num_items <= MAX_ITEMS * num_usable  # each output gave an item or is counted
-        learnt = memory.learn(
-            TASKS,
-            [rollout for group in groups for rollout in group],
-            found.drafts,
+        update = evolve_memory(
+            make_epoch(memory, TASKS, [rollout for group in groups for rollout in group], found.changes, epoch),
+            memory,
             lambda clusters, epoch=epoch: abstract(engine, clusters, prompts, reflection, f"{epoch}/abstract"),
             epoch,
         )
@@ -129,16 +129,16 @@ def test_five_thousand_outputs_leave_a_sound_and_bounded_memory(tmp_path):
         num_malformed += found.num_malformed
         num_rejected += found.num_rejected
         num_unknown += found.num_unknown
-        num_drafts += len(found.drafts)
-        num_refused += learnt.num_refused
-        per_problem = memory.store.query("SELECT count(*) FROM insights WHERE status = 'active' GROUP BY problem_id")
-        assert max(count for (count,) in per_problem) <= config.insights_per_task
+        num_changes += len(found.changes)
+        num_refused += update.num_refused
+        per_task = memory.store.query("SELECT count(*) FROM insights WHERE status = 'active' GROUP BY task_row")
+        assert max(count for (count,) in per_task) <= config.insights_per_task
     assert num_outputs == 5_000
     assert num_malformed > 1_000
     assert num_rejected > 500
     assert num_unknown > 300
-    assert num_drafts > 500
-    assert num_refused > 50  # of several outputs about one problem the first may retire what the next would edit
+    assert num_changes > 500
+    assert num_refused > 50  # of several outputs about one task the first may retire what the next would edit
     assert check(memory.store) == []
     kept = memory.store.insights()
     assert kept

@@ -6,10 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd.tasks.prompts.parsing import ACTIONS, KINDS, MAX_ITEM_CHARACTERS, MAX_ITEMS, Reflected, parse_items, parse_line
+from pmd.tasks.prompts.parsing import (
+    ACTIONS,
+    KINDS,
+    MAX_ITEM_CHARACTERS,
+    MAX_ITEMS,
+    ParsedInsight,
+    parse_items,
+    parse_line,
+)
 
 GOOD = '{"kind": "lesson", "title": "Units", "content": "Check them."}'
-ITEM = Reflected("lesson", "Units: Check them.")
+ITEM = ParsedInsight("lesson", "Units: Check them.")
 
 
 @pytest.mark.parametrize(
@@ -29,10 +37,10 @@ ITEM = Reflected("lesson", "Units: Check them.")
         ("kind: lesson\ntitle: Units\ncontent: Check them.\nkind: spell\ntitle: x\ncontent: y", [ITEM]),
         (" ".join([GOOD] * 9), [ITEM] * MAX_ITEMS),
         (GOOD.replace("Check", "\\ud800Check\\u0000"), [ITEM]),
-        ('{"action": "retire", "insight": 2}', [Reflected("strategy", "", "retire", 2)]),
+        ('{"action": "retire", "insight": 2}', [ParsedInsight("strategy", "", "retire", 2)]),
         (
             '{"action": "edit", "insight": "1", "title": "a", "content": "b"}',
-            [Reflected("strategy", "a: b", "edit", 1)],
+            [ParsedInsight("strategy", "a: b", "edit", 1)],
         ),
         ('{"action": "retire", "insight": true}', []),
         ('{"action": "retire"}', []),
@@ -50,7 +58,7 @@ def test_by_hand(text, items):
     assert parse_items(text).items == items
 
 
-def check_bounds(text: str) -> list[Reflected]:
+def check_bounds(text: str) -> list[ParsedInsight]:
     items, num_rejected = parse_items(text)
     assert len(items) <= MAX_ITEMS
     assert num_rejected >= 0

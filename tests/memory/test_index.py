@@ -11,8 +11,9 @@ from pmd.cli.memory import main
 from pmd.config.schema import MemoryConfig
 from pmd.errors import ConfigError, MemoryStoreError
 from pmd.memory.embed import HashEmbedder, SentenceEmbedder, load_embedder, make_embedder, validated
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 
 
 class Fixed:
@@ -44,9 +45,9 @@ def clustered(num: int, dimension: int, seed: int = 0) -> np.ndarray:
 
 
 def fill(store: MemoryStore, start: int, stop: int) -> None:
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for n in range(start, stop):
-            writer.add_problem(make_task(f"t{n}", key=str(n)))
+            writer.add_task(make_task(f"t{n}", key=str(n)))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def stored(tmp_path: Path):
 
 
 def test_graph_search_equals_exact_search(stored):
-    index = ProblemIndex.open(stored)
+    index = TaskIndex.open(stored)
     queries = clustered(700, 48)[500:600]
     exact = index.search(queries, 10, exact=True)
     graph = index.search(queries, 10, exact=False)
@@ -69,29 +70,29 @@ def test_graph_search_equals_exact_search(stored):
     assert exact[0][0][0] == int(best.argmax()) + 1
 
 
-def test_more_neighbours_than_problems(stored, open_store):
-    index = ProblemIndex.open(stored)
+def test_more_neighbours_than_tasks(stored, open_store):
+    index = TaskIndex.open(stored)
     query = clustered(700, 48)[:1]
     for exact in (True, False):
         assert len(index.search(query, 10_000, exact=exact)[0]) == 500
-    empty = ProblemIndex.open(open_store())
+    empty = TaskIndex.open(open_store())
     assert empty.search(HashEmbedder(64).embed(["a"]), 5) == [[]]
 
 
 def test_growing_equals_rebuilding(stored):
-    index = ProblemIndex.open(stored)
+    index = TaskIndex.open(stored)
     fill(stored, 500, 700)
     index.refresh()
-    grown = stored.path.with_name("problems.hnsw").read_bytes()
-    stored.path.with_name("problems.hnsw").unlink()
-    again = ProblemIndex.open(stored)
+    grown = stored.path.with_name("tasks.hnsw").read_bytes()
+    stored.path.with_name("tasks.hnsw").unlink()
+    again = TaskIndex.open(stored)
     assert again.rebuilt_because == "there is no index file"
     queries = clustered(300, 48, seed=5)
     assert index.search(queries, 20, exact=False) == again.search(queries, 20, exact=False)
     assert len(again) == 700
     # The file differs in nothing but the room it reserves.
-    assert len(stored.path.with_name("problems.hnsw").read_bytes()) == len(grown)
-    loaded = ProblemIndex.open(stored)
+    assert len(stored.path.with_name("tasks.hnsw").read_bytes()) == len(grown)
+    loaded = TaskIndex.open(stored)
     assert loaded.rebuilt_because == ""
     assert loaded.search(queries, 20, exact=False) == index.search(queries, 20, exact=False)
 
@@ -130,27 +131,27 @@ def set_in_manifest(key: str, value):
     ],
 )
 def test_any_mismatch_rebuilds(stored, harm, reason):
-    path = stored.path.with_name("problems.hnsw")
-    ProblemIndex.open(stored)
+    path = stored.path.with_name("tasks.hnsw")
+    TaskIndex.open(stored)
     whole = path.read_bytes()
-    assert ProblemIndex.open(stored).rebuilt_because == ""
+    assert TaskIndex.open(stored).rebuilt_because == ""
     harm(path)
-    index = ProblemIndex.open(stored)
+    index = TaskIndex.open(stored)
     assert reason in index.rebuilt_because
     assert path.read_bytes() == whole
-    assert ProblemIndex.open(stored).rebuilt_because == ""
+    assert TaskIndex.open(stored).rebuilt_because == ""
 
 
 def test_an_index_behind_the_store_is_rebuilt(stored):
-    ProblemIndex.open(stored)
+    TaskIndex.open(stored)
     fill(stored, 500, 501)
-    index = ProblemIndex.open(stored)
+    index = TaskIndex.open(stored)
     assert "count" in index.rebuilt_because
     assert len(index) == 501
 
 
 def test_what_is_no_unit_vector_is_refused(stored):
-    index = ProblemIndex.open(stored)
+    index = TaskIndex.open(stored)
     query = clustered(40, 48)[:1]
     for bad in (query * np.nan, query * 2, query[:, :40]):
         with pytest.raises(MemoryStoreError, match="embedding"):
@@ -158,7 +159,7 @@ def test_what_is_no_unit_vector_is_refused(stored):
     stored.embedder.vectors[600] = np.nan
     with pytest.raises(MemoryStoreError, match="embedding length=nan of 1 of 1 texts must be 1"):
         fill(stored, 600, 601)
-    assert len(stored.problems()) == 500
+    assert len(stored.tasks()) == 500
 
 
 def test_hash_embedder():
@@ -193,12 +194,10 @@ def test_sentence_embedder(monkeypatch, tmp_path):
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
     config = MemoryConfig(cluster_support=1)
     with MemoryStore.open(tmp_path / "m.sqlite", embedder=embedder, config=config) as store:
-        from pmd.memory.behaviours import find_clusters
-
-        with store.update() as writer:
-            problem = writer.add_problem(make_task(key="melting point of salt"))
+        with open_writer(store) as writer:
+            problem = writer.add_task(make_task(key="melting point of salt"))
             writer.add_insight(problem, "strategy", "look at the ionic bonds", policy_version=0)
-            assert len(find_clusters(store, config)) == 1
+            assert len(writer.clusters()) == 1
         assert store.vectors("insights")[1].shape == (1, 384)
     with MemoryStore.open(tmp_path / "m.sqlite", read_only=True) as store:
         assert isinstance(store.embedder, SentenceEmbedder)
@@ -222,7 +221,7 @@ def test_command_takes_a_run_or_a_file_and_changes_nothing(run_directory, world,
     for store in (run_directory, path):
         assert main(["stats", str(store), "--json"]) == 0
         facts = {row["quantity"]: row["value"] for row in json.loads(capsys.readouterr().out)["memory"]}
-        assert facts["problems"] == 192
+        assert facts["tasks"] == 192
         assert facts["generation"] == 3
     assert main(["list", str(run_directory), "--kind", "strategy", "--limit", "3", "--json"]) == 0
     (rows,) = json.loads(capsys.readouterr().out).values()
@@ -232,13 +231,13 @@ def test_command_takes_a_run_or_a_file_and_changes_nothing(run_directory, world,
     assert main(["search", str(run_directory), world.key(name), "-k", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["text"].split()[1] for row in found["a teacher would be shown"]} == {name}
-    assert found["nearest training problems"][0]["text"].endswith(name)
-    for what in ("problem", "experience", "insight", "behaviour"):
+    assert found["nearest training tasks"][0]["text"].endswith(name)
+    for what in ("task", "experience", "insight", "behaviour"):
         assert main(["list", str(run_directory), what, "--status", "all", "--limit", "2"]) == 0
         assert main(["show", str(run_directory), what, "1"]) == 0
     assert f"use {world.names[0]}" in capsys.readouterr().out
     assert path.read_bytes() == before
-    assert not (path.parent / "problems.hnsw").exists()
+    assert not (path.parent / "tasks.hnsw").exists()
 
 
 def test_command_errors(run_directory, tmp_path):

@@ -8,16 +8,17 @@ from memory_world import make_rollout, make_task
 from pmd.cli.memory import main
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
-from pmd.memory.index import ProblemIndex
-from pmd.memory.retrieve import Query, Retriever
+from pmd.memory.index import TaskIndex
+from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
 from pmd.memory.tools.check import check
 from pmd.memory.tools.history import diff, rollback
 from pmd.memory.tools.transfer import export_file, export_lines, import_file
+from pmd.memory.update import open_writer
 
 ITEMS = {
-    "experiences": "SELECT id, problem_id, response, support, status FROM experiences ORDER BY id",
-    "insights": "SELECT id, problem_id, kind, content, support, status, last_policy_version FROM insights ORDER BY id",
+    "experiences": "SELECT id, task_row, response, support, status FROM experiences ORDER BY id",
+    "insights": "SELECT id, task_row, kind, content, support, status, last_policy_version FROM insights ORDER BY id",
     "behaviours": "SELECT id, content, support, version, status, evidence_sha FROM behaviours ORDER BY id",
     "links": "SELECT * FROM links ORDER BY 1, 2, 3, 4",
 }
@@ -48,7 +49,7 @@ def test_rollback_restores_every_item_and_can_be_rolled_back(world, store):
     assert check_without_index(store) == []
     rollback(store, 0)
     assert items(store) == seen[0]
-    assert len(store.problems()) == 192  # facts stay
+    assert len(store.tasks()) == 192  # facts stay
 
 
 def check_without_index(store: MemoryStore) -> list[str]:
@@ -57,11 +58,11 @@ def check_without_index(store: MemoryStore) -> list[str]:
 
 def test_diff_says_what_happened(open_store):
     store = open_store(insights_per_task=1)
-    with store.update() as writer:
-        problem = writer.add_problem(make_task())
+    with open_writer(store) as writer:
+        problem = writer.add_task(make_task())
         first = writer.add_insight(problem, "lesson", "a", policy_version=0)
         writer.add_experience(problem, make_rollout(text="x"), 0)
-    with store.update() as writer:
+    with open_writer(store) as writer:
         second = writer.add_insight(problem, "lesson", "b", policy_version=0)
         writer.add_experience(problem, make_rollout(text="x"), 0)
     found = {(d.level, d.item_id): d.change for d in diff(store, 1, 2)}
@@ -80,17 +81,14 @@ def test_an_export_gives_another_store_the_same_memory(world, grown, tmp_path):
     assert '"experiences"' not in {json.loads(line).get("type") for line in text.splitlines()}
     with MemoryStore.open(tmp_path / "other.sqlite", embedder=world.embedder()) as other:
         counts = import_file(other, tmp_path / "m.jsonl")
-        assert counts["problem"] == 192
+        assert counts["task"] == 192
         assert counts["insights"] == len(grown.insights())
         assert counts["behaviours"] == len(grown.behaviours())
         assert check_without_index(other) == []
-        queries = [Query(world.key(name), 3) for name in world.names]
-        found = [
-            [sorted(p.text for p in procedures) for procedures in Retriever(
-                s, ProblemIndex.open(s), s.embedder, grown.config).retrieve_many(queries)]
-            for s in (grown, other)
-        ]  # fmt: skip
-        assert found[0] == found[1]
+        one, two = (Retriever(s, TaskIndex.open(s), grown.config) for s in (grown, other))
+        for key in map(world.key, world.names):
+            found = [sorted(item.text for item in r.retrieve(key, seed=3)) for r in (one, two)]
+            assert found[0] == found[1]
         again = import_file(other, tmp_path / "m.jsonl")
         assert set(again.values()) == {0}
     with MemoryStore.open(tmp_path / "third.sqlite", embedder=HashEmbedder(32)) as third:  # another embedder will do
@@ -112,15 +110,15 @@ def spoil(line_number: int, **fields):
     [
         (lambda lines: ["{}", *lines[1:]], ":1 has format=None"),
         (lambda lines: [], ":1 has format=None"),
-        (spoil(0, version=2), ":1 has format=pmd-memory, version=2"),
-        (lambda lines: [*lines[:5], "{half", *lines[5:]], ":6 is no line"),
-        (lambda lines: [lines[0], "[]"], ":2 is no line"),
-        (lambda lines: [lines[0], lines[-1]], ":2 is no line|no insight"),
+        (spoil(0, version=3), ":1 has format=pmd-memory, version=3"),
+        (lambda lines: [*lines[:5], "{half", *lines[5:]], ":6 is not a line"),
+        (lambda lines: [lines[0], "[]"], ":2 is not a line"),
+        (lambda lines: [lines[0], lines[-1]], ":2 is not a line|no insight"),
         (spoil(1, split="test"), "split=test; memory keeps train only"),
-        (spoil(1, **{"id) VALUES (1); --": 1}), ":2 is no line .*unknown field"),
+        (spoil(1, **{"id) VALUES (1); --": 1}), ":2 is not a line .*unknown field"),
         (spoil(200, kind="spell"), "could not be written .*CHECK"),
-        (spoil(200, problem_id=10**9), ":201 is no line"),
-        (spoil(200, type="meta"), ":201 is no line"),
+        (spoil(200, task_row=10**9), ":201 is not a line"),
+        (spoil(200, type="meta"), ":201 is not a line"),
     ],
 )
 def test_a_bad_import_changes_nothing(world, grown, store, tmp_path, change, message):
@@ -129,19 +127,19 @@ def test_a_bad_import_changes_nothing(world, grown, store, tmp_path, change, mes
     (tmp_path / "bad.jsonl").write_text("\n".join(change(lines)))
     with pytest.raises(MemoryStoreError, match=message):
         import_file(store, tmp_path / "bad.jsonl")
-    assert store.problems() == []
+    assert store.tasks() == []
     assert store.generation == 0
 
 
 def test_check_finds_what_is_wrong(world, store):
     world.write_epoch(store, 0)
-    ProblemIndex.open(store)
+    TaskIndex.open(store)
     assert check(store) == []
-    store._db.execute("UPDATE problems SET embedding = zeroblob(2048) WHERE id = 3")
-    store._db.execute("DELETE FROM links WHERE child_level = 2 AND child_id = 1")
-    store._db.execute("INSERT INTO links VALUES (1, 99999, 0, 1, 'supports')")
+    store.db.execute("UPDATE tasks SET embedding = zeroblob(2048) WHERE id = 3")
+    store.db.execute("DELETE FROM links WHERE child_level = 2 AND child_id = 1")
+    store.db.execute("INSERT INTO links VALUES (1, 99999, 0, 1)")
     found = " ".join(check(store))
-    for sentence in ("vectors of problems are not of length 1: 1", "rests on no insight: 1, first id 1",
+    for sentence in ("vectors of tasks are not of length 1: 1", "rests on no insight: 1, first id 1",
                      "a link has no child: 1", "index file is not the store's"):  # fmt: skip
         assert sentence in found
 

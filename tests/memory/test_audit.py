@@ -1,24 +1,24 @@
-"""What audits find decides what stays: harmful items leave, useful shadows are promoted, known ones are absorbed."""
+"""What audits find decides what stays: harmful items leave, leaks are quarantined, known ones are internalized."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from memory_world import make_rollout
 
 from pmd.config.schema import MemoryConfig, ModelConfig, TeacherConfig, TinyWorldConfig
 from pmd.memory.audit import ShownGroup, answer_span, audit, choose_groups
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
 from pmd.memory.retrieve import Retriever
 from pmd.memory.tools.history import diff, rollback
+from pmd.memory.update import open_writer
 from pmd.policy import make_policy
 from pmd.pretrained import load_base, load_tokenizer
 from pmd.scoring import PolicyScorer
 from pmd.tasks.prompts.words import WordPrompts, parse_statement
 from pmd.tasks.tiny import load_tiny
 from pmd.tiny.world import make_world, rules_of, solution
-from pmd.types import Completion, InsightDraft, MemoryItem, Message, Rollout, Task, Verdict
+from pmd.types import Completion, InsightChange, MemoryItem, Message, Rollout, Task, Verdict
 
 
 def lifts(item_id: int, correct: float | None, wrong: float | None, **fields) -> ItemAudit:
@@ -29,12 +29,12 @@ def lifts(item_id: int, correct: float | None, wrong: float | None, **fields) ->
 
 def one_insight(store, text: str = "try the left door", kind: str = "strategy") -> int:
     task = Task("t", (Message("user", "which door"),), "exact", "train", answer="forty two", memory_key="door")
-    with store.update() as writer:
-        return writer.add_insight(writer.add_problem(task), kind, text, policy_version=0)
+    with open_writer(store) as writer:
+        return writer.add_insight(writer.add_task(task), kind, text, policy_version=0)
 
 
 def audit_in(store, *audits: ItemAudit) -> dict[str, int]:
-    with store.update() as writer:
+    with open_writer(store) as writer:
         return writer.audit(audits)
 
 
@@ -43,20 +43,19 @@ def status(store, item_id: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("probation", "audits", "wanted"),
+    ("audits", "wanted"),
     [
-        (False, [(-0.5, 0.1), (-0.4, 0.0), (-0.6, 0.1)], "retired"),  # lowers correct attempts
-        (False, [(0.1, 0.6), (0.1, 0.5), (0.2, 0.7)], "retired"),  # raises wrong ones more
-        (False, [(-0.5, 0.1), (-0.4, 0.0)], "active"),  # too little evidence
-        (False, [(-0.5, 0.1), (0.9, 0.0), (-0.4, 0.2)], "active"),  # not sure
-        (False, [(-0.001, 0.0), (-0.002, 0.0), (-0.001, 0.0)], "active"),  # within the margin
-        (False, [(None, 0.5), (None, 0.5), (None, 0.5)], "active"),  # wrong attempts alone decide nothing
-        (True, [(0.5, 0.0), (0.4, -0.1), (0.6, 0.0)], "active"),  # promoted
-        (True, [(0.001, 0.0), (0.0, 0.0), (0.0, 0.0)], "shadow"),
+        ([(-0.5, 0.1), (-0.4, 0.0), (-0.6, 0.1)], "retired"),  # lowers correct attempts
+        ([(0.1, 0.6), (0.1, 0.5), (0.2, 0.7)], "retired"),  # raises wrong ones more
+        ([(-0.5, 0.1), (-0.4, 0.0)], "active"),  # too little evidence
+        ([(-0.5, 0.1), (0.9, 0.0), (-0.4, 0.2)], "active"),  # not sure
+        ([(-0.001, 0.0), (-0.002, 0.0), (-0.001, 0.0)], "active"),  # within the margin
+        ([(0.5, 0.0), (0.4, -0.1), (0.6, 0.0)], "active"),  # useful
+        ([(None, 0.5), (None, 0.5), (None, 0.5)], "active"),  # wrong attempts alone decide nothing
     ],
 )
-def test_what_follows_from_lift(open_store, probation, audits, wanted):
-    store = open_store(probation=probation)
+def test_what_follows_from_lift(open_store, audits, wanted):
+    store = open_store()
     item = one_insight(store)
     audit_in(store, *(lifts(item, *pair) for pair in audits))
     assert status(store, item) == wanted
@@ -66,8 +65,8 @@ def test_evidence_accumulates_over_epochs_and_counts_once_for_equal_texts(open_s
     store = open_store()
     first = one_insight(store)
     other = Task("u", (Message("user", "which gate"),), "exact", "train", memory_key="gate")
-    with store.update() as writer:
-        second = writer.add_insight(writer.add_problem(other), "strategy", "try the left door", policy_version=0)
+    with open_writer(store) as writer:
+        second = writer.add_insight(writer.add_task(other), "strategy", "try the left door", policy_version=0)
     for _ in range(2):
         audit_in(store, lifts(first, -0.5, 0.0))
     assert status(store, first) == "active"
@@ -99,8 +98,8 @@ def test_absorbed_when_the_student_gains_nothing_and_back_when_it_does(open_stor
     audit_in(store, *[lifts(item, 0.5, 0.0)] * 3)
     assert status(store, item) == "active"
     audit_in(store, *[lifts(item, 0.5, None, student_lift=0.001)] * 3)
-    assert status(store, item) == "absorbed"
-    retriever = Retriever(store, ProblemIndex.open(store), store.embedder, store.config)
+    assert status(store, item) == "internalized"
+    retriever = Retriever(store, TaskIndex.open(store), store.config)
     assert [p.item_id for p in retriever.retrieve("door", seed=0)] == [item]  # the teacher still needs it
     audit_in(store, *[lifts(item, 0.5, None, student_lift=0.3 + n / 100) for n in range(3)])
     assert status(store, item) == "active"
@@ -109,7 +108,7 @@ def test_absorbed_when_the_student_gains_nothing_and_back_when_it_does(open_stor
 def test_usefulness_moves_the_rank(open_store):
     store = open_store(max_strategies=1)
     first, second = one_insight(store, "try the left door"), one_insight(store, "look for a key first")
-    retriever = Retriever(store, ProblemIndex.open(store), store.embedder, store.config)
+    retriever = Retriever(store, TaskIndex.open(store), store.config)
     assert [p.item_id for p in retriever.retrieve("door", seed=0)] == [first]
     audit_in(store, lifts(second, 0.2, 0.0))
     retriever.refresh()
@@ -187,29 +186,29 @@ def test_a_leaked_answer_is_quarantined(open_store):
     task = load_tiny(TinyWorldConfig(families=1), 0)["train"][0]
     name, rule = next(iter(make_world(4, 1, 0).items()))
     problem = parse_statement(task.question)
-    with store.update() as writer:
-        problem_id = writer.add_problem(task)
+    with open_writer(store) as writer:
+        task_row = writer.add_task(task)
         leak = writer.add_insight(
-            problem_id, "strategy", f"solved use {name} {solution(rule, problem)}", policy_version=0
+            task_row, "strategy", f"solved use {name} {solution(rule, problem)}", policy_version=0
         )
-        honest = writer.add_insight(problem_id, "strategy", f"strategy use {name} {rule}", policy_version=0)
+        honest = writer.add_insight(task_row, "strategy", f"strategy use {name} {rule}", policy_version=0)
     assert (status(store, leak), status(store, honest)) == ("quarantined", "active")
 
 
-def test_drafts_name_only_their_own_insights(open_store):
+def test_changes_reach_only_insights_of_their_own_task(open_store):
     store = open_store()
     mine = one_insight(store)
     other = Task("u", (Message("user", "which gate"),), "exact", "train", memory_key="gate")
-    with store.update() as writer:
-        gate = writer.add_problem(other)
+    with open_writer(store) as writer:
+        gate = writer.add_task(other)
         theirs = writer.add_insight(gate, "lesson", "never push", policy_version=0)
-        edit = InsightDraft("t", "strategy", "try the left door, then the right", (), "edit", mine)
-        assert writer.apply_draft(1, edit, 4, ())
-        assert not writer.apply_draft(1, replace(edit, target_id=theirs), 4, ())
-        assert not writer.apply_draft(1, replace(edit, action="retire", target_id=999), 4, ())
-        assert not writer.apply_draft(1, replace(edit, action="retire", target_id=None), 4, ())
-        assert writer.apply_draft(gate, replace(edit, action="retire", target_id=theirs), 4, ())
-    rows = store.query("SELECT version, previous_id, content FROM insights WHERE problem_id = 1 AND status = 'active'")
+        edit = InsightChange("t", "strategy", "try the left door, then the right", (), "edit", mine)
+        assert writer.apply_change(1, edit, 4, ())
+        assert not writer.apply_change(1, replace(edit, target_id=theirs), 4, ())
+        assert not writer.apply_change(1, replace(edit, action="retire", target_id=999), 4, ())
+        assert not writer.apply_change(1, replace(edit, action="retire", target_id=None), 4, ())
+        assert writer.apply_change(gate, replace(edit, action="retire", target_id=theirs), 4, ())
+    rows = store.query("SELECT version, previous_id, content FROM insights WHERE task_row = 1 AND status = 'active'")
     assert rows == [(2, mine, "try the left door, then the right")]
     assert (status(store, mine), status(store, theirs)) == ("retired", "retired")
 
@@ -219,35 +218,7 @@ def test_near_duplicates_become_one_with_all_evidence(open_store):
     one = one_insight(store, "check the units of every term before adding")
     two = one_insight(store, "check the units of every term before adding them")
     lesson = one_insight(store, "check the units of every term before adding", kind="lesson")
-    with store.update() as writer:
+    with open_writer(store) as writer:
         assert writer.merge([1]) == 1
     rows = store.query("SELECT id, status, support FROM insights ORDER BY id")
     assert rows == [(one, "active", 2), (two, "retired", 0), (lesson, "active", 1)]
-
-
-def test_an_older_schema_is_brought_up_to_date(world, open_store, tmp_path):
-    import sqlite3
-
-    from pmd.memory.store import MemoryStore
-
-    new = open_store("new.sqlite")
-    old = open_store("old.sqlite")
-    one_insight(old)
-    old.close()
-    path = Path(old.path)
-    db = sqlite3.connect(path)  # what version 1 looked like
-    db.execute("DROP INDEX audits_by_item")
-    for column in ("version", "num_correct", "num_wrong", "masked_lift_correct", "masked_lift_wrong", "student_lift"):
-        db.execute(f"ALTER TABLE audits DROP COLUMN {column}")
-    db.execute("PRAGMA user_version=1")
-    db.commit()
-    db.close()
-    path.with_name("old.sqlite.sum").unlink()
-    with MemoryStore.open(path, read_only=True) as store:
-        assert store.query("SELECT count(version) FROM audits") == [(0,)]
-    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (1,)  # a reader changes nothing
-    with MemoryStore.open(path) as store:
-        assert len(store.insights()) == 1
-        for pragma in ("table_info(audits)", "user_version"):
-            assert store.query(f"PRAGMA {pragma}") == new.query(f"PRAGMA {pragma}")
-        audit_in(store, lifts(1, 0.1, 0.0))

@@ -14,24 +14,25 @@ from memory_world import make_task
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import MemoryItem
 
 
 def dump(store: MemoryStore) -> list[str]:
-    return list(store._db.iterdump())
+    return list(store.db.iterdump())
 
 
 def test_an_update_is_whole_or_nothing(open_store):
     store = open_store()
-    with store.update() as writer:
-        problem = writer.add_problem(make_task())
+    with open_writer(store) as writer:
+        problem = writer.add_task(make_task())
     before = dump(store)
 
     def fail_half_way():
-        with store.update() as writer:
-            writer.add_problem(make_task("other"))
+        with open_writer(store) as writer:
+            writer.add_task(make_task("other"))
             writer.add_insight(problem, "lesson", "a", policy_version=0)
             raise RuntimeError("half way")
 
@@ -39,38 +40,43 @@ def test_an_update_is_whole_or_nothing(open_store):
         fail_half_way()
     assert dump(store) == before
     assert store.generation == int(store.meta("generation")) == 1
-    with store.update():
+    with open_writer(store):
         pass
     assert store.generation == int(store.meta("generation")) == 2
 
 
 def test_updates_do_not_nest(open_store):
     store = open_store()
-    with pytest.raises(MemoryStoreError, match="inside"), store.update(), store.update():
+    with pytest.raises(MemoryStoreError, match="inside"), open_writer(store), open_writer(store):
         pass
     assert store.generation == 0
 
 
 def test_a_second_writer_is_found_out(open_store):
     first, second = open_store(), open_store()
-    with first.update() as writer:
-        writer.add_problem(make_task())
-    with pytest.raises(MemoryStoreError, match="another process wrote to it"), second.update():
+    with open_writer(first) as writer:
+        writer.add_task(make_task())
+    with pytest.raises(MemoryStoreError, match="another process wrote to it"), open_writer(second):
         pass
     assert first.generation == int(second.meta("generation")) == 1
 
 
-def test_retrievals_are_written_with_the_next_update(open_store):
+def test_retrievals_are_logged_with_the_generation_that_was_read(open_store):
     store = open_store()
-    store.log_retrievals(7, "g", [MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5)])
+    shown, dropped = MemoryItem(3, 1, "lesson", "x", 1, "t", 0.5), MemoryItem(4, 1, "lesson", "y", 1, "t", 0.4)
+
+    def log_and_fail():
+        with open_writer(store) as writer:
+            writer.log_retrievals(7, "g", [shown], [dropped])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        log_and_fail()
     assert store.query("SELECT count(*) FROM retrievals") == [(0,)]
-    with pytest.raises(RuntimeError), store.update():
-        raise RuntimeError
-    for _ in range(2):
-        with store.update():
-            pass
-    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity FROM retrievals"
-    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5)]
+    with open_writer(store) as writer:
+        writer.log_retrievals(7, "g", [shown], [dropped])
+    sql = "SELECT generation, step, group_id, level, item_id, rank, similarity, included FROM retrievals"
+    assert store.query(sql) == [(0, 7, "g", 1, 3, 0, 0.5, 1), (0, 7, "g", 1, 4, 1, 0.4, 0)]
 
 
 def test_two_equal_builds_have_equal_content(world, tmp_path):
@@ -79,9 +85,9 @@ def test_two_equal_builds_have_equal_content(world, tmp_path):
         store = MemoryStore.open(tmp_path / name / "m.sqlite", embedder=world.embedder())
         world.write_epoch(store, 0)
         world.write_epoch(store, 1)
-        ProblemIndex.open(store)
+        TaskIndex.open(store)
         dumps.append(dump(store))
-        files.append((tmp_path / name / "problems.hnsw").read_bytes())
+        files.append((tmp_path / name / "tasks.hnsw").read_bytes())
         store.close()
     assert dumps[0] == dumps[1]
     assert files[0] == files[1]
@@ -118,7 +124,7 @@ def test_restore_is_not_undone_by_a_log_left_behind(world, tmp_path):
         world = World()
         reader = sqlite3.connect({str(path)!r}, isolation_level=None)
         reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM problems").fetchall()
+        reader.execute("SELECT count(*) FROM tasks").fetchall()
         store = MemoryStore.open({str(path)!r}, embedder=world.embedder())
         world.write_epoch(store, 0)
         os._exit(9)
@@ -128,7 +134,7 @@ def test_restore_is_not_undone_by_a_log_left_behind(world, tmp_path):
     MemoryStore.restore(path, data)
     store = MemoryStore.open(path, embedder=world.embedder())
     assert store.generation == 0
-    assert store.problems() == []
+    assert store.tasks() == []
     store.close()
 
 
@@ -158,8 +164,8 @@ def test_the_store_knows_its_own_embedder(open_store):
     with MemoryStore.open(store.path, read_only=True) as reader:
         assert reader.embedder.name == embedder.name
         assert (reader.embedder.embed(["a c d"]) == embedder.embed(["a c d"])).all()
-        with pytest.raises(MemoryStoreError, match="could not be written"), reader.update() as writer:
-            writer.add_problem(make_task())
+        with pytest.raises(MemoryStoreError, match="could not be written"), open_writer(reader) as writer:
+            writer.add_task(make_task())
 
 
 def test_open_refuses_what_is_no_store_of_this_version(open_store, tmp_path):
@@ -171,7 +177,7 @@ def test_open_refuses_what_is_no_store_of_this_version(open_store, tmp_path):
     with pytest.raises(MemoryStoreError, match=r"text.sqlite is damaged or no SQLite file"):
         open_store("text.sqlite")
     store = open_store()
-    store._db.execute("PRAGMA user_version=99")
+    store.db.execute("PRAGMA user_version=99")
     store.close()
     with pytest.raises(MemoryStoreError, match="schema version=99, this program reads 1"):
         open_store()
@@ -192,11 +198,11 @@ def test_open_refuses_a_damaged_file(world, tmp_path):
 
 KILLED = """
 from memory_world import World
-from pmd.memory.index import ProblemIndex
+from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 world = World()
 store = MemoryStore.open({path!r}, embedder=world.embedder())
-index = ProblemIndex.open(store)
+index = TaskIndex.open(store)
 print("open", flush=True)
 while True:
     world.write_epoch(store, store.generation, attempts=2)
@@ -206,7 +212,7 @@ while True:
     store.close()
     MemoryStore.restore({path!r}, data)
     store = MemoryStore.open({path!r}, embedder=world.embedder())
-    index = ProblemIndex.open(store)
+    index = TaskIndex.open(store)
 """
 
 
@@ -232,7 +238,7 @@ def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> 
                 world.write_epoch(reference, reference.generation, attempts=2)
                 contents[reference.generation] = dump(reference)
             assert dump(store) == contents[store.generation]  # nothing half written
-            assert len(ProblemIndex.open(store)) == len(store.problems())
+            assert len(TaskIndex.open(store)) == len(store.tasks())
     reference.close()
     return reference.generation
 
@@ -253,14 +259,14 @@ def test_a_full_disk_is_named_and_harms_nothing(world, tmp_path):
         import resource, signal
         from memory_world import World
         from pmd.errors import MemoryStoreError
-        from pmd.memory.index import ProblemIndex
+        from pmd.memory.index import TaskIndex
         from pmd.memory.store import MemoryStore
         world = World()
         store = MemoryStore.open({str(tmp_path / "m.sqlite")!r}, embedder=world.embedder())
         world.write_epoch(store, 0)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        for act in (lambda: ProblemIndex.open(store), lambda: world.write_epoch(store, 1)):
+        for act in (lambda: TaskIndex.open(store), lambda: world.write_epoch(store, 1)):
             try:
                 act()
             except MemoryStoreError as error:
@@ -275,4 +281,4 @@ def test_a_full_disk_is_named_and_harms_nothing(world, tmp_path):
     assert "could not be written (" in store_error
     with MemoryStore.open(tmp_path / "m.sqlite", embedder=world.embedder()) as store:
         assert store.generation == 1
-        assert len(ProblemIndex.open(store)) == 192
+        assert len(TaskIndex.open(store)) == 192

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from command_line import run_pmd
 from memory_world import World
-from pmd.memory.procedural import ProceduralMemory
 
-from pmd.callbacks.memory import MemoryUpdateCallback
+from pmd.callbacks.memory import MemoryCallback
 from pmd.cli import main
+from pmd.config.schema import ReflectionConfig
 from pmd.errors import MemoryStoreError
-from pmd.memory.index import ProblemIndex
+from pmd.memory import EpochRecord, ProceduralMemory
+from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 
 READING = (
@@ -35,7 +36,7 @@ def sound(tmp_path_factory) -> Path:
     with MemoryStore.open(folder / "m.sqlite", embedder=world.embedder()) as store:
         for epoch in range(2):
             world.write_epoch(store, epoch)
-        ProblemIndex.open(store)
+        TaskIndex.open(store)
     assert main(["memory", "export", str(folder / "m.sqlite"), str(folder / "given.jsonl")]) == 0
     return folder
 
@@ -61,7 +62,7 @@ def test_the_sound_store_passes_every_command(copy, capsys):
     for command in READING:
         assert main(["memory", command[0], str(copy), *command[1:]]) == 0, command
     assert sorted(path.name for path in copy.parent.iterdir() if path.name[-4:] not in ("-shm", "-wal")) == [
-        "given.jsonl", "m.sqlite", "m.sqlite.sum", "out.html", "out.jsonl", "problems.hnsw", "problems.json",
+        "given.jsonl", "m.sqlite", "m.sqlite.sum", "out.html", "out.jsonl", "tasks.hnsw", "tasks.json",
     ]  # fmt: skip
     for command in WRITING:
         assert main(["memory", command[0], str(copy), *command[1:]]) == 0, command
@@ -146,7 +147,7 @@ def left_in_the_log(copy: Path) -> Path:
         world = World()
         reader = sqlite3.connect({str(copy)!r}, isolation_level=None)
         reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM problems").fetchall()
+        reader.execute("SELECT count(*) FROM tasks").fetchall()
         store = MemoryStore.open({str(copy)!r}, embedder=world.embedder())
         world.write_epoch(store, 2)
         os._exit(9)
@@ -218,7 +219,15 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(copy, world):
         keys = [task.memory_key for task in world.tasks]
         config = store.config
     memory = ProceduralMemory(copy, config, keys, frozenset())
-    callback = MemoryUpdateCallback(memory, None, None, copy.parent / "items")  # type: ignore[arg-type]
+    callback = MemoryCallback(
+        EpochRecord(),
+        memory,
+        None,
+        None,
+        ReflectionConfig(),
+        0,
+        copy.parent / "items",  # type: ignore[arg-type]
+    )
     state = callback.state_dict()
     callback.load_state_dict(state)
     kept = memory.store.insights()
@@ -281,7 +290,7 @@ def test_a_folder_without_room(copy):
     assert "could not be written" in run("rollback", str(copy), "0")
     assert "free disk space" in run("export", str(copy), "out.jsonl", "--experiences")
     assert "free disk space" in run("report", str(copy), "--out", "out.html")
-    copy.with_name("problems.hnsw").unlink()
+    copy.with_name("tasks.hnsw").unlink()
     assert "could not be written whole" in run("rebuild", str(copy))
     assert copy.read_bytes() == before
     assert main(["memory", "rebuild", str(copy)]) == 0
