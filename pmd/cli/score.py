@@ -58,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         score_file(options)
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the verdicts so far are kept", file=sys.stderr)
         return 130
@@ -112,7 +115,7 @@ def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
     problems += [f"{options.tasks}: {problem}" for problem in named.values() if problem]
     known = set(tasks) if not problems else None
     if options.completions.exists() and not options.completions.is_file():
-        problems.append(f"--completions={options.completions} must be a file, because it is read twice; write one.")
+        problems.append(f"--completions={options.completions} must be a file, since it is read twice; write one.")
     else:
         for entry in iterate_lines(options.completions):
             problems += [entry] if isinstance(entry, str) else _check_completion(entry, known)
@@ -151,7 +154,7 @@ def _write(out: TextIO, path: Path, fields: dict[str, Any]) -> None:
 def _check_completion(line: Line, known: set[str] | None) -> list[str]:
     problems = []
     if not isinstance(line.fields.get("completion"), str):
-        problems.append(line.problem("completion", "must be text", "write the completion there"))
+        problems.append(line.problem("completion", "must be a string", "write the completion there"))
     if not isinstance(line.fields.get("id"), str | int):
         problems.append(line.problem("id", "must be the id of a task", "name the task"))
     elif known is not None and str(line.fields["id"]) not in known:
@@ -192,3 +195,7 @@ def _fields(verdict: Verdict) -> dict[str, Any]:
         "seconds": round(verdict.seconds, 6),
     }
     return fields | passed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,8 @@ RIGHT = [
 WRONG = [
     "memory.kk=3", "memroy.k=3", "optimizer.lr=fast", "optimizer.lr=0", "objective.alpha=1.5", "objective.alpha=both",
     "objective.top_k=0", "memory.enabled=1", "memory.k=true", "memory.levels=[3]", "memory=3", "model.lora_dropout=1",
-    "data.world.boxes=5", "seed_everything=-1", "trainer.max_epochs=0", "trainer.max_steps=many", "trainer.logger=false",
+    "data.world.boxes=5", "seed_everything=-1", "trainer.max_epochs=0", "trainer.max_steps=many",
+    "trainer.logger=false",
     "trainer.max_epoch=3", "trainer.devices=2", "trainer.precision=16-mixed", "trainer.accelerator=gpuu",
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from pmd.cli import main
+from pmd.cli.score import main
 
 CODE = {"kind": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}], "time_limit_s": 5, "memory_mb": 512}
 TASKS = [
@@ -44,7 +44,7 @@ def run(folder, tasks, completions, *flags):
     write(folder / "t.jsonl", tasks)
     write(folder / "c.jsonl", completions)
     arguments = [f"--tasks={folder / 't.jsonl'}", f"--completions={folder / 'c.jsonl'}", f"--out={folder / 'v.jsonl'}"]
-    return main(["score", *arguments, *flags])
+    return main([*arguments, *flags])
 
 
 def test_verdicts_come_in_the_order_of_the_completions(tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_unknown_ids_and_missing_files(tmp_path, capsys):
     assert run(tmp_path, TASKS[2:3], [{"id": "other", "completion": "B"}]) == 2
     assert 'id="other": must be the id of a task' in capsys.readouterr().err
     nowhere = str(tmp_path / "nowhere")
-    assert main(["score", "--tasks", nowhere, "--completions", nowhere, "--out", str(tmp_path / "v")]) == 2
+    assert main(["--tasks", nowhere, "--completions", nowhere, "--out", str(tmp_path / "v")]) == 2
     error = capsys.readouterr().err
     assert error.count("nowhere") >= 2
 
@@ -100,14 +100,14 @@ def test_the_files_that_are_read_are_never_written(tmp_path, capsys):
     assert "cannot be written (Is a directory)" in capsys.readouterr().err
     os.mkfifo(tmp_path / "fifo")
     assert run(tmp_path, TASKS[2:3], [], f"--completions={tmp_path / 'fifo'}") == 2
-    assert "must be a file, because it is read twice" in capsys.readouterr().err
+    assert "must be a file, since it is read twice" in capsys.readouterr().err
 
 
 def test_byte_order_marks_and_line_ends_of_windows(tmp_path):
     for name, line in (("t.jsonl", TASKS[2]), ("c.jsonl", {"id": "choice", "completion": "B"})):
         (tmp_path / name).write_text(f"\ufeff{json.dumps(line)}\r\n\r\n")
     paths = [f"--{name}={tmp_path / name[0]}.jsonl" for name in ("tasks", "completions")]
-    assert main(["score", *paths, f"--out={tmp_path / 'v.jsonl'}"]) == 0
+    assert main([*paths, f"--out={tmp_path / 'v.jsonl'}"]) == 0
     assert json.loads((tmp_path / "v.jsonl").read_text())["status"] == "ok"
 
 

@@ -24,11 +24,14 @@ import sys
 import threading
 import traceback
 import types
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pmd.verifiers.sandbox import kernel, landlock, rooms, seccomp
 from pmd.verifiers.sandbox.protocol import EXIT_MEMORY, Request
 from pmd.verifiers.sandbox.semaphores import ThreadSemLock
+
+if TYPE_CHECKING:
+    from pmd.verifiers.sandbox.zygote import Confinement
 
 FILE_NAME = "main.py"
 EXIT_ERROR = 1
@@ -51,18 +54,6 @@ ALSO_LOADED = ("array", "cmath", "dataclasses", "decimal", "enum", "fractions", 
 NAMES: dict[str, Any] = {}
 
 
-class Confinement(NamedTuple):
-    """What every child of one zygote is shut in with."""
-
-    stdin_writer: int | None  # in namespaces, with a root directory of its own: writes the input that stands there
-    writable: str  # a small directory to write to; empty if there is none
-    user: int | None  # becomes this user
-    ruleset: int | None  # Landlock
-    filter: bytes | None  # seccomp
-    zygote: int  # process id of the parent of every child
-    base_bytes: int  # address space of the interpreter before a program runs
-
-
 def prepare(packages: str) -> int:
     """Import once, before any fork, what programs use; return the address space taken so far, in bytes."""
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "EOF")  # as `site` would make them
@@ -83,7 +74,7 @@ def prepare(packages: str) -> int:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main(request: Request, stdin: int, ready: int, confinement: Confinement, offsets: tuple[int, ...]) -> NoReturn:
+def main(request: Request, stdin: int, ready: int, confinement: "Confinement", offsets: tuple[int, ...]) -> NoReturn:
     """Shut this process in and run the program."""
     files = request.files
     try:
@@ -111,7 +102,7 @@ def _arrange_descriptors(descriptors: tuple[int, ...], ruleset: int | None) -> N
     os.closerange(len(sources), os.sysconf("SC_OPEN_MAX"))
 
 
-def _shut_in(request: Request, confinement: Confinement, offsets: tuple[int, ...]) -> None:
+def _shut_in(request: Request, confinement: "Confinement", offsets: tuple[int, ...]) -> None:
     """Take away, in an order in which each step is still allowed: session, user, capabilities, files, calls."""
     os.setsid()
     os.chdir(confinement.writable or "/")
@@ -133,7 +124,7 @@ def _shut_in(request: Request, confinement: Confinement, offsets: tuple[int, ...
         kernel.install_filter(seccomp.with_pid(confinement.filter, offsets, os.getpid()))
 
 
-def _set_limits(request: Request, confinement: Confinement) -> None:
+def _set_limits(request: Request, confinement: "Confinement") -> None:
     limits = {
         resource.RLIMIT_AS: confinement.base_bytes + (request.memory_mb << 20) + RESERVED_BYTES,
         resource.RLIMIT_CPU: request.cpu_s,

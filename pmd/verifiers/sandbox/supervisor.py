@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from pmd.verifiers.sandbox import child, kernel, landlock, rooms, seccomp
-from pmd.verifiers.sandbox.child import Confinement
 from pmd.verifiers.sandbox.protocol import HELLO
-from pmd.verifiers.sandbox.zygote import serve
+from pmd.verifiers.sandbox.zygote import Confinement, serve
 
 NOBODY = 65534
 

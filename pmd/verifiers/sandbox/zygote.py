@@ -15,13 +15,24 @@ import time
 from typing import NamedTuple
 
 from pmd.verifiers.sandbox import child, protocol, rooms, seccomp
-from pmd.verifiers.sandbox.child import Confinement
 from pmd.verifiers.sandbox.protocol import Reply, Request
 
 #: How long a killed child may take to die before the zygote gives itself up.
 DYING_S = 5.0
 #: How long a child may take to shut itself in.
 STARTING_S = 5.0
+
+
+class Confinement(NamedTuple):
+    """What every child of this zygote is shut in with."""
+
+    stdin_writer: int | None  # in namespaces, with a root directory of its own: writes the input that stands there
+    writable: str  # a small directory to write to; empty if there is none
+    user: int | None  # becomes this user
+    ruleset: int | None  # Landlock
+    filter: bytes | None  # seccomp
+    zygote: int  # process id of the parent of every child
+    base_bytes: int  # address space of the interpreter before a program runs
 
 
 def serve(peer: socket.socket, confinement: Confinement) -> None:

@@ -16,7 +16,7 @@ import pytest
 import strangers
 import unusual
 
-from pmd.cli import main
+from pmd.cli.score import main
 
 STDIN = {"kind": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}], "memory_mb": 256}
 CALL = {"kind": "functional", "entry": "add", "cases": [{"args": [1, 2], "expected": 3}], "memory_mb": 256}
@@ -104,7 +104,7 @@ def score(folder: Path, groups: list[str], level: str) -> dict[tuple[str, str], 
     completions = [{"id": group, "completion": fence(program)} for group, _, program in lines]
     (folder / "completions.jsonl").write_text("".join(json.dumps(completion) + "\n" for completion in completions))
     paths = [f"--{name}={folder / name}.jsonl" for name in ("tasks", "completions")]
-    assert main(["score", *paths, f"--out={folder / 'verdicts.jsonl'}", "--workers=3", f"--sandbox={level}"]) == 0
+    assert main([*paths, f"--out={folder / 'verdicts.jsonl'}", "--workers=3", f"--sandbox={level}"]) == 0
     verdicts = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
     return {(group, name): verdict for (group, name, _), verdict in zip(lines, verdicts, strict=True)}
 

@@ -240,7 +240,7 @@ def test_nothing_outlives_a_scorer_that_is_ended(tmp_path, number):
     spin = "import threading\nfor _ in range(3): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()"
     line = json.dumps({"id": "t", "completion": f"```\n{spin}\n```"})
     (tmp_path / "c.jsonl").write_text("\n".join([line] * 4))
-    command = [sys.executable, "-m", "pmd", "score", f"--tasks={tmp_path}/t.jsonl"]
+    command = [sys.executable, "-m", "pmd.cli.score", f"--tasks={tmp_path}/t.jsonl"]
     scorer = subprocess.Popen(
         [*command, f"--completions={tmp_path}/c.jsonl", f"--out={tmp_path}/v.jsonl"],
         stderr=subprocess.PIPE,
