@@ -41,6 +41,7 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
         *_engine_problems(run),
         *_memory_problems(run),
         *_data_problems(run.data),
+        *_logging_problems(run),
     ]
     if problems:
         raise ConfigError(problems)
@@ -244,8 +245,6 @@ def _memory_problems(run: RunConfig) -> list[str]:
             "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
         )
     problems += _embedder_problems(memory.embedder) if memory.enabled else []
-    if run.wandb != "off" and find_spec("wandb") is None:
-        problems.append(f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'.")
     return problems
 
 
@@ -259,6 +258,12 @@ def _data_problems(data: DataConfig) -> list[str]:
             "jsonl task names its own in `tests`)."
         )
     return problems
+
+
+def _logging_problems(run: RunConfig) -> list[str]:
+    if run.wandb != "off" and find_spec("wandb") is None:
+        return [f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'."]
+    return []
 
 
 def _embedder_problems(embedder: str) -> list[str]:
