@@ -2,7 +2,7 @@
 
     python benchmarks/audit_tiny.py --out runs/planted
 
-For each family of the tiny world a strategy with a wrong rule is planted on one problem, and on another a line that
+For each family of the tiny world a strategy with a wrong rule is planted on one task, and on another a line that
 gives its answer away, through `memory.import_path`. The run is the whole loop with audits on. Printed at the end:
 precision and recall of retirement (an item is wrong if the world says so), how far usefulness separates true from
 false items, the gap to the placebo, internalized items by epoch, what became of the leaks.
@@ -128,8 +128,8 @@ def main() -> None:
     with MemoryStore.open(arguments.out / "memory" / "memory.sqlite", read_only=True) as store:
         found = figures(store, make_world(WORLD.boxes, WORLD.families, arguments.seed))
     with (arguments.out / "metrics.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("memory/absorbed_rate")]
-    for name in ("placebo_gap", "absorbed_rate"):
+        rows = [row for row in csv.DictReader(file) if row.get("memory/internalized_rate")]
+    for name in ("placebo_gap", "internalized_rate"):
         found[f"{name} by epoch"] = [round(float(row[f"memory/{name}"] or "nan"), 3) for row in rows]
     print(json.dumps(found, indent=1))
 

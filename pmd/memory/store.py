@@ -201,7 +201,10 @@ class MemoryStore:
             "SELECT id, content, support, evidence_sha, policy_version, version, status, usefulness"
             f" FROM behaviours WHERE {_has_status(status)} ORDER BY id"
         )
-        return [Behaviour(*row, tuple(members.get(row[0], ())), tuple(sorted(tasks.get(row[0], ())))) for row in rows]
+        return [
+            Behaviour(*row, member_ids=tuple(members.get(row[0], ())), task_rows=tuple(sorted(tasks.get(row[0], ()))))
+            for row in rows
+        ]
 
     def vectors(self, table: str) -> tuple[np.ndarray, np.ndarray]:
         """Return ids [n] and vectors [n, D] of `tasks`, or of the live `insights` or `behaviours`, in id order.

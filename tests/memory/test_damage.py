@@ -1,8 +1,8 @@
 """A store that was damaged, cut, mixed up or locked: found out at the next opening, said in one sentence."""
 
+import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run_pmd
-from memory_world import World
+from memory_world import World, leave_a_log
 
 from pmd.callbacks.memory import MemoryCallback
 from pmd.cli import main
@@ -138,28 +138,8 @@ def test_a_store_of_another_generation_than_its_checksum(copy, capsys, world, tm
     assert main(["memory", "stats", str(copy)]) == 0
 
 
-def left_in_the_log(copy: Path) -> Path:
-    """Write an epoch while a reader stands in the way, and die: the epoch is in the write-ahead log alone."""
-    script = textwrap.dedent(f"""
-        import os, sqlite3
-        from memory_world import World
-        from pmd.memory.store import MemoryStore
-        world = World()
-        reader = sqlite3.connect({str(copy)!r}, isolation_level=None)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM tasks").fetchall()
-        store = MemoryStore.open({str(copy)!r}, embedder=world.embedder())
-        world.write_epoch(store, 2)
-        os._exit(9)
-    """)
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
-    log = copy.with_name("m.sqlite-wal")
-    assert log.stat().st_size > 0
-    return log
-
-
 def test_a_log_left_behind_is_read(copy, world):
-    left_in_the_log(copy)
+    leave_a_log(copy, 2)
     with MemoryStore.open(copy, embedder=world.embedder()) as store:
         assert store.generation == 3
         world.write_epoch(store, 3)
@@ -185,7 +165,7 @@ def flip_in_the_middle(log: Path) -> None:
     ],
 )
 def test_a_lost_or_damaged_log_is_found(copy, capsys, harm):
-    log = left_in_the_log(copy)
+    log = leave_a_log(copy, 2)
     harm(log)
     copy.with_name("m.sqlite-shm").unlink(missing_ok=True)
     for command in (("stats",), ("rollback", "0")):
@@ -257,7 +237,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_writing(sound, capsys, log):
         shutil.copytree(sound, folder)
         store = folder / "m.sqlite"
         if log:
-            left_in_the_log(store)
+            leave_a_log(store, 2)
         for path in (*folder.iterdir(), folder, Path(name)):
             path.chmod(0o555 if path.is_dir() else 0o444)
         try:
@@ -273,25 +253,31 @@ def test_a_read_only_folder_can_be_read_and_refuses_writing(sound, capsys, log):
 
 
 def test_a_folder_without_room(copy):
-    """A limit on file sizes stands for a full disk, through the real command line."""
+    """A limit on file sizes stands for a full disk, through the command line."""
     before = copy.read_bytes()
     limit = 1024 * (len(before) // 1024 // 8)  # room for the export, none for the store's next generation
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "pmd", "memory", *arguments], capture_output=True, text=True, check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )  # fmt: skip
-        assert done.returncode == 1, done.stderr
-        assert "Traceback" not in done.stderr
-        assert done.stderr.count("\n") == 1
-        return done.stderr
-
-    assert "could not be written" in run("rollback", str(copy), "0")
-    assert "free disk space" in run("export", str(copy), "out.jsonl", "--experiences")
-    assert "free disk space" in run("report", str(copy), "--out", "out.html")
     copy.with_name("tasks.hnsw").unlink()
-    assert "could not be written whole" in run("rebuild", str(copy))
+    refused = {
+        ("rollback", "0"): "could not be written",
+        ("export", "out.jsonl", "--experiences"): "free disk space",
+        ("report", "--out", "out.html"): "free disk space",
+        ("rebuild",): "could not be written whole",
+    }
+    script = textwrap.dedent(f"""
+        import contextlib, io, json, resource
+        from pmd.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        for command in {[list(command) for command in refused]!r}:
+            with contextlib.redirect_stderr(io.StringIO()) as error:
+                code = main(["memory", command[0], {str(copy)!r}, *command[1:]])
+            print(json.dumps([code, error.getvalue()]))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    for (code, sentence), words in zip(told, refused.values(), strict=True):
+        assert code == 1
+        assert words in sentence
+        assert sentence.count("\n") == 1
     assert copy.read_bytes() == before
     assert main(["memory", "rebuild", str(copy)]) == 0
     assert main(["memory", "check", str(copy)]) == 0

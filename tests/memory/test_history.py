@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from memory_world import make_rollout, make_task
+from memory_world import World, make_rollout, make_task
 
 from pmd.cli.memory import main
 from pmd.errors import MemoryStoreError
@@ -28,16 +28,21 @@ def items(store: MemoryStore) -> dict[str, list]:
     return {name: store.query(sql) for name, sql in ITEMS.items()}
 
 
+@pytest.fixture(scope="module")
+def few() -> World:
+    return World(families=8)
+
+
 @pytest.fixture
-def store(world, tmp_path):
-    with MemoryStore.open(tmp_path / "m.sqlite", embedder=world.embedder()) as store:
+def store(few, tmp_path):
+    with MemoryStore.open(tmp_path / "m.sqlite", embedder=few.embedder()) as store:
         yield store
 
 
-def test_rollback_restores_every_item_and_can_be_rolled_back(world, store):
+def test_rollback_restores_every_item_and_can_be_rolled_back(few, store):
     seen = [items(store)]
     for epoch in range(3):
-        world.write_epoch(store, epoch)
+        few.write_epoch(store, epoch)
         seen.append(items(store))
     undone = rollback(store, 1)
     assert store.generation == 4
@@ -49,7 +54,7 @@ def test_rollback_restores_every_item_and_can_be_rolled_back(world, store):
     assert check_without_index(store) == []
     rollback(store, 0)
     assert items(store) == seen[0]
-    assert len(store.tasks()) == 192  # facts stay
+    assert len(store.tasks()) == 48  # facts stay
 
 
 def check_without_index(store: MemoryStore) -> list[str]:
@@ -59,12 +64,12 @@ def check_without_index(store: MemoryStore) -> list[str]:
 def test_diff_says_what_happened(open_store):
     store = open_store(insights_per_task=1)
     with open_writer(store) as writer:
-        problem = writer.add_task(make_task())
-        first = writer.add_insight(problem, "lesson", "a", policy_version=0)
-        writer.add_experience(problem, make_rollout(text="x"), 0)
+        task_row = writer.add_task(make_task())
+        first = writer.add_insight(task_row, "lesson", "a", policy_version=0)
+        writer.add_experience(task_row, make_rollout(text="x"), 0)
     with open_writer(store) as writer:
-        second = writer.add_insight(problem, "lesson", "b", policy_version=0)
-        writer.add_experience(problem, make_rollout(text="x"), 0)
+        second = writer.add_insight(task_row, "lesson", "b", policy_version=0)
+        writer.add_experience(task_row, make_rollout(text="x"), 0)
     found = {(d.level, d.item_id): d.change for d in diff(store, 1, 2)}
     assert found == {(0, 1): "counted", (1, first): "retired", (1, second): "added"}
     back = {(d.level, d.item_id): d.change for d in diff(store, 2, 1)}
@@ -131,8 +136,8 @@ def test_a_bad_import_changes_nothing(world, grown, store, tmp_path, change, mes
     assert store.generation == 0
 
 
-def test_check_finds_what_is_wrong(world, store):
-    world.write_epoch(store, 0)
+def test_check_finds_what_is_wrong(few, store):
+    few.write_epoch(store, 0)
     TaskIndex.open(store)
     assert check(store) == []
     store.db.execute("UPDATE tasks SET embedding = zeroblob(2048) WHERE id = 3")
@@ -144,9 +149,9 @@ def test_check_finds_what_is_wrong(world, store):
         assert sentence in found
 
 
-def test_commands(world, store, tmp_path, capsys):
-    world.write_epoch(store, 0)
-    world.write_epoch(store, 1)
+def test_commands(few, store, tmp_path, capsys):
+    few.write_epoch(store, 0)
+    few.write_epoch(store, 1)
     path = str(store.path)
     assert main(["check", path]) == 1
     assert "there is no index file" in capsys.readouterr().out

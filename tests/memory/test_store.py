@@ -1,5 +1,7 @@
 """One truth: transactions, damage, mismatch, snapshots, kills."""
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -7,10 +9,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from memory_world import make_task
+from memory_world import World, leave_a_log, make_task, start_process
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import HashEmbedder
@@ -27,13 +30,13 @@ def dump(store: MemoryStore) -> list[str]:
 def test_an_update_is_whole_or_nothing(open_store):
     store = open_store()
     with open_writer(store) as writer:
-        problem = writer.add_task(make_task())
+        task_row = writer.add_task(make_task())
     before = dump(store)
 
     def fail_half_way():
         with open_writer(store) as writer:
             writer.add_task(make_task("other"))
-            writer.add_insight(problem, "lesson", "a", policy_version=0)
+            writer.add_insight(task_row, "lesson", "a", policy_version=0)
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
@@ -116,21 +119,7 @@ def test_restore_is_not_undone_by_a_log_left_behind(world, tmp_path):
     store = MemoryStore.open(path, embedder=world.embedder())
     data = store.snapshot()
     store.close()
-    # A process that died while a reader stood in the way left its write-ahead log beside the file.
-    script = textwrap.dedent(f"""
-        import os, sqlite3
-        from memory_world import World
-        from pmd.memory.store import MemoryStore
-        world = World()
-        reader = sqlite3.connect({str(path)!r}, isolation_level=None)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM tasks").fetchall()
-        store = MemoryStore.open({str(path)!r}, embedder=world.embedder())
-        world.write_epoch(store, 0)
-        os._exit(9)
-    """)
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
-    assert path.with_name("m.sqlite-wal").stat().st_size > 0
+    leave_a_log(path, 0)  # of a process that died while a reader was in the way
     MemoryStore.restore(path, data)
     store = MemoryStore.open(path, embedder=world.embedder())
     assert store.generation == 0
@@ -196,24 +185,21 @@ def test_open_refuses_a_damaged_file(world, tmp_path):
         MemoryStore.open(path, embedder=world.embedder())
 
 
-KILLED = """
-from memory_world import World
-from pmd.memory.index import TaskIndex
-from pmd.memory.store import MemoryStore
-world = World()
-store = MemoryStore.open({path!r}, embedder=world.embedder())
-index = TaskIndex.open(store)
-print("open", flush=True)
-while True:
-    world.write_epoch(store, store.generation, attempts=2)
-    print(store.generation, flush=True)
-    index.refresh()
-    data = store.snapshot()
-    store.close()
-    MemoryStore.restore({path!r}, data)
-    store = MemoryStore.open({path!r}, embedder=world.embedder())
+def write_forever(path: str, told: Connection) -> None:
+    """Write, snapshot, restore and index without end; tell each generation that was committed."""
+    world = World()
+    store = MemoryStore.open(path, embedder=world.embedder())
     index = TaskIndex.open(store)
-"""
+    told.send(store.generation)
+    while True:
+        world.write_epoch(store, store.generation, attempts=2)
+        told.send(store.generation)
+        index.refresh()
+        data = store.snapshot()
+        store.close()
+        MemoryStore.restore(path, data)
+        store = MemoryStore.open(path, embedder=world.embedder())
+        index = TaskIndex.open(store)
 
 
 def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> int:
@@ -222,18 +208,19 @@ def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> 
     reference = MemoryStore.open(folder / "reference.sqlite", embedder=world.embedder())
     contents = {0: dump(reference)}
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED.format(path=str(path))],
-            cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
+        receiving, sending = multiprocessing.Pipe(duplex=False)
+        process = start_process(write_forever, str(path), sending)
+        sending.close()
+        told = [receiving.recv()]
         time.sleep(moments.uniform(0.0, 0.6))
+        assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        told = [int(line) for line in process.stdout.read().splitlines() if line.strip().isdigit()]
-        process.wait()
+        process.join()
+        with contextlib.suppress(EOFError):  # the killed process's end of the pipe is closed
+            while True:
+                told.append(receiving.recv())
         with MemoryStore.open(path, embedder=world.embedder()) as store:
-            assert store.generation >= max(told, default=0)  # nothing committed is lost
+            assert store.generation >= max(told)  # nothing committed is lost
             while reference.generation < store.generation:
                 world.write_epoch(reference, reference.generation, attempts=2)
                 contents[reference.generation] = dump(reference)
