@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and that know their best score wherever the run is moved."""
+"""Checkpoints that are written completely or not at all, and whose run directory can be moved."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,13 @@ from pmd.errors import DiskError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old checkpoint and swaps the two: a full disk or a kill leaves the old one in place."""
+    """Writes to a temporary file and renames it: a full disk or a kill leaves the previous checkpoint in place."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`.
 
         Raises:
-            DiskError: it could not be written; what `path` held before is untouched.
+            DiskError: it could not be written; the previous file at `path` is untouched.
         """
         path = Path(path)
         part = path.with_suffix(".part")
@@ -39,10 +39,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class MovableCheckpoint(ModelCheckpoint):
-    """A run directory may be moved or copied: the best score so far goes with it. Lightning alone would forget it."""
+    """Keeps the best score so far when the run directory is moved or copied; Lightning's own class forgets it."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a run, its paths led into this run's own folder."""
+        """Load the state, with its paths changed to this run's own folder."""
 
         def here(path: str) -> str:
             return str(Path(str(self.dirpath), Path(path).name)) if path else path

@@ -1,4 +1,4 @@
-"""Keeps the per-token record of every so many steps, for `pmd inspect step`."""
+"""Keeps the per-token record of every n-th step, for `pmd inspect step`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pmd.trace import StepTrace
 
 
 class TraceCallback(Callback):
-    """Has the module record every `every`-th step, and writes the record into the run directory."""
+    """Has the module record every `every`-th step, and writes the record to the run directory."""
 
     def __init__(self, folder: Path, every: int):
         self.folder = folder

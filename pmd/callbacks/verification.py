@@ -1,6 +1,6 @@
-"""Held-out evaluation at epoch boundaries: memory-free, and memory-conditioned beside it.
+"""Held-out evaluation at epoch boundaries, without memory and, for comparison, with memory in the prompt.
 
-The gap between the two is what memory knows and the policy does not yet.
+The gap between the two is what the memory holds and the policy has not internalized yet.
 """
 
 import time
@@ -14,7 +14,7 @@ from pmd.types import Task
 
 
 class VerificationCallback(Callback):
-    """Logs `verify/...` on the validation problems; `ModelCheckpoint` watches `verify/avg`."""
+    """Logs `verify/...` on the validation tasks; `ModelCheckpoint` watches `verify/avg`."""
 
     def __init__(self, evaluator: Evaluator, tasks: list[Task], memory: ProceduralMemory | None):
         self.evaluator = evaluator
@@ -22,7 +22,7 @@ class VerificationCallback(Callback):
         self.memory = memory
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the policy stands before the first step; a resumed run has said so (its steps are counted now)."""
+        """Evaluate the policy before the first step of a new run."""
         if trainer.global_step == 0 and trainer.logger is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(self.measure(), step=0)
@@ -39,22 +39,22 @@ class VerificationCallback(Callback):
             pl_module.log("held_out", metrics["verify/avg"], prog_bar=True, logger=False, batch_size=1)
 
     def measure(self) -> dict[str, float]:
-        """Evaluate the validation problems now."""
+        """Evaluate on the validation tasks and return the metrics."""
         config = self.evaluator.config
-        free = score_samples(self.evaluator.memory_free(self.tasks, config.samples), config.pass_at)
-        metrics = _flatten("verify", free)
+        without_memory = score_samples(self.evaluator.memory_free(self.tasks, config.samples), config.pass_at)
+        metrics = _flatten(without_memory)
         if self.memory is not None and config.memory_conditioned:
             samples = self.evaluator.memory_conditioned(self.tasks, config.samples, self.memory)
             with_memory = score_samples(samples, config.pass_at)
             metrics["verify/memory_conditioned_avg"] = with_memory.avg
-            metrics["verify/not_internalised"] = with_memory.avg - free.avg
+            metrics["verify/not_internalized"] = with_memory.avg - without_memory.avg
         return metrics
 
 
-def _flatten(room: str, scores: Scores) -> dict[str, float]:
-    metrics = {f"{room}/avg": scores.avg, f"{room}/valid_rate": scores.valid_rate}
-    metrics |= {f"{room}/pass_at_{k}": value for k, value in scores.pass_at.items()}
-    metrics |= {f"{room}/coverage_at_{k}": value for k, value in scores.coverage_at.items()}
+def _flatten(scores: Scores) -> dict[str, float]:
+    metrics = {"verify/avg": scores.avg, "verify/valid_rate": scores.valid_rate}
+    metrics |= {f"verify/pass_at_{k}": value for k, value in scores.pass_at.items()}
+    metrics |= {f"verify/coverage_at_{k}": value for k, value in scores.coverage_at.items()}
     if len(scores.by_domain) > 1:
-        metrics |= {f"{room}/{domain}_avg": part.avg for domain, part in scores.by_domain.items()}
+        metrics |= {f"verify/{domain}_avg": part.avg for domain, part in scores.by_domain.items()}
     return metrics

@@ -16,8 +16,7 @@ from pmd.config.load import LoadedConfig
 from pmd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pmd.module import PMDModule
-    from pmd.planning.bench import StepRecord
+    from pmd.planning.bench import Measurement
 
 
 DESCRIPTION = """Measure training steps of a configuration, which is given as to `fit`.
@@ -50,10 +49,9 @@ def main(argv: list[str]) -> int:
             loaded.run.model = write_random_model(loaded.run.model, Path(folder) / "model")
         from pmd.planning.bench import summarise
 
-        module, records = _measure(loaded, arguments, Path(folder))
-        result = {"model": dataclasses.asdict(loaded.run.model), "lengths": _lengths(arguments)} | summarise(
-            module, records
-        )
+        measured = _measure(loaded, arguments, Path(folder))
+        facts = {"model": dataclasses.asdict(loaded.run.model), "lengths": _lengths(arguments)}
+        result = facts | summarise(measured)
     _show(result, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -82,8 +80,8 @@ def _lengths(arguments: argparse.Namespace) -> dict[str, int] | None:
     return lengths
 
 
-def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "tuple[PMDModule, list[StepRecord]]":
-    """Return the module and a record of each step: one more than asked for, because the first one warms up."""
+def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "Measurement":
+    """Take one step more than asked for, because the first one warms up."""
     from pmd.planning.bench import measure_steps
 
     config, accelerator = loaded.run, str(loaded.trainer.get("accelerator", "auto"))
@@ -96,7 +94,7 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         run = build(config, RunDir(folder / "run"))
         callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, run.parity)]
         with closing(run.data.engine):
-            return run.module, measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
+            return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
     from pmd.module import PMDModule
     from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 
@@ -108,7 +106,7 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         Lengths(lengths["prompt"], lengths["teacher_prompt"], completion, completion),
         len(module.tokenizer),
     )
-    return module, measure_steps(module, FixedBatches(examples, arguments.steps + 1), arguments.steps + 1, accelerator)
+    return measure_steps(module, FixedBatches(examples, arguments.steps + 1), arguments.steps + 1, accelerator)
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

@@ -31,8 +31,7 @@ from pmd.engines.make import check_engine, make_engine
 from pmd.engines.parity import ParityCheck
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
-from pmd.evaluation.pass_plot import draw_pass_at
-from pmd.evaluation.report import Phase, draw_curves, print_table, sum_costs, write_results
+from pmd.evaluation.report import Phase, draw_curves, draw_pass_at, print_table, sum_costs, write_results
 from pmd.memory import EpochRecord, ProceduralMemory
 from pmd.module import PMDModule
 from pmd.planning.engine_memory import plan_here

@@ -1,1 +1,1 @@
-"""Rollout engines: token ids in, completions with token ids and log-probs out."""
+"""Rollout engines: they turn prompts (token ids) into completions with token ids and log-probs."""

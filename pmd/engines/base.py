@@ -1,8 +1,8 @@
-"""What the trainer asks of whatever generates: token ids in, completions with token ids and log-probs out.
+"""The `Engine` protocol: what the trainer needs from whatever generates completions.
 
-`HFEngine` (rollouts/hf.py) generates with the training weights; engines that hold their own copy take the weights in
-`sync`. Requests carry their own seeds, so a completion depends on its prompt, its seed and the policy, never on what
-else was in the batch.
+`HFEngine` (hf.py) generates with the training weights; engines with a copy of their own receive the weights in `sync`.
+Each request carries its own seed, so a completion depends on its prompt, its seed and the policy, never on the rest of
+the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,23 +39,25 @@ class Engine(Protocol):
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (position in `requests`, completion) as completions finish, each position exactly once.
 
+        An engine that holds another role's weights loads those of `role` first.
+
         Raises:
-            EngineError: the engine died or returned something that was not generated.
+            EngineError: the engine failed, or returned an empty, truncated or invalid completion.
         """
         ...
 
     def sync(self, policy_version: int) -> None:
-        """Take over the student's current weights and call them `policy_version`."""
+        """Load the student's current weights and label them `policy_version`."""
         ...
 
     def sleep(self) -> None:
-        """Free what training needs."""
+        """Free the GPU memory that training needs."""
         ...
 
     def wake(self) -> None:
-        """Be ready to generate again."""
+        """Get ready to generate again."""
         ...
 
     def close(self) -> None:
-        """Release everything."""
+        """Release all resources."""
         ...

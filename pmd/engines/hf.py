@@ -1,8 +1,7 @@
-"""The embedded engine: generates with the very weights that are trained, by a plain key-value-cache loop.
+"""The embedded engine: generates with the training weights themselves, in a plain key-value-cache loop.
 
-Enters: requests (prompt ids, seed). Leaves: completions with token ids and log-probs of the untempered policy, in
-nats, float32. Each request draws its own uniform numbers from its seed and inverts the cumulative distribution, so
-a completion does not depend on how requests are batched.
+Log-probs are those of the policy at temperature 1, in nats, float32. Each request draws its own uniform numbers from
+its seed and inverts the cumulative distribution, so a completion does not depend on how requests are batched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ class HFEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (position, completion), batch by batch, short prompts first."""
+        """Yield (position, completion) batch by batch, shortest prompts first."""
         order = sorted(range(len(requests)), key=lambda position: len(requests[position].prompt_ids))
         for start in range(0, len(order), self.batch):
             positions = order[start : start + self.batch]
@@ -44,17 +43,17 @@ class HFEngine:
             yield from zip(positions, completions, strict=True)
 
     def sync(self, policy_version: int) -> None:
-        """Nothing to move: the engine reads the training weights."""
+        """Note the new version; there is nothing to copy."""
         self.policy_version = policy_version
 
     def sleep(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: no memory is held between calls."""
 
     def wake(self) -> None:
-        """Always ready."""
+        """Do nothing: the engine is always ready."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
     @torch.inference_mode()
     def _generate_batch(
@@ -68,7 +67,7 @@ class HFEngine:
     def _decode(
         self, model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token ids [B, T], log-probs [B, T] and lengths [B]; what lies beyond a row's length is padding."""
+        """Return token ids [B, T], log-probs [B, T] and lengths [B]; positions beyond a row's length are padding."""
         device = next(model.parameters()).device
         input_ids, attention_mask = _left_pad([r.prompt_ids for r in requests], self.pad_id, device)
         uniforms = torch.from_numpy(
@@ -118,7 +117,7 @@ class HFEngine:
 
 
 def _left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids [B, L] and attention mask [B, L] with all sequences ending in the last column."""
+    """Return ids [B, L] and attention mask [B, L]; every sequence ends in the last column."""
     longest = max(len(s) for s in sequences)
     ids = torch.tensor([[pad_id] * (longest - len(s)) + list(s) for s in sequences], device=device)
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
@@ -138,7 +137,7 @@ def _sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of likeliest tokens whose mass reaches `top_p`."""
+    """Zero all but the smallest set of most likely tokens whose mass reaches `top_p`."""
     ranked, order = probs.sort(-1, descending=True)
     outside = ranked.cumsum(-1) - ranked >= top_p
     return torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0.0))

@@ -1,6 +1,6 @@
-"""Do engine and trainer agree? A few fresh completions are scored by both after each sync.
+"""Checks that engine and trainer agree: after each sync both score a few fresh completions.
 
-The prompts are the same each time, so that keys and values cached under earlier weights show, too.
+The prompts are the same every time, so a prefix cache left over from earlier weights shows up as well.
 """
 
 import time
@@ -17,11 +17,11 @@ from pmd.scoring import PolicyScorer
 from pmd.seeds import derive_seed
 from pmd.types import Completion
 
-MAX_TOKENS = 16_384  # of one completion with its prompt, scored at once
+MAX_TOKENS = 16_384  # of a prompt with its completion; all of them are scored in one batch
 
 
 class ParityCheck:
-    """Compares the student's log-probs with the engine's on `config.parity_completions` completions."""
+    """Compares the trainer's log-probs of `config.parity_completions` completions with the engine's."""
 
     def __init__(
         self, engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]], config: VLLMConfig, pad_id: int
@@ -32,7 +32,7 @@ class ParityCheck:
         self.prompts = [tuple(prompts[i % len(prompts)]) for i in range(count)] if prompts else []
 
     def measure(self, precision: AbstractContextManager[None]) -> dict[str, float]:
-        """Return the gap's quantiles; `precision` is the trainer's forward context.
+        """Return statistics of the absolute gap, in nats per token; `precision` is the trainer's forward context.
 
         Raises:
             EngineError: the mean gap exceeds `rollouts.vllm.parity_bound`.
@@ -41,9 +41,9 @@ class ParityCheck:
         pairs = self._sample()
         with precision:
             scores = self.scorer([(prompt, completion.token_ids) for prompt, completion in pairs], "student")
-        trainer = torch.tensor([logprob for completion in scores for logprob in completion])
-        engine = torch.tensor([float(p) for _, c in pairs for p in c.logprobs if p is not None])
-        gap = (trainer - engine).abs()
+        trainer_logprobs = torch.tensor([logprob for completion in scores for logprob in completion])
+        engine_logprobs = torch.tensor([float(p) for _, c in pairs for p in c.logprobs if p is not None])
+        gap = (trainer_logprobs - engine_logprobs).abs()
         p50, p99 = gap.quantile(torch.tensor([0.5, 0.99])).tolist()
         mean, largest = gap.mean().item(), gap.max().item()
         if not mean <= self.config.parity_bound:
@@ -64,10 +64,11 @@ class ParityCheck:
 
     def _diagnosis(self, mean: float, p99: float, largest: float) -> str:
         return (
-            f"engine and trainer differ by {mean:.4g} nats a token on average (99th percentile {p99:.4g}, most "
+            f"engine and trainer differ by {mean:.4g} nats per token on average (99th percentile {p99:.4g}, maximum "
             f"{largest:.4g}) at policy version {self.engine.policy_version}; "
             f"rollouts.vllm.parity_bound={self.config.parity_bound}. Likely causes: the engine serves weights of an "
             "earlier version; keys and values cached under earlier weights were kept; model.dtype or "
-            "rollouts.vllm.quantization differs from what the trainer computes; this vLLM computes the architecture "
-            "differently. If precision explains the gap, raise the bound; nothing was trained on these completions."
+            "rollouts.vllm.quantization differs from the trainer's precision; this version of vLLM computes the "
+            "architecture differently. If precision explains the gap, raise the bound; nothing was trained on these "
+            "completions."
         )

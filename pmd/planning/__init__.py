@@ -1,1 +1,1 @@
-"""Before and around a run: will it fit, how fast is it, and many runs at once."""
+"""Planning runs: will it fit in memory, how fast is a step, and sweeps over many runs."""

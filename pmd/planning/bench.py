@@ -1,14 +1,13 @@
-"""Where the time of a training step goes, and the most memory it takes.
+"""Measures training steps: where their time goes, their speed, and the most memory they take.
 
-Enters: a module and a stream of batches (synthetic, or the run's own). Leaves: one record per step, in seconds, and
-figures derived from them. The steps run under Lightning's Trainer, as in training.
+The steps run under Lightning's Trainer, as in training, on synthetic batches or on the run's own.
 """
 
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,22 +20,22 @@ from pmd.planning.flops import device_peak, step_flops
 
 #: The parts of a step, in the order in which they happen.
 PARTS = (
-    *("rollout", "verify", "context", "sleep", "teacher", "initial", "student", "backward", "optimizer"),
+    *("rollout", "verify", "context", "sleep", "teacher", "reference", "student", "backward", "optimizer"),
     *("wake", "sync", "parity"),
 )
-#: Those that the engine's callback takes, and those in which the models train.
+#: The parts that the sync callback times, and those in which the models are trained.
 ENGINE_PARTS = ("sleep", "wake", "sync", "parity")
-TRAINING_PARTS = ("teacher", "initial", "student", "backward", "optimizer")
+TRAINING_PARTS = ("teacher", "reference", "student", "backward", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Real tokens that the models are given in one step: a shared prompt counts once."""
+    """Tokens of one step, without padding. Those of student and teacher count a shared prompt once."""
 
     student: int
     teacher: int
     completion: int
-    sequences: int  # prompt and completion of every rollout: what has been trained on
+    sequences: int  # prompts and completions of all rollouts: the tokens trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,25 @@ class StepRecord:
     total_s: float
     cpu_s: float
     tokens: TokenCounts
+    flops: float
     loss: float
 
 
+@dataclass(slots=True)
+class Measurement:
+    """Some optimizer steps, and the device that they ran on."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    device: str = ""
+    peak_flops_per_s: float | None = None  # of the device in bfloat16, if known
+    peak_memory_bytes: int = 0
+
+
 class StepClock(Callback):
-    """Records every step. A step begins where the one before it ended, so it holds its own rollouts."""
+    """Measures every step. A step begins where the previous one ended, so it includes its own rollouts."""
 
     def __init__(self) -> None:
-        self.records: list[StepRecord] = []
+        self.measured = Measurement()
         self.started = (0.0, 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,12 +81,18 @@ class StepClock(Callback):
         engine_s = {name: float(value) for name, value in trainer.callback_metrics.items() if name in engine}
         known = batch.metrics | dict(pl_module.seconds) | engine_s
         seconds = {part: known[f"time/{part}_s"] for part in PARTS if f"time/{part}_s" in known}
-        total = now[0] - self.started[0]
-        seconds["other"] = total - sum(seconds.values())
+        total_s = now[0] - self.started[0]
+        seconds["other"] = total_s - sum(seconds.values())
         tokens = count_tokens(batch, pl_module.layout)
+        flops = step_flops(pl_module, tokens.student, tokens.teacher, tokens.completion)
         loss = float(trainer.callback_metrics["loss/total"])
-        self.records.append(StepRecord(seconds, total, now[1] - self.started[1], tokens, loss))
+        self.measured.steps.append(StepRecord(seconds, total_s, now[1] - self.started[1], tokens, flops, loss))
         self.started = time.perf_counter(), time.process_time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what belongs to the device; afterwards Lightning's teardown moves the module to the CPU."""
+        self.measured.device, self.measured.peak_flops_per_s = device_peak(pl_module.device)
+        self.measured.peak_memory_bytes = peak_memory_bytes(pl_module.device)
 
 
 def measure_steps(
@@ -85,8 +101,8 @@ def measure_steps(
     steps: int,
     accelerator: str,
     callbacks: Sequence[Callback] = (),
-) -> list[StepRecord]:
-    """Take `steps` optimizer steps and return their records; the weights move."""
+) -> Measurement:
+    """Take `steps` optimizer steps and return their measurement; the weights change."""
     clock = StepClock()
     trainer = Trainer(
         max_epochs=1,
@@ -102,48 +118,45 @@ def measure_steps(
     )
     loader = DataLoader(data, batch_size=None) if isinstance(data, IterableDataset) else data
     trainer.fit(module, loader)
-    return clock.records
+    return clock.measured
 
 
 def count_tokens(batch: Batch, layout: BatchLayout) -> TokenCounts:
-    """Count what the student and the teacher are given."""
-    given = {"student": 0, "teacher": 0}
+    """Count the tokens that the student and the teacher are given."""
+    counts = {"student": 0, "teacher": 0}
     for micro_batch in batch.micro_batches(layout, torch.device("cpu")):
         for side, sequences in (("student", micro_batch.student), ("teacher", micro_batch.teacher)):
-            given[side] += sequences.num_real_tokens
-    completion = sum(len(e.completion_ids) for e in batch.examples)
-    return TokenCounts(**given, completion=completion, sequences=completion + sum(_prompts(batch)))
+            counts[side] += sequences.num_real_tokens
+    prompt = sum(len(example.rollout.prompt_ids) for example in batch.examples)
+    completion = sum(len(example.completion_ids) for example in batch.examples)
+    return TokenCounts(**counts, completion=completion, sequences=prompt + completion)
 
 
-def _prompts(batch: Batch) -> list[int]:
-    return [len(e.rollout.prompt_ids) for e in batch.examples]
-
-
-def summarise(module: PMDModule, records: Sequence[StepRecord]) -> dict[str, Any]:
+def summarise(measured: Measurement) -> dict[str, Any]:
     """Average the steps after the first, which warms up; add speed, model FLOPs utilisation and peak memory."""
-    measured = records[1:] or records
-    parts = {p: sum(r.seconds.get(p, 0.0) for r in measured) / len(measured) for p in [*PARTS, "other"]}
-    total = sum(r.total_s for r in measured)
-    training = sum(sum(r.seconds.get(p, 0.0) for p in TRAINING_PARTS) for r in measured)
-    flops = sum(step_flops(module, r.tokens.student, r.tokens.teacher, r.tokens.completion) for r in measured)
-    name, peak = device_peak(module.device)
+    steps = measured.steps[1:] or measured.steps
+    seconds = {p: sum(s.seconds.get(p, 0.0) for s in steps) / len(steps) for p in [*PARTS, "other"]}
+    total_s = sum(s.total_s for s in steps)
+    training_s = sum(s.seconds.get(part, 0.0) for s in steps for part in TRAINING_PARTS)
+    num_tokens = sum(s.tokens.sequences for s in steps)
+    flops_per_s, peak = sum(s.flops for s in steps) / training_s, measured.peak_flops_per_s
     return {
-        "device": name,
-        "steps": len(measured),
-        "seconds": {part: round(value, 4) for part, value in parts.items() if value},
-        "step_s": total / len(measured),
-        "cpu_s": sum(r.cpu_s for r in measured) / len(measured),
-        "tokens_per_step": sum(r.tokens.sequences for r in measured) / len(measured),
-        "tokens_per_s": sum(r.tokens.sequences for r in measured) / total,
-        "training_tokens_per_s": sum(r.tokens.sequences for r in measured) / training,
-        "tflops_per_s": flops / training / 1e12,
-        "mfu": None if peak is None else flops / training / peak,
-        "peak_memory_gb": peak_memory_bytes(module.device) / 1e9,
+        "device": measured.device,
+        "steps": len(steps),
+        "seconds": {part: round(value, 4) for part, value in seconds.items() if value},
+        "step_s": total_s / len(steps),
+        "cpu_s": sum(s.cpu_s for s in steps) / len(steps),
+        "tokens_per_step": num_tokens / len(steps),
+        "tokens_per_s": num_tokens / total_s,
+        "training_tokens_per_s": num_tokens / training_s,
+        "tflops_per_s": flops_per_s / 1e12,
+        "mfu": None if peak is None else flops_per_s / peak,
+        "peak_memory_gb": measured.peak_memory_bytes / 1e9,
     }
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory of the device that torch held, or of this process where there is no device."""
+    """Return the most GPU memory that torch has allocated, or without a GPU the peak memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

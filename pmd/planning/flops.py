@@ -1,7 +1,8 @@
-"""How many floating-point operations a training step needs, and how many a device can do.
+"""The floating-point operations of a training step, and the peak rate of a device.
 
-Counted are products with weights (2 per weight and token forward, as much again for the gradient by activations, and
-for the gradient by trained weights); attention scores and whatever gradient checkpointing repeats are not.
+Counted are products with weights: 2 operations per weight and token in the forward pass, as many again for the gradient
+w.r.t. activations, and as many for the gradient w.r.t. trained weights. Attention scores and the recomputation of
+gradient checkpointing are not counted.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from pmd.module import PMDModule
 from pmd.scoring import output_head
 
-#: Dense bfloat16 operations a second, from the makers' data sheets. A name is looked for in the device's own.
+#: Dense bfloat16 operations per second, from the manufacturers' data sheets; matched as part of the device's name.
 PEAKS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 4090": 165e12, "A10G": 70e12, "L4": 121e12,
@@ -18,7 +19,7 @@ PEAKS = {
 
 
 def device_peak(device: torch.device) -> tuple[str, float | None]:
-    """Return the device's name and its peak in bfloat16, None where it is not known."""
+    """Return the device's name and its peak rate in bfloat16, or None if that is not known."""
     if device.type != "cuda":
         return device.type, None
     name = torch.cuda.get_device_name(device)
@@ -26,7 +27,7 @@ def device_peak(device: torch.device) -> tuple[str, float | None]:
 
 
 def step_flops(module: PMDModule, student_tokens: int, teacher_tokens: int, completion_tokens: int) -> float:
-    """Return the operations of one optimizer step."""
+    """Return the number of operations in one optimizer step, given the tokens that each model processes."""
     with module.policy.weights("student") as model:
         head = output_head(model)
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not head]

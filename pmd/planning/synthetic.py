@@ -1,7 +1,4 @@
-"""Rollouts and models made of random numbers, for measuring without weights, data or generation.
-
-Enters: lengths, or a model's config.json. Leaves: examples as the objective sees them, or a model directory.
-"""
+"""Random rollouts and models, for measurements without weights, data or generation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +17,7 @@ from pmd.types import Completion, Rollout, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of each part of a rollout. Completions are drawn between the two bounds, short ones more often."""
+    """Lengths in tokens. Those of completions are drawn between the two bounds, short ones more often."""
 
     prompt: int
     teacher_prompt: int
@@ -29,7 +26,7 @@ class Lengths:
 
 
 def synthetic_examples(num_groups: int, group_size: int, lengths: Lengths, vocabulary: int) -> list[Example]:
-    """Return rollouts of random ids; those of a group share both prompts, as real ones do up to the demonstration."""
+    """Return examples of random ids; a group shares both prompts, as real ones do up to the demonstration."""
     draw, examples = Random(0), []
 
     def ids(length: int) -> tuple[int, ...]:
@@ -49,7 +46,7 @@ def synthetic_examples(num_groups: int, group_size: int, lengths: Lengths, vocab
 
 
 class FixedBatches(IterableDataset):
-    """The same examples in every step."""
+    """Yields the same examples in every step."""
 
     def __init__(self, examples: list[Example], steps: int):
         self.examples = tuple(examples)
@@ -64,9 +61,9 @@ class FixedBatches(IterableDataset):
 
 
 def write_random_model(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Write the architecture of `config.path` with random weights and its tokenizer; return a config that names it.
+    """Write a model of the same architecture with random weights, and its tokenizer; return a config with its path.
 
-    Only config.json and the tokenizer are read from `config.path`, be it a directory or on the Hub.
+    Only config.json and the tokenizer are read from `config.path`, a directory or a model on the Hub.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,12 +1,13 @@
 """The stream of training batches: task -> group of rollouts -> verdicts -> teacher context -> batch.
 
-A LightningDataModule whose loader generates inside `__next__` and nowhere else, so each batch is as fresh as the
-weights. Memory is only read here; it changes at epoch ends, in the callbacks.
+Rollouts are generated inside the loader's `__next__` and nowhere else, so each batch is as fresh as the weights.
+Memory is only read here; it changes at epoch ends, in the callbacks.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
@@ -26,8 +27,18 @@ from pmd.tasks.prompts.base import PromptFormat
 from pmd.teacher import ContextBuilder
 from pmd.types import Rollout, Split, Task
 
-#: What a rollout batch costs once, however many optimizer steps are taken on it.
+#: Metrics of a whole rollout batch; logged with its first optimizer step, and 0 with the others.
 COSTS = ("rollout/num_tokens", "time/rollout_s", "time/verify_s", "time/context_s")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskBatch:
+    """The tasks of one rollout batch."""
+
+    tasks: Sequence[Task]
+    epoch: int
+    step: int  # of the run: its first optimizer step
+    key: str  # names the occasion: seeds and rollout ids are derived from it
 
 
 class RolloutDataModule(LightningDataModule):
@@ -56,62 +67,61 @@ class RolloutDataModule(LightningDataModule):
         return num_batches * self.config.rollouts.updates_per_batch
 
     def train_dataloader(self) -> DataLoader:
-        """Return the stream; building it generates nothing."""
+        """Return the stream; nothing is generated before it is iterated over."""
         return DataLoader(RolloutStream(self), batch_size=None, num_workers=0)
 
     def epoch(self, epoch: int, num_done: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch, each generated when it is asked for, or one batch ahead (prefetch).
+        """Yield the batches of one epoch, one for each optimizer step.
 
         Args:
-            num_done: steps of this epoch that were taken already; they are left out.
+            num_done: steps of this epoch to skip, because they were taken before the run was resumed.
         """
+        skipped_batches, skipped_steps = divmod(num_done, self.config.rollouts.updates_per_batch)
+        remaining = self._task_batches(epoch)[skipped_batches:]
+        for task_batch, generated in zip(remaining, self._generate_all(remaining), strict=True):
+            yield from islice(self._training_batches(task_batch, generated), skipped_steps, None)
+            skipped_steps = 0
+
+    def _task_batches(self, epoch: int) -> list[TaskBatch]:
+        """Shuffle the training tasks and divide them into rollout batches."""
         rollouts, seed = self.config.rollouts, self.config.seed_everything
         tasks = list(self.tasks["train"])
         Random(derive_seed(seed, "order", epoch)).shuffle(tasks)
-        size, step = rollouts.tasks_per_step, epoch * self.steps_per_epoch
-        work: list[tuple[Sequence[Task], str]] = []
-        for number, start in enumerate(range(0, len(tasks), size)):
-            key = f"{seed}/train/{epoch}/{step + number * rollouts.updates_per_batch}"
-            work.append((tasks[start : start + size], key))
-        left = work[num_done // rollouts.updates_per_batch :]
-        step += (len(work) - len(left)) * rollouts.updates_per_batch
-        skipped = num_done % rollouts.updates_per_batch
-        for (group, key), generated in zip(left, self._generate_all(left), strict=True):
-            yield from islice(self._batches(generated, group, key, epoch, step), skipped, None)
-            step, skipped = step + rollouts.updates_per_batch, 0
+        batches = []
+        for number, start in enumerate(range(0, len(tasks), rollouts.tasks_per_step)):
+            step = epoch * self.steps_per_epoch + number * rollouts.updates_per_batch
+            chosen = tasks[start : start + rollouts.tasks_per_step]
+            batches.append(TaskBatch(chosen, epoch, step, f"{seed}/train/{epoch}/{step}"))
+        return batches
 
-    def _generate_all(self, work: Sequence[tuple[Sequence[Task], str]]) -> Iterator[RolloutGroups]:
-        """Yield the rollouts of each batch of tasks; with `rollouts.prefetch` the next are generated meanwhile."""
+    def _generate_all(self, task_batches: Sequence[TaskBatch]) -> Iterator[RolloutGroups]:
+        """Yield the rollouts of each batch; with `rollouts.prefetch` the next ones are generated in the meantime."""
         if not self.config.rollouts.prefetch:
-            for tasks, key in work:
-                yield self._generate(tasks, key)
+            yield from map(self._generate, task_batches)
             return
-        pool = ThreadPoolExecutor(1)
+        pool, pending = ThreadPoolExecutor(1), None
         try:
-            ahead = pool.submit(self._generate, *work[0])
-            for following in [*work[1:], None]:
-                generated = ahead.result()
-                if following is not None:
-                    ahead = pool.submit(self._generate, *following)
-                yield generated
+            for upcoming in [*task_batches, None]:
+                generated = None if pending is None else pending.result()
+                pending = None if upcoming is None else pool.submit(self._generate, upcoming)
+                if generated is not None:
+                    yield generated
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _generate(self, tasks: Sequence[Task], key: str) -> RolloutGroups:
+    def _generate(self, batch: TaskBatch) -> RolloutGroups:
+        """Have the student attempt every task of the batch, without any memory in its prompt."""
         config = self.config.rollouts
-        prompts = [(task, self.prompts.student(task)) for task in tasks]
+        prompts = [(task, self.prompts.student(task)) for task in batch.tasks]
         sampling = Sampling(config.temperature, config.max_new_tokens)
-        return generate_rollouts(self.engine, prompts, config.group_size, sampling, key, self.config.verifiers)
+        return generate_rollouts(self.engine, prompts, config.group_size, sampling, batch.key, self.config.verifiers)
 
-    def _batches(
-        self, generated: RolloutGroups, tasks: Sequence[Task], key: str, epoch: int, step: int
-    ) -> Iterator[Batch]:
-        """Split the rollouts of `tasks` among this rollout batch's optimizer steps."""
-        config = self.config.rollouts
+    def _training_batches(self, task_batch: TaskBatch, generated: RolloutGroups) -> Iterator[Batch]:
+        """Turn one rollout batch into a training batch for each of its optimizer steps, dividing the groups."""
         started = time.perf_counter()
         examples = [
-            self._examples(task, group, Random(derive_seed(key, task.task_id, "context")))
-            for task, group in zip(tasks, generated.groups, strict=True)
+            self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))
+            for task, group in zip(task_batch.tasks, generated.groups, strict=True)
         ]
         metrics = _rollout_metrics(generated.groups) | {
             "rollout/hung": float(generated.num_hung),
@@ -120,13 +130,14 @@ class RolloutDataModule(LightningDataModule):
             "time/verify_s": generated.verify_s,
             "time/context_s": time.perf_counter() - started,
         }
-        for update in range(config.updates_per_batch):
-            share = examples[update :: config.updates_per_batch]
-            yield Batch(tuple(e for group in share for e in group), epoch, step + update, metrics)
-            metrics = metrics | dict.fromkeys(COSTS, 0.0)  # counted once, with the first step
+        num_updates = self.config.rollouts.updates_per_batch
+        for update in range(num_updates):
+            chosen = tuple(example for group in examples[update::num_updates] for example in group)
+            yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics)
+            metrics = metrics | dict.fromkeys(COSTS, 0.0)
 
     def _examples(self, task: Task, group: list[Rollout], random: Random) -> list[Example]:
-        """Join each scored rollout of a group with its advantage and its teacher context."""
+        """Give each scored rollout of a group its advantage and its teacher context."""
         items, past_success, generation = [], None, 0
         if self.memory is not None:
             items = self.memory.retrieve(task, seed=random.getrandbits(62))
@@ -144,7 +155,7 @@ class RolloutDataModule(LightningDataModule):
 
 
 class RolloutStream(IterableDataset):
-    """The iterable that Lightning loops over. It has a length, or Lightning would generate one batch ahead."""
+    """The iterable that Lightning loops over. Without a length, Lightning would generate one batch ahead."""
 
     def __init__(self, data: RolloutDataModule):
         self.data = data
@@ -155,36 +166,36 @@ class RolloutStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         trainer = self.data.trainer
         assert trainer is not None
-        # A generator: on resume Lightning makes the iterator before it has counted the finished epoch.
-        # trainer.max_steps and max_time end a run within an epoch, which then goes on where it was left.
+        # This is a generator because on resume Lightning creates the iterator before it has counted the finished epoch.
+        # A run that trainer.max_steps or max_time ended within an epoch continues there when it is resumed.
         num_done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         yield from self.data.epoch(trainer.current_epoch, num_done)
 
 
 def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFormat, max_tokens: int) -> None:
-    """Refuse tasks whose prompt is too long, before any weights load. Nothing is ever cut.
+    """Refuse tasks whose prompt is too long, before any weights load; prompts are never truncated.
 
     Raises:
-        ConfigError: with the longest prompt and the ids of the tasks.
+        ConfigError: names the tasks and the length of the longest prompt.
     """
     lengths = {task.task_id: len(prompts.student(task)) for split in tasks.values() for task in split}
-    long = [task_id for task_id, length in lengths.items() if length > max_tokens]
-    if long:
-        shown = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
+    too_long = [task_id for task_id, length in lengths.items() if length > max_tokens]
+    if too_long:
+        shown = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
         raise ConfigError(
-            f"rollouts.max_prompt_tokens={max_tokens} is exceeded by {len(long)} of {len(lengths)} tasks ({shown}); "
-            f"the longest prompt has {max(lengths.values())} tokens: raise it, or leave these tasks out."
+            f"rollouts.max_prompt_tokens={max_tokens} is exceeded by {len(too_long)} of {len(lengths)} tasks "
+            f"({shown}); the longest prompt has {max(lengths.values())} tokens: raise it, or leave these tasks out."
         )
 
 
 def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
-    """Summarise one rollout batch."""
+    """Return the metrics of one rollout batch."""
     rollouts = [rollout for group in groups for rollout in group]
     scored = [r for r in rollouts if r.verdict.scored]
     mixed = sum(0 < sum(r.verdict.correct for r in group) < len(group) for group in groups)
     lengths = [len(r.completion.token_ids) for r in rollouts]
-    tested = [r.verdict.tests.share for r in rollouts if r.verdict.tests]
-    passed_tests = {"rollout/passed_tests": sum(tested) / len(tested)} if tested else {}
+    shares = [r.verdict.tests.share for r in rollouts if r.verdict.tests]
+    passed_tests = {"rollout/passed_tests": sum(shares) / len(shares)} if shares else {}
     return passed_tests | {
         "rollout/reward": sum(r.verdict.reward for r in scored) / max(1, len(scored)),
         "rollout/solved_groups": sum(any(r.verdict.correct for r in group) for group in groups) / len(groups),

@@ -1,4 +1,4 @@
-"""Engine and trainer take turns on the GPU: neither computes in the other's; a woken engine is checked."""
+"""Engine and trainer take turns on the GPU; after every sync and wake-up the engine is checked before it is used."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ from pmd.run_dir import RunDir
 
 
 class TakesTurns(HFEngine):
-    """Notes every turn, and what is done out of turn."""
+    """Notes every turn, and everything that is done out of turn."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -61,7 +61,7 @@ class TakesTurns(HFEngine):
             self.wrong.append("the trainer computed while the engine was awake")
 
 
-class NotesCheck(ParityCheck):
+class RecordedParity(ParityCheck):
     def measure(self, precision):
         self.engine.turns.append("parity")
         self.engine.checking = True
@@ -72,7 +72,7 @@ class NotesCheck(ParityCheck):
 
 
 @pytest.mark.parametrize("audit_groups", [0, 4])
-def test_nobody_computes_out_of_turn(tmp_path, audit_groups):
+def test_engine_and_trainer_take_turns(tmp_path, audit_groups):
     config = RunConfig(
         model=ModelConfig(path="tiny"),
         data=DataConfig(world=TinyWorldConfig(families=4, train_per_family=2, test_per_family=1)),
@@ -83,7 +83,7 @@ def test_nobody_computes_out_of_turn(tmp_path, audit_groups):
     run = build(config, RunDir(tmp_path / "run"))
     engine = TakesTurns(run.module.policy, run.module.tokenizer, 64)
     prompts = [run.data.prompts.student(task) for task in run.tasks["train"][:2]]
-    parity = NotesCheck(engine, run.module.policy, prompts, VLLMConfig(), run.module.layout.pad_id)
+    parity = RecordedParity(engine, run.module.policy, prompts, VLLMConfig(), run.module.layout.pad_id)
     with run.module.policy.weights("student") as model:
         model.register_forward_pre_hook(engine.trainer_computes)
     run.data.engine = engine

@@ -1,4 +1,4 @@
-"""A server that speaks vLLM's HTTP interface without a model: answers are made up, failures come as a script says."""
+"""A server with vLLM's HTTP interface and no model: answers are made up, failures follow a script."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NUM_TOKENS = 6
-#: What a script may answer: a complete completion, or one of the ways in which a server fails.
+#: The ways in which a script can make a completion fail, besides "hang".
 FAILURES = ("empty", "half the log-probs", "no completion", "aborted", "cut off", "500", "reset")
 
 
 def made_up(prompt: list[int], seed: int, stop_id: int, vocabulary: int) -> tuple[list[int], list[float]]:
-    """A completion that depends on prompt and seed alone."""
+    """Return a completion that depends only on prompt and seed."""
     digest = hashlib.sha256(repr((prompt, seed)).encode()).digest()
     ids = [byte % vocabulary for byte in digest[: NUM_TOKENS - 1]]
     ids = [token if token != stop_id else (token + 1) % vocabulary for token in ids]
@@ -22,10 +22,10 @@ def made_up(prompt: list[int], seed: int, stop_id: int, vocabulary: int) -> tupl
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Counts what it was asked; `script(n)` says how the n-th completion is answered, None in full."""
+    """Counts requests by seed; `script(n)` names the failure of the n-th completion, or None."""
 
     daemon_threads = True
-    request_queue_size = 256  # or connections made at once are reset
+    request_queue_size = 256  # with fewer, simultaneous connections are reset
 
     def __init__(self, script: Callable[[int], str | None], vocabulary: int = 100):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        with suppress(BrokenPipeError):  # a client that was kept waiting has gone
+        with suppress(BrokenPipeError):  # a client that had to wait has gone
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if cut else data)
 

@@ -1,4 +1,4 @@
-"""The embedded engine: what it samples, and that nothing but prompt, seed and policy matter."""
+"""The embedded engine: what it samples, and that only prompt, seed and policy matter."""
 
 import random
 from collections import Counter
@@ -36,7 +36,7 @@ def run(one: HFEngine, requests: list[Request], sampling: Sampling):
     return [found[position] for position in range(len(requests))]
 
 
-def test_a_completion_depends_on_its_prompt_and_seed_alone():
+def test_a_completion_depends_only_on_its_prompt_and_seed():
     requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS * 3)]
     sampling = Sampling(1.0, 8)
     together = run(engine(), requests, sampling)
@@ -53,7 +53,7 @@ def test_the_seed_matters():
     assert len({c.token_ids for c in found}) > 10
 
 
-def test_the_callers_random_state_is_left_alone():
+def test_torchs_random_state_is_not_changed():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -113,13 +113,13 @@ def test_completions_end_at_the_stop_token_or_at_the_limit():
         assert len(completion.logprobs) == len(completion.token_ids)
 
 
-def test_completions_name_the_weights_that_sampled_them():
+def test_completions_carry_the_version_of_the_weights_that_sampled_them():
     one = engine()
     one.sync(7)
     assert run(one, [Request(PROMPTS[0], 0)], Sampling(1.0, 2))[0].policy_version == 7
 
 
-def test_weights_that_have_diverged_are_refused():
+def test_diverged_weights_are_refused():
     one = engine()
     with torch.no_grad():
         one.policy.student.lm_head.weight.fill_(float("nan"))
@@ -128,7 +128,7 @@ def test_weights_that_have_diverged_are_refused():
 
 
 def test_every_stop_token_of_the_model_ends_a_completion():
-    """Chat models name several: the end of a turn and the end of a text."""
+    """Chat models have several: the end of a turn and the end of a text."""
     one = engine(scale=0.2)
     one.policy.student.generation_config.eos_token_id = [TOKENIZER.eos_token_id, 50, 51, 52]
     several = HFEngine(one.policy, TOKENIZER, 64)

@@ -1,7 +1,8 @@
-"""Whatever a server does, each completion arrives once and whole, or one error names what failed; the run resumes."""
+"""Whatever a server does, each completion arrives once and complete, or one error names the cause; the run resumes."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,19 +27,19 @@ REQUESTS = [Request((1, 2, 3 + number % 4), number) for number in range(24)]
 SAMPLING = Sampling(1.0, 8)
 
 
-def engine_on(server, folder, **changes) -> VLLMServerEngine:
+def engine_on(url, folder, teacher="frozen", **changes) -> VLLMServerEngine:
     model = ModelConfig(path="tiny", finetune="lora", lora_rank=4)
-    policy = make_policy(load_base(model), model, TeacherConfig())
-    config = ServerConfig(urls=[server.url], concurrency=4, backoff_s=0.05, recovery_s=20.0, retries=3)
+    policy = make_policy(load_base(model), model, TeacherConfig(kind=teacher))
+    config = ServerConfig(urls=[url], concurrency=4, backoff_s=0.05, recovery_s=20.0, retries=3)
     for name, value in changes.items():
         setattr(config, name, value)
     return VLLMServerEngine(policy, load_tokenizer(model), config, folder)
 
 
 @pytest.mark.parametrize("failure", [*FAILURES, "hang"])
-def test_every_completion_arrives_once_and_whole(failure, tmp_path):
+def test_every_completion_arrives_once_and_complete(failure, tmp_path):
     with serving(lambda number: failure if number % 7 == 2 else None) as server:
-        engine = engine_on(server, tmp_path, retries=10, request_timeout_s=0.5)
+        engine = engine_on(server.url, tmp_path, retries=10, request_timeout_s=0.5)
         arrived = list(engine.generate(REQUESTS, SAMPLING))
         stop_id = engine.stop_ids[0]
     assert sorted(position for position, _ in arrived) == list(range(len(REQUESTS)))
@@ -49,17 +50,17 @@ def test_every_completion_arrives_once_and_whole(failure, tmp_path):
 
 
 @pytest.mark.parametrize("failure", [*FAILURES, "hang"])
-def test_retries_are_bounded_and_the_request_is_named(failure, tmp_path):
+def test_retries_are_limited_and_the_request_is_named(failure, tmp_path):
     with serving(lambda number: failure) as server:
-        engine = engine_on(server, tmp_path, retries=2, request_timeout_s=0.3)
-        with pytest.raises(EngineError, match=r"request \d+ failed 3 times, at last: .*nothing of it is used"):
+        engine = engine_on(server.url, tmp_path, retries=2, request_timeout_s=0.3)
+        with pytest.raises(EngineError, match=r"request \d+ failed 3 times, most recently: .*the batch was discarded"):
             list(engine.generate(REQUESTS[:4], SAMPLING))
         assert max(server.asked.values()) == 3
 
 
-def test_a_server_that_does_not_take_the_adapter_is_not_waited_for_for_ever(tmp_path):
+def test_a_server_that_refuses_the_adapter_is_given_up_in_the_end(tmp_path):
     with serving(lambda number: None) as server:
-        engine = engine_on(server, tmp_path, recovery_s=0.5)
+        engine = engine_on(server.url, tmp_path, recovery_s=0.5)
         engine.sync(1)
         server.adapters.clear()  # as after a restart
         server.takes_adapters = False
@@ -67,9 +68,9 @@ def test_a_server_that_does_not_take_the_adapter_is_not_waited_for_for_ever(tmp_
             list(engine.generate(REQUESTS, SAMPLING))
 
 
-def test_a_closed_engine_generates_nothing_and_leaves_nothing(tmp_path):
+def test_a_closed_engine_refuses_to_generate_and_leaves_no_adapters(tmp_path):
     with serving(lambda number: None) as server:
-        engine = engine_on(server, tmp_path / "adapters")
+        engine = engine_on(server.url, tmp_path / "adapters")
         engine.sync(1)
         engine.close()
         with pytest.raises(EngineError, match="was closed"):
@@ -78,8 +79,8 @@ def test_a_closed_engine_generates_nothing_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "adapters").exists()
 
 
-def test_servers_are_told_where_adapters_are_from_the_root(tmp_path, monkeypatch):
-    """They work in other directories than the trainer; and the run's own configuration means the same from any."""
+def test_servers_are_given_absolute_paths_of_adapters(tmp_path, monkeypatch):
+    """They run in other directories than the trainer; the saved configuration is valid in any directory, too."""
     (tmp_path / "shared").mkdir()
     monkeypatch.chdir(tmp_path)
     overrides = ["rollouts.engine=vllm_server", "rollouts.server.adapter_dir=shared", "model.finetune=lora"]
@@ -92,8 +93,8 @@ def test_servers_are_told_where_adapters_are_from_the_root(tmp_path, monkeypatch
     engine.close()
 
 
-def test_an_adapter_that_was_unloaded_stays_away(tmp_path):
-    """A thread that recovers a server may come after the run has ended."""
+def test_an_unloaded_adapter_is_not_loaded_again(tmp_path):
+    """A thread that recovers a server may try after the run has ended."""
     with serving(lambda number: None) as server:
         client = ServerClient(server.url, 5.0)
         client.load_adapter("student-1", tmp_path)
@@ -103,8 +104,43 @@ def test_an_adapter_that_was_unloaded_stays_away(tmp_path):
         assert not server.adapters
 
 
+def free_url() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_is_named(tmp_path):
+    engine = engine_on(free_url(), tmp_path, recovery_s=0.5, retries=10**6)
+    with pytest.raises(EngineError, match="no server answered"):
+        list(engine.generate(REQUESTS[:2], SAMPLING))
+
+
+def test_without_retries_the_first_failure_ends_the_call(tmp_path):
+    engine = engine_on(free_url(), tmp_path, retries=0)
+    with pytest.raises(EngineError, match="request 0 failed 1 times"):
+        list(engine.generate(REQUESTS[:1], SAMPLING))
+
+
+def test_a_teachers_adapter_is_loaded_anew_and_the_students_stays(tmp_path):
+    """The teacher may have been refreshed since; the reference policy is the base model, without an adapter."""
+    with serving(lambda number: None) as server:
+        engine = engine_on(server.url, tmp_path, teacher="ema")
+        engine.sync(1)
+        (student,) = server.adapters
+        seen = []
+        for role in ("teacher", "teacher", "student", "reference"):
+            list(engine.generate(REQUESTS[:1], SAMPLING, role))
+            seen.append(set(server.adapters) - {student})
+        assert student in server.adapters
+        engine.close()
+    assert [len(names) for names in seen] == [1, 1, 1, 1]
+    assert seen[0] != seen[1] == seen[2] == seen[3]
+
+
 def options(server, adapter_dir) -> list[str]:
-    """What a run is given to generate with the server."""
+    """The arguments of a run that generates with the server."""
     adapter_dir.mkdir(exist_ok=True)
     return [
         *LORA, "--rollouts.engine=vllm_server", f"--rollouts.server.urls=[{server.url}]",
@@ -113,7 +149,7 @@ def options(server, adapter_dir) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_run_whose_server_died_is_resumed_as_if_it_had_not(tmp_path):
+def test_a_run_resumed_after_its_server_died_equals_an_undisturbed_one(tmp_path):
     def fit(run_dir, server, *arguments, code=0):
         done = small_fit(run_dir, 2, *options(server, tmp_path / "adapters"), *arguments, code=code)
         assert not server.adapters
@@ -144,8 +180,8 @@ def test_a_run_whose_server_died_is_resumed_as_if_it_had_not(tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def test_a_run_that_is_told_to_end_waits_for_no_batch(tmp_path):
-    """A thread of its own generates the next batch; it must not keep the process."""
+def test_a_terminated_run_does_not_wait_for_the_prefetched_batch(tmp_path):
+    """A thread generates the next batch; it must not keep the process alive."""
     trained, hangs = tmp_path / "run" / "traces" / "step-000000.jsonl.gz", threading.Event()
 
     def script(number: int) -> str | None:

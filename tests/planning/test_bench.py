@@ -1,14 +1,17 @@
-"""`pmd bench`: parts add up to the step, tokens are counted as they are given, JSON holds the figures."""
+"""`pmd bench`: the parts add up to the step, tokens are counted as the models process them, JSON has all figures."""
 
 import json
 
 import pytest
 import torch
+from lightning import Callback
 
 from pmd.batch import Batch, BatchLayout
 from pmd.cli import main
-from pmd.planning.bench import count_tokens
-from pmd.planning.synthetic import Lengths, synthetic_examples
+from pmd.config.schema import ModelConfig, RunConfig
+from pmd.module import PMDModule
+from pmd.planning.bench import count_tokens, measure_steps, summarise
+from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 
 SMALL = ["--rollouts.tasks_per_step=2", "--rollouts.group_size=2", "--data.world.train_per_family=1"]
 
@@ -26,6 +29,23 @@ def test_a_step_is_measured_by_part(lengths, tmp_path):
         assert result["tokens_per_step"] == 4 * 26
     assert result["tokens_per_s"] == pytest.approx(result["tokens_per_step"] / result["step_s"])
     assert result["mfu"] is None
+    assert result["tflops_per_s"] > 0
+
+
+class MovesModule(Callback):
+    """Moves the module to another device in teardown, as Lightning does after training on a GPU."""
+
+    def teardown(self, trainer, pl_module, stage):
+        pl_module.to("meta")
+
+
+def test_the_device_is_read_before_the_teardown():
+    module = PMDModule(RunConfig(model=ModelConfig(path="tiny")))
+    examples = synthetic_examples(1, 2, Lengths(8, 12, 3, 3), 100)
+    result = summarise(measure_steps(module, FixedBatches(examples, 1), 1, "cpu", [MovesModule()]))
+    assert module.device.type == "meta"
+    assert result["device"] == "cpu"
+    assert result["peak_memory_gb"] > 0
     assert result["tflops_per_s"] > 0
 
 

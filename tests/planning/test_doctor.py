@@ -1,4 +1,4 @@
-"""`pmd doctor`: weights are counted exactly, parts follow the configuration, the verdict names a remedy."""
+"""`pmd doctor`: exact numbers of weights, parts that follow the configuration, a verdict with a remedy."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from pmd.policy import make_policy
 from pmd.pretrained import load_base
 
 
-def test_weights_are_counted_as_the_model_has_them():
+def test_the_number_of_weights_is_that_of_the_model():
     config = ModelConfig(path="tiny", finetune="lora", lora_rank=4)
     shape = read_shape(config)
     policy = make_policy(load_base(config), config, TeacherConfig())
@@ -42,9 +42,9 @@ def test_the_verdict(tokens, code, words, capsys):
     ("teacher", "kl_weight", "copies"),
     [("live", 0.0, 0), ("live", 0.1, 1), ("frozen", 0.1, 1), ("ema", 0.0, 1), ("ema", 0.1, 2)],
 )
-def test_frozen_copies_are_those_that_the_policy_makes(teacher, kl_weight, copies):
+def test_frozen_copies_match_the_policys(teacher, kl_weight, copies):
     run = RunConfig(teacher=TeacherConfig(kind=teacher), objective=ObjectiveConfig(kl_weight=kl_weight))
     parts = predict(read_shape(run.model), run, 1000, 100, "cpu")
     policy = make_policy(load_base(run.model), run.model, run.teacher, needs_reference=kl_weight > 0)
-    assert [policy.initial, policy.teacher].count(None) == 2 - copies
+    assert [policy.reference, policy.teacher].count(None) == 2 - copies
     assert parts["frozen copies"] == copies * parts["base"]

@@ -1,4 +1,4 @@
-"""What vLLM may fill beside the trainer: numbers worked by hand, refusals with a remedy, the printed explanation."""
+"""vLLM's share of the trainer's GPU: numbers worked out by hand, refusals with a remedy, the printed explanation."""
 
 import pytest
 
@@ -28,25 +28,31 @@ def run_with(finetune="full", dtype="float32", **vllm) -> RunConfig:
     ("vllm", "gpu", "fraction"),
     [
         ({}, GPU, 0.82),  # 100 - (10 + 1 + 2) - 1.5 of context - 3 % = 82.5, rounded down
-        ({"sleep": False}, GPU, 0.61),  # the step's 21 stay, too: 61.5
-        ({"parity_completions": 4}, GPU, 0.81),  # its logits chunk of 1, and next to nothing: 81.5
-        ({}, Gpu(100e9, 50e9), 0.32),  # another program holds 50: 32.5
-        ({"memory_fraction": 0.3}, GPU, 0.3),  # given by hand
-        ({}, Gpu(1000e9, 1000e9), 0.95),  # 95.5 % would leave nothing for what no plan foresees
+        ({"sleep": False}, GPU, 0.61),  # the step's 21 stay as well: 61.5
+        ({"parity_completions": 4}, GPU, 0.81),  # a logits chunk of 1 and little else: 81.5
+        ({}, Gpu(100e9, 50e9), 0.32),  # another program uses 50: 32.5
+        ({"memory_fraction": 0.3}, GPU, 0.3),  # given
+        ({}, Gpu(1000e9, 1000e9), 0.95),  # 95.5 % would leave no reserve
     ],
 )
 def test_the_fraction(vllm, gpu, fraction):
     plan = plan_engine(SHAPE, CACHE, run_with(**vllm), TRAINER, gpu)
     assert plan.fraction == fraction
     assert sum(plan.parts.values()) == pytest.approx(fraction * gpu.total)
-    assert plan.is_chosen == ("memory_fraction" not in vllm)
+    assert plan.is_automatic == ("memory_fraction" not in vllm)
 
 
 @pytest.mark.parametrize(
     ("finetune", "dtype", "quantization", "weights", "adapters"),
     [
         ("full", "float32", "none", 280_000 * 4, 0),
-        ("lora", "bfloat16", "none", 280_000 * 2, 2 * 8 * 2 * (200 + 300 + 200 + 900) * 2),  # rank 4 takes room for 8
+        (
+            "lora",
+            "bfloat16",
+            "none",
+            280_000 * 2,
+            2 * 8 * 2 * (200 + 300 + 200 + 900) * 2,
+        ),  # reserved rank: 8
         ("lora", "bfloat16", "fp8", 180_000 + 200_000, 2 * 8 * 2 * 1600 * 2),
         ("lora", "bfloat16", "bitsandbytes", 180_000 * 0.5625 + 200_000, 2 * 8 * 2 * 1600 * 2),
     ],
@@ -61,15 +67,15 @@ def test_weights_and_adapters(finetune, dtype, quantization, weights, adapters):
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
-def test_each_part_of_the_trainer_is_known_to_stay_or_to_go(finetune, engine):
+def test_every_part_of_the_trainer_is_either_kept_or_transient(finetune, engine):
     run = run_with(finetune)
     run.rollouts.engine = engine
     parts = predict(SHAPE, run, 1000, 100, "cuda")
-    stay = {"base", "frozen copies", "adapters", "gradients", "optimizer"}
-    assert {"base", "gradients", "optimizer"} <= set(parts) <= stay | set(TRANSIENT)
+    kept = {"base", "frozen copies", "adapters", "gradients", "optimizer"}
+    assert {"base", "gradients", "optimizer"} <= set(parts) <= kept | set(TRANSIENT)
 
 
-def test_what_cannot_fit_is_refused_with_remedies():
+def test_a_plan_that_does_not_fit_is_refused_with_remedies():
     with pytest.raises(ConfigError) as refused:
         plan_engine(SHAPE, CACHE, run_with(sleep=False), TRAINER, Gpu(36e9, 36e9))
     for words in ("memory_fraction=null", "one sequence of 1000 tokens", "34.0", "sleep=true", "vllm_server"):
@@ -77,14 +83,14 @@ def test_what_cannot_fit_is_refused_with_remedies():
     plan_engine(SHAPE, CACHE, run_with(sleep=True), TRAINER, Gpu(36e9, 36e9))
 
 
-def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_that_is_needed():
+def test_a_cache_too_small_for_one_sequence_is_refused_with_the_needed_size():
     assert CACHE.one_sequence == 800_000
     refuse_small_cache(CACHE, run_with(kv_cache_memory_bytes=800_000))
     with pytest.raises(ConfigError, match=r"kv_cache_memory_bytes=400000 holds 500 tokens.*at least 800000"):
         refuse_small_cache(CACHE, run_with(kv_cache_memory_bytes=400_000))
 
 
-def test_a_layer_with_a_window_keeps_the_window_alone(tmp_path):
+def test_a_layer_with_sliding_window_attention_caches_only_its_window(tmp_path):
     run = run_with(max_model_len=8192)
     run.model.path = str(make_random_model(tmp_path / "olmo", "olmo3"))
     cache = read_cache(run)
@@ -92,7 +98,7 @@ def test_a_layer_with_a_window_keeps_the_window_alone(tmp_path):
     assert cache.one_sequence == 2 * 4096 * cache.layer_bytes
 
 
-def test_the_doctor_explains_the_plan_for_a_gpu_that_is_not_at_hand(tmp_path, capsys):
+def test_the_doctor_explains_the_plan_for_a_gpu_that_is_not_there(tmp_path, capsys):
     model = make_random_model(tmp_path / "model")
     arguments = ["doctor", "--config", "configs/qwen3_8b.yaml", f"--model.path={model}"]
     assert main([*arguments, "--gpu-gb=24"]) == 0

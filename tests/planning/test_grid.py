@@ -1,4 +1,4 @@
-"""A grid file becomes the runs it stands for, or one error with everything wrong in it."""
+"""A grid file becomes a list of runs, or one error that lists all of its problems."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_every_arm_choice_and_seed_is_a_run(tmp_path):
     ]
 
 
-def test_the_more_special_setting_wins(tmp_path):
+def test_the_more_specific_setting_wins(tmp_path):
     runs = plan(write(tmp_path, GRID), tmp_path)
     grpo, pmd = runs[1], runs[-1]
     assert '"lr": 0.002' in grpo.config
@@ -59,7 +59,7 @@ def test_all_problems_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("base: configs/tiny.yaml\nblocks: []", "blocks is empty"),
         ("seeds: [1, 1]\nblocks: [{arms: {a: {}}}]", "base is missing"),
@@ -70,7 +70,7 @@ def test_all_problems_at_once(tmp_path):
         (GRID.replace("configs/tiny.yaml", "configs/none.yaml"), "configs/none.yaml does not exist"),
     ],
 )
-def test_bad_grids_are_named(tmp_path, text, said):
+def test_bad_grids_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         plan(write(tmp_path, text), tmp_path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""A real sweep: one run that works, one that diverges; then the same again; then a changed grid."""
+"""A real sweep with a run that works and one that diverges; then the same again, and a changed grid."""
 
 import json
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pmd.cli import main
+
 GRID = """
 base: configs/tiny.yaml
 seeds: [5]
@@ -14,6 +16,8 @@ settings:
   trace_every: 0
   trainer.max_epochs: 1
   data.world.families: 4
+  data.world.train_per_family: 2
+  data.world.test_per_family: 2
   verification.samples: 1
   verification.final_samples: 2
   verification.pass_at: [1, 2]
@@ -65,10 +69,9 @@ def test_finished_runs_are_not_repeated(swept):
     assert (out / "PMD" / "seed-5" / "results.json").stat().st_mtime_ns == before
 
 
-def test_runs_of_another_configuration_are_refused(swept):
+def test_runs_of_another_configuration_are_refused(swept, capsys):
     grid, out, _ = swept
     changed = grid.with_name("changed.yaml")
     changed.write_text(GRID.replace("max_epochs: 1", "max_epochs: 2"))
-    refused = sweep(changed, out)
-    assert refused.returncode == 2
-    assert "made from another configuration" in refused.stderr
+    assert main(["sweep", str(changed), "--out", str(out)]) == 2
+    assert "made from another configuration" in capsys.readouterr().err

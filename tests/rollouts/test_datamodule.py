@@ -1,4 +1,4 @@
-"""The stream of batches: each task once an epoch, prompts that fit, and never any memory before the student."""
+"""The stream of batches: each task once an epoch, prompts within their limits, no memory in the student's prompt."""
 
 from dataclasses import dataclass, field, replace
 
@@ -44,7 +44,7 @@ def test_an_epoch_visits_every_task_once(tmp_path, updates):
     assert [batch.step for batch in batches] == list(range(3 * updates))
     visited = [e.rollout.task_id for batch in batches for e in batch.examples]
     assert sorted(visited) == sorted(task.task_id for task in data.tasks["train"] for _ in range(3))
-    # What a rollout batch costs is logged once, so that the sum over steps is the run's.
+    # The cost of a rollout batch is logged once, so that the sum over steps is that of the run.
     made = sum(len(e.completion_ids) for batch in batches for e in batch.examples)
     assert sum(batch.metrics["rollout/num_tokens"] for batch in batches) == made
     assert all(batch.metrics["time/rollout_s"] == 0 for batch in batches if batch.step % updates)
@@ -52,7 +52,7 @@ def test_an_epoch_visits_every_task_once(tmp_path, updates):
 
 @dataclass
 class Recorder:
-    """An engine that notes the prompts it is given, and how many memory lines stand in each."""
+    """An engine that notes the prompts it is given."""
 
     engine: HFEngine
     prompts: list = field(default_factory=list)
@@ -62,8 +62,8 @@ class Recorder:
         return self.engine.generate(requests, sampling, role)
 
 
-@pytest.mark.parametrize(("max_tokens", "most_lines"), [(6, 1), (768, 2)])
-def test_memory_in_an_evaluation_keeps_the_bounds_of_the_teachers(tmp_path, max_tokens, most_lines):
+@pytest.mark.parametrize(("max_tokens", "max_lines"), [(6, 1), (768, 2)])
+def test_memory_in_an_evaluation_obeys_the_teachers_limits(tmp_path, max_tokens, max_lines):
     run = run_with(tmp_path, memory=MemoryConfig(max_tokens=max_tokens))
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
@@ -73,7 +73,7 @@ def test_memory_in_an_evaluation_keeps_the_bounds_of_the_teachers(tmp_path, max_
     recorder = Recorder(run.data.engine)
     replace(run.evaluator, engine=recorder).memory_conditioned(run.tasks["train"], 1, run.memory)
     strategy = run.module.tokenizer.convert_tokens_to_ids("strategy")
-    assert {prompt.count(strategy) for prompt in recorder.prompts} == {most_lines}
+    assert {prompt.count(strategy) for prompt in recorder.prompts} == {max_lines}
 
 
 def test_epochs_differ_in_order_and_in_draws_and_repeat_exactly(tmp_path):
@@ -87,7 +87,7 @@ def test_epochs_differ_in_order_and_in_draws_and_repeat_exactly(tmp_path):
     assert dict(seen(0)) != dict(seen(1))
 
 
-def test_the_students_prompt_never_holds_memory_and_the_teachers_does(tmp_path):
+def test_only_the_teachers_prompt_contains_memory(tmp_path):
     run = run_with(tmp_path)
     tasks = {task.task_id: task for task in run.tasks["train"]}
     rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]

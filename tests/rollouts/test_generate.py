@@ -1,4 +1,4 @@
-"""Attempts: completions are verified while others are generated, and come back whole, in order, each once."""
+"""Completions are verified while others are generated; rollouts come back complete, in order, each once."""
 
 import threading
 import time
@@ -33,7 +33,7 @@ def task(task_id: str, verifier: str = "exact") -> Task:
 
 @dataclass
 class ScriptedEngine:
-    """Yields for request n the text str(n), in the order given; `between` runs before each but the first."""
+    """Completes request n with the text str(n), in the given order; `between` runs before each but the first."""
 
     order: list[int] | None = None
     between: list = field(default_factory=list)
@@ -65,7 +65,7 @@ def test_a_completion_is_verified_before_the_next_is_generated():
     assert [rollout.verdict.answer for rollout in found.rollouts] == ["0", "1"]
 
 
-def test_rollouts_stand_in_the_order_of_the_tasks_however_they_arrive():
+def test_rollouts_are_in_the_order_of_the_tasks_however_they_arrive():
     found = run(ScriptedEngine(order=[5, 0, 3, 1, 4, 2]), [task("a"), task("b"), task("c")], num_samples=2)
     assert [[r.rollout_id for r in group] for group in found.groups] == [
         [f"0/key/{name}#{sample}" for sample in range(2)] for name in "abc"
@@ -74,7 +74,7 @@ def test_rollouts_stand_in_the_order_of_the_tasks_however_they_arrive():
     assert [rollout.verdict.correct for rollout in found.rollouts] == [True, *[False] * 5]
 
 
-def test_a_hanging_verification_is_given_up_and_counted():
+def test_a_hung_verification_is_abandoned_and_counted():
     try:
         found = run(ScriptedEngine(), [task("a", f"{__name__}.hang"), task("b")], deadline_s=0.2)
     finally:
@@ -84,12 +84,12 @@ def test_a_hanging_verification_is_given_up_and_counted():
 
 
 @pytest.mark.parametrize(("order", "words"), [([0, 0], "#0 twice"), ([1], "1 of 2 completions"), ([], "0 of 2")])
-def test_an_engine_that_repeats_or_forgets_is_refused(order, words):
+def test_repeated_or_missing_completions_are_refused(order, words):
     with pytest.raises(EngineError, match=words):
         run(ScriptedEngine(order=order), [task("a"), task("b")])
 
 
-def test_a_completion_that_was_not_generated_is_refused():
+def test_an_empty_completion_is_refused():
     class Empty(ScriptedEngine):
         def generate(self, requests, sampling, role="student"):
             for position, completion in super().generate(requests, sampling, role):
@@ -99,7 +99,7 @@ def test_a_completion_that_was_not_generated_is_refused():
         run(Empty(), [task("a")])
 
 
-def test_an_interrupt_drops_what_waits_and_leaves_no_thread():
+def test_an_interrupt_drops_pending_verifications_and_leaves_no_thread():
     RELEASED.clear()
     before = threading.active_count()
 

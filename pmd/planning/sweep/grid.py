@@ -1,16 +1,16 @@
-"""A grid file in; the runs it stands for, each checked like a single `fit`, out.
+"""Reads a grid file and plans its runs; each is checked like a single `fit`.
 
     base: configs/tiny.yaml            # a complete run
     seeds: [0, 1, 2]
-    settings: {trace_every: 0}         # of every run; keys as on the command line
-    blocks:                            # parts of the table
+    settings: {trace_every: 0}         # for every run; keys as on the command line
+    blocks:                            # sections of the table
       - title: G=2
         settings: {rollouts.group_size: 2}
         arms:                          # rows: each arm is run with every seed
           GRPO: {overlays: [configs/methods/grpo.yaml]}
-          PMD: {settings: {memory.k: 4}, axes: {optimizer.lr: [0.003, 0.006]}}   # every choice is a row
+          PMD: {settings: {memory.k: 4}, axes: {optimizer.lr: [0.003, 0.006]}}   # one row per choice
 
-Later ones win: base, overlays, then the settings of grid, block and arm, then the choice on the axes, then the seed.
+Later settings win: base, overlays, the settings of grid, block and arm, the choice on the axes, the seed.
 """
 
 import itertools
@@ -44,7 +44,7 @@ class Arm:
 
 @dataclass
 class Block:
-    """Rows that are compared with each other."""
+    """Rows to compare with each other."""
 
     title: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Block:
 
 @dataclass
 class GridFile:
-    """The file as it stands."""
+    """The content of a grid file."""
 
     base: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -71,14 +71,14 @@ class PlannedRun:
     seed: int
     arguments: tuple[str, ...]  # of `pmd fit`, without run_dir and ckpt_path
     run_dir: Path
-    config: str  # resolved, as the run will save it, but for run_dir and ckpt_path
+    config: str  # resolved, as the run will save it, except for run_dir and ckpt_path
 
 
 def plan(file: Path, out: Path) -> list[PlannedRun]:
-    """Read the grid and check every run of it; run directories lie under `out`.
+    """Read the grid and check each of its runs; their directories are placed under `out`.
 
     Raises:
-        ConfigError: with everything wrong in the grid and in the configurations of its runs.
+        ConfigError: lists all problems of the grid and of its runs' configurations.
     """
     grid, blocks = read_grid(file)
     runs: list[PlannedRun] = []
@@ -89,7 +89,7 @@ def plan(file: Path, out: Path) -> list[PlannedRun]:
                 choices = tuple(zip(arm.axes, values, strict=True))
                 for seed in grid.seeds:
                     try:
-                        runs.append(_planned(grid, block, name, arm, choices, seed, out))
+                        runs.append(_plan_run(grid, block, (name, arm), choices, seed, out))
                     except ConfigError as error:
                         label = row_label(name, choices)
                         problems |= dict.fromkeys(f"{block.title}, {label}: {problem}" for problem in error.problems)
@@ -101,15 +101,15 @@ def plan(file: Path, out: Path) -> list[PlannedRun]:
 
 
 def read_grid(file: Path) -> tuple[GridFile, list[tuple[Block, dict[str, Arm]]]]:
-    """Read a grid file without looking at the configurations it names.
+    """Read a grid file without reading the configurations that it names.
 
     Raises:
-        ConfigError: with every problem of the file.
+        ConfigError: lists all problems of the file.
     """
     try:
         plain = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except FileNotFoundError:
-        raise ConfigError(f"grid={file} does not exist; grids lie in ablations/grids/.") from None
+        raise ConfigError(f"grid={file} does not exist; there are grids in ablations/grids/.") from None
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"grid={file} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
@@ -118,7 +118,7 @@ def read_grid(file: Path) -> tuple[GridFile, list[tuple[Block, dict[str, Arm]]]]
     if not grid.base:
         problems.append("base is missing; name a complete configuration, such as configs/tiny.yaml.")
     if not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
-        problems.append(f"seeds={grid.seeds} must be at least one whole number, each once.")
+        problems.append(f"seeds={grid.seeds} must be one or more distinct whole numbers.")
     blocks = []
     for number, value in enumerate(grid.blocks):
         block, wrong = _section(Block, value, f"blocks[{number}]")
@@ -140,14 +140,20 @@ def read_grid(file: Path) -> tuple[GridFile, list[tuple[Block, dict[str, Arm]]]]
 
 
 def row_label(arm: str, choices: Sequence[tuple[str, Any]]) -> str:
-    """Return how a row is called: its arm, and its choices by the last part of their keys."""
+    """Return the name of a row: its arm, and its choices with the last part of their keys."""
     named = [f"{key.rpartition('.')[2]}={'null' if value is None else value}" for key, value in choices]
     return f"{arm} ({', '.join(named)})" if named else arm
 
 
-def _planned(
-    grid: GridFile, block: Block, name: str, arm: Arm, choices: tuple[tuple[str, Any], ...], seed: int, out: Path
+def _plan_run(
+    grid: GridFile,
+    block: Block,
+    named_arm: tuple[str, Arm],
+    choices: tuple[tuple[str, Any], ...],
+    seed: int,
+    out: Path,
 ) -> PlannedRun:
+    name, arm = named_arm
     settings = grid.settings | block.settings | arm.settings | dict(choices) | {"method": name, "seed_everything": seed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     files = [grid.base, *arm.overlays]

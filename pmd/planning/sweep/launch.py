@@ -1,7 +1,7 @@
-"""Planned runs in; finished run directories out. A process per run, some at a time; what is done is not done again.
+"""Runs the planned runs of a sweep, several at a time, each in its own process; finished runs are not repeated.
 
-Each run is `python -m pmd fit ...` in a process forked from a server that has imported the trainer already. Its output
-goes to `RUN_DIR.log`. A run that was cut short resumes from its last checkpoint.
+Each run is `python -m pmd fit ...` in a process forked from a server that has already imported the trainer. Its output
+goes to `RUN_DIR.log`. An interrupted run resumes from its last checkpoint.
 """
 
 import json
@@ -21,22 +21,22 @@ from pmd.run_dir import RunDir, write_json
 
 
 def log_file(run: PlannedRun) -> Path:
-    """Return where the run's output is kept."""
+    """Return the file that holds the run's output."""
     return run.run_dir.with_name(run.run_dir.name + ".log")
 
 
 def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs that are still to be made.
+    """Return the runs that are not finished.
 
     Raises:
-        ConfigError: directories hold runs of other configurations than the grid asks for now.
+        ConfigError: run directories were made from other configurations than the grid's.
     """
     changed = [run for run in runs if _marker(run).is_file() and json.loads(_marker(run).read_text()) != run.config]
     if changed:
         shown = ", ".join(str(run.run_dir) for run in changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise ConfigError(
             f"{len(changed)} run(s) were made from another configuration than the grid's ({shown}); remove them, or "
-            "give another --out."
+            "choose another --out."
         )
     return [run for run in runs if not RunDir(run.run_dir).results.is_file()]
 
@@ -44,10 +44,10 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def launch(
     runs: Sequence[PlannedRun], jobs: int, threads: int, main: Callable[[list[str]], int], preload: str
 ) -> Iterator[tuple[PlannedRun, int]]:
-    """Run all, `jobs` at a time on `threads` threads each; yield each with its exit code as it ends.
+    """Run all, `jobs` at a time with `threads` threads each; yield each run with its exit code when it ends.
 
-    `main` is the command line, and `preload` a module that the processes share by forking after its import.
-    Closing the generator, or an interrupt, stops the runs under way; they resume next time.
+    `main` is the command line, and `preload` a module that is imported once and then shared by forking. Closing the
+    generator, or an interrupt, stops the active runs; the next sweep resumes them.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -81,7 +81,7 @@ def _stop(running: Mapping[int, tuple[PlannedRun, BaseProcess]]) -> None:
 
 
 def _arguments(run: PlannedRun) -> list[str]:
-    """Return the command line of the run, resuming where there is a checkpoint, and mark what it is made from."""
+    """Return the run's command line, which resumes if there is a checkpoint, and store the configuration beside it."""
     directory = RunDir(run.run_dir)
     resume = (directory.checkpoints / "last.ckpt").is_file()
     if not resume and run.run_dir.exists():
@@ -96,7 +96,7 @@ def _marker(run: PlannedRun) -> Path:
 
 
 def _fit(main: Callable[[list[str]], int], arguments: list[str], log: str) -> None:
-    """Be `python -m pmd ARGUMENTS`, with the output in a file; end when the sweep ends."""
+    """Act as `python -m pmd ARGUMENTS` with the output in a file; exit when the sweep exits."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

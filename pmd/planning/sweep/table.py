@@ -1,4 +1,4 @@
-"""Finished run directories in; one row per arm with mean and standard error over seeds, as table, Markdown and plot."""
+"""Summarises finished runs: a row per arm with mean and standard error over seeds, as a table, Markdown and a plot."""
 
 import json
 import math
@@ -30,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One arm with one choice on each axis: its quantities over the seeds that finished."""
+    """One arm with one choice on each axis, summarised over the seeds that finished."""
 
     block: str
     arm: str
@@ -40,11 +40,11 @@ class Row:
     rollouts: int
     updates: int
     quantities: Mapping[str, Estimate]  # avg, pass@k, coverage@k, with memory
-    best: bool = False  # the highest avg among the choices of its arm, where there are several
+    best: bool = False  # the highest avg among the choices of its arm, if there are several
 
 
 def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
-    """Summarise what has finished. Every block begins with the policy before training, evaluated by its first arm."""
+    """Summarise the finished runs. Each block begins with the policy before training, as evaluated by its first arm."""
     groups: dict[tuple[str, str, str], list[PlannedRun]] = {}
     for run in runs:
         groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
@@ -58,9 +58,9 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
 
 
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
-    """Print the table, a block per section."""
+    """Print the table, with a section for each block."""
     names = _quantity_names(rows)
-    table = Table(title=f"{title}: test problems, mean ± standard error over seeds, in percent", caption=_effort(rows))
+    table = Table(title=f"{title}: test tasks, mean ± standard error over seeds, in percent", caption=_effort(rows))
     table.add_column("method", no_wrap=True)
     for heading in [*names, "seeds"]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -78,7 +78,7 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
 
 
 def write_rows(rows: Sequence[Row], out: Path, title: str) -> None:
-    """Write table.md, sweep.json and sweep.png into `out`."""
+    """Write table.md, sweep.json and sweep.png to `out`."""
     names = _quantity_names(rows)
     lines = [_effort(rows), "", f"| method | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
     for block, own in _by_block(rows).items():
@@ -100,11 +100,11 @@ def _by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _effort(rows: Sequence[Row]) -> str:
-    """Say how many rollouts and updates each run had; a frozen policy has the rollouts and no update."""
+    """Say how many rollouts and updates each run had; a frozen policy has rollouts and no updates."""
     rollouts = sorted({row.rollouts for row in rows if row.rollouts})
     updates = sorted({row.updates for row in rows if row.updates})
     each = [" or ".join(f"{n:,}" for n in numbers) or "no" for numbers in (rollouts, updates)]
-    return f"{each[0]} rollouts and {each[1]} updates a run; the base policy is not trained."
+    return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained."
 
 
 def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]], phase: str, failed: int) -> Row:
@@ -160,7 +160,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
-    """Draw grouped bars: a group per block, a bar per arm (its best choice), one panel per quantity."""
+    """Draw one panel per quantity with grouped bars: a group per block, a bar per arm (its best choice)."""
     import matplotlib
 
     matplotlib.use("Agg")

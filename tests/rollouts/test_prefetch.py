@@ -1,20 +1,17 @@
-"""The next batch is generated while this one trains: same rollouts, one version behind."""
+"""With prefetch the next batch is generated during training: the same rollouts, one version behind."""
 
 import threading
 
 import pytest
 
 from pmd.cli.run import build
-from pmd.config.check import check_config
-from pmd.config.load import load_config
 from pmd.config.schema import DataConfig, ModelConfig, RolloutsConfig, RunConfig, TinyWorldConfig
 from pmd.engines.hf import HFEngine
-from pmd.errors import ConfigError
 from pmd.run_dir import RunDir
 
 
 class OneAtATime(HFEngine):
-    """Keeps a change of weights out of a batch, as engines with weights of their own do."""
+    """Does not change weights in the middle of a batch, like engines with weights of their own."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -54,14 +51,9 @@ def test_versions_behind(tmp_path, prefetch, behind):
     data, found = data_with(tmp_path, prefetch), []
     for batch in data.epoch(0):
         data.engine.started.acquire()
-        if prefetch and batch.step < 2:  # the next batch is being generated while this one trains
+        if prefetch and batch.step < 2:  # the next batch is being generated
             assert data.engine.started.acquire(timeout=60)
             data.engine.started.release()
         data.engine.sync(batch.step + 1)
         found.append(batch.metrics["rollout/versions_behind"])
     assert found == behind
-
-
-def test_prefetching_with_the_training_weights_is_refused():
-    with pytest.raises(ConfigError, match="prefetch=true"):
-        check_config(load_config(["configs/tiny.yaml"], ["rollouts.prefetch=true"]))
