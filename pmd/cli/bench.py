@@ -1,36 +1,39 @@
-"""`python -m pmd bench --config FILE`: where the time of a step goes, tokens/s, model FLOPs utilisation, peak memory.
-
-Enters: a configuration, as `fit` reads it. Leaves: a table, and JSON with --json. With `--prompt-tokens` the rollouts
-are random ids of fixed lengths and nothing is generated or verified; without, steps are those of the run itself. With
-`--random-init` the weights are random: of model.path only config.json and the tokenizer are read.
-"""
+"""`python -m pmd bench --config FILE`: where the time of a step goes, tokens/s, model FLOPs utilisation, memory."""
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from contextlib import closing
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pmd.config.check import check_config
-from pmd.config.load import LoadedConfig, load_arguments
+from pmd.cli.arguments import load_checked, make_config_parser, split_options
+from pmd.config.load import LoadedConfig
 from pmd.errors import ConfigError
 
 if TYPE_CHECKING:
     from pmd.planning.bench import Measurement
 
 
+DESCRIPTION = """Measure training steps of a configuration, which is given as to `fit`.
+
+  python -m pmd bench --config configs/tiny.yaml --steps 5
+  python -m pmd bench --config configs/qwen3_8b.yaml --random-init --prompt-tokens 512 --completion-tokens 1024
+
+Without --prompt-tokens the steps are those of the run: tasks are attempted, verified and trained on. With it, rollouts
+are random token ids of fixed lengths, and nothing is generated or verified."""
+
+
 def main(argv: list[str]) -> int:
     """Measure and print; return 0."""
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, rest = split_options(_parser(), argv)
     if arguments.steps < 1:
         raise ConfigError(f"--steps={arguments.steps} must be at least 1.")
-    loaded = load_arguments("bench", rest)
-    check_config(loaded)
+    loaded = load_checked("bench", rest)
 
     import torch
 
@@ -47,7 +50,8 @@ def main(argv: list[str]) -> int:
         from pmd.planning.bench import summarise
 
         measured = _measure(loaded, arguments, Path(folder))
-        result = {"model": loaded.plain.get("model", {}), "lengths": _lengths(arguments)} | summarise(measured)
+        facts = {"model": dataclasses.asdict(loaded.run.model), "lengths": _lengths(arguments)}
+        result = facts | summarise(measured)
     _show(result, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -55,17 +59,12 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pmd bench",
-        usage="python -m pmd bench --config FILE [--config OVERLAY]... [--section.key=VALUE]... [options]",
-        description="Measure the training steps of a configuration, given as to fit.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--steps", type=int, default=3, help="steps to measure, after one that warms up")
-    parser.add_argument("--random-init", action="store_true", help="random weights: no download but config, tokenizer")
-    parser.add_argument("--prompt-tokens", type=int, help="random rollouts with prompts of this length; no generation")
-    parser.add_argument("--completion-tokens", type=int, default=128, help="their completions")
-    parser.add_argument("--teacher-tokens", type=int, help="their teacher's prompts; default: twice the student's")
+    parser = make_config_parser("bench", DESCRIPTION)
+    parser.add_argument("--steps", type=int, default=3, help="steps to measure, after one to warm up (default: 3)")
+    parser.add_argument("--random-init", action="store_true", help="random weights; model.path gives shape, tokenizer")
+    parser.add_argument("--prompt-tokens", type=int, help="random rollouts with prompts of this length")
+    parser.add_argument("--completion-tokens", type=int, default=128, help="length of their completions (default: 128)")
+    parser.add_argument("--teacher-tokens", type=int, help="length of the teacher's prompts (default: twice as long)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 
@@ -82,17 +81,17 @@ def _lengths(arguments: argparse.Namespace) -> dict[str, int] | None:
 
 
 def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "Measurement":
-    """Take one step more than asked for: the first warms up."""
+    """Take one step more than asked for, because the first one warms up."""
     from pmd.planning.bench import measure_steps
 
     config, accelerator = loaded.run, str(loaded.trainer.get("accelerator", "auto"))
     lengths = _lengths(arguments)
     if lengths is None:
         from pmd.callbacks.sync import WeightSyncCallback
+        from pmd.cli.run import build
         from pmd.run_dir import RunDir
 
-        builder = import_module("pmd.cli.run")
-        run = builder.build(config, RunDir(folder / "run"))
+        run = build(config, RunDir(folder / "run"))
         callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, run.parity)]
         with closing(run.data.engine):
             return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
@@ -119,6 +118,6 @@ def _show(result: dict[str, Any], console: Console) -> None:
     mfu = "unknown (no known peak)" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
     console.print(
         f"{result['tokens_per_step']:.0f} tokens a step; {result['tokens_per_s']:.0f} tokens/s in all, "
-        f"{result['training_tokens_per_s']:.0f} in training; {result['tflops_per_s']:.3f} TFLOP/s, MFU {mfu}; "
-        f"peak memory {result['peak_memory_gb']:.2f} GB"
+        f"{result['training_tokens_per_s']:.0f} in training; {result['tflops_per_s']:.3f} TFLOP/s, "
+        f"model FLOPs utilisation {mfu}; peak memory {result['peak_memory_gb']:.2f} GB"
     )

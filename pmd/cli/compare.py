@@ -1,9 +1,8 @@
-"""`pmd compare`: run directories enter; a table, `compare.json` and a plot of the differences leave."""
+"""`python -m pmd compare RUN RUN`: a paired bootstrap of runs on the same questions, as a table, JSON and a plot."""
 
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pmd.cli.arguments import make_parser
 from pmd.errors import ConfigError
 from pmd.evaluation.compare import Comparison, Difference, MethodRun, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample, score_samples
@@ -20,41 +20,37 @@ from pmd.types import UNSCORED
 
 DESCRIPTION = """Compare runs on the same questions by a paired bootstrap.
 
+  python -m pmd compare runs/grpo runs/pmd
+  python -m pmd compare runs/sdpo-0 runs/sdpo-1 runs/pmd-0 runs/pmd-1 --metric pass@8 --out compared
+
 The first run's method is the baseline. Runs with the same method are its seeds. Each run directory holds
 results.json (its `method` and `seed`) and samples.jsonl; so do the folders that `pmd test` writes."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        "pmd compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("compare", DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the baseline")
-    parser.add_argument("--phase", default="last", help="which checkpoint: last (default), best, initial, or its name")
+    parser.add_argument("--phase", default="last", help="checkpoint: last, best, initial, or its name (default: last)")
     parser.add_argument("--metric", default="avg", help="avg, or pass@K (default: avg)")
     parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument(
         "--out", type=Path, help="folder for compare.json and compare.png (default: nothing is written)"
     )
-    options = parser.parse_args(argv)
-    try:
-        run(options)
-    except ConfigError as error:
-        print(f"pmd compare: {error}", file=sys.stderr)
-        return 2
+    run(parser.parse_args(argv))
     return 0
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read, compare, print and write.
+    """Compare the runs, print the table, and write the files that --out asks for.
 
     Raises:
-        ConfigError: with everything wrong with the arguments and the run directories at once.
+        ConfigError: with everything wrong with the arguments and the run directories.
     """
     value_of, problems = _value_function(options.metric)
     if len(options.runs) < 2:
-        problems.append("RUN: one run cannot be compared; name at least two run directories.")
+        problems.append("RUN: one run cannot be compared; give at least two run directories.")
     if options.resamples < 100:
         problems.append(f"--resamples={options.resamples} must be at least 100; raise it.")
     loaded = []
@@ -71,16 +67,16 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"{error}; compare runs of one data set, with as many samples as --metric needs.") from error
     print_table(found, options)
     if not options.out:
-        print("Name a folder with --out to keep the table as compare.json and draw compare.png.")
-    else:
-        options.out.mkdir(parents=True, exist_ok=True)
-        content = {"phase": options.phase, "metric": options.metric, "methods": [dataclasses.asdict(c) for c in found]}
-        (options.out / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
-        curves: dict[str, list[Sample]] = {}
-        for number, (facts, samples) in enumerate(loaded):  # the number keeps the questions of different seeds apart
-            renamed = [dataclasses.replace(sample, task_id=f"{number}/{sample.task_id}") for sample in samples]
-            curves.setdefault(facts["method"], []).extend(renamed)
-        draw(found, curves, options)
+        print("Give a folder with --out to keep the table as compare.json and draw compare.png.")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    content = {"phase": options.phase, "metric": options.metric, "methods": [dataclasses.asdict(c) for c in found]}
+    (options.out / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
+    curves: dict[str, list[Sample]] = {}
+    for number, (facts, samples) in enumerate(loaded):  # the number keeps the questions of different seeds apart
+        renamed = [dataclasses.replace(sample, task_id=f"{number}/{sample.task_id}") for sample in samples]
+        curves.setdefault(facts["method"], []).extend(renamed)
+    draw(found, curves, options)
 
 
 def _value_function(metric: str) -> tuple[Any, list[str]]:
@@ -93,7 +89,7 @@ def _value_function(metric: str) -> tuple[Any, list[str]]:
 
 
 def read_run(path: Path, phase: str) -> tuple[dict[str, Any], list[Sample], list[str]]:
-    """Return a run's results.json, its samples of one phase, and a sentence for everything wrong with it."""
+    """Return a run's results.json, its samples of one phase, and a sentence for each problem with them."""
     try:
         facts = json.loads((path / "results.json").read_text())
         if not isinstance(facts, dict) or not isinstance(facts.get("method"), str):
@@ -114,7 +110,7 @@ def read_run(path: Path, phase: str) -> tuple[dict[str, Any], list[Sample], list
                 samples.append(sample)
     if not samples and not problems:
         held = ", ".join(sorted(phases)) or "none"
-        problems.append(f"{path}: samples.jsonl holds no sample of --phase={phase}; it holds {held}.")
+        problems.append(f"{path}: samples.jsonl has no sample of --phase={phase}; it has {held}.")
     return facts, samples, problems
 
 
@@ -144,9 +140,7 @@ def print_table(found: Sequence[Comparison], options: argparse.Namespace, consol
     console = console or Console()
     console.print(table)
     which = "the plain mean of the domains" if domains else "the mean over questions"
-    console.print(
-        f"Differences are of {which}: paired bootstrap, {options.resamples} resamples of questions and seeds."
-    )
+    console.print(f"Differences of {which}: paired bootstrap, {options.resamples} resamples of questions and seeds.")
 
 
 def _cells(difference: Difference | None) -> tuple[str, str, str]:
@@ -177,7 +171,7 @@ def draw(found: Sequence[Comparison], samples: dict[str, list[Sample]], options:
         errors = 100 * np.array(list(scores.pass_at_error.values()))
         right.plot(ks, values, marker="o", label=method)
         right.fill_between(ks, values - errors, values + errors, alpha=0.2)
-    right.set(title="pass@k, with its standard error", xlabel="k samples", ylabel="percent of problems")
+    right.set(title="pass@k, with its standard error", xlabel="k samples", ylabel="percent of tasks")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:.0f}")
     right.grid(alpha=0.3)
@@ -191,7 +185,3 @@ def _differences(comparison: Comparison) -> list[tuple[str, Difference]]:
     if comparison.domain_differences and len(comparison.domain_differences) > 1:
         rows += [("domain mean", comparison.domain_mean_difference), *comparison.domain_differences.items()]
     return [(name, difference) for name, difference in rows if difference is not None]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,5 @@
-"""`python -m pmd doctor --config FILE`: will it fit and will it run?
+"""`python -m pmd doctor --config FILE`: predicts whether a run fits into memory, and says what to change if not."""
 
-Enters: a configuration, as `fit` reads it. Leaves: versions, missing packages, the memory that a step is predicted to
-need by part, what the device has, and what to change if that is too little. With `rollouts.engine: vllm` on a GPU also
-what vLLM needs, while the trainer trains and while vLLM generates, and the share of the GPU that it is started with. No
-weights are read.
-"""
-
-import argparse
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,33 +7,38 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pmd.config.check import check_config
+from pmd.cli.arguments import load_checked, make_config_parser, split_options
 from pmd.config.load import LoadedConfig, load_arguments
 from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm", "hnswlib", "sentence-transformers")
 
+DESCRIPTION = """Predict the memory that a configuration needs, part by part, without reading any weights.
+
+  python -m pmd doctor --config configs/tiny.yaml
+  python -m pmd doctor --config configs/qwen3_8b.yaml --gpu-gb 80       for a GPU that this machine does not have
+
+Prints versions, the predicted memory, what the device has free, and what to change if that is too little. With
+rollouts.engine=vllm on a GPU also what vLLM needs while the policy trains and while vLLM generates, and the share of
+the GPU that it will be given."""
+
 
 def main(argv: list[str]) -> int:
     """Print the diagnosis; return 0 if the run is predicted to fit, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pmd doctor",
-        usage="python -m pmd doctor --config FILE [--config OVERLAY]... [--section.key=VALUE]... [options]",
-        description="Predict the memory that the steps of a configuration need.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: as many as it may hold")
-    parser.add_argument("--gpu-gb", type=float, help="plan for a GPU of this many GB that is not at hand")
-    arguments, rest = parser.parse_known_args(argv)
+    parser = make_config_parser("doctor", DESCRIPTION)
+    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch (default: as many as one may hold)")
+    parser.add_argument("--gpu-gb", type=float, help="plan for a GPU with this many GB instead of this machine")
+    arguments, rest = split_options(parser, argv)
     for flag, value in (("--tokens", arguments.tokens), ("--gpu-gb", arguments.gpu_gb)):
         if value is not None and not value > 0:
             raise ConfigError(f"{flag}={value} must be above 0.")
-    loaded = load_arguments("doctor", rest)
     if arguments.gpu_gb is None:
-        check_config(loaded)
-    elif loaded.problems:  # what this machine lacks is of no interest then
-        raise ConfigError(loaded.problems)
+        loaded = load_checked("doctor", rest)
+    else:  # for another machine: what this one lacks does not matter
+        loaded = load_arguments("doctor", rest)
+        if loaded.problems:
+            raise ConfigError(loaded.problems)
     console = Console()
     console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES), markup=False)
     return _diagnose(loaded, arguments.tokens, arguments.gpu_gb, console)
@@ -60,7 +58,7 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     if not on_cuda:
         parts["Python and libraries"] = libraries_bytes()
         code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
-        console.print("On a CPU the process may hold half as much again: the C library keeps what torch frees.")
+        console.print("On a CPU the process may hold half as much again, because the C library keeps what torch frees.")
         return code
     free, total = (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
     if run.rollouts.engine != "vllm":
@@ -99,7 +97,7 @@ def _verdict(
 
 
 def remedies(run: RunConfig) -> list[str]:
-    """Name what would need less memory, the cheapest change first."""
+    """Return changes that would need less memory, the cheapest first."""
     found = []
     if not run.model.gradient_checkpointing:
         found.append("set model.gradient_checkpointing=true")
@@ -122,7 +120,7 @@ def _version(name: str) -> str:
 
 
 def _available_bytes() -> float:
-    """Return main memory that programs may still take (Linux); infinity where that is not known."""
+    """Return the free main memory in bytes (Linux); infinity where that is unknown."""
     info = Path("/proc/meminfo")
     if not info.is_file():
         return float("inf")

@@ -1,23 +1,26 @@
-"""`python -m pmd export RUN --out DIR`: a run's student as a plain Hugging Face checkpoint, or adapter.
+"""`python -m pmd export RUN --out DIR`: writes a run's student as a plain Hugging Face checkpoint or adapter."""
 
-Enters: a run directory. Leaves: a folder that `transformers` (with `peft` for an adapter) loads alone. No memory goes
-with it: the student never needed any.
-"""
-
-import argparse
 from pathlib import Path
 
+from pmd.cli.arguments import make_parser
 from pmd.config.load import load_config
 from pmd.errors import ConfigError
 from pmd.run_dir import open_run
 
+DESCRIPTION = """Write the student of a run as a Hugging Face checkpoint, or as an adapter if the run trained one.
+
+  python -m pmd export runs/tiny --out exported
+
+`transformers` (with `peft` for an adapter) loads it without pmd. Memory is not exported: the student's prompts never
+contained any."""
+
 
 def main(argv: list[str]) -> int:
     """Write the export; return 0."""
-    parser = argparse.ArgumentParser(prog="python -m pmd export", description="Export a run's student.")
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--out", required=True, help="folder to write, new or empty")
-    parser.add_argument("--ckpt", default="last", help="last, best or a checkpoint file")
+    parser = make_parser("export", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--ckpt", default="last", help="last, best or a checkpoint file (default: last)")
     arguments = parser.parse_args(argv)
     run_dir, out = open_run(arguments.run), Path(arguments.out)
     loaded = load_config([run_dir.config])
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> int:
             model.save_pretrained(out, selected_adapters=["student"])
         else:
             model.save_pretrained(out)
-    if is_adapter:  # PEFT puts a named adapter into a folder of its name; alone it belongs at the top
+    if is_adapter:  # PEFT writes a named adapter into a folder of that name
         for file in (out / "student").iterdir():
             file.rename(out / file.name)
         (out / "student").rmdir()

@@ -1,8 +1,4 @@
-"""`python -m pmd inspect step RUN`: what the teacher saw and where it disagreed, for any rollout of a run.
-
-Enters: a run directory with traces. Leaves: text for people: the verdict, both prompts, the memory items in the
-teacher's, and for every token of the completion the divergence (nats) and the probability that each policy gave it.
-"""
+"""`python -m pmd inspect step RUN`: shows what the teacher saw of a rollout, and at which tokens it disagreed."""
 
 import argparse
 import math
@@ -13,44 +9,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pmd.cli.arguments import make_parser
 from pmd.config.load import load_config
 from pmd.errors import ConfigError
 from pmd.run_dir import open_run
 
-DESCRIPTION = """Show one rollout of one training step: the verdict, the student's prompt, the teacher's prompt, the
-memory items in it, and token by token how far student and teacher were apart."""
-EXAMPLES = """examples:
-  python -m pmd inspect step runs/tiny                          the latest step, its first rollout
+DESCRIPTION = """Show one rollout of one training step.
+
+  python -m pmd inspect step runs/tiny                          the first rollout of the latest step
   python -m pmd inspect step runs/tiny --step 40 --list         one line for each rollout of step 40
   python -m pmd inspect step runs/tiny --step 40 --rollout 3
-"""
+
+Prints the verdict, the student's prompt, the teacher's prompt, the memory items in it and, for every token of the
+completion, the divergence between student and teacher in nats and the probability that each gave to the token."""
 BAR = 10  # characters of the longest divergence bar
-SAME = 0.01  # share of the largest divergence below which both policies agree
+SAME = 0.01  # tokens with less than this share of the largest divergence share a line
 LEVELS = {0: "experience", 1: "insight", 2: "behaviour"}
 
 
 def main(argv: list[str]) -> int:
     """Print one rollout of one step, or a list of the step's rollouts; return 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pmd inspect",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=["step"])
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--step", type=int, help="optimizer step, counted from 0; default: the latest kept")
-    parser.add_argument("--rollout", type=int, default=0, help="which rollout of the step, counted from 0")
-    parser.add_argument("--every-token", action="store_true", help="do not join tokens that both policies agree on")
-    parser.add_argument("--list", action="store_true", help="one line for each rollout of the step")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     run_dir = open_run(arguments.run)
     kept = {int(path.name[5:11]): path for path in sorted(run_dir.traces.glob("step-*.jsonl.gz"))}
     if not kept:
-        raise ConfigError(f"run={arguments.run} kept no step in traces/; train with trace_every of at least 1.")
+        raise ConfigError(f"run={arguments.run} has no step in traces/; train with trace_every of at least 1.")
     step = max(kept) if arguments.step is None else arguments.step
     if step not in kept:
-        raise ConfigError(f"--step={step} was not kept; use one of {_ranges(sorted(kept))}.")
+        raise ConfigError(f"--step={step} has no trace; use one of {_ranges(sorted(kept))}.")
     config = load_config([run_dir.config]).run.model
 
     from pmd.pretrained import load_tokenizer
@@ -68,9 +54,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("inspect", DESCRIPTION)
+    parser.add_argument("what", choices=["step"])
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--step", type=int, help="optimizer step, from 0 (default: the latest with a trace)")
+    parser.add_argument("--rollout", type=int, default=0, help="number of the rollout in the step, from 0")
+    parser.add_argument("--every-token", action="store_true", help="give every token a line of its own")
+    parser.add_argument("--list", action="store_true", help="one line for each rollout of the step")
+    return parser
+
+
 def list_rollouts(records: Sequence[dict[str, Any]], console: Console) -> None:
     """Print one line for each rollout."""
-    table = Table("#", "problem", "reward", "verdict", "tokens", "memory items", "shown", "nats", box=None)
+    table = Table("#", "task", "reward", "verdict", "tokens", "memory items", "shown", "nats", box=None)
     for number, record in enumerate(records):
         divergence = record.get("per_token_divergence")
         table.add_row(
@@ -87,10 +84,10 @@ def list_rollouts(records: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *, every_token: bool) -> None:
-    """Print one record; stretches of tokens on which both policies agree share a line unless `every_token`."""
+    """Print one record; neighbouring tokens on which both policies agree share a line unless `every_token`."""
     _heading(console, place)
     facts = {
-        "problem": record["task_id"],
+        "task": record["task_id"],
         "verdict": f"{record['status']}, reward {record['reward']:g}" + _in_brackets(record["feedback"]),
         "advantage": f"{record['advantage']:+.3f}",
         "completion": f"{len(record['completion_ids'])} tokens, ended by {record['finish_reason']}",
@@ -125,7 +122,7 @@ def _show_tokens(record: dict[str, Any], tokenizer: Any, console: Console, same:
     divergences, teacher = record.get("per_token_divergence"), record.get("teacher_logprobs")
     if divergences is None or teacher is None:
         _heading(console, "per token")
-        console.print("this run has no teacher (objective.distillation=0): nothing to compare")
+        console.print("this run has no teacher (objective.distillation=0), so there is nothing to compare")
         return
     mean, largest = sum(divergences) / len(divergences), max(divergences)
     _heading(console, f"per token: divergence {mean:.4f} nats on average, {largest:.4f} at most")
@@ -148,8 +145,8 @@ def _show_tokens(record: dict[str, Any], tokenizer: Any, console: Console, same:
         )
     console.print(table)
     console.print(
-        "student and teacher: the probability each gave to the token; the teacher favours or opposes a token where the "
-        "two differ by more than half a nat",
+        "student and teacher: the probability that each gave to the token; the teacher favours or opposes it where "
+        "their log-probabilities differ by more than 0.5 nats",
         style="dim",
     )
 

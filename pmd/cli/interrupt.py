@@ -1,4 +1,4 @@
-"""What ends a run early, and how it goes on: Ctrl-C and SIGTERM both arrive as KeyboardInterrupt, at once."""
+"""Interrupted runs: Ctrl-C and SIGTERM both become KeyboardInterrupt, and the run ends by saying how to resume it."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from pmd.run_dir import RunDir
 
 
 def interrupt_on_sigterm() -> None:
-    """Treat SIGTERM as Ctrl-C, so that a job that is told to end closes what it holds. Only a main thread can."""
+    """Treat SIGTERM like Ctrl-C, so that a job that is terminated closes what it has open. Only a main thread can."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
 
@@ -21,8 +21,8 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def telling_how_to_resume(run_dir: RunDir) -> Iterator[None]:
-    """End an interrupted run, and one whose engine failed, with how to go on from its last finished epoch."""
+def saying_how_to_resume(run_dir: RunDir) -> Iterator[None]:
+    """If the run is interrupted or its engine fails, say how to resume it from its last finished epoch."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Lightning closes what is open, then leaves by SystemExit
@@ -33,8 +33,8 @@ def telling_how_to_resume(run_dir: RunDir) -> Iterator[None]:
 
 def _how_to_resume(run_dir: RunDir) -> str:
     if not run_dir.last.is_file():
-        return f"stopped before the end of the first epoch: nothing to resume; remove {run_dir.root} and start again."
+        return f"stopped in the first epoch, so there is nothing to resume; remove {run_dir.root} and start again."
     return (
-        "stopped; everything up to the last finished epoch is kept. Continue with: "
+        "stopped; everything up to the last finished epoch is saved. Continue with: "
         f"python -m pmd fit --config {run_dir.config} --ckpt_path last"
     )

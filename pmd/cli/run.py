@@ -1,6 +1,6 @@
 """`fit`, `validate` and `test`: build the run, fit it, evaluate it, report.
 
-`build` makes every object once; `callbacks_of` fixes the order in which the callbacks act at an epoch's end.
+`build` makes every object of a run, and `callbacks_of` sets the order in which the callbacks act at an epoch's end.
 """
 
 import time
@@ -21,7 +21,7 @@ from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verification import VerificationCallback
-from pmd.cli.interrupt import interrupt_on_sigterm, telling_how_to_resume
+from pmd.cli.interrupt import interrupt_on_sigterm, saying_how_to_resume
 from pmd.cli.trainer import TrainerCLI
 from pmd.config.check import describe_rounding
 from pmd.config.load import LoadedConfig
@@ -70,7 +70,7 @@ def run(command: str, loaded: LoadedConfig) -> int:
 
 
 def _fit_command(loaded: LoadedConfig) -> int:
-    """Build, fit, evaluate the last and the best checkpoint, report."""
+    """Build the run, fit it, evaluate the first, the last and the best policy, report."""
     config = loaded.run
     run_dir = fit_run_dir(config, loaded.folder, loaded.name)
     checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
@@ -83,8 +83,8 @@ def _fit_command(loaded: LoadedConfig) -> int:
         run_dir.config.write_text(saved_yaml(loaded), encoding="utf-8")
         trainer = cli.trainer_for(callbacks_of(run), _loggers(config, run_dir, checkpoint))
         _announce(run, trainer)
-        initial = evaluate(run, with_memory=False)  # no checkpoint is loaded yet
-        with telling_how_to_resume(run_dir):
+        initial = evaluate(run, with_memory=False)  # the policy before training, also when a run is resumed
+        with saying_how_to_resume(run_dir):
             seconds = fit(run, trainer, checkpoint)
             phases = {"initial": initial} | evaluate_checkpoints(run, trainer)
         report(run, trainer, phases, seconds)
@@ -92,7 +92,7 @@ def _fit_command(loaded: LoadedConfig) -> int:
 
 
 def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
-    """Evaluate a checkpoint, or the untrained policy, without opening any memory; leave RUN/COMMAND-CHECKPOINT/."""
+    """Evaluate a checkpoint, or the untrained policy, without opening any memory; write RUN/COMMAND-CHECKPOINT/."""
     config = loaded.run
     config.memory.enabled = False
     run_dir = find_run_dir(config, loaded.folder, loaded.name)
@@ -143,14 +143,14 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     )
     parity = None
     vllm = config.rollouts.vllm
-    if config.rollouts.engine != "hf" and vllm.parity_completions:  # an engine that holds weights of its own
+    if config.rollouts.engine != "hf" and vllm.parity_completions:  # the engine has weights of its own
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
     return Run(config, run_dir, tasks, module, data, memory, evaluator, parity)
 
 
 def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
-    """Refuse verifiers that cannot be used; print what a reader should know of rounding, the sandbox and the splits."""
+    """Refuse verifiers that cannot be used; print notes on rounding, the sandbox and duplicates among the splits."""
     everything = [task for part in tasks.values() for task in part]
     for line in [*describe_rounding(config), *prepare_verifiers(everything, config.verifiers.sandbox)]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
@@ -177,13 +177,13 @@ def callbacks_of(run: Run) -> list[Callback]:
     callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, run.parity))
     if config.trace_every:
         callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
-    # Two, because ModelCheckpoint(save_last=True) writes `last` only in epochs whose `best` is written.
+    # Two, because ModelCheckpoint(save_last=True) writes `last` only in epochs in which it writes `best`.
     best = _checkpoint(run.run_dir, "best", monitor="verify/avg")
     return [*callbacks, best, _checkpoint(run.run_dir, "last", monitor=None)]
 
 
 def _checkpoint(run_dir: RunDir, name: str, monitor: str | None) -> MovableCheckpoint:
-    """Return what writes NAME.ckpt after each epoch, or after each epoch that is the best so far by `monitor`."""
+    """Return the callback that writes NAME.ckpt after each epoch; with `monitor`, only if it is the best so far."""
     return MovableCheckpoint(
         dirpath=run_dir.checkpoints,
         filename=name,
@@ -196,7 +196,7 @@ def _checkpoint(run_dir: RunDir, name: str, monitor: str | None) -> MovableCheck
 
 
 def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> float:
-    """Train, from a checkpoint or from the start; return the seconds it took."""
+    """Train from a checkpoint or from the start; return the seconds it took."""
     started = time.perf_counter()
     trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
     seconds = time.perf_counter() - started
@@ -217,8 +217,8 @@ def evaluate(run: Run, *, with_memory: bool) -> Phase:
 
 
 def evaluate_checkpoints(run: Run, trainer: Trainer) -> dict[str, Phase]:
-    """Evaluate the last policy, and the one that did best in validation; the policy is that one afterwards."""
-    if run.data.engine.policy_version != run.module.policy_version:  # a finished run was resumed: no step, no sync
+    """Evaluate the last policy and the one that was best in validation; leaves the best one loaded."""
+    if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step, no sync
         _sync_engine(run)
     last = evaluate(run, with_memory=run.config.verification.memory_conditioned)
     state = read_checkpoint(run.run_dir.checkpoints / "best.ckpt")
@@ -258,14 +258,14 @@ def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
 
 
 def _sync_engine(run: Run) -> None:
-    """Have the engine take over weights that no training step made: those of a checkpoint."""
+    """Load weights into the engine that did not come from a training step but from a checkpoint."""
     run.data.engine.sync(run.module.policy_version)
     if run.parity is not None:
         run.parity.measure(nullcontext())
 
 
 def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Path | None) -> list[Logger]:
-    """Return the CSV logger, holding the rows that a resumed run already has, and wandb where asked for."""
+    """Return the CSV logger, with the rows that a resumed run already has, and the wandb logger if it is wanted."""
     rows = run_dir.read_metrics() if checkpoint is not None else []
     csv_logger = CSVLogger(run_dir.root, name="", version="", flush_logs_every_n_steps=20)
     if checkpoint is not None:
@@ -273,7 +273,7 @@ def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Path | None) -> lis
         for row in rows:
             if float(row["step"]) < done:
                 csv_logger.experiment.log_metrics({k: float(v) for k, v in row.items() if v}, int(float(row["step"])))
-        csv_logger.save()  # the logger has removed the file, and it is long until the first step
+        csv_logger.save()  # the logger has deleted the file, and the first step is minutes away
     loggers: list[Logger] = [csv_logger]
     if config.wandb != "off":
         from lightning.pytorch.loggers import WandbLogger
@@ -283,7 +283,7 @@ def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Path | None) -> lis
 
 
 def _announce(run: Run, trainer: Trainer) -> None:
-    """Print the arithmetic of the run before it starts."""
+    """Print how many rollouts and updates the run will make."""
     rollouts, steps = run.config.rollouts, run.data.steps_per_epoch
     epochs = trainer.max_epochs or 0
     CONSOLE.print(

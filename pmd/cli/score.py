@@ -1,7 +1,7 @@
-"""`pmd score`: task and completion lines enter, one verdict line per completion leaves, in the same order.
+"""`python -m pmd score`: verifies completions that were made elsewhere.
 
-Completions are judged by a bounded number of threads and never held in memory all at once. Bad lines of either file
-are named before the first completion is judged.
+Completions are streamed, so that a file may be larger than memory. Bad lines of either file are reported before the
+first completion is verified.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TextIO
 
+from pmd.cli.arguments import make_parser
 from pmd.errors import ConfigError
 from pmd.tasks.code_tests import DEFAULT_TIME_LIMIT_S
 from pmd.tasks.jsonl import read_task_file
@@ -25,7 +26,9 @@ from pmd.types import Task, Verdict
 from pmd.verifiers.pool import DEADLINE_S, VerificationPool, Verified
 from pmd.verifiers.resolve import describe_verifier_problem
 
-DESCRIPTION = """Score completions that were made elsewhere.
+DESCRIPTION = """Verify completions that were made elsewhere: one verdict line per completion, in the same order.
+
+  python -m pmd score --tasks tasks.jsonl --completions completions.jsonl --out verdicts.jsonl
 
 Task lines hold `id`, `prompt` (or `messages`), `verifier` (mcq, exact, math, tool_use, code, or a class path), and
 `answer` or `tests`. For code, `tests` is
@@ -39,27 +42,27 @@ tests that passed."""
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        "pmd score", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tasks", type=Path, required=True, help="JSON Lines file of problems")
+    parser = make_parser("score", DESCRIPTION)
+    parser.add_argument("--tasks", type=Path, required=True, help="JSON Lines file of tasks")
     parser.add_argument("--completions", type=Path, required=True, help="JSON Lines file of completions")
-    parser.add_argument("--out", type=Path, required=True, help="where the verdict lines go")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="completions judged at once")
+    parser.add_argument("--out", type=Path, required=True, help="file for the verdict lines")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="completions verified at once (default: one per core)"
+    )
     parser.add_argument(
         "--sandbox",
         choices=["namespaces", "bubblewrap", "landlock", "rlimits"],
-        help="run programs at this level only; rlimits is weak and must be asked for here (default: strongest)",
+        help="run programs at this level (default: the strongest there is; never rlimits, which is weak)",
     )
     options = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         score_file(options)
     except ConfigError as error:
-        print(f"pmd score: {error}", file=sys.stderr)
+        print(f"ConfigError: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pmd score: interrupted; the verdicts so far are kept", file=sys.stderr)
+        print("interrupted; the verdicts so far are kept", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -71,10 +74,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def score_file(options: argparse.Namespace) -> None:
-    """Check both files, then judge and write.
+    """Check both files, then verify the completions and write their verdicts.
 
     Raises:
-        ConfigError: with every bad line, unusable verifier and missing folder at once.
+        ConfigError: with every bad line, unusable verifier and missing folder.
     """
     if options.workers < 1:
         raise ConfigError(f"--workers={options.workers} must be at least 1; leave it out to use every core.")
@@ -127,7 +130,7 @@ def _out_problems(options: argparse.Namespace) -> list[str]:
     if not out.resolve().parent.is_dir():
         return [f"--out={out}: its folder does not exist; make it first."]
     if out.exists() and any(path.exists() and out.samefile(path) for path in (options.tasks, options.completions)):
-        return [f"--out={out} must not be one of the files that are read; name another."]
+        return [f"--out={out} must not be one of the files that are read; give another."]
     return []
 
 
@@ -135,7 +138,7 @@ def _opened(path: Path) -> TextIO:
     try:
         return path.open("w", encoding="ascii")
     except OSError as error:
-        raise ConfigError(f"--out={path} cannot be written ({error.strerror}); name another file.") from None
+        raise ConfigError(f"--out={path} cannot be written ({error.strerror}); give another file.") from None
 
 
 def _write(out: TextIO, path: Path, fields: dict[str, Any]) -> None:
@@ -143,9 +146,9 @@ def _write(out: TextIO, path: Path, fields: dict[str, Any]) -> None:
         out.write(json.dumps(fields) + "\n")
         out.flush()
     except OSError as error:
-        with contextlib.suppress(OSError):  # what cannot be written is tried again by closing
+        with contextlib.suppress(OSError):  # closing tries to write the rest once more
             out.close()
-        raise ConfigError(f"--out={path} cannot be written to ({error.strerror}); make room there.") from None
+        raise ConfigError(f"--out={path} cannot be written to ({error.strerror}); free some space.") from None
 
 
 def _check_completion(line: Line, known: set[str] | None) -> list[str]:
@@ -160,7 +163,7 @@ def _check_completion(line: Line, known: set[str] | None) -> list[str]:
 
 
 def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[str, Verdict]]:
-    """Yield verdicts in the order of the lines, a bounded number of lines ahead."""
+    """Yield verdicts in the order of the lines; a bounded number of lines is read ahead."""
     waiting: deque[tuple[str, Future[Verdict] | Verified]] = deque()
     with VerificationPool(workers, _deadline_s(tasks, workers)) as pool:
         for line in iterate_lines(path):
@@ -176,7 +179,7 @@ def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[s
 
 
 def _deadline_s(tasks: dict[str, Task], workers: int) -> float:
-    """Return when a verification counts as hung: no sooner than the longest one that waits for its turn can end."""
+    """Return the seconds after which a verification counts as hung; the longest one can end, even if it must wait."""
     tests = [task.tests for task in tasks.values() if task.verifier == "code"]
     longest = max((len(one["cases"]) * one.get("time_limit_s", DEFAULT_TIME_LIMIT_S) for one in tests), default=0.0)
     return (DEADLINE_S + longest) * max(1.0, workers / (os.cpu_count() or 1))

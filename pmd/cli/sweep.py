@@ -1,6 +1,5 @@
-"""`pmd sweep`: a grid file enters; runs, a table over seeds and a plot leave."""
+"""`python -m pmd sweep GRID.yaml`: runs every configuration of a grid and tabulates the results over seeds."""
 
-import argparse
 import os
 import signal
 import sys
@@ -10,26 +9,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pmd.cli import main as run_command
+from pmd.cli.arguments import make_parser
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun, plan, row_label
 from pmd.planning.sweep.launch import launch, log_file, unfinished
 
-DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), a process per run, and tabulate it.
-
-Runs that have finished are not repeated; runs that were cut short resume; a run that fails leaves its log, is
-reported, and is tried again by the next call. Ends with a table (mean and standard error over seeds), table.md,
-sweep.json and sweep.png in the output folder.
+DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one process per run, and tabulate it over seeds.
 
   python -m pmd sweep ablations/grids/main_table.yaml
-  python -m pmd sweep ablations/grids/main_table.yaml --dry_run"""
+  python -m pmd sweep ablations/grids/main_table.yaml --dry_run
+
+Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
+tried again by the next call. The table (mean and standard error over seeds) is printed and goes to the output folder
+as table.md, sweep.json and sweep.png."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return its exit code: 1 where a run failed."""
-    parser = argparse.ArgumentParser(
-        "pmd sweep", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file; ablations/grids/ holds some")
+    """Run the command; return 0, or 1 if a run failed."""
+    parser = make_parser("sweep", DESCRIPTION)
+    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
     parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one per core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     out = options.out or Path("runs") / options.grid.stem
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a file has room
+        console.width = 120  # a log file has room
     runs = plan(options.grid, out)
     left = unfinished(runs)
     if options.dry_run:
@@ -64,20 +63,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Console) -> list[PlannedRun]:
-    """Run what is left under a progress bar; return the runs that failed."""
+    """Run these under a progress bar; return the runs that failed."""
     failed: list[PlannedRun] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the way that stops the runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that launch() stops its runs
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not runs) as progress:
         bar = progress.add_task("runs", total=len(runs))
-        for number, (run, code) in enumerate(launch(runs, jobs, threads), start=1):
+        for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run"), start=1):
             if code != 0:
                 failed.append(run)
                 progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}")
             if not console.is_terminal:
-                console.print(f"{number}/{len(runs)} {_name(run)}")  # a bar shows nothing in a file
+                console.print(f"{number}/{len(runs)} {_name(run)}")  # a log file shows no bar
             progress.update(bar, advance=1, description=f"last: {_name(run)}")
     return failed
 

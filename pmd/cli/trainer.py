@@ -1,4 +1,4 @@
-"""Makes Lightning's Trainer from the `trainer` section, with the warnings silenced that apply to no run of ours."""
+"""Makes Lightning's Trainer from the `trainer` section, and silences warnings that do not apply to pmd."""
 
 import logging
 import warnings
@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 from pmd.callbacks.checkpoint import AtomicCheckpointIO
 from pmd.errors import ConfigError
 
-#: Said by Lightning of every run and true of none: rollouts are streamed, batches stay on the host, teachers in eval.
+#: Lightning warns of these in every run, wrongly: rollouts are streamed, batches stay on the host, teachers are in eval
+#: mode.
 UNTRUE_WARNINGS = (
     "does not have many workers",
     "Checkpoint directory .* exists and is not empty",
@@ -25,12 +26,12 @@ UNTRUE_WARNINGS = (
     "You have overridden `transfer_batch_to_device`",
     "GPU available but not used",
     "It is recommended to use `self.log",
-    "could not find the monitored key",  # in epochs that are not verified, which cannot be the best
+    "could not find the monitored key",  # an epoch without verification cannot be the best
 )
 
 
 class TrainerCLI(LightningCLI):
-    """LightningCLI for the `trainer` section alone: it checks and instantiates Lightning's own arguments."""
+    """LightningCLI for the `trainer` section alone: it checks Lightning's own arguments and makes the Trainer."""
 
     def __init__(self, trainer: dict[str, Any]):
         quieten()
@@ -45,7 +46,7 @@ class TrainerCLI(LightningCLI):
                 trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
                 parser_kwargs={"exit_on_error": False},
             )
-            self.trainer_for([], [])  # before any weights load, so that what Lightning refuses is refused now
+            self.trainer_for([], [])  # what Lightning refuses is refused now, before any weights load
         except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -55,17 +56,17 @@ class TrainerCLI(LightningCLI):
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
 
     def instantiate_classes(self) -> None:
-        """Leave the trainer to `trainer_for`, which knows callbacks and loggers."""
+        """Leave the trainer to `trainer_for`, which is given callbacks and loggers."""
         self.config_init = self.parser.instantiate_classes(self.config)
 
     def trainer_for(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-        """Return the trainer with exactly these callbacks, in this order."""
+        """Return a trainer with exactly these callbacks, in this order."""
         own = {"callbacks": callbacks, "logger": loggers, "plugins": [AtomicCheckpointIO()]}
         return Trainer(**(dict(self.config_init["trainer"]) | own))
 
 
 def quieten() -> None:
-    """Silence what Lightning says of every run: notes on hardware, tips, and warnings that do not apply."""
+    """Silence Lightning's notes on hardware, its tips, and the warnings that do not apply."""
     for message in UNTRUE_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,7 +1,6 @@
-"""What no single key can tell: combinations that cannot run, missing files, malformed data lines.
+"""What no single key shows: combinations that cannot run, and packages, devices and files that are missing.
 
-Enters: a loaded configuration. Leaves: all problems in words (key, value, rule, remedy), before any weights load and
-without importing torch.
+All problems are raised as one `ConfigError` before any weights load, and nothing here imports torch.
 """
 
 import re
@@ -14,11 +13,10 @@ from pmd.config.load import LoadedConfig
 from pmd.config.schema import DataConfig, ModelConfig, RunConfig
 from pmd.config.trainer import cuda_is_available, trainer_problems
 from pmd.errors import ConfigError
-from pmd.tasks import describe_data_problems
 
 #: NAME or OWNER/NAME, as the Hub writes them.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-#: AdamW moves a weight by about this much a step; bfloat16 weights of usual size hold no smaller move.
+#: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
 MIN_BFLOAT16_LR = 1e-4
 #: Module and package that transformers takes each flash attention from.
 FLASH_PACKAGES = {
@@ -28,7 +26,7 @@ FLASH_PACKAGES = {
 
 
 def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
-    """Raise one ConfigError with every problem of the configuration and those already found, or return.
+    """Raise one ConfigError with every problem of the configuration and the `found` ones, if there are any.
 
     Raises:
         ConfigError: the configuration cannot be run.
@@ -43,26 +41,26 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
         *_engine_problems(run),
         *_memory_problems(run),
         *_data_problems(run.data),
-        *describe_data_problems(run.data),
+        *_logging_problems(run),
     ]
     if problems:
         raise ConfigError(problems)
 
 
 def describe_rounding(run: RunConfig) -> list[str]:
-    """Say so where most optimizer steps are smaller than what bfloat16 weights can take in."""
+    """Return a warning if most optimizer steps are too small to change bfloat16 weights."""
     model, lr = run.model, run.optimizer.lr
     if model.finetune != "full" or model.dtype != "bfloat16" or lr >= MIN_BFLOAT16_LR:
         return []
     return [
-        f"optimizer.lr={lr} with model.finetune=full and model.dtype=bfloat16: most steps are lost in rounding (a "
-        "weight of 0.02 moves by 0.0001 or not at all). Use model.dtype=float32 with trainer.precision=bf16-mixed, or "
-        "train an adapter."
+        f"optimizer.lr={lr} with model.finetune=full and model.dtype=bfloat16: most updates are lost in rounding "
+        "(a weight of 0.02 changes by 0.0001 or not at all). Use model.dtype=float32 with "
+        "trainer.precision=bf16-mixed, or train an adapter."
     ]
 
 
 def _attention_problems(model: ModelConfig) -> list[str]:
-    """Flash attention needs a CUDA device, half precision and a package that is compiled for both."""
+    """Flash attention needs a CUDA device, bfloat16, and a package compiled for the device."""
     if not model.attention.startswith("flash"):
         return []
     key, problems = f"model.attention={model.attention}", []
@@ -92,12 +90,12 @@ def _model_problems(run: RunConfig) -> list[str]:
     if looks_like_path and not (Path(model.path) / "config.json").is_file():
         problems.append(f"model.path={model.path} holds no config.json; give a Hugging Face model directory or id.")
     elif not looks_like_path and model.path not in ("tiny", "tiny_exam") and not HUB_ID.fullmatch(model.path):
-        problems.append(f"model.path={model.path} is no Hugging Face id (OWNER/NAME); give an id or a directory.")
+        problems.append(f"model.path={model.path} is not a Hugging Face id (OWNER/NAME); give an id or a directory.")
     is_copy = (Path(model.path) / "config.json").is_file()
     if (model.path == "tiny") != (run.data.task == "tiny") and not (run.data.task == "tiny" and is_copy):
         problems.append(
-            f"model.path={model.path} with data.task={run.data.task}: the model `tiny` speaks the tiny world's "
-            "110-word language and nothing else; use both or neither (`tiny_exam` reads any text)."
+            f"model.path={model.path} with data.task={run.data.task}: the model `tiny` knows only the 110 words "
+            "of the tiny world; use both or neither (`tiny_exam` reads any text)."
         )
     if (model.prompts == "words") != (run.data.task == "tiny"):
         expected = "words" if run.data.task == "tiny" else "chat"
@@ -119,15 +117,15 @@ def _method_problems(run: RunConfig) -> list[str]:
         )
     if teacher.context == "none" and objective.distillation > 0:
         problems.append(
-            f"teacher.context=none with objective.distillation={objective.distillation}: such a teacher knows no more "
-            "than the student; use sibling, memory or both, or set objective.distillation=0."
+            f"teacher.context=none with objective.distillation={objective.distillation}: such a teacher knows no "
+            "more than the student; use sibling, memory or both, or set objective.distillation=0."
         )
     if teacher.context == "sibling" and rollouts.group_size < 2 and not teacher.feedback:
-        problems.append("teacher.context=sibling with rollouts.group_size=1 shows nothing; use at least 2.")
+        problems.append("teacher.context=sibling with rollouts.group_size=1 shows the teacher nothing; use at least 2.")
     if rollouts.updates_per_batch > rollouts.tasks_per_step:
         problems.append(
             f"rollouts.updates_per_batch={rollouts.updates_per_batch} exceeds "
-            f"rollouts.tasks_per_step={rollouts.tasks_per_step}; each update needs a problem."
+            f"rollouts.tasks_per_step={rollouts.tasks_per_step}; each update needs a task."
         )
     if rollouts.temperature != 1.0:
         problems.append(
@@ -153,8 +151,8 @@ def _engine_problems(run: RunConfig) -> list[str]:
     vllm, finetune, problems = run.rollouts.vllm, run.model.finetune, []
     if run.rollouts.prefetch and run.rollouts.engine != "vllm_server":
         problems.append(
-            f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device that "
-            "trains; use vllm_server, or prefetch=false."
+            f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device "
+            "that trains; use vllm_server, or prefetch=false."
         )
     if run.rollouts.engine == "hf":
         return problems
@@ -165,8 +163,8 @@ def _engine_problems(run: RunConfig) -> list[str]:
         problems.append("rollouts.engine=vllm needs vLLM; pip install 'pmd[gpu]' (README, \"vLLM\"), or use hf.")
     if vllm.kv_cache_memory_bytes is None and not cuda_is_available():
         problems.append(
-            "rollouts.vllm.kv_cache_memory_bytes=null needs a CUDA device and none was found; on a CPU give the "
-            "KV cache a size, e.g. 67108864."
+            "rollouts.vllm.kv_cache_memory_bytes=null needs a CUDA device and none was found; on a CPU, set "
+            "the size of the KV cache, e.g. 67108864."
         )
     if vllm.max_model_len is not None and vllm.max_model_len < run.longest_sequence:
         problems.append(
@@ -176,15 +174,15 @@ def _engine_problems(run: RunConfig) -> list[str]:
         )
     if vllm.quantization == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
         problems.append(
-            "rollouts.vllm.quantization=bitsandbytes needs vllm-bnb-plugin, vLLM no longer brings it itself; "
+            "rollouts.vllm.quantization=bitsandbytes needs vllm-bnb-plugin, which vLLM no longer includes; "
             "pip install 'pmd[gpu]', or use fp8 or none."
         )
     if vllm.quantization != "none" and not cuda_is_available():
         problems.append(f"rollouts.vllm.quantization={vllm.quantization} needs a CUDA device; use none.")
     if vllm.quantization != "none" and finetune == "full":
         problems.append(
-            f"rollouts.vllm.quantization={vllm.quantization} with model.finetune=full: trained weights are loaded as "
-            "they are; use none, or train an adapter."
+            f"rollouts.vllm.quantization={vllm.quantization} with model.finetune=full: trained weights are loaded "
+            "unquantized; use none, or train an adapter."
         )
     if finetune == "qlora" and run.model.dtype != "bfloat16":
         problems.append(
@@ -198,18 +196,20 @@ def _server_problems(run: RunConfig) -> list[str]:
     server, problems = run.rollouts.server, []
     if run.model.finetune == "full":
         problems.append(
-            "rollouts.engine=vllm_server with model.finetune=full: servers are given adapters only; use lora, or "
+            "rollouts.engine=vllm_server with model.finetune=full: servers accept adapters only; use lora, or "
             "rollouts.engine=vllm."
         )
     if not server.urls:
-        problems.append("rollouts.server.urls=[] names no server; start one with python -m pmd serve and name it.")
+        problems.append(
+            "rollouts.server.urls=[] names no server; give the address of one that python -m pmd serve started."
+        )
     for url in server.urls:
         if not url.startswith(("http://", "https://")):
             problems.append(f"rollouts.server.urls: {url} must begin with http:// or https://.")
         elif not _names_a_server(url):
             problems.append(f"rollouts.server.urls: {url} names no host and port; write http://HOST:PORT.")
     if server.adapter_dir is not None and not Path(server.adapter_dir).is_dir():
-        problems.append(f"rollouts.server.adapter_dir={server.adapter_dir} is no folder; make it first.")
+        problems.append(f"rollouts.server.adapter_dir={server.adapter_dir} is not a folder; make it first.")
     return problems
 
 
@@ -217,7 +217,7 @@ def _names_a_server(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or beyond 65535
+    except ValueError:  # a port that is not a number, or above 65535
         return False
 
 
@@ -245,21 +245,25 @@ def _memory_problems(run: RunConfig) -> list[str]:
             "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
         )
     problems += _embedder_problems(memory.embedder) if memory.enabled else []
-    if run.wandb != "off" and find_spec("wandb") is None:
-        problems.append(f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'.")
     return problems
 
 
 def _data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.own_split and data.task != "sciknoweval":
-        problems.append(f"data.own_split=true divides SciKnowEval alone, not data.task={data.task}; remove it.")
+        problems.append(f"data.own_split=true applies to SciKnowEval only, not to data.task={data.task}; remove it.")
     if data.scorer != "lcb" and data.task != "livecodebench":
         problems.append(
-            f"data.scorer={data.scorer} is LiveCodeBench's choice of rules, not that of data.task={data.task}; remove "
-            "it (a jsonl problem names its own in `tests`)."
+            f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "
+            "jsonl task names its own in `tests`)."
         )
     return problems
+
+
+def _logging_problems(run: RunConfig) -> list[str]:
+    if run.wandb != "off" and find_spec("wandb") is None:
+        return [f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'."]
+    return []
 
 
 def _embedder_problems(embedder: str) -> list[str]:
@@ -270,7 +274,7 @@ def _embedder_problems(embedder: str) -> list[str]:
         problems.append(f"memory.embedder={embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
     if not Path(embedder).expanduser().is_dir() and not HUB_ID.fullmatch(embedder):
         problems.append(
-            f"memory.embedder={embedder} is no directory; give `hash`, the folder of a sentence-transformers model or "
-            "its Hugging Face id."
+            f"memory.embedder={embedder} is not a directory; give `hash`, the folder of a sentence-transformers model "
+            "or its Hugging Face id."
         )
     return problems

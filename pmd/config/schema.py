@@ -1,8 +1,7 @@
 """The configuration schema: one dataclass for each section of the YAML files.
 
-Every field has a default, one sentence of help and, where there is one, a bound. `load.py` reads types and bounds,
-`check.py` knows which combinations cannot run, `json_schema.py` describes all of it to editors. Sections hold plain
-values only, and nothing here imports torch, so a bad configuration is refused at once.
+Every field has a default, one sentence of help and, if it has any, bounds. `values.py` checks types and bounds,
+`check.py` combinations, and `json_schema.py` describes the fields to editors.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ def option(
 
 @dataclass
 class ModelConfig:
-    """The policy: which weights, in which precision, and what of them is trained."""
+    """The policy: which weights, in which precision, and which of them are trained."""
 
     path: str = option(
         "tiny", "`tiny` or `tiny_exam` (shipped with the package), a Hugging Face id, or a local directory."
@@ -47,16 +46,17 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with a linear warm-up and then a constant rate (SDPO's recipe)."""
+    """AdamW with a linear warm-up to a constant learning rate (SDPO's recipe)."""
 
     kind: Literal["adamw", "adamw_8bit_paged"] = option(
-        "adamw", "`adamw_8bit_paged` keeps AdamW's state in 8 bits and moves it to the CPU under pressure (CUDA only)."
+        "adamw",
+        "`adamw_8bit_paged` keeps AdamW's state in 8 bits and moves it to the CPU when memory is short (CUDA only).",
     )
     lr: float = option(1e-5, "Learning rate after the warm-up.", above=0)
     weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0)
     beta1: float = option(0.9, "AdamW's first decay rate.", minimum=0, maximum=1)
     beta2: float = option(0.999, "AdamW's second decay rate.", minimum=0, maximum=1)
-    warmup_steps: int = option(0, "Optimizer steps over which the rate rises from 0.", minimum=0)
+    warmup_steps: int = option(0, "Optimizer steps over which the learning rate rises from 0.", minimum=0)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
 
 
@@ -66,239 +66,262 @@ class TeacherConfig:
 
     kind: Literal["frozen", "ema", "live", "trust_region"] = option(
         "frozen",
-        "A copy of the initial student, a moving average, the student itself, or initial and student logits mixed.",
+        "The reference policy, a moving average of the student, the student itself, or a mix of both logits.",
     )
     refresh_epochs: int | None = option(
         None, "With kind `frozen`: copy the student again every this many epochs.", minimum=1
     )
     ema_rate: float = option(
-        0.05, "With kind `ema`: share of the student taken after each optimizer step.", above=0, maximum=1
+        0.05,
+        "With kind `ema`: weight of the student in the average, applied after each optimizer step.",
+        above=0,
+        maximum=1,
     )
     trust_region_rate: float = option(
-        0.05, "With kind `trust_region`: share of the student's logits.", minimum=0, maximum=1
+        0.05, "With kind `trust_region`: weight of the student's logits in the mix.", minimum=0, maximum=1
     )
     context: Literal["none", "sibling", "memory", "both"] = option(
         "both",
-        "What the teacher sees beside the problem: a verified success of the same group, retrieved memory, or both.",
+        "What the teacher sees besides the task: a verified success of the same group, retrieved memory, or both.",
     )
     feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
-    max_prompt_tokens: int = option(
-        2048, "Bound on the teacher's prompt; whole memory items are dropped to fit.", minimum=8
-    )
+    max_prompt_tokens: int = option(2048, "Longest teacher prompt; memory items are dropped whole to fit.", minimum=8)
 
     @property
     def has_own_weights(self) -> bool:
-        """Whether the teacher has weights that no other role has, which must therefore be kept and checkpointed."""
+        """Whether the teacher has weights of its own, which must be kept in memory and in checkpoints."""
         return self.kind == "ema" or (self.kind == "frozen" and self.refresh_epochs is not None)
 
 
 @dataclass
 class ObjectiveConfig:
-    """What is minimised: policy_gradient x clipped policy gradient + distillation x divergence to the teacher."""
+    """The loss: policy_gradient x clipped policy gradient + distillation x divergence from the teacher."""
 
     policy_gradient: float = option(0.0, "Weight of the clipped policy gradient (GRPO).", minimum=0)
-    distillation: float = option(1.0, "Weight of the divergence from student to memory-conditioned teacher.", minimum=0)
+    distillation: float = option(
+        1.0, "Weight of the divergence between the student and its memory-conditioned teacher.", minimum=0
+    )
     implementation: Literal["fused", "reference"] = option(
         "fused", "`reference` is the readable one (losses/distillation.py); `fused` gives the same numbers faster."
     )
     alpha: float | Literal["symmetric"] = option(
         0.5,
-        "0 is forward KL(T||S), 1 reverse KL(S||T), between: Jensen-Shannon; `symmetric`: mean of both KLs.",
+        "0: forward KL(T||S). 1: reverse KL(S||T). Between: Jensen-Shannon. `symmetric`: the mean of both KLs.",
         minimum=0,
         maximum=1,
     )
     top_k: int | None = option(
-        None, "Compare on the student's k likeliest tokens only; null compares the whole vocabulary.", minimum=1
+        None, "Compare only the student's k most likely tokens; null compares the whole vocabulary.", minimum=1
     )
-    tail: bool = option(True, "With top_k: put the remaining mass into one tail bucket.")
+    tail: bool = option(True, "With top_k: compare the remaining probability as one more outcome, the tail.")
     reduction: Literal["token", "sequence"] = option(
-        "token", "Average over all tokens of the step, or over rollouts of their token means (SDPO's release)."
+        "token",
+        "`token`: mean over all tokens of the step. `sequence`: mean over rollouts of their means over tokens (SDPO).",
     )
     no_context_weight: float = option(
-        1.0, "Weight of rollouts whose teacher saw nothing extra; 0 masks them (SDPO).", minimum=0
+        1.0,
+        "Weight of rollouts whose teacher saw nothing that the student did not; 0 leaves them out (SDPO).",
+        minimum=0,
     )
     importance_clip: float | None = option(
-        2.0, "Cap on the ratio of the current to the sampling policy in distillation.", above=0
+        2.0, "Distillation: upper bound on the ratio of the current to the sampling policy; null turns it off.", above=0
     )
-    tis_cap: float | None = option(2.0, "Cap on the engine-to-trainer importance weight; null turns it off.", above=0)
+    tis_cap: float | None = option(
+        2.0,
+        "Upper bound on the importance weight from engine to trainer log-probs; null turns the weight off.",
+        above=0,
+    )
     clip_low: float = option(0.2, "Policy gradient: lower clip of the ratio, 1 - clip_low.", minimum=0, maximum=1)
     clip_high: float = option(0.28, "Policy gradient: upper clip of the ratio, 1 + clip_high.", minimum=0)
-    dual_clip: float | None = option(3.0, "Policy gradient: bound on the loss of negative advantages.", above=1)
+    dual_clip: float | None = option(
+        3.0,
+        "Policy gradient: the loss of a negative advantage A is at most dual_clip |A|; null turns this off.",
+        above=1,
+    )
     normalize_std: bool = option(False, "Divide advantages by the group's standard deviation.")
     kl_weight: float = option(0.0, "Weight of KL(student || reference policy).", minimum=0)
     update_policy: bool = option(
-        True, "False computes and logs everything but applies no update (the frozen-policy ablation)."
+        True, "false computes and logs everything but applies no update (the frozen-policy ablation)."
     )
 
 
 @dataclass
 class TinyWorldConfig:
-    """Size of the tiny world of a run; a seed decides which names are bound to which rules."""
+    """The size of the tiny world; data.seed decides which name stands for which rule."""
 
-    boxes: Literal[4, 6] = option(4, "Boxes in a problem: 4 give 12 rules, 6 give 30.")
-    families: int = option(32, "Names in use, each bound to one rule.", minimum=1, maximum=64)
-    train_per_family: int = option(6, "Training problems per family.", minimum=1, maximum=200)
-    validation_per_family: int = option(2, "Validation problems per family.", minimum=1, maximum=200)
-    test_per_family: int = option(4, "Test problems per family.", minimum=1, maximum=200)
+    boxes: Literal[4, 6] = option(4, "Boxes in a task: 4 give 12 rules, 6 give 30.")
+    families: int = option(32, "Names in use, each standing for one rule.", minimum=1, maximum=64)
+    train_per_family: int = option(6, "Training tasks per family.", minimum=1, maximum=200)
+    validation_per_family: int = option(2, "Validation tasks per family.", minimum=1, maximum=200)
+    test_per_family: int = option(4, "Test tasks per family.", minimum=1, maximum=200)
 
 
 @dataclass
 class DataConfig:
-    """Where the problems come from."""
+    """Where the tasks come from, and how they are split."""
 
-    task: Literal["tiny", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option("tiny", "Which problems.")
+    task: Literal["tiny", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option("tiny", "Source of the tasks.")
     path: str | None = option(
-        None, "Folder or file of the data; null loads it from the Hugging Face Hub (not all are there)."
+        None, "Folder or file of the data; null loads it from the Hugging Face Hub, for the sources that are there."
     )
-    validation_path: str | None = option(None, "jsonl: the held-out problems; null splits `path`.")
+    validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
         ["chemistry"], "SciKnowEval domains."
     )
     own_split: bool = option(
-        False, "SciKnowEval: divide 90/10 anew by `seed`, no question on both sides; false is SDPO's split."
+        False, "SciKnowEval: split 90/10 by `seed` with no question on both sides; false uses SDPO's split."
     )
     scorer: Literal["lcb", "sdpo"] = option(
         "lcb", "LiveCodeBench: the program is the last code block (`lcb`) or the longest (`sdpo`)."
     )
     first_day: str = option("2025-02-01", "LiveCodeBench: first contest day, as YYYY-MM-DD; the default begins v6.")
-    end_day: str = option("2025-05-01", "LiveCodeBench: the contest day after the last one used.")
+    end_day: str = option("2025-05-01", "LiveCodeBench: the day after the last contest day, as YYYY-MM-DD.")
     validation_share: float = option(
         0.0,
-        "Share of the training problems held out for validation; 0 validates on the test split.",
+        "Share of the training tasks held out for validation; 0 validates on the test split.",
         minimum=0,
         maximum=0.5,
     )
-    max_train: int | None = option(None, "Use only this many training problems.", minimum=1)
-    max_validation: int | None = option(None, "Use only this many validation problems.", minimum=1)
-    max_test: int | None = option(None, "Use only this many test problems.", minimum=1)
-    seed: int | None = option(None, "Seed of splits and of the tiny world; null takes seed_everything.", minimum=0)
+    max_train: int | None = option(None, "Use only this many training tasks.", minimum=1)
+    max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1)
+    max_test: int | None = option(None, "Use only this many test tasks.", minimum=1)
+    seed: int | None = option(None, "Seed of splits and of the tiny world; null uses seed_everything.", minimum=0)
     world: TinyWorldConfig = field(default_factory=TinyWorldConfig, metadata={"help": "The tiny world's size."})
 
 
 @dataclass
 class VLLMConfig:
-    """vLLM, in this process or as a server: its memory, its limits, and how far its log-probs may differ."""
+    """vLLM, in this process or as a server: its memory, its limits, and how much its log-probs may differ."""
 
     memory_fraction: float | None = option(
         None,
-        "Share of the GPU's memory that vLLM may fill while awake; null is what the trainer leaves (pmd doctor).",
+        "Share of the GPU's memory that vLLM may use while awake; null is what the trainer leaves (pmd doctor).",
         above=0, maximum=0.98,
     )  # fmt: skip
     kv_cache_memory_bytes: int | None = option(
-        None, "Size of the KV cache; null takes what memory_fraction leaves. Needed on a CPU.", minimum=1 << 20
+        None,
+        "Size of the KV cache in bytes; null uses what memory_fraction leaves. Required on a CPU.",
+        minimum=1 << 20,
     )
     max_num_seqs: int = option(256, "Completions generated at once.", minimum=1)
     max_model_len: int | None = option(
-        None, "Longest prompt with its completion; null is the longest prompt and completion that the sections allow.",
+        None, "Longest prompt plus completion, in tokens; null is the longest that the other sections allow.",
         minimum=16,
     )  # fmt: skip
     block_size: int | None = option(None, "Tokens in a block of the KV cache; null leaves it to vLLM.", minimum=8)
-    enforce_eager: bool = option(False, "No CUDA graphs: slower, starts sooner, less memory.")
+    enforce_eager: bool = option(False, "No CUDA graphs: slower, but starts sooner and needs less memory.")
     quantization: Literal["none", "fp8", "bitsandbytes"] = option(
         "none", "vLLM's own quantisation of the frozen base; adapters go on top of it."
     )
-    sleep: bool = option(True, "Free the GPU while training: weights go to main memory, the KV cache is dropped.")
+    sleep: bool = option(True, "Free the GPU while training: weights move to main memory, and the KV cache is dropped.")
     parity_completions: int = option(4, "Completions scored by the trainer after each sync; 0 turns it off.", minimum=0)
     parity_tokens: int = option(32, "Tokens of each of them.", minimum=1)
     parity_bound: float = option(
-        0.1, "Stop where engine and trainer differ by more than this on average over their tokens, in nats.", above=0
+        0.1,
+        "Stop if the log-probs of engine and trainer differ by more than this on average, in nats per token.",
+        above=0,
     )
-    stall_s: float = option(600.0, "Stop where no token comes for this long; the pending request is named.", above=0)
+    stall_s: float = option(600.0, "Stop if no token arrives for this many seconds.", above=0)
 
 
 @dataclass
 class ServerConfig:
-    """vLLM servers that generate, started by `python -m pmd serve`; used by `rollouts.engine: vllm_server`."""
+    """vLLM servers, started by `python -m pmd serve` and used with `rollouts.engine: vllm_server`."""
 
-    urls: list[str] = option(["http://127.0.0.1:8000"], "Where the servers listen.")
+    urls: list[str] = option(["http://127.0.0.1:8000"], "Addresses of the servers.")
     adapter_dir: str | None = option(
-        None, "Folder that this process and the servers see under the same path; null is the system's temporary folder."
+        None,
+        "Folder for adapters, at the same path here and for the servers; null is the system's temporary folder.",
     )
     concurrency: int = option(64, "Requests in flight at each server.", minimum=1)
-    retries: int = option(5, "How often a request is sent again before the run stops.", minimum=0)
-    backoff_s: float = option(1.0, "First pause before a server that failed is asked again; pauses double.", above=0)
-    recovery_s: float = option(600.0, "How long all servers may be away before the run stops.", above=0)
-    request_timeout_s: float = option(1800.0, "A request that is out for longer is sent again.", above=0)
+    retries: int = option(5, "How often a failed request is sent again before the run stops.", minimum=0)
+    backoff_s: float = option(
+        1.0, "First pause before a failed server is tried again, in seconds; pauses double.", above=0
+    )
+    recovery_s: float = option(600.0, "Seconds for which all servers may be unreachable before the run stops.", above=0)
+    request_timeout_s: float = option(1800.0, "Seconds after which an unanswered request is sent again.", above=0)
 
 
 @dataclass
 class RolloutsConfig:
-    """How the student attempts problems, and how attempts become batches."""
+    """How the student attempts tasks, and how rollouts become batches."""
 
     engine: Literal["hf", "vllm", "vllm_server"] = option(
-        "hf", "`hf`: the training weights themselves; `vllm`: vLLM in this process; `vllm_server`: vLLM elsewhere."
+        "hf", "`hf`: generate with the training weights; `vllm`: vLLM in this process; `vllm_server`: vLLM elsewhere."
     )
     vllm: VLLMConfig = field(default_factory=VLLMConfig, metadata={"help": "vLLM's settings."})
-    server: ServerConfig = field(default_factory=ServerConfig, metadata={"help": "Where vLLM servers are."})
-    tasks_per_step: int = option(32, "Problems in one rollout batch.", minimum=1)
-    group_size: int = option(8, "Attempts at each problem.", minimum=1)
+    server: ServerConfig = field(default_factory=ServerConfig, metadata={"help": "Where the vLLM servers are."})
+    tasks_per_step: int = option(32, "Tasks in one rollout batch.", minimum=1)
+    group_size: int = option(8, "Rollouts of each task.", minimum=1)
     updates_per_batch: int = option(
-        1, "Optimizer steps per rollout batch; the problems are split among them.", minimum=1
+        1, "Optimizer steps per rollout batch; the tasks are divided among them.", minimum=1
     )
     temperature: float = option(1.0, "Sampling temperature in training; the importance weights assume 1.", above=0)
-    max_new_tokens: int = option(8192, "Longest completion.", minimum=1)
+    max_new_tokens: int = option(8192, "Longest completion, in tokens.", minimum=1)
     max_prompt_tokens: int = option(
-        2048, "Longest student prompt; problems above it are refused before training.", minimum=1
+        2048, "Longest student prompt, in tokens; longer tasks are refused before training.", minimum=1
     )
     prefetch: bool = option(
-        False, "Generate the next batch while this one trains, with weights one batch old; needs vllm_server."
+        False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."
     )
     engine_batch: int = option(256, "Sequences that the hf engine generates at once.", minimum=1)
     micro_batch_tokens: int = option(
-        16384, "Tokens, padding included, in one forward pass; smaller uses less memory.", minimum=1
+        16384, "Tokens in one forward pass, padding included; fewer need less memory.", minimum=1
     )
     share_prefixes: Literal["off", "teacher", "both"] = option(
         "both",
-        "Compute the prompt that a group's rollouts share once, where it pays: for the teacher, or the student too.",
+        "Compute a prompt that a group's rollouts share only once, where it pays: for the teacher, or for both roles.",
     )
 
 
 @dataclass
 class VerificationConfig:
-    """Held-out evaluation at epoch boundaries and at the end. Never any memory in the student's prompt."""
+    """Held-out evaluation at the end of epochs and of the run, without memory in the student's prompt."""
 
-    every_epochs: int = option(1, "Evaluate the validation problems every this many epochs.", minimum=1)
-    samples: int = option(4, "Completions per validation problem at epoch boundaries.", minimum=1)
-    final_samples: int = option(16, "Completions per test problem at the start and at the end.", minimum=1)
+    every_epochs: int = option(1, "Evaluate on the validation tasks every this many epochs.", minimum=1)
+    samples: int = option(4, "Completions per validation task at the end of an epoch.", minimum=1)
+    final_samples: int = option(16, "Completions per test task before and after training.", minimum=1)
     temperature: float = option(0.6, "Sampling temperature in evaluation.", above=0)
-    top_p: float = option(0.95, "Nucleus of evaluation sampling.", above=0, maximum=1)
-    pass_at: list[int] = option([1, 8], "The k of pass@k, coverage@k and maj@k in tables.")
+    top_p: float = option(
+        0.95, "Nucleus sampling in evaluation: probability of the tokens that are kept.", above=0, maximum=1
+    )
+    pass_at: list[int] = option([1, 8], "The values of k for pass@k, coverage@k and maj@k in tables.")
     memory_conditioned: bool = option(
-        True, "Also score the policy with memory in its prompt, to see what is not yet internalised."
+        True, "Also score the policy with memory in its prompt, to see what is not yet internalized."
     )
 
 
 @dataclass
 class VerifiersConfig:
-    """How completions are judged: side by side, within a deadline, programs in a sandbox."""
+    """How completions are verified: in parallel, within a deadline, programs in a sandbox."""
 
     workers: int | None = option(
-        None, "Completions verified at once while others are generated; null is one per core.", minimum=1
+        None, "Completions verified at once, while others are generated; null is one per core.", minimum=1
     )
     deadline_s: float = option(
-        900.0, "A verification that takes longer is given up, counted, and not learned from.", above=0
+        900.0, "Seconds after which a verification is given up, counted as an error, and not learned from.", above=0
     )
     sandbox: Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"] = option(
-        "strongest", "Level that programs run at; `rlimits` is weak and runs only if it is named here."
+        "strongest", "Isolation of programs; `rlimits` is weak and used only if it is named here."
     )
 
 
 @dataclass
 class ReflectionConfig:
-    """The policy writes down what its attempts teach."""
+    """The policy reflects on its own rollouts and writes down what they teach."""
 
     enabled: bool = option(True, "Reflect at the end of each epoch.")
     by: Literal["teacher", "student"] = option(
-        "teacher", "Whose weights write; a student in training can forget how to."
+        "teacher", "Whose weights write the reflections; a student can forget how to during training."
     )
-    temperature: float = option(0.0, "0 is greedy.", minimum=0)
-    max_new_tokens: int = option(512, "Longest reflection.", minimum=1)
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
+    max_new_tokens: int = option(512, "Longest reflection, in tokens.", minimum=1)
     max_prompt_tokens: int = option(
-        16384, "Longest prompt of a reflection; longer ones are not asked, and counted.", minimum=1
+        16384, "Longest prompt of a reflection, in tokens; groups with longer ones are skipped and counted.", minimum=1
     )
-    retry: bool = option(True, "Ask once more, at a temperature of 0.7 at least, where the output is malformed.")
+    retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
     max_groups: int | None = option(
-        None, "Reflect on at most this many groups an epoch, chosen by seed; null is all.", minimum=1
+        None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1
     )
 
 
@@ -350,23 +373,21 @@ class MemoryConfig:
 
 @dataclass
 class RunConfig:
-    """All sections but `trainer`, which is Lightning's own."""
+    """A whole run: all sections except `trainer`, which is Lightning's."""
 
     method: str = option("pmd", "Name of the method in tables; it changes nothing else.")
-    run_dir: str | None = option(None, "Where everything of the run is kept; null picks the next free runs/NAME.")
+    run_dir: str | None = option(None, "Directory of the run; null picks the next free runs/NAME.")
     ckpt_path: str | None = option(
         None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
     )
-    seed_everything: int = option(0, "Seed of everything that is drawn.", minimum=0)
+    seed_everything: int = option(0, "Seed of everything random.", minimum=0)
     cpu_threads: int | None = option(
-        None, "Threads of torch on the CPU; null leaves it to torch. A tiny model is fastest on one.", minimum=1
+        None, "CPU threads of torch; null leaves it to torch. A tiny model is fastest with one.", minimum=1
     )
     wandb: Literal["off", "online", "offline"] = option(
         "off", "Also log to Weights & Biases (needs the extra `wandb`)."
     )
-    trace_every: int = option(
-        1, "Keep what `pmd inspect step` shows of every this many steps; 0 keeps nothing.", minimum=0
-    )
+    trace_every: int = option(1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -380,6 +401,6 @@ class RunConfig:
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt with its completion that the sections allow."""
+        """Tokens of the longest prompt plus completion that the sections allow."""
         attempted = max(self.rollouts.max_prompt_tokens, self.teacher.max_prompt_tokens) + self.rollouts.max_new_tokens
         return max(attempted, self.reflection.max_prompt_tokens + self.reflection.max_new_tokens)

@@ -1,22 +1,30 @@
-"""The `trainer` section in; what Lightning would refuse out, in words, without importing Lightning (it takes seconds).
+"""What Lightning would refuse in the `trainer` section, found without importing Lightning, which takes seconds.
 
-Names and types are read from the source of Lightning's Trainer, so they are those of the installed version.
+The arguments and their types are in `trainer_arguments.json`, which `generate_trainer_arguments.py` writes.
 """
 
-import ast
 import ctypes
-import typing
+import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from pmd.config.load import describe, fits, shown
-from pmd.errors import ConfigError
+from pmd.config.values import describe, fits, shown
 
-#: Trainer arguments that this program sets itself or does not use, and where to say the same thing.
+ARGUMENTS_FILE = Path(__file__).with_name("trainer_arguments.json")
+#: Names of types in the file. A choice is written as {"one of": [...]}.
+PLAIN_TYPES: dict[str, Any] = {
+    "null": type(None),
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list[int]": list[int],
+    "dict[str, int]": dict[str, int],
+}
+#: Arguments that pmd sets itself or does not use, and what to use instead.
 OWN_ARGUMENTS = {
     "callbacks": "the sections verification, reflection and memory",
     "logger": "run_dir (metrics.csv) and wandb",
@@ -33,7 +41,7 @@ OWN_ARGUMENTS = {
     "limit_train_batches": "data.max_train",
     "limit_val_batches": "data.max_validation",
     "limit_test_batches": "data.max_test",
-    "limit_predict_batches": "nothing: nothing is predicted",
+    "limit_predict_batches": "nothing: pmd has no predict loop",
     "overfit_batches": "data.max_train",
     "fast_dev_run": "data.max_train and trainer.max_epochs=1",
     "barebones": "trace_every=0",
@@ -42,7 +50,8 @@ OWN_ARGUMENTS = {
     "sync_batchnorm": "nothing: pmd trains on one device",
     "plugins": "trainer.precision",
 }
-#: Of the forward pass alone: model.dtype is that of the weights. Gradients are clipped as they are, so no loss scaling.
+#: Precisions of the forward pass; model.dtype is that of the weights. None that scales the loss: gradients are clipped
+#: as they are.
 PRECISIONS = ("32-true", "32", 32, "bf16-mixed", "bf16")
 #: Narrower than Lightning's own annotation, because pmd trains on one device.
 OWN_TYPES: dict[str, Any] = {
@@ -53,24 +62,27 @@ OWN_TYPES: dict[str, Any] = {
     "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
     "max_time": str | dict[str, int] | None,
 }
+#: How many devices and nodes: one, in every way that Lightning lets you say so.
+COUNTS = ("devices", "num_nodes")
+ONE_DEVICE = (1, "1", "auto", [0])
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
 
 
 def trainer_problems(trainer: dict[str, Any]) -> list[str]:
-    """Return one sentence for each argument of the section that cannot be used."""
-    annotations, problems = _annotations(), []
+    """Return a sentence for each argument of the section that cannot be used."""
+    types, problems = accepted_types(), []
     for key, value in trainer.items():
         if key in OWN_ARGUMENTS:
             problems.append(f"trainer.{key}={shown(value)} is set by pmd; use {OWN_ARGUMENTS[key]}.")
-        elif key not in annotations:
-            close = get_close_matches(str(key), annotations.keys() - OWN_ARGUMENTS.keys(), n=1)
+        elif key not in types:
+            close = get_close_matches(str(key), types.keys() - OWN_ARGUMENTS.keys(), n=1)
             remedy = f"did you mean trainer.{close[0]}?" if close else "check the spelling."
             problems.append(f"trainer.{key}={shown(value)} is not an argument of Lightning's Trainer; {remedy}")
-        elif key in ("devices", "num_nodes"):
-            if value not in (1, "1", "auto", [0]):
+        elif key in COUNTS:
+            if value not in ONE_DEVICE:
                 problems.append(f"trainer.{key}={shown(value)} is not supported: pmd trains on one device; use 1.")
         else:
-            problems += _value_problems(key, value, annotations[key])
+            problems += _value_problems(key, value, types[key])
     return problems
 
 
@@ -93,7 +105,7 @@ def _is_duration(text: str) -> bool:
 
 @cache
 def cuda_is_available() -> bool:
-    """Ask the driver whether there is a device, without loading torch."""
+    """Whether the driver reports a CUDA device; asks it directly, without loading torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -103,29 +115,14 @@ def cuda_is_available() -> bool:
 
 
 @cache
-def _annotations() -> dict[str, Any]:
-    """Read names and types of the Trainer's arguments from its source."""
-    package = find_spec("lightning")
-    if package is None or package.origin is None:
-        raise ConfigError("lightning is not installed; pip install pmd.")
-    source = Path(package.origin).parent / "pytorch" / "trainer" / "trainer.py"
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    init = next(
-        item
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == "Trainer"
-        for item in node.body
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__"
-    )
-    arguments = {a.arg: a.annotation for a in [*init.args.args, *init.args.kwonlyargs] if a.arg != "self"}
-    return {name: OWN_TYPES.get(name, _evaluated(annotation)) for name, annotation in arguments.items()}
+def accepted_types() -> dict[str, Any]:
+    """Return the type of each argument of the Trainer, as pmd narrows it; Any if it is of Lightning's classes only."""
+    arguments = json.loads(ARGUMENTS_FILE.read_text(encoding="utf-8"))["arguments"]
+    return {name: OWN_TYPES.get(name, _type_of(options)) for name, options in arguments.items()}
 
 
-def _evaluated(annotation: ast.expr | None) -> Any:
-    """Return the type that an annotation of plain types means; anything, where it names a class of Lightning's."""
-    plain = (int, float, str, bool, dict, list)
-    names = {"Optional": typing.Optional, "Union": typing.Union} | {kind.__name__: kind for kind in plain}
-    try:
-        return eval(ast.unparse(annotation), {"__builtins__": {}}, names) if annotation is not None else Any
-    except (NameError, TypeError):
+def _type_of(options: list[Any]) -> Any:
+    if not options:
         return Any
+    types = [PLAIN_TYPES[o] if isinstance(o, str) else Literal[tuple(o["one of"])] for o in options]
+    return Union[tuple(types)]  # noqa: UP007  (the types are not known before the file is read)

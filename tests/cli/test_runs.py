@@ -1,4 +1,4 @@
-"""What a run leaves, used by the other commands: resuming, export, evaluation without memory, interrupts."""
+"""What other commands do with a run: resume it, export it, evaluate it without memory, and end it early."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from command_line import LORA, ROOT, SMALL, run_pmd, small_fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmd.config.load import load_config
+from pmd.config.save import resolved_yaml
 from pmd.module import PMDModule
 from pmd.run_dir import RunDir
 
@@ -84,11 +85,11 @@ def test_an_exported_checkpoint_is_the_student(full_run, tmp_path):
 def test_an_export_needs_no_data_no_engine_and_no_gpu(lora_run, tmp_path):
     elsewhere = tmp_path / "run"
     shutil.copytree(lora_run, elsewhere)
-    config = load_config(
+    loaded = load_config(
         [elsewhere / "config.yaml"],
         ["trainer.accelerator=gpu", "rollouts.engine=vllm", "data.task=sciknoweval", "data.path=/nowhere"],
-    ).plain
-    (elsewhere / "config.yaml").write_text(json.dumps(config))
+    )
+    (elsewhere / "config.yaml").write_text(resolved_yaml(loaded))
     run_pmd("export", str(elsewhere), "--out", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "adapter_model.safetensors").is_file()
 

@@ -16,7 +16,7 @@ QWEN = ["serve", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overl
     ("arguments", "message"),
     [
         (["--prot=8001"], "--prot is not an option of serve; did you mean --port?"),
-        (["--port=99999"], "--port=99999 is no port; give one from 1 to 65535"),
+        (["--port=99999"], "--port=99999 is not a port; give one from 1 to 65535"),
         (["--tensor-parallel-size=0"], "--tensor-parallel-size=0 must be at least 1"),
         (["--host=no.such.host.invalid"], "--host=no.such.host.invalid --port=8000 cannot be listened at"),
         (["--rollouts.vllm.max_num_seq=3", "--dry-run"], "max_num_seqs"),

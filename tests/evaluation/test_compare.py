@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pmd.cli.compare import main, read_run
+from pmd.cli import main
+from pmd.cli.compare import read_run
 from pmd.evaluation.compare import MethodRun, Question, bootstrap, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample
 
@@ -124,14 +125,14 @@ def write_run(folder, method, seed, rate, num_samples=4):
 
 def test_the_command(tmp_path, capsys):
     runs = [write_run(tmp_path / f"{m}{s}", m, s, r) for m, r in (("grpo", 0.4), ("pmd", 0.8)) for s in range(3)]
-    assert main([*runs, "--resamples=1000", f"--out={tmp_path / 'out'}"]) == 0
+    assert main(["compare", *runs, "--resamples=1000", f"--out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
     assert "95 %" in printed
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert content["methods"][1]["domain_mean_difference"]["low"] > 0.2
     assert content["methods"][1]["num_runs"] == 3
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
-    assert main([*runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
+    assert main(["compare", *runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
     assert "--out" in capsys.readouterr().out
 
 
@@ -145,18 +146,18 @@ def test_unverified_samples_are_left_out(tmp_path):
     assert not problems
     assert len(samples) == 160
     assert all(sample.correct for sample in samples)
-    assert "it holds initial, last" in read_run(folder, "best")[2][0]
+    assert "it has initial, last" in read_run(folder, "best")[2][0]
 
 
 def test_all_problems_are_named_at_once(tmp_path, capsys):
     good = write_run(tmp_path / "good", "a", 0, 0.5)
     damaged = write_run(tmp_path / "damaged", "b", 0, 0.5)
     (tmp_path / "damaged" / "samples.jsonl").write_text('{"phase": "last", "task_id": 3}\n{\n')
-    assert main([good, damaged, str(tmp_path / "none"), "--metric=best", "--resamples=1"]) == 2
+    assert main(["compare", good, damaged, str(tmp_path / "none"), "--metric=best", "--resamples=1"]) == 2
     error = capsys.readouterr().err
     named = ["samples.jsonl:1: task_id=3", "samples.jsonl:2: not valid JSON", "none: results.json"]
     for words in [*named, "--metric=best", "--resamples=1"]:
         assert words in error
-    assert main([good]) == 2
-    assert main([good, good, "--metric=pass@9"]) == 2
-    assert main([good, good, "--phase=best"]) == 2
+    assert main(["compare", good]) == 2
+    assert main(["compare", good, good, "--metric=pass@9"]) == 2
+    assert main(["compare", good, good, "--phase=best"]) == 2

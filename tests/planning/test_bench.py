@@ -63,7 +63,7 @@ def test_a_shared_prompt_is_counted_once():
 
 def test_a_bad_argument_is_refused(capsys):
     assert main(["bench", "--config", "configs/tiny.yaml", "--stepss", "3"]) == 2
-    assert "stepss=3 is not a known key" in capsys.readouterr().err
+    assert "--stepss is not an option of bench; did you mean --steps?" in capsys.readouterr().err
 
 
 def test_the_8_bit_optimizer_needs_cuda(capsys):

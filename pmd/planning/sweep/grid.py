@@ -26,8 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pmd.config.check import check_config
-from pmd.config.load import build_section, load_config
+from pmd.config.load import load_config
+from pmd.config.save import resolved_values
+from pmd.config.values import build_section
 from pmd.errors import ConfigError
+from pmd.tasks import describe_data_problems
 
 
 @dataclass
@@ -155,7 +158,7 @@ def _plan_run(
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     files = [grid.base, *arm.overlays]
     loaded = load_config(files, overrides)
-    check_config(loaded)
+    check_config(loaded, describe_data_problems(loaded.run.data))
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
     return PlannedRun(
         block=block.title,
@@ -164,7 +167,7 @@ def _plan_run(
         seed=seed,
         arguments=(*(f"--config={file}" for file in files), *(f"--{override}" for override in overrides)),
         run_dir=out.joinpath(*(_slug(part) for part in parts if part)),
-        config=json.dumps(loaded.plain, sort_keys=True),
+        config=json.dumps(resolved_values(loaded), sort_keys=True),
     )
 
 

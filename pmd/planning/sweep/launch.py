@@ -7,11 +7,10 @@ goes to `RUN_DIR.log`. An interrupted run resumes from its last checkpoint.
 import json
 import multiprocessing
 import os
-import runpy
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -42,22 +41,25 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in runs if not RunDir(run.run_dir).results.is_file()]
 
 
-def launch(runs: Sequence[PlannedRun], jobs: int, threads: int) -> Iterator[tuple[PlannedRun, int]]:
+def launch(
+    runs: Sequence[PlannedRun], jobs: int, threads: int, main: Callable[[list[str]], int], preload: str
+) -> Iterator[tuple[PlannedRun, int]]:
     """Run all, `jobs` at a time with `threads` threads each; yield each run with its exit code when it ends.
 
-    Closing the generator, or an interrupt, stops the active runs; the next sweep resumes them.
+    `main` is the command line, and `preload` a module that is imported once and then shared by forking. Closing the
+    generator, or an interrupt, stops the active runs; the next sweep resumes them.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pmd.cli.run"])
+    context.set_forkserver_preload([preload])
     waiting = list(reversed(runs))
     running: dict[int, tuple[PlannedRun, BaseProcess]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop()
-                process = context.Process(target=_fit, args=(_arguments(run), str(log_file(run))))
+                process = context.Process(target=_fit, args=(main, _arguments(run), str(log_file(run))))
                 process.start()
                 running[process.sentinel] = run, process
             for sentinel in wait(list(running)):
@@ -93,7 +95,7 @@ def _marker(run: PlannedRun) -> Path:
     return run.run_dir.with_name(run.run_dir.name + ".grid.json")
 
 
-def _fit(arguments: list[str], log: str) -> None:
+def _fit(main: Callable[[list[str]], int], arguments: list[str], log: str) -> None:
     """Act as `python -m pmd ARGUMENTS` with the output in a file; exit when the sweep exits."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -103,4 +105,4 @@ def _fit(arguments: list[str], log: str) -> None:
     os.dup2(descriptor, 2)
     print("python -m pmd " + " ".join(arguments), flush=True)
     sys.argv = ["pmd", *arguments]
-    runpy.run_module("pmd", run_name="__main__", alter_sys=True)
+    sys.exit(main(arguments))
