@@ -126,7 +126,7 @@ def test_a_frozen_policy_counts_and_logs_its_steps_and_applies_none(finetune):
 
 @pytest.mark.parametrize(("finetune", "kind"), TEACHERS)
 def test_the_student_alone_is_trained_and_an_ema_teacher_follows_its_rule(finetune, kind):
-    """EMA: teacher <- (1 - rate) teacher + rate student after every step. All other weights stay bit for bit the same."""
+    """EMA: teacher <- (1 - rate) teacher + rate student. All other weights stay as they are, bit for bit."""
     teacher = TeacherConfig(kind=kind, ema_rate=0.25, trust_region_rate=0.5)
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
     objective = replace(PMD, kl_weight=0.1)
