@@ -39,11 +39,11 @@ TESTS = {
     "pmd/losses/policy_gradient.py": ["tests/losses/test_policy_gradient.py", "tests/losses/test_loss.py"],
     "pmd/losses/reduce.py": ["tests/losses/test_loss.py"],
     "pmd/losses/distillation.py": [
-        *("tests/losses/test_loss.py", "tests/losses/test_divergence.py", "tests/losses/test_chunks.py"),
+        *("tests/losses/test_loss.py", "tests/losses/test_divergence.py"),
         *("tests/losses/test_implementations.py", "tests/test_scoring.py", *SHORT_STEPS),
     ],
     "pmd/losses/fused.py": [
-        *("tests/losses/test_chunks.py", "tests/losses/test_implementations.py", "tests/test_scoring.py", *SHORT_STEPS),
+        *("tests/losses/test_implementations.py", "tests/test_scoring.py", *SHORT_STEPS),
     ],
     "pmd/scoring.py": [
         *("tests/test_scoring.py", "tests/test_prefixes.py", *SHORT_STEPS, *LONG_STEPS),
