@@ -149,7 +149,7 @@ def call_changes(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         elif node.func.attr in ELEMENTWISE:
             yield "unchanged operand", node.func.value
     for i, keyword in enumerate(node.keywords):
-        if keyword.arg is not None:
+        if keyword.arg not in (None, "strict"):  # lengths that never differ
             yield "removed keyword", changed(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
     is_cast = isinstance(node.func, ast.Name) and node.func.id in ("cast", "isinstance", "getattr", "hasattr")
     if not is_cast:
