@@ -1,7 +1,4 @@
-"""ModelConfig in; a causal LM, ready to train or frozen, and its tokenizer out. No weights are read before this file.
-
-`tiny` and `tiny_exam` are shipped with the package; anything else is a local directory or a Hugging Face id.
-"""
+"""Loads the base model and its tokenizer: one shipped with the package, a local directory, or a Hugging Face id."""
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +27,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_base(config: ModelConfig) -> PreTrainedModel:
     """Load the base weights in eval mode, without any adapter."""
     if config.path in SHIPPED:
-        hf_logging.disable_progress_bar()  # loaded in a blink
+        hf_logging.disable_progress_bar()  # they load in well under a second
     quantization = None
     if config.finetune == "qlora":
         from transformers import BitsAndBytesConfig

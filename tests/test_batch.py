@@ -3,28 +3,20 @@
 import random
 
 import pytest
-import torch
+from examples import CPU, make_example, make_rollout, random_ids
 
 from pmd.batch import Batch, BatchLayout, Example, Size, common_length, group_size, sharing_pays, split_by_tokens
-from pmd.teacher import TeacherContext
-from pmd.types import Completion, Rollout, Verdict
 
-CPU = torch.device("cpu")
 SHARED = {"off": (), "teacher": ("teacher",), "both": ("student", "teacher")}
-
-
-def ids(draw: random.Random, length: int) -> tuple[int, ...]:
-    return tuple(draw.randrange(1, 40) for _ in range(length))
 
 
 def group_of(draw: random.Random, group: int, rows: int, shared: int) -> list[Example]:
     """Rollouts of one student prompt, and of teacher prompts that differ in their last few tokens."""
-    prompt, shown, made = ids(draw, shared), ids(draw, shared + 30), []
+    prompt, shown, made = random_ids(draw, shared), random_ids(draw, shared + 30), []
     for number in range(rows):
-        completion = ids(draw, draw.randrange(1, 20))
-        record = Completion(completion, (-1.0,) * len(completion), "", "stop", 0)
-        rollout = Rollout(f"r{group}-{number}", f"g{group}", f"t{group}", prompt, record, Verdict(1.0, True, "ok"))
-        made.append(Example(rollout, 0.5, TeacherContext(rollout.rollout_id, shown + ids(draw, draw.randrange(5)))))
+        completion = random_ids(draw, draw.randrange(1, 20))
+        rollout = make_rollout(100 * group + number, completion, group=group, prompt_ids=prompt)
+        made.append(make_example(rollout, shown + random_ids(draw, draw.randrange(5)), success=None))
     return made
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from examples import small_qwen
+from transformers import PreTrainedModel
 
 from pmd.batch import Sequences
 from pmd.config.schema import ModelConfig, TeacherConfig
@@ -19,12 +20,7 @@ KINDS = ["frozen", "ema", "live", "trust_region"]
 
 
 def base() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, max_position_embeddings=64,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    return small_qwen(20, tie_word_embeddings=True)
 
 
 def policy_of(finetune: str, **teacher) -> Policy:
@@ -65,7 +61,7 @@ def distil(policy: Policy, rate: float = 0.5) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_student_moves_and_nothing_else_gets_a_gradient(finetune, kind):
     policy = policy_of(finetune, kind=kind)
-    initial, student = hidden_of(policy, "reference"), hidden_of(policy, "student")
+    reference, student = hidden_of(policy, "reference"), hidden_of(policy, "student")
     names = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert names
     assert all(name.startswith("student.") or ".student." in name for name in names)
@@ -74,7 +70,7 @@ def test_the_student_moves_and_nothing_else_gets_a_gradient(finetune, kind):
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == names
     assert all(p.grad is None for p in policy.parameters())
     assert not torch.allclose(hidden_of(policy, "student"), student)
-    assert torch.equal(hidden_of(policy, "reference"), initial)
+    assert torch.equal(hidden_of(policy, "reference"), reference)
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
@@ -160,8 +156,8 @@ def test_the_student_starts_in_training_mode_throughout(finetune):
     policy = policy_of(finetune, kind="frozen")
     with policy.weights("student") as student:
         assert all(module.training for module in student.modules())
-    with policy.weights("reference") as initial:
-        assert not any(module.training for module in initial.modules())
+    with policy.weights("reference") as reference:
+        assert not any(module.training for module in reference.modules())
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])

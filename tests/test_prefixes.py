@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from examples import CPU, random_ids, small_qwen
+from transformers import Qwen3ForCausalLM
 
 from pmd.batch import (
     MIN_SAVED_PADDING,
@@ -17,20 +18,14 @@ from pmd.batch import (
 )  # fmt: skip
 from pmd.scoring import backbone, can_share_prefixes, completion_hidden_states, packed_states, packs_rows
 
-CPU = torch.device("cpu")
-
 
 def small_model(**changes: object) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, **changes,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).double().eval()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return small_qwen(40, **shape, num_key_value_heads=2, max_position_embeddings=1024, **changes).double()
 
 
 def ids(draw: random.Random, length: int) -> tuple[int, ...]:
-    return tuple(draw.randrange(1, 40) for _ in range(length))
+    return random_ids(draw, length, 40)
 
 
 def rows_of_three_groups() -> tuple[list[Pair], list[int]]:

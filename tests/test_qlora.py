@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from examples import small_qwen
 
 from pmd.batch import Sequences
 from pmd.config.schema import ModelConfig, TeacherConfig
@@ -20,12 +20,8 @@ REAL, SCORED = torch.ones_like(IDS), torch.arange(8)[None] >= 4
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32}
+    small_qwen(64, tie_word_embeddings=False, **shape).save_pretrained(folder)
     return folder
 
 

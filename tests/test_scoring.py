@@ -3,7 +3,8 @@
 import jaxtyping
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from examples import small_qwen
+from transformers import Qwen3ForCausalLM
 
 from pmd.batch import Sequences
 from pmd.errors import AlignmentError
@@ -19,13 +20,8 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def tiny_qwen(seed: int = 0) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).double().eval()
+def small_model() -> Qwen3ForCausalLM:
+    return small_qwen(V, tie_word_embeddings=False).double()
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -81,7 +77,7 @@ def test_no_gradient_reaches_the_teacher(token_terms):
 
 def test_a_token_is_predicted_by_the_state_before_it():
     """Changing token t must leave its own prediction alone and change the next one's."""
-    model = tiny_qwen()
+    model = small_model()
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     real, scored = torch.ones_like(ids), torch.tensor([[False, False, False, True, True, True]])
     before = completion_hidden_states(model, Sequences(ids, real, scored))
@@ -94,7 +90,7 @@ def test_a_token_is_predicted_by_the_state_before_it():
 
 
 def test_equals_the_models_own_logits():
-    model = tiny_qwen()
+    model = small_model()
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     scored = torch.tensor([[False, False, True, True, True, True]])
     hidden = completion_hidden_states(model, Sequences(ids, torch.ones_like(ids), scored))
@@ -106,7 +102,7 @@ def test_equals_the_models_own_logits():
 
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_changes_nothing(left):
-    model = tiny_qwen()
+    model = small_model()
     ids, pad = torch.tensor([[4, 8, 15, 16, 23]]), torch.zeros(1, 3, dtype=torch.long)
     real, scored = torch.ones_like(ids), torch.tensor([[False, False, True, True, True]])
     plain = completion_hidden_states(model, Sequences(ids, real, scored))
@@ -116,7 +112,7 @@ def test_padding_changes_nothing(left):
 
 
 def test_padding_cannot_be_scored():
-    model, ids = tiny_qwen(), torch.tensor([[4, 8, 15]])
+    model, ids = small_model(), torch.tensor([[4, 8, 15]])
     with pytest.raises(AlignmentError):
         completion_hidden_states(model, Sequences(ids, torch.tensor([[1, 1, 0]]), torch.tensor([[False, False, True]])))
     with pytest.raises(AlignmentError):

@@ -3,11 +3,12 @@
 import random
 
 import pytest
+from examples import make_rollout
 
 from pmd.config.schema import TeacherConfig
 from pmd.tasks.prompts.base import PromptFormat
-from pmd.teacher import ContextBuilder
-from pmd.types import Completion, MemoryItem, Message, Rollout, Task, Verdict
+from pmd.teacher import ContextBuilder, TeacherContext
+from pmd.types import MemoryItem, Message, Rollout, Task, Verdict
 
 TASK = Task("t", (Message("user", "question"),), "exact", "train")
 
@@ -34,9 +35,8 @@ def read(context) -> str:
 
 
 def rollout(number: int, correct: bool, status: str = "") -> Rollout:
-    completion = Completion((1,), (-1.0,), f"answer{number}", "stop", 0)
     verdict = Verdict(float(correct), correct, status or ("ok" if correct else "wrong_answer"))
-    return Rollout(f"r{number}", "g", "t", (), completion, verdict)
+    return make_rollout(number, verdict=verdict)
 
 
 def item(number: int, similarity: float = 0.5, length: int = 1) -> MemoryItem:
@@ -129,3 +129,7 @@ def test_a_success_too_long_for_the_prompt_is_left_out_whole():
 
 def test_the_generation_of_the_memory_is_recorded():
     assert build([rollout(0, True)], [item(1)], context="memory", generation=9)[0].memory_generation == 9
+
+
+def test_a_context_of_which_nothing_is_said_shows_nothing():
+    assert not TeacherContext("r0", ()).shows_anything
