@@ -227,7 +227,7 @@ class ChunkedTerms(torch.autograd.Function):
                 target, probs = target_ids[block, None], scratch[0][: block.stop - block.start]
                 student = scoring.normalised(student_logits[here], probs)
                 columns[0][block] = student.gather(-1, target)[:, 0]
-                columns[1][block] = -torch.bmm(probs[:, None], student[:, :, None])[:, 0, 0]
+                columns[1][block] = entropy(student, probs)
                 comparison = None
                 if teacher_logits is not None:
                     teacher_probs = scratch[1][: len(probs)]
@@ -284,6 +284,14 @@ class ChunkedTerms(torch.autograd.Function):
             if d_head is not None:
                 _add_product(d_head, logits.T, hidden[rows])
         return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None
+
+
+def entropy(logprobs: Tensor, probs: Tensor) -> Tensor:
+    """Return the entropy [n] of each row, with 0 log 0 = 0."""
+    entropies = -torch.bmm(probs[:, None], logprobs[:, :, None])[:, 0, 0]
+    if (forbids := entropies.isnan()).any():  # a product with the log of an impossible token's probability
+        entropies[forbids] = torch.special.entr(probs[forbids]).sum(-1)
+    return entropies
 
 
 def _memory(scoring: Scoring, hidden: Tensor, head: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
