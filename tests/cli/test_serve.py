@@ -39,8 +39,7 @@ def test_a_port_in_use_is_refused(capsys):
 
 
 def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["serve", "--help"])
+    assert main(["serve", "--help"]) == 0
     shown = capsys.readouterr().out
     for option in ("--config", "--host", "--port", "--tensor-parallel-size", "--data-parallel-size", "--dry-run"):
         assert option in shown
