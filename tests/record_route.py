@@ -66,7 +66,8 @@ def record(run_dir: str) -> None:
 
     RolloutStream.__iter__ = stream
     calls._call_callback_hooks = callback_hooks
-    assert main(["fit", "--config", "configs/tiny.yaml", "--trainer.max_epochs=1", "--run_dir", run_dir]) == 0
+    small = ["--data.world.families=8", "--verification.final_samples=8", "--verification.samples=2"]
+    assert main(["fit", "--config", "configs/tiny.yaml", *small, "--trainer.max_epochs=1", "--run_dir", run_dir]) == 0
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def token_terms(
         terms = [student.gather(-1, targets[:, None])[:, 0], torch.special.entr(student.detach().exp()).sum(-1)]
         if teacher:
             with torch.no_grad():
-                logits = [p.weight * _logits(h, p.head) for h, p in zip(teacher_hidden, teacher, strict=True)]
-                compared = (torch.stack(logits).sum(0) / temperature).log_softmax(-1)  # [n, V]
+                parts = (p.weight * _logits(h, p.head) for h, p in zip(teacher_hidden, teacher, strict=True))
+                compared = (sum(parts, hidden.new_zeros(())) / temperature).log_softmax(-1)  # [n, V]
             terms += [per_token_divergence(student, compared, alpha, top_k, tail)]
             terms += [compared.gather(-1, targets[:, None])[:, 0]]
         return tuple(terms)

@@ -11,9 +11,16 @@ import time
 import pytest
 from child_processes import all_end, sandbox_processes, start, watch
 
+from pmd.verifiers.code import close_sandbox
 from pmd.verifiers.sandbox.pool import Limits, Sandbox, SandboxUnavailable
 
 ADD = "print(sum(map(int, input().split())))"
+
+
+@pytest.fixture(autouse=True)
+def no_other_sandbox():
+    """Close the sandbox that the `code` verifier may have started in an earlier test: processes are counted here."""
+    close_sandbox()
 
 
 @pytest.fixture
