@@ -11,7 +11,7 @@ lint:
 	lint-imports
 
 test:
-	python -m pytest -q
+	python -m pytest -q -n 2
 
 docs:
 	mkdocs build --strict

@@ -53,8 +53,10 @@ TESTS = {
         *("tests/test_batch.py", "tests/test_prefixes.py", *SHORT_STEPS, *LONG_STEPS, "tests/test_training_step.py"),
     ],
     "pmd/teacher.py": ["tests/test_teacher.py"],
-    "pmd/memory/update.py": ["tests/memory/test_memory_update.py", "tests/memory/test_update.py"],
-    "pmd/memory/write.py": ["tests/memory/test_memory_write.py"],
+    "pmd/memory/update.py": [
+        *("tests/memory/test_update.py", "tests/memory/test_evolve.py", "tests/memory/test_behaviours.py"),
+        *("tests/memory/test_store.py", "tests/memory/test_reflect.py"),
+    ],
 }
 MEMORY_LIMIT = 16 * 2**30  # bytes of address space for one test process
 MIN_TIMEOUT_S, TIMEOUT_FACTOR = 60.0, 4.0  # a mutant may take this many times what the unchanged code takes

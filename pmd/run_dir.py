@@ -86,11 +86,23 @@ class RunDir:
         return path
 
     def read_metrics(self) -> list[dict[str, str]]:
-        """Return the rows of metrics.csv; none if there is no such file."""
+        """Return the rows of metrics.csv, none if there is no such file; rows that a kill left incomplete are skipped."""
         if not self.metrics.is_file():
             return []
-        with self.metrics.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with self.metrics.open(newline="", encoding="utf-8", errors="replace") as file:
+            return [row for row in csv.DictReader(file) if _is_whole(row)]
+
+
+def _is_whole(row: dict[Any, Any]) -> bool:
+    """Whether a row has as many fields as the header, all of them numbers or empty, and a step."""
+    try:
+        return (
+            None not in row
+            and bool(row["step"])
+            and all(value == "" or float(value) is not None for value in row.values())
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def open_run(path: str) -> RunDir:
