@@ -10,6 +10,19 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("pmd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pmd")
 
+#: Files that take 15 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
+LONG = [
+    "test_programs.py", "test_prediction.py", "test_runs.py", "test_sweep.py", "test_damage.py", "test_loop.py",
+    "test_server_failures.py", "test_route.py", "test_trainer_ends.py", "test_shipped.py", "test_import.py",
+    "test_zoo.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the long files first."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
