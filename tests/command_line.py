@@ -2,12 +2,15 @@
 
 import json
 import os
-import selectors
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -17,34 +20,62 @@ SMALL = [
 LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "--teacher.kind=ema"]
 
 
-def run_pmd(
-    *arguments: str, code: int = 0, cwd: Path = ROOT, timeout_s: float = 550, first_on_path: Path | None = None
-) -> subprocess.CompletedProcess:
-    """Run `python -m pmd ARGUMENTS` on one thread; the exit code must be `code`."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        path = [str(first_on_path)] if first_on_path else []
-        request = {"arguments": arguments, "cwd": str(cwd), "path": path, "out": str(out), "err": str(err)}
-        server = _warm_server()
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(server.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                server.kill()
-                _warm_server.cache_clear()
-                raise TimeoutError(f"pmd {' '.join(arguments)} took more than {timeout_s} s")
-        found = int(json.loads(server.stdout.readline()))
-        done = subprocess.CompletedProcess(arguments, found, out.read_text(), err.read_text())
-    assert found == code, f"exit code {found}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+class PmdProcess:
+    """A command of pmd that runs in a process of its own, a child of the warm server's (warm_pmd.py)."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path, path: Sequence[str], file_bytes: int):
+        self.arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        self.out, self.err = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        request = {"arguments": arguments, "cwd": str(cwd), "path": path, "file_bytes": file_bytes}
+        self.pid = _ask_warm_server(request | {"out": str(self.out), "err": str(self.err)})
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def has_ended(self, within_s: float = 0.0) -> bool:
+        """Wait for the process to end; return whether it did."""
+        return bool(select.select([self._pidfd], [], [], within_s)[0])
+
+    def send_signal(self, number: int) -> None:
+        """Send the process a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> subprocess.CompletedProcess:
+        """Return what the command said, and its exit code; kill it if it takes longer."""
+        ended = self.has_ended(timeout_s)
+        if not ended:
+            self.send_signal(signal.SIGKILL)
+        code = _ask_warm_server(self.pid)
+        os.close(self._pidfd)
+        done = subprocess.CompletedProcess(self.arguments, code, self.out.read_text(), self.err.read_text())
+        self._folder.cleanup()
+        assert ended, f"pmd {' '.join(self.arguments)} took more than {timeout_s} s: {done.stderr[-4000:]}"
+        return done
+
+
+def start_pmd(*arguments: str, cwd: Path = ROOT, first_on_path: Path | None = None, file_bytes: int = 0) -> PmdProcess:
+    """Start `python -m pmd ARGUMENTS` on one thread; with `file_bytes`, no file may grow beyond that size."""
+    return PmdProcess(arguments, cwd, [str(first_on_path)] if first_on_path else [], file_bytes)
+
+
+def run_pmd(*arguments: str, code: int = 0, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess:
+    """Run what `start_pmd` starts; the exit code must be `code`."""
+    done = start_pmd(*arguments, **options).wait(timeout_s)
+    assert done.returncode == code, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done
+
+
+def _ask_warm_server(request: object) -> int:
+    server = _warm_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return int(json.loads(server.stdout.readline()))
 
 
 @cache
 def _warm_server() -> subprocess.Popen:
-    """Start, once a session, the process whose children run the commands (warm_pmd.py)."""
+    """Start, once a session, the process whose children run the commands."""
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("warm_pmd.py"))],
         cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

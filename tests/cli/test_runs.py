@@ -1,17 +1,14 @@
 """What other commands do with a run: resume it, export it, evaluate it without memory, and end it early."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import LORA, ROOT, SMALL, run_pmd, small_fit
+from command_line import LORA, SMALL, run_pmd, small_fit, start_pmd
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmd.config.load import load_config
@@ -111,18 +108,14 @@ def test_evaluation_needs_no_memory_and_no_place(run, request, tmp_path):
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_can_be_continued(full_run, which, tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "pmd", "fit", "--config", "configs/tiny.yaml", *SMALL]
-    process = subprocess.Popen(
-        [*command, "--trainer.max_epochs=500", f"--run_dir={run_dir}"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )  # fmt: skip
-    waiting = time.monotonic()
-    while not RunDir(run_dir).last.is_file() and process.poll() is None and time.monotonic() < waiting + 200:
-        time.sleep(0.1)
+    small = ["--config", "configs/tiny.yaml", *SMALL, "--trainer.max_epochs=500", f"--run_dir={run_dir}"]
+    process, waiting = start_pmd("fit", *small), time.monotonic()
+    while not RunDir(run_dir).last.is_file() and not process.has_ended(0.1) and time.monotonic() < waiting + 200:
+        continue
     process.send_signal(which)
-    said = process.communicate(timeout=200)[1]
-    assert process.returncode == 130, said
+    done = process.wait(200)
+    said = done.stderr
+    assert done.returncode == 130, said
     assert "Traceback" not in said
     assert f"python -m pmd fit --config {run_dir}/config.yaml --ckpt_path last" in said
     epochs = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=False)["epoch"] + 1
@@ -136,14 +129,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(full_run, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(full_run, run_dir)
     before = (run_dir / "checkpoints" / "last.ckpt").read_bytes()
-    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); \
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)); from pmd.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", limit, "fit", "--config", str(run_dir / "config.yaml"), "--ckpt_path=last",
-         "--trainer.max_epochs=2"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    resumed = ["--config", str(run_dir / "config.yaml"), "--ckpt_path=last", "--trainer.max_epochs=2"]
+    done = run_pmd("fit", *resumed, code=1, file_bytes=1_500_000)
     assert "DiskError" in done.stderr
     assert str(run_dir / "checkpoints") in done.stderr
     assert "Traceback" not in done.stderr

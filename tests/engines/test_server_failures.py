@@ -1,15 +1,12 @@
 """Whatever a server does, each completion arrives once and complete, or one error names the cause; the run resumes."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from command_line import LORA, ROOT, SMALL, run_pmd, small_fit
+from command_line import LORA, ROOT, SMALL, run_pmd, small_fit, start_pmd
 from scripted_server import FAILURES, made_up, serving
 
 from pmd.config.load import load_config
@@ -191,16 +188,14 @@ def test_a_terminated_run_does_not_wait_for_the_prefetched_batch(tmp_path):
         return "hang"
 
     with serving(script) as server:
-        command = [
-            sys.executable, "-m", "pmd", "fit", "--config", "configs/tiny.yaml", *SMALL,
-            f"--run_dir={tmp_path / 'run'}",
+        run = start_pmd(
+            "fit", "--config", "configs/tiny.yaml", *SMALL, f"--run_dir={tmp_path / 'run'}",
             *options(server, tmp_path / "adapters"), "--rollouts.prefetch=true", "--rollouts.tasks_per_step=4",
-        ]  # fmt: skip
-        run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        )  # fmt: skip
         assert hangs.wait(timeout=120)
         run.send_signal(signal.SIGTERM)
-        _, stderr = run.communicate(timeout=50)  # the server answers after 60 s
-        assert run.returncode == 130
-        assert b"stopped in the first epoch" in stderr
+        done = run.wait(50)  # the server answers after 60 s
+        assert done.returncode == 130
+        assert "stopped in the first epoch" in done.stderr
         assert not server.adapters
     assert not list((tmp_path / "adapters").iterdir())
