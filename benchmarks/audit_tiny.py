@@ -2,10 +2,10 @@
 
     python benchmarks/audit_tiny.py --out runs/planted
 
-For each family of the tiny world a strategy with a wrong rule is planted on one problem, and on another a line that
+For each family of the tiny world a strategy with a wrong rule is planted on one task, and on another a line that
 gives its answer away, through `memory.import_path`. The run is the whole loop with audits on. Printed at the end:
 precision and recall of retirement (an item is wrong if the world says so), how far usefulness separates true from
-false items, the gap to the placebo, absorbed items by epoch, what became of the leaks.
+false items, the gap to the placebo, internalized items by epoch, what became of the leaks.
 """
 
 import argparse
@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pmd.config import MemoryConfig, TinyWorldConfig
+from pmd.config.schema import MemoryConfig, TinyWorldConfig
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.store import MemoryStore
-from pmd.memory.transfer import export_file
+from pmd.memory.tools.transfer import export_file
+from pmd.memory.update import open_writer
+from pmd.tasks.prompts.words import parse_line, parse_statement, solved_line
 from pmd.tasks.tiny import load_tiny
-from pmd.tiny.language import parse_line, parse_statement, solved_line
 from pmd.tiny.world import make_world, rules_of, solution
 
 WORLD = TinyWorldConfig()
@@ -38,15 +39,15 @@ def plant(path: Path, seed: int) -> None:
     leaks: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = MemoryStore.open(Path(folder) / "planted.sqlite", embedder=embedder, config=MemoryConfig())
-        with store.update() as writer:
+        with open_writer(store) as writer:
             for name, rule in rules.items():
                 own = [task for task in tasks if task.memory_key.endswith(f" {name}")]
                 wrong = draw.choice([other for other in rules_of(WORLD.boxes) if other != rule])
                 text = f"strategy use {name} {wrong}"
-                writer.add_insight(writer.add_problem(own[0]), "strategy", text, policy_version=0)
+                writer.add_insight(writer.add_task(own[0]), "strategy", text, policy_version=0)
                 problem = parse_statement(own[1].question)
                 assert problem is not None
-                second = writer.add_problem(own[1])
+                second = writer.add_task(own[1])
                 insight = writer.add_insight(second, "strategy", f"leak {name}", policy_version=0)
                 leaks[insight] = solved_line(name, solution(rule, problem))
         export_file(store, path)  # a store keeps no leak active; whoever hands a file over may have written one
@@ -98,7 +99,7 @@ def figures(store: MemoryStore, rules: dict[str, str]) -> dict[str, object]:
         "mean lift on correct attempts, true items": mean_lift(store, rules, True),
         "mean lift on correct attempts, false items": mean_lift(store, rules, False),
         "planted leaks quarantined": len(store.insights("quarantined")),
-        "absorbed insights": len(store.insights("absorbed")),
+        "internalized insights": len(store.insights("internalized")),
     }
 
 
@@ -127,8 +128,8 @@ def main() -> None:
     with MemoryStore.open(arguments.out / "memory" / "memory.sqlite", read_only=True) as store:
         found = figures(store, make_world(WORLD.boxes, WORLD.families, arguments.seed))
     with (arguments.out / "metrics.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("memory/absorbed_rate")]
-    for name in ("placebo_gap", "absorbed_rate"):
+        rows = [row for row in csv.DictReader(file) if row.get("memory/internalized_rate")]
+    for name in ("placebo_gap", "internalized_rate"):
         found[f"{name} by epoch"] = [round(float(row[f"memory/{name}"] or "nan"), 3) for row in rows]
     print(json.dumps(found, indent=1))
 

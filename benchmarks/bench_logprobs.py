@@ -1,12 +1,13 @@
-"""What the distillation loss costs at a real vocabulary: chunked, against TRL's SDPO loss on the same tensors.
+"""The cost of the distillation loss with a real vocabulary: `losses.fused`, and TRL's SDPO loss on the same tensors.
 
     python benchmarks/bench_logprobs.py --json logprobs.json
+    python benchmarks/bench_logprobs.py --implementation reference        # the readable one, by autograd
 
-Hidden states [N, H] of student and teacher and one frozen output head [V, H] go in; the loss and its gradient by the
-student's hidden states come out (top-k support of the student, tail bucket). TRL's functions are given the whole
-logits, as its trainer gives them; its division by the temperature, one more copy, is left out. Each line is a process
-of its own. `extra` is the high-water mark of its resident memory above what the inputs take, `CPU s` the processor
-time of forward and backward, which a busy machine does not distort as it does the wall clock.
+From hidden states [N, H] of student and teacher and one frozen output head [V, H], both compute the loss and its
+gradient w.r.t. the student's hidden states (top-k support of the student, tail bucket). TRL's function receives the
+whole logits, as in its trainer; its division by the temperature, one more copy, is left out. Each measurement is a
+process of its own. `extra_mb` is the peak of its resident memory above that of the inputs, `cpu_s` the processor time
+of forward and backward pass, which a busy machine distorts less than the wall clock.
 """
 
 import argparse
@@ -15,12 +16,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("way", "tokens", "extra_mb", "cpu_s", "wall_s", "loss")
+COLUMNS = ("loss_of", "tokens", "extra_mb", "cpu_s", "wall_s", "loss")
 
 
 def memory_mb(field: str) -> float:
@@ -29,7 +31,7 @@ def memory_mb(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def measure(way: str, tokens: int, arguments: argparse.Namespace) -> dict[str, float | str | int]:
+def measure(name: str, tokens: int, arguments: argparse.Namespace) -> dict[str, float | str | int]:
     """Compute loss and gradient once, in this process."""
     import torch
 
@@ -40,8 +42,8 @@ def measure(way: str, tokens: int, arguments: argparse.Namespace) -> dict[str, f
     student = torch.empty(shape).normal_(generator=generator).requires_grad_()
     teacher = student.detach() + 0.3 * torch.empty(shape).normal_(generator=generator)
     targets = torch.randint(arguments.vocabulary, (tokens,), generator=generator)
-    loss_of = chunked_loss if way == "pmd" else trl_loss
-    warm = slice(0, 2)  # loads kernels and code before anything is counted
+    loss_of = trl_loss if name == "trl" else partial(pmd_loss, name)
+    warm = slice(0, 2)  # loads kernels and code before the measurement
     loss_of(student[warm], teacher[warm], head[:1000], targets[warm] % 1000, arguments.top_k).backward()
     student.grad = None
 
@@ -50,7 +52,7 @@ def measure(way: str, tokens: int, arguments: argparse.Namespace) -> dict[str, f
     loss = loss_of(student, teacher, head, targets, arguments.top_k)
     loss.backward()
     return {
-        "way": way,
+        "loss_of": name,
         "tokens": tokens,
         "extra_mb": memory_mb("VmHWM") - before,
         "cpu_s": time.process_time() - cpu,
@@ -60,9 +62,11 @@ def measure(way: str, tokens: int, arguments: argparse.Namespace) -> dict[str, f
     }
 
 
-def chunked_loss(student, teacher, head, targets, top_k):
-    from pmd.models.logprobs import TeacherPart, token_terms
+def pmd_loss(implementation, student, teacher, head, targets, top_k):
+    from pmd.losses import distillation, fused
+    from pmd.losses.distillation import TeacherPart
 
+    token_terms = {"fused": fused.token_terms, "reference": distillation.token_terms}[implementation]
     terms = token_terms(student, head, targets, [TeacherPart(teacher, head, 1.0)], alpha=0.5, top_k=top_k)
     return terms.per_token_divergence.mean()
 
@@ -80,16 +84,17 @@ def trl_loss(student, teacher, head, targets, top_k):
     return per_token.mean()
 
 
-def in_child(way: str, tokens: int, arguments: list[str]) -> dict[str, float | str | int]:
-    command = [sys.executable, __file__, *arguments, "--child", way, str(tokens)]
+def in_child(name: str, tokens: int, arguments: list[str]) -> dict[str, float | str | int]:
+    command = [sys.executable, __file__, *arguments, "--child", name, str(tokens)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementation", choices=["fused", "reference"], default="fused")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--trl-tokens", type=int, nargs="*", default=[2048], help="TRL needs about 4 MB a token")
+    parser.add_argument("--trl-tokens", type=int, nargs="*", default=[2048], help="TRL needs about 4 MB per token")
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--top-k", type=int, default=100)
@@ -102,9 +107,9 @@ def main() -> None:
         return
     table = Table(*COLUMNS, title=f"V={arguments.vocabulary}, H={arguments.hidden}, k={arguments.top_k}, float32")
     results = []
-    for way, counts in (("trl", arguments.trl_tokens), ("pmd", arguments.tokens)):
+    for name, counts in (("trl", arguments.trl_tokens), (arguments.implementation, arguments.tokens)):
         for tokens in counts:
-            row = in_child(way, tokens, sys.argv[1:])
+            row = in_child(name, tokens, sys.argv[1:])
             results.append(row)
             print(json.dumps(row), flush=True)
             table.add_row(*(f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS))

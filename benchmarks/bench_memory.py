@@ -2,9 +2,9 @@
 
     python benchmarks/bench_memory.py --sizes 1000 10000 100000 --json memory.json --plot memory.png
 
-Problems have clustered unit vectors, as sentence vectors are; each has three insights. A query is retrieval whole:
-index search, joining items, quotas. The update adds new problems and items, commits, and refreshes index and view.
-The embedder's own time is left out (vectors are looked up), SQLite's and hnswlib's are in.
+Tasks have clustered unit vectors, as sentence vectors are; each has three insights. A query is a whole retrieval:
+index search, joining items, quotas. The update adds new tasks and items, commits, and refreshes index and retriever.
+The embedder's own time is excluded (vectors are looked up), SQLite's and hnswlib's are included.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pmd.config import MemoryConfig
-from pmd.memory.index import ProblemIndex
+from pmd.config.schema import MemoryConfig
+from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import Message, Task
 
-INSIGHTS_PER_PROBLEM = 3
+INSIGHTS_PER_TASK = 3
 
 
 class LookedUp:
@@ -58,17 +59,17 @@ def clustered_vectors(count: int, dimension: int) -> np.ndarray:
 
 
 def write(store: MemoryStore, start: int, stop: int) -> None:
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for n in range(start, stop):
             task = Task(f"t{n}", (Message("user", f"{n} question"),), "exact", "train", memory_key=f"{n} key")
-            problem_id = writer.add_problem(task)
+            task_row = writer.add_task(task)
             for kind in ("strategy", "lesson", "lesson"):
-                text = f"{n} {kind} that says in some twenty words what an attempt at this problem has taught"
-                writer.add_insight(problem_id, kind, text, policy_version=0)
+                text = f"{n} {kind} that says in some twenty words what an attempt at this task has taught"
+                writer.add_insight(task_row, kind, text, policy_version=0)
 
 
 def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    new = arguments.new_items // INSIGHTS_PER_PROBLEM
+    new = arguments.new_items // INSIGHTS_PER_TASK
     vectors = clustered_vectors(size + new + arguments.queries, arguments.dimension)
     config = MemoryConfig(capacity=10**9)
     store = MemoryStore.open(folder / f"{size}.sqlite", embedder=LookedUp(vectors), config=config)
@@ -76,14 +77,14 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
     step = max(10_000, size // 10)
     for start in range(0, size, step):
         write(store, start, min(size, start + step))
-    result: dict[str, float] = {"problems": size, "insights": size * INSIGHTS_PER_PROBLEM}
+    result: dict[str, float] = {"tasks": size, "insights": size * INSIGHTS_PER_TASK}
     result["write_s"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    index = ProblemIndex.open(store)
+    index = TaskIndex.open(store)
     result["index_build_s"] = time.perf_counter() - clock
-    retriever = Retriever(store, index, store.embedder, config)
+    retriever = Retriever(store, index, config)
     latencies, cpu = [], []
-    for n in track(range(arguments.queries), description=f"{size} problems", transient=True):
+    for n in track(range(arguments.queries), description=f"{size} tasks", transient=True):
         clock, cpu_clock = time.perf_counter(), time.thread_time()
         retriever.retrieve(f"{size + new + n} query", seed=n)
         latencies.append(1e3 * (time.perf_counter() - clock))
@@ -104,7 +105,7 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
     store = MemoryStore.open(store.path, embedder=LookedUp(vectors), config=config)
     result["open_s"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    ProblemIndex.open(store)
+    TaskIndex.open(store)
     result["index_load_s"] = time.perf_counter() - clock
     store.close()
     result["file_mb"] = store.path.stat().st_size / 1e6
@@ -113,14 +114,14 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def draw(results: list[dict[str, float]], path: Path) -> None:
-    """Plot what grows with the number of problems, both axes logarithmic."""
+    """Plot what grows with the number of tasks, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    sizes = [result["problems"] for result in results]
+    sizes = [result["tasks"] for result in results]
     curves = {
         "one query, ms": {
             "query_p99_ms": "99th percentile",
@@ -133,7 +134,7 @@ def draw(results: list[dict[str, float]], path: Path) -> None:
     for axis, (title, named) in zip(axes, curves.items(), strict=True):
         for key, label in named.items():
             axis.plot(sizes, [result[key] for result in results], marker="o", label=label)
-        axis.set(xscale="log", yscale="log", title=title, xlabel="problems")
+        axis.set(xscale="log", yscale="log", title=title, xlabel="tasks")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -141,7 +142,7 @@ def draw(results: list[dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000], help="numbers of problems")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000], help="numbers of tasks")
     parser.add_argument("--dimension", type=int, default=384)
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--new-items", type=int, default=2_000, help="insights that the measured update adds")
@@ -150,17 +151,17 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = arguments.json is not None and arguments.json.exists()
     results = json.loads(arguments.json.read_text(encoding="utf-8")) if kept else []
-    for size in sorted(set(arguments.sizes) - {result["problems"] for result in results}):
+    for size in sorted(set(arguments.sizes) - {result["tasks"] for result in results}):
         with tempfile.TemporaryDirectory() as folder:
-            results = sorted([*results, measure(size, arguments, Path(folder))], key=lambda result: result["problems"])
+            results = sorted([*results, measure(size, arguments, Path(folder))], key=lambda result: result["tasks"])
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = Table(title=f"memory at {arguments.dimension} dimensions", header_style="bold")
     table.add_column("quantity")
     for result in results:
-        table.add_column(f"{result['problems']:,}", justify="right")
+        table.add_column(f"{result['tasks']:,}", justify="right")
     for key in results[0]:
-        table.add_row(key, *(f"{result[key]:,.3f}" if key not in ("problems", "insights") else f"{result[key]:,}"
+        table.add_row(key, *(f"{result[key]:,.3f}" if key not in ("tasks", "insights") else f"{result[key]:,}"
                              for result in results))  # fmt: skip
     Console().print(table)
     if arguments.plot:

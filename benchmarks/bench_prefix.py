@@ -1,10 +1,10 @@
-"""What a shared prompt saves: hidden states of one group's completions, computed whole and with the prompt kept once.
+"""What sharing a prompt saves: a group's hidden states, with whole rows and with the prompt computed once.
 
     python benchmarks/bench_prefix.py                                     # the teacher: no gradient
     python benchmarks/bench_prefix.py --gradient                          # the student: forward and backward
 
-Random weights of a Qwen3 shape. Each way runs once to warm up; then both take turns and the least processor time
-counts, which a busy machine does not distort as it does the wall clock.
+Random weights of a Qwen3 shape. Each variant runs once to warm up; then they alternate and the lowest processor time
+counts, which a busy machine distorts less than the wall clock.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pmd.models.logprobs import completion_hidden_states
-from pmd.models.sequences import Pair, pad_after_prefixes, pad_sequences
+from pmd.batch import Pair, pad_after_prefixes, pad_sequences
+from pmd.scoring import completion_hidden_states
 
 
 def make_model(arguments: argparse.Namespace) -> Qwen3ForCausalLM:
@@ -61,22 +61,25 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, group, device = make_model(arguments), make_group(arguments), torch.device(arguments.device)
-    ways = {"whole": pad_sequences(group, 0, device), "shared": pad_after_prefixes(group, [0] * len(group), 0, device)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    variants = {
+        "whole": pad_sequences(group, 0, device),
+        "shared": pad_after_prefixes(group, [0] * len(group), 0, device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     hidden = {}
     for _ in range(1 + arguments.repeats):
-        for name, sequences in ways.items():
+        for name, sequences in variants.items():
             started = clock(arguments.device)
             with torch.set_grad_enabled(arguments.gradient):
                 hidden[name] = completion_hidden_states(model, sequences)
                 if arguments.gradient:
                     hidden[name].square().sum().backward()
             seconds[name].append(clock(arguments.device) - started)
-    least = {name: min(times[1:]) for name, times in seconds.items()}
+    lowest = {name: min(times[1:]) for name, times in seconds.items()}
     result = {
-        "whole_s": least["whole"],
-        "shared_s": least["shared"],
-        "times_less": least["whole"] / least["shared"],
+        "whole_s": lowest["whole"],
+        "shared_s": lowest["shared"],
+        "speedup": lowest["whole"] / lowest["shared"],
         "largest_difference": (hidden["whole"] - hidden["shared"]).abs().max().item(),
     }
     print(json.dumps(result, indent=1))

@@ -1,18 +1,18 @@
-"""Rollouts through our engine and through vLLM called directly; and a whole training step with vLLM on the same device.
+"""Rollouts through our engine and through vLLM called directly, or whole training steps with vLLM on the same device.
 
-`--part ratio` (the default): tokens per second of both, and their ratio. Both use the same vLLM in this process, the
-same prompts, seeds, adapter and log-probs; rounds alternate, and the ratio is that of the medians. It also times sync,
-sleep and wake. `--part step`: steps of `configs/qwen3_8b.yaml` on made-up questions with random weights, by part:
-rollouts, sleep, teacher and student, wake, sync, parity check.
+`--part ratio` (the default): tokens per second of both, and their ratio. Both use the same vLLM engine in this process
+with the same prompts, seeds, adapter and log-probs; rounds alternate, and the ratio is that of the medians. Sync, sleep
+and wake are timed as well. `--part step`: steps of `configs/qwen3_8b.yaml` on made-up questions with random weights, by
+part: rollouts, sleep, teacher and student, wake, sync, parity check.
 
-On a CPU the model is tiny and random. With a CUDA device,
+On a CPU the model is tiny. With a CUDA device,
 
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024 --part step
 
-make Qwen3-8B with random weights (16 GB on disk). GPU figures: unmeasured. Measured on a 2-core Linux machine without a
-GPU, shared with other work, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; the tiny model makes
-the share of everything but the model as large as it can be); 1.50 s a step with `--part step --tokens 64`.
+use a Qwen3-8B with random weights (16 GB on disk). GPU figures: unmeasured. Measured on a busy 2-core Linux machine
+without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; with a tiny model the share of
+everything else is largest); 1.50 s per step with `--part step --tokens 64`.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from pmd.bootstrap.random_model import make_random_model
-from pmd.config import ModelConfig, TeacherConfig
-from pmd.models.load import load_base, load_tokenizer
-from pmd.models.policy import make_policy
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.vllm import VLLMEngine
-from pmd.rollouts.vllm_adapter import EngineSettings, VLLMRuntime
+from pmd.config.schema import ModelConfig, TeacherConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.vllm import VLLMEngine
+from pmd.engines.vllm_runtime import EngineSettings, VLLMRuntime
+from pmd.policy import make_policy
+from pmd.pretrained import load_base, load_tokenizer
 
 QWEN3_8B = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=["tiny", "qwen3_8b"], default="tiny")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt; 8 completions share one")
-    parser.add_argument("--rounds", type=int, default=7, help="of --part ratio")
-    parser.add_argument("--steps", type=int, default=3, help="of --part step, after one that warms up")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in a prompt; 8 completions share one")
+    parser.add_argument("--rounds", type=int, default=7, help="for --part ratio")
+    parser.add_argument("--steps", type=int, default=3, help="for --part step, after a warm-up step")
     arguments = parser.parse_args()
     measure = {"ratio": run, "step": colocated_step}[arguments.part]
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
             if number:  # the first round warms up
                 rates[name].append(count / (time.perf_counter() - started))
             counts.add(count)
-        assert len(counts) == 1, "the same seeds gave completions of other lengths"
+        assert len(counts) == 1, "the same seeds gave completions of different lengths"
     rate = {name: statistics.median(values) for name, values in rates.items()}
     print(
         f"ours {rate['ours']:.0f} tokens/s, vLLM directly {rate['direct']:.0f} tokens/s, "
@@ -113,15 +113,15 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def colocated_step(arguments: argparse.Namespace, folder: Path) -> None:
-    """Take steps of 8 rollouts a problem, as `fit` does, and print the seconds of each part."""
-    from pmd.commands.bench import main as bench
+    """Take training steps with 8 rollouts per task, as `fit` does, and print the seconds of each part."""
+    from pmd.cli.bench import main as bench
 
-    problems = max(1, arguments.requests // 8)
+    tasks = max(1, arguments.requests // 8)
     sizes = {
         "model.path": folder,
-        "data.path": make_questions(folder.parent, 2 * problems * (arguments.steps + 1)),
-        "data.max_train": problems * (arguments.steps + 1),
-        "rollouts.problems_per_step": problems,
+        "data.path": make_questions(folder.parent, 2 * tasks * (arguments.steps + 1)),
+        "data.max_train": tasks * (arguments.steps + 1),
+        "rollouts.tasks_per_step": tasks,
         "rollouts.group_size": 8,
         "rollouts.max_new_tokens": arguments.tokens,
         "rollouts.vllm.max_num_seqs": min(256, arguments.requests),
@@ -133,7 +133,7 @@ def colocated_step(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def make_questions(folder: Path, count: int) -> Path:
-    """Write made-up questions as SciKnowEval's rows; no answer to them is rewarded but by chance."""
+    """Write made-up questions in SciKnowEval's format; answers are right only by chance."""
     rows = [
         {
             "question": f"Which element has {number} protons?",
@@ -151,7 +151,7 @@ def make_questions(folder: Path, count: int) -> Path:
 
 
 def direct(engine: VLLMEngine, requests: list[Request], sampling: Sampling) -> int:
-    """Call vLLM's own `LLM.generate`, and read ids and log-probs as any caller would."""
+    """Call vLLM's own `LLM.generate` and read ids and log-probs; return the number of tokens."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 

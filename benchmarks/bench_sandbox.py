@@ -1,4 +1,4 @@
-"""Time of one trivial program: this sandbox's levels, a plain `python` subprocess, bubblewrap where it is installed.
+"""Times one trivial program: at each sandbox level, in a plain `python` subprocess, and in bubblewrap if installed.
 
 python benchmarks/bench_sandbox.py [--runs 200]
 """
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pmd.sandbox.pool import Level, Limits, Sandbox, SandboxUnavailable
+from pmd.verifiers.sandbox.pool import Level, Limits, Sandbox, SandboxUnavailable
 
 PROGRAM, INPUT, OUTPUT = "print(sum(map(int, input().split())))", b"1 2\n", b"3\n"
 BWRAP = [

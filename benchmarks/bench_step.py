@@ -1,13 +1,13 @@
-"""A whole training step against TRL's SDPOTrainer: the same rollouts, lengths, teacher and model, no generation.
+"""A whole training step compared with TRL's SDPOTrainer: same rollouts, lengths, teacher and model, no generation.
 
     python benchmarks/bench_step.py --shape tiny
     python benchmarks/bench_step.py --shape 100m
 
-TRL does what its trainer does with these rollouts: prompts padded on the left and completions on the right over the
-whole batch, then micro-batches of `--trl-rows`; forward, loss and backward by `SDPOTrainer.training_step`, then
-clipping and its AdamW. Its loop, logging and data loading are left out, pmd runs under Lightning with all of them.
-Full fine-tuning, frozen teacher, alpha 0.5, top-k 20 with tail, one thread. Both take turns; the least time counts,
-in processor seconds, which a busy machine does not distort as it does the wall clock.
+TRL processes these rollouts as its trainer does: prompts are padded on the left and completions on the right over the
+whole batch, then divided into micro-batches of `--trl-rows`; forward, loss and backward pass by
+`SDPOTrainer.training_step`, then clipping and its AdamW. Its loop, logging and data loading are left out, while pmd
+runs under Lightning with all of them. Full fine-tuning, frozen teacher, alpha 0.5, top-k 20 with tail, one thread.
+Both alternate; the lowest time counts, in processor seconds, which a busy machine distorts less than the wall clock.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from pmd.bench.measure import measure_steps
-from pmd.bench.synthetic import FixedBatches, Lengths, synthetic_examples
-from pmd.config import ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutsConfig, RunConfig, TeacherConfig
-from pmd.models.load import resolve_model_path
+from pmd.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutsConfig, RunConfig, TeacherConfig
 from pmd.module import PMDModule
+from pmd.planning.bench import measure_steps
+from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
+from pmd.pretrained import resolve_model_path
 
 SHAPES = {
     # groups, group size, lengths, vocabulary
@@ -53,7 +53,7 @@ def pmd_module(folder: str, examples) -> tuple[PMDModule, FixedBatches]:
     config = RunConfig(
         model=ModelConfig(path=folder),
         teacher=TeacherConfig(kind="frozen"),
-        objective=ObjectiveConfig(alpha=0.5, top_k=TOP_K, reduction="sequence", importance_clip=None, engine_cap=None),
+        objective=ObjectiveConfig(alpha=0.5, top_k=TOP_K, reduction="sequence", importance_clip=None, tis_cap=None),
         optimizer=OptimizerConfig(lr=1e-5, weight_decay=0.01),
         rollouts=RolloutsConfig(micro_batch_tokens=4096),
     )
@@ -61,7 +61,7 @@ def pmd_module(folder: str, examples) -> tuple[PMDModule, FixedBatches]:
 
 
 def trl_step(folder: str, examples, rows: int):
-    """Return a function that takes one step with TRL's trainer and gives its loss."""
+    """Return a function that takes one step with TRL's trainer and returns its loss."""
     from datasets import Dataset
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
     from trl.trainer.utils import pad
@@ -134,7 +134,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"pmd": [], "trl": []}
         losses: dict[str, list[float]] = {"pmd": [], "trl": []}
         for _ in range(1 + arguments.repeats):
-            (record,) = measure_steps(module, batches, 1, "cpu")
+            (record,) = measure_steps(module, batches, 1, "cpu").steps
             seconds["pmd"].append(record.cpu_s)
             losses["pmd"].append(record.loss)
             started = time.process_time()
@@ -146,7 +146,7 @@ def main() -> None:
         "rollouts": len(examples),
         "tokens": tokens,
         "tokens_per_cpu_s": speed,
-        "times_faster": speed["pmd"] / speed["trl"],
+        "speedup": speed["pmd"] / speed["trl"],
         "first_loss": {name: values[0] for name, values in losses.items()},
         "loss_difference": abs(losses["pmd"][0] - losses["trl"][0]),
     }

@@ -6,7 +6,7 @@
 For each seed two runs of the shipped `tiny` model make and export a memory: the whole method, and the same with a fixed
 policy. Then the receiving model trains with an empty memory, and with each export at the start
 (`memory.import_path`), either writing on as usual or never written again (`memory.frozen`). Printed: memory-free
-avg@16 on held-out problems after every second epoch (validation) and at the end (test), mean and standard error over
+avg@16 on held-out tasks after every second epoch (validation) and at the end (test), mean and standard error over
 the seeds, and the same of the differences within a seed. Runs that are there already are not repeated.
 """
 

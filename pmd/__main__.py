@@ -1,4 +1,4 @@
-"""`python -m pmd`: hands over to cli.main."""
+"""`python -m pmd`."""
 
 import sys
 

@@ -1,14 +1,14 @@
-"""Every error a user can meet. Each message names key, value, rule and remedy."""
+"""The errors that a user can meet. Messages name key, value, rule and remedy."""
 
 from collections.abc import Sequence
 
 
 class PmdError(Exception):
-    """Base of all errors that pmd raises on purpose; the command line prints it without a traceback."""
+    """Base class of the errors that pmd raises on purpose; the command line prints them without a traceback."""
 
 
 class ConfigError(PmdError):
-    """The configuration, or a file it names, cannot be run. Carries every problem found, not just the first."""
+    """The configuration, or a file that it names, cannot be used. Carries every problem found, not just the first."""
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -18,11 +18,11 @@ class ConfigError(PmdError):
 
 
 class EngineError(PmdError):
-    """The rollout engine failed: it died, timed out, or returned what was not asked for."""
+    """The rollout engine died, timed out, or returned something other than what it was asked for."""
 
 
 class VerificationError(PmdError):
-    """Verification as a whole is broken: too many verifiers hang, or not one verdict says anything."""
+    """Verification as a whole is broken: too many verifiers hang, or no completion could be judged."""
 
 
 class AlignmentError(PmdError):
@@ -30,7 +30,7 @@ class AlignmentError(PmdError):
 
 
 class DiskError(PmdError):
-    """Something could not be written: a full disk, a limit, no permission. What was there before is untouched."""
+    """A file could not be written: full disk, size limit, no permission. What was there before is unchanged."""
 
 
 class RunInterrupted(PmdError):
@@ -38,4 +38,4 @@ class RunInterrupted(PmdError):
 
 
 class MemoryStoreError(PmdError):
-    """The memory store is damaged, of another schema or embedder, or was asked to keep a held-out problem."""
+    """The memory store is damaged, has another schema or embedder, or was asked to store a held-out task."""

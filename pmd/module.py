@@ -1,31 +1,78 @@
 """The LightningModule: student and teacher score the same rollouts, the objective compares them, one step is taken.
 
-Enters: a `Batch` of verified rollouts with teacher contexts. Leaves: updated student weights, logged metrics and the
-per-token record of the step. Wiring only: no engine, no prompt, no store. Optimisation is manual, so that the loss of
-a step is reduced once over all its micro-batches.
+    loss = policy_gradient * PG + distillation * divergence(student, teacher) + kl_weight * KL(student || reference)
+
+Engines, prompts and the memory are elsewhere; a `Batch` brings verified rollouts with their teacher contexts.
+Optimisation is manual, so that the loss of a step is reduced once over all its micro-batches.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
 
-from pmd.config import RunConfig
+from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
+from pmd.config.schema import ObjectiveConfig, RunConfig
 from pmd.errors import AlignmentError
-from pmd.models.load import load_base, load_tokenizer
-from pmd.models.logprobs import TeacherPart, TokenTerms, completion_hidden_states, output_head, token_terms
-from pmd.models.packing import packs_rows
-from pmd.models.policy import Role, eval_mode, make_policy
-from pmd.models.prefixes import can_share_prefixes
-from pmd.models.sequences import Sequences
-from pmd.objective.loss import Loss, LossInputs, combined_loss
-from pmd.rollouts.batch import Batch, BatchLayout, MicroBatch
+from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
+from pmd.losses.policy_gradient import per_token_policy_loss
+from pmd.losses.reduce import weighted_sum
+from pmd.policy import eval_mode, make_policy
+from pmd.pretrained import load_base, load_tokenizer
+from pmd.scoring import can_share_prefixes, packs_rows, score, teacher_part
 from pmd.seeds import derive_seed
 from pmd.trace import StepTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The loss to differentiate, and its parts as plain numbers that add up over a step's micro-batches."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, float]
+
+
+def combined_loss(terms: TokenTerms, tokens: CompletionTokens, policy_version: int, config: ObjectiveConfig) -> Loss:
+    """Return one micro-batch's share of the step's loss: the mix of terms that `config` describes.
+
+    Every term is a weighted sum over tokens (losses/reduce.py), so micro-batches add up to the step.
+    """
+    student, weights = terms.student_logprobs, tokens.token_weights
+    on_policy = tokens.policy_versions == policy_version
+    importance = importance_weights(student, tokens.sampling_logprobs, on_policy, config.tis_cap)
+    total, parts = student.new_zeros(()), {}
+    if config.policy_gradient > 0:
+        per_token = per_token_policy_loss(
+            student,
+            importance.old_logprobs,
+            tokens.advantages,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+        )
+        policy_loss = weighted_sum(per_token * importance.tis, weights)
+        total, parts["loss/policy_gradient"] = total + config.policy_gradient * policy_loss, policy_loss.item()
+    if terms.per_token_divergence is not None:
+        ratio = policy_ratio(student, importance.old_logprobs, config.importance_clip)
+        per_token = terms.per_token_divergence * ratio * importance.tis * tokens.distillation_weights
+        distillation = weighted_sum(per_token, weights)
+        total, parts["loss/distillation"] = total + config.distillation * distillation, distillation.item()
+    if terms.per_token_reference_kl is not None:
+        kl = weighted_sum(terms.per_token_reference_kl, weights)
+        total, parts["loss/reference_kl"] = total + config.kl_weight * kl, kl.item()
+    parts["loss/total"] = total.item()
+    if not total.requires_grad:  # no term is switched on: a zero that can still be differentiated
+        total = total + 0.0 * student.sum()
+    gap = (student.detach() - tokens.sampling_logprobs).abs()
+    parts["sampling/missing_logprobs"] = float((~importance.known).sum())
+    parts["sampling/engine_gap"] = float(weighted_sum(torch.where(importance.known, gap, 0.0), weights))
+    return Loss(total, parts)
 
 
 class PMDModule(LightningModule):
@@ -40,11 +87,12 @@ class PMDModule(LightningModule):
         self.optimizer_config = config.optimizer
         self.tokenizer = load_tokenizer(config.model)
         torch.manual_seed(derive_seed(self.seed, "adapters"))
-        needs_initial = config.objective.kl_weight > 0
-        self.policy = make_policy(load_base(config.model), config.model, config.teacher, needs_initial=needs_initial)
+        needs_reference = config.objective.kl_weight > 0
+        base = load_base(config.model)
+        self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
         self.policy_version = 0  # optimizer steps applied to the student
-        self.trace: StepTrace | None = None  # of the latest step
+        self.trace: StepTrace | None = None  # where the step's per-token record goes, if anyone wants it
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -52,21 +100,26 @@ class PMDModule(LightningModule):
         torch.manual_seed(derive_seed(self.seed, "dropout", batch.step))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
-        self.trace, totals = StepTrace(batch), defaultdict[str, float](float)
+        totals = defaultdict[str, float](float)
         self.seconds.clear()
         for micro_batch in batch.micro_batches(self.layout, self.device):
-            terms, initial_kl = self._score(micro_batch)
-            loss = self._loss(micro_batch, terms, initial_kl)
+            terms = self._score(micro_batch)
+            loss = combined_loss(terms, micro_batch.tokens, self.policy_version, self.objective)
             with _Timer(self, "time/backward_s"):
                 self.manual_backward(loss.total)
             for name, value in loss.parts.items():
                 totals[name] += value
-            totals["student/entropy"] += float((terms.entropy * micro_batch.token_weights).sum())
-            self.trace.add(micro_batch, terms)
+            totals["student/entropy"] += float((terms.entropy * micro_batch.tokens.token_weights).sum())
+            if self.trace is not None:
+                self.trace.add(micro_batch, terms)
         grad_norm = self._step(optimizer)
         self.log_dict(self._metrics(batch, totals) | {"student/grad_norm": grad_norm}, batch_size=1)
         self.log("loss", totals["loss/total"], prog_bar=True, logger=False, batch_size=1)
         self.log("reward", batch.metrics["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
+
+    def on_train_epoch_end(self) -> None:
+        """Copy the student into a frozen teacher that is due (`teacher.refresh_epochs`)."""
+        self.log("teacher/refreshed", float(self.policy.after_epoch(self.current_epoch)), batch_size=1)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch as it is: its tensors are made on the device, micro-batch by micro-batch."""
@@ -122,58 +175,31 @@ class PMDModule(LightningModule):
         return BatchLayout(
             max_tokens=config.rollouts.micro_batch_tokens,
             pad_id=cast(int, self.tokenizer.pad_token_id),
-            anchor_weight=config.objective.anchor_weight,
+            no_context_weight=config.objective.no_context_weight,
             reduction=config.objective.reduction,
             shared=frozenset(side for side in wanted if able[side]),
             packs=packs,
         )
 
-    def _score(self, micro_batch: MicroBatch) -> tuple[TokenTerms, Tensor | None]:
-        """Score the completions: the student, the teacher on its own prompt, and the initial policy if it is used."""
-        teacher: list[TeacherPart] = []
+    def _score(self, micro_batch: MicroBatch) -> TokenTerms:
+        """Score the completions: the student, the teacher on its own prompt, and the reference policy if it is used."""
+        teacher, reference = [], []
         if self.objective.distillation > 0:
-            with _Timer(self, "time/teacher_s"), torch.no_grad():
-                mixture = self.policy.teacher_mixture
-                teacher = [self._teacher_part(role, micro_batch.teacher, weight) for role, weight in mixture]
-        initial: list[TeacherPart] = []
+            with _Timer(self, "time/teacher_s"):
+                for role, weight in self.policy.teacher_mixture:
+                    teacher.append(teacher_part(self.policy, role, micro_batch.teacher, weight))
         if self.objective.kl_weight > 0:
-            with _Timer(self, "time/initial_s"), torch.no_grad():
-                initial = [self._teacher_part("initial", micro_batch.student, 1.0)]
-        with _Timer(self, "time/student_s"), self.policy.weights("student") as model:
-            hidden = completion_hidden_states(model, micro_batch.student)
-            target_ids, head = micro_batch.student.completion_ids, output_head(model)
-            config = self.objective
-            terms = token_terms(
-                hidden, head, target_ids, teacher, alpha=config.alpha, top_k=config.top_k, tail=config.tail
+            with _Timer(self, "time/reference_s"):
+                reference.append(teacher_part(self.policy, "reference", micro_batch.student))
+        with _Timer(self, "time/student_s"):
+            return score(
+                self.policy, micro_batch.student, teacher=teacher, reference=reference, objective=self.objective
             )
-            # KL(student || initial) is the reverse divergence over the whole vocabulary, on the student's own prompt.
-            kl = token_terms(hidden, head, target_ids, initial, alpha=1.0).per_token_divergence if initial else None
-        return terms, kl
-
-    def _teacher_part(self, role: Role, sequences: Sequences, weight: float) -> TeacherPart:
-        # A live teacher is the student itself: it too scores without dropout, and with a cache for shared prompts.
-        with self.policy.weights(role) as model, eval_mode(model):
-            hidden = completion_hidden_states(model, sequences)
-            return TeacherPart(hidden, output_head(model), weight)
-
-    def _loss(self, micro_batch: MicroBatch, terms: TokenTerms, initial_kl: Tensor | None) -> Loss:
-        versions = micro_batch.student.per_token([e.rollout.completion.policy_version for e in micro_batch.examples])
-        inputs = LossInputs(
-            student_logprobs=terms.student_logprobs,
-            sampling_logprobs=micro_batch.sampling_logprobs,
-            on_policy=versions == self.policy_version,
-            advantages=micro_batch.advantages,
-            distillation_weights=micro_batch.distillation_weights,
-            token_weights=micro_batch.token_weights,
-            per_token_divergence=terms.per_token_divergence,
-            per_token_initial_kl=initial_kl,
-        )
-        return combined_loss(inputs, self.objective)
 
     def _step(self, optimizer: torch.optim.Optimizer) -> float:
-        """Clip, refuse a gradient that is no number, and step; return the gradient's norm before clipping.
+        """Clip the gradient, refuse one that is not finite, and step; return its norm before clipping.
 
-        A fixed policy drops its gradients first: the step is counted and changes nothing.
+        A frozen policy drops its gradients first: the step is counted and changes nothing.
         """
         with _Timer(self, "time/optimizer_s"):
             trainable = [p for group in optimizer.param_groups for p in group["params"]]
@@ -194,14 +220,14 @@ class PMDModule(LightningModule):
 
     def _metrics(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, float]:
         """Join the step's losses with what the rollouts, the teacher's contexts and the clock say."""
-        examples = batch.examples
-        contexts = {
-            "teacher/share_with_context": sum(e.context.shows_anything for e in examples) / max(1, len(examples)),
-            "teacher/items_shown": sum(len(e.context.procedures) for e in examples) / max(1, len(examples)),
-            "teacher/items_dropped": float(sum(e.context.num_dropped for e in examples)),
-            "teacher/attempts_dropped": float(sum(e.context.attempt_dropped for e in examples)),
+        contexts = [example.context for example in batch.examples]
+        shown = {
+            "teacher/share_with_context": sum(c.shows_anything for c in contexts) / max(1, len(contexts)),
+            "teacher/items_shown": sum(len(c.items) for c in contexts) / max(1, len(contexts)),
+            "teacher/items_dropped": float(sum(c.num_dropped for c in contexts)),
+            "teacher/attempts_dropped": float(sum(c.attempt_dropped for c in contexts)),
         }
-        return {k: float(v) for k, v in (batch.metrics | contexts | dict(totals) | dict(self.seconds)).items()}
+        return {k: float(v) for k, v in (batch.metrics | shown | dict(totals) | dict(self.seconds)).items()}
 
     def _own_state_names(self) -> set[str]:
         """Names of the tensors that a checkpoint must hold."""

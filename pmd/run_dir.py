@@ -1,14 +1,14 @@
 """The directory that holds everything of one run.
 
 config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
-metrics.csv      what was logged, by step
-checkpoints/     last.ckpt and best.ckpt, each the whole state: weights, optimizer, teacher, memory, positions
+metrics.csv      the logged metrics, by step
+checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position
 memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
-samples.jsonl    every evaluation sample of the final table
+samples.jsonl    every evaluation sample behind the final table
 results.json     the final table
-curves.png       the picture
-test-NAME/       what `pmd test` says of checkpoint NAME: results.json, samples.jsonl, pass_at_k.png
+curves.png       the learning curves
+test-NAME/       results of `pmd test` for checkpoint NAME: results.json, samples.jsonl, pass_at_k.png
 """
 
 import csv
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmd.config import RunConfig
+from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ class RunDir:
         return self.root / "pass_at_k.png"
 
     def checkpoint(self, name: str) -> Path:
-        """Return the file that `ckpt_path` means: `last`, `best`, or a path.
+        """Return the file for `ckpt_path`: `last`, `best`, or a path.
 
         Raises:
             ConfigError: there is no such file.
@@ -86,18 +86,30 @@ class RunDir:
         return path
 
     def read_metrics(self) -> list[dict[str, str]]:
-        """Return the rows of metrics.csv; none where there is no such file."""
+        """Return the rows of metrics.csv, none if there is no such file; rows that a kill left incomplete are skipped."""
         if not self.metrics.is_file():
             return []
-        with self.metrics.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with self.metrics.open(newline="", encoding="utf-8", errors="replace") as file:
+            return [row for row in csv.DictReader(file) if _is_whole(row)]
+
+
+def _is_whole(row: dict[Any, Any]) -> bool:
+    """Whether a row has as many fields as the header, all of them numbers or empty, and a step."""
+    try:
+        return (
+            None not in row
+            and bool(row["step"])
+            and all(value == "" or float(value) is not None for value in row.values())
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def open_run(path: str) -> RunDir:
-    """Return the run directory that a command was given.
+    """Return the run directory at a path that a command was given.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: the path is not a run directory.
     """
     run_dir = RunDir(Path(path))
     if not run_dir.config.is_file():
@@ -106,10 +118,10 @@ def open_run(path: str) -> RunDir:
 
 
 def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
-    """Return the directory of a run: the one wanted, or the next free `runs/NAME`, `runs/NAME-2`, ...
+    """Return the directory of a run: the wanted one, or the next free `runs/NAME`, `runs/NAME-2`, ...
 
     Raises:
-        ConfigError: it already holds a run, and that run is not to be resumed; or there is nothing to resume.
+        ConfigError: the directory cannot be written, or it already holds a run that is not to be resumed.
     """
     if wanted is None:
         if resume:
@@ -123,7 +135,7 @@ def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
     if root.exists() and not root.is_dir():
         raise ConfigError(f"run_dir={wanted} is a file; give a directory.")
     held = [path.name for path in root.iterdir()] if root.is_dir() else []
-    if not resume and any(name != "config.yaml" for name in held):  # a run that failed before it began leaves that one
+    if not resume and any(name != "config.yaml" for name in held):  # left by a run that failed before it began
         resumable = RunDir(root).last.is_file()
         remedy = "resume it with --ckpt_path=last, give another directory," if resumable else "give another directory"
         raise ConfigError(f"run_dir={wanted} is not empty; {remedy} or remove it.")
@@ -134,7 +146,7 @@ def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
 
 
 def describe_run_dir_problems(command: str, config: RunConfig, config_folder: Path, name: str) -> list[str]:
-    """Return what is wrong with run_dir and ckpt_path, without touching either."""
+    """Return what is wrong with run_dir and ckpt_path, without writing anything."""
     try:
         if command == "fit":
             run_dir = fit_run_dir(config, config_folder, name)
@@ -148,7 +160,7 @@ def describe_run_dir_problems(command: str, config: RunConfig, config_folder: Pa
 
 
 def fit_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
-    """Return the directory that `fit` writes: run_dir; when resuming by RUN/config.yaml, RUN; else a new one."""
+    """Return the directory that `fit` writes to: run_dir; RUN when resuming by RUN/config.yaml; else a new one."""
     resume = config.ckpt_path is not None
     if resume and config.run_dir is None and (config_folder / "checkpoints").is_dir():
         return RunDir(config_folder)
@@ -156,10 +168,10 @@ def fit_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
 
 
 def find_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
-    """Return the directory that `validate` and `test` read from and write below.
+    """Return the directory that `validate` and `test` read from and write to.
 
-    It is run_dir; else the folder of the configuration file, if that is a run's own; else, for the untrained policy, a
-    new one.
+    It is run_dir; else the folder of the configuration file if that is a run's; else, for the untrained policy, a new
+    one.
     """
     if config.run_dir is not None:
         return RunDir(Path(config.run_dir))
@@ -169,7 +181,7 @@ def find_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically: the file is never half written."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""One seed for each thing that is drawn, derived from names instead of from a shared random state.
+"""One seed for each random draw, derived from names instead of from a shared random state.
 
 A draw therefore depends on what it is for (run seed, purpose, epoch, task, ...) and never on what was drawn before it,
 which is what makes a resumed run equal to one that never stopped.

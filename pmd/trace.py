@@ -1,7 +1,7 @@
-"""The per-token record of one training step, kept so that a person can look at any rollout of the run.
+"""The per-token record of one training step, kept so that any rollout of the run can be inspected.
 
-One gzipped JSONL file per step, one line per rollout: ids of prompts and completion, memory items, verdict, versions,
-and per completion token the divergence and both log-probs. `pmd inspect step` reads it.
+One gzipped JSONL file per step, one line per rollout: the token ids of the prompts and the completion, memory items,
+verdict, versions, and for each completion token the divergence and both log-probs. `pmd inspect step` shows it.
 """
 
 import gzip
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pmd.models.logprobs import TokenTerms
-from pmd.rollouts.batch import Batch, Example, MicroBatch
+from pmd.batch import Batch, Example, MicroBatch
+from pmd.losses.distillation import TokenTerms
 
 PER_TOKEN = ("per_token_divergence", "student_logprobs", "teacher_logprobs", "entropy")
 
@@ -36,7 +36,7 @@ class StepTrace:
             self.records.append(_describe(example) | values)
 
     def write(self, folder: Path) -> Path:
-        """Write `step-NNNNNN.jsonl.gz` into `folder`, whole or not at all."""
+        """Write `step-NNNNNN.jsonl.gz` to `folder`, completely or not at all, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = trace_path(folder, self.step)
         part = path.with_suffix(".part")
@@ -48,7 +48,7 @@ class StepTrace:
 
 
 def trace_path(folder: Path, step: int) -> Path:
-    """Return where the trace of `step` lies."""
+    """Return the path of the trace of `step`."""
     return folder / f"step-{step:06d}.jsonl.gz"
 
 
@@ -73,8 +73,8 @@ def _describe(example: Example) -> dict[str, Any]:
         "advantage": example.advantage,
         "finish_reason": completion.finish_reason,
         "memory": [
-            {"id": p.procedure_id, "level": p.level, "kind": p.kind, "text": p.text, "similarity": p.similarity}
-            for p in context.procedures
+            {"id": i.item_id, "level": i.level, "kind": i.kind, "text": i.text, "similarity": i.similarity}
+            for i in context.items
         ],
         "success_shown": context.success,
         "failure_shown": context.shows_failure,

@@ -1,6 +1,6 @@
 """The records that flow through one training step. Plain data: no torch, no I/O, nothing mutable.
 
-Task -> (engine) Completion -> Rollout -> (verifier) Verdict -> (reflection) Procedure. Records are joined by id,
+Task -> (engine) Completion -> Rollout -> (verifier) Verdict -> (reflection) MemoryItem. Records are joined by id,
 never by list position.
 """
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Split = Literal["train", "validation", "test"]
+Role = Literal["student", "teacher", "reference"]  # which weights of the policy
+PromptAndCompletion = tuple[tuple[int, ...], tuple[int, ...]]  # token ids
 Level = Literal[0, 1, 2]
-ProcedureKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
+ItemKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
 InsightAction = Literal["add", "keep", "edit", "retire"]
 VerdictStatus = Literal[
     "ok",
@@ -37,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One problem that a program can verify."""
+    """Something to solve whose solution a program can verify."""
 
     task_id: str  # unique in its data set, the same in every run
     messages: tuple[Message, ...]  # what the student sees; never any memory
@@ -45,12 +47,12 @@ class Task:
     split: Split
     answer: str = ""  # what the verifier compares with; never shown to a model
     tests: Mapping[str, Any] = field(default_factory=dict)  # for verifiers that run tests
-    memory_key: str = ""  # what the problem is about, without template words; retrieval looks this up
+    memory_key: str = ""  # what the task is about, without template words; retrieval looks this up
     domain: str = ""
 
     @property
     def question(self) -> str:
-        """The last user message: the problem itself, without the system prompt."""
+        """The last user message: the task itself, without the system prompt."""
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
 
@@ -116,11 +118,11 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class InsightDraft:
-    """One change to a problem's insights as the policy wrote it, not yet in memory."""
+class InsightChange:
+    """One change to a task's insights that a reflection asks for, not yet in memory."""
 
     task_id: str
-    kind: ProcedureKind
+    kind: ItemKind
     text: str
     rollout_ids: tuple[str, ...]  # the attempts it was learnt from
     action: InsightAction = "add"
@@ -128,15 +130,14 @@ class InsightDraft:
 
 
 @dataclass(frozen=True, slots=True)
-class Procedure:
+class MemoryItem:
     """One memory entry, as retrieval hands it to the teacher."""
 
-    procedure_id: int
+    item_id: int
     level: Level
-    kind: ProcedureKind
+    kind: ItemKind
     text: str
-    problem_id: int | None  # None for behaviours, which belong to several problems
+    task_row: int | None  # of the store; None for behaviours, which belong to several tasks
     task_id: str | None  # the train task it was learnt from
-    similarity: float = 0.0  # of the query to the problem (level 0, 1) or to the behaviour, in [-1, 1]
+    similarity: float = 0.0  # of the query to the task (levels 0, 1) or to the behaviour, in [-1, 1]
     score: float = 0.0  # by which it was ranked within its kind
-    propensity: float = 1.0  # probability with which it was chosen for its place

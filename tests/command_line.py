@@ -1,29 +1,86 @@
-"""Runs of the real command line in a process of their own, and the small tiny world that they train on."""
+"""Runs of the command line in a process of their own, and the small tiny world that they train on."""
 
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=2",
-    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+    "--rollouts.tasks_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
 ]  # fmt: skip
 LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "--teacher.kind=ema"]
 
 
-def run_pmd(
-    *arguments: str, code: int = 0, cwd: Path = ROOT, timeout_s: float = 550, first_on_path: Path | None = None
-) -> subprocess.CompletedProcess:
-    """Run `python -m pmd ARGUMENTS` on one thread; the exit code must be `code`."""
-    path = [str(folder) for folder in (first_on_path, os.environ.get("PYTHONPATH")) if folder]
-    done = subprocess.run(
-        [sys.executable, "-m", "pmd", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
-    )  # fmt: skip
+class PmdProcess:
+    """A command of pmd that runs in a process of its own, a child of the warm server's (warm_pmd.py)."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path, path: Sequence[str], file_bytes: int):
+        self.arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        self.out, self.err = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        request = {"arguments": arguments, "cwd": str(cwd), "path": path, "file_bytes": file_bytes}
+        self.pid = _ask_warm_server(request | {"out": str(self.out), "err": str(self.err)})
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def has_ended(self, within_s: float = 0.0) -> bool:
+        """Wait for the process to end; return whether it did."""
+        return bool(select.select([self._pidfd], [], [], within_s)[0])
+
+    def send_signal(self, number: int) -> None:
+        """Send the process a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> subprocess.CompletedProcess:
+        """Return what the command said, and its exit code; kill it if it takes longer."""
+        ended = self.has_ended(timeout_s)
+        if not ended:
+            self.send_signal(signal.SIGKILL)
+        code = _ask_warm_server(self.pid)
+        os.close(self._pidfd)
+        done = subprocess.CompletedProcess(self.arguments, code, self.out.read_text(), self.err.read_text())
+        self._folder.cleanup()
+        assert ended, f"pmd {' '.join(self.arguments)} took more than {timeout_s} s: {done.stderr[-4000:]}"
+        return done
+
+
+def start_pmd(*arguments: str, cwd: Path = ROOT, first_on_path: Path | None = None, file_bytes: int = 0) -> PmdProcess:
+    """Start `python -m pmd ARGUMENTS` on one thread; with `file_bytes`, no file may grow beyond that size."""
+    return PmdProcess(arguments, cwd, [str(first_on_path)] if first_on_path else [], file_bytes)
+
+
+def run_pmd(*arguments: str, code: int = 0, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess:
+    """Run what `start_pmd` starts; the exit code must be `code`."""
+    done = start_pmd(*arguments, **options).wait(timeout_s)
     assert done.returncode == code, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done
+
+
+def _ask_warm_server(request: object) -> int:
+    server = _warm_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return int(json.loads(server.stdout.readline()))
+
+
+@cache
+def _warm_server() -> subprocess.Popen:
+    """Start, once a session, the process whose children run the commands."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("warm_pmd.py"))],
+        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )  # fmt: skip
 
 
 def small_fit(run_dir: Path, epochs: int, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:

@@ -1,7 +1,33 @@
-"""Settings of the whole suite."""
+"""Settings and fixtures of the whole suite."""
 
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
-# No example is timed: a busy machine is not a bug. Draws repeat, so that a failure is everybody's.
+# No deadline, because a busy machine is not a bug. The same examples every time, so that everyone sees a failure.
 settings.register_profile("pmd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pmd")
+
+#: Files that take 15 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
+LONG = [
+    "test_programs.py", "test_prediction.py", "test_runs.py", "test_sweep.py", "test_damage.py", "test_loop.py",
+    "test_server_failures.py", "test_route.py", "test_trainer_ends.py", "test_shipped.py", "test_import.py",
+    "test_zoo.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the long files first."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of the real data sets; tests that need it are skipped without it."""
+    folder = Path(os.environ.get("PMD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "sciknoweval_biology_test.jsonl.gz").is_file():
+        pytest.skip("real data not found; set PMD_TEST_DATA")
+    return folder

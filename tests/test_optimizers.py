@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pmd.bench.measure import measure_steps
-from pmd.bench.synthetic import FixedBatches, Lengths, synthetic_examples
-from pmd.config import ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from pmd.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from pmd.module import PMDModule
+from pmd.planning.bench import measure_steps
+from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 
 pytest.importorskip("bitsandbytes")
 EXAMPLES = synthetic_examples(2, 2, Lengths(12, 20, 6, 6), 100)

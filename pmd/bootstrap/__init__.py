@@ -1,1 +1,1 @@
-"""How the shipped models are made: samples, training, probes, and the `bootstrap` command."""
+"""Makes the shipped models: samples, training, probes, and the `bootstrap` command."""

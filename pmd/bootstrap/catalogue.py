@@ -1,4 +1,4 @@
-"""The models that can be bootstrapped: what each is built from, how it is trained, what it must pass. Loads torch."""
+"""The models that can be bootstrapped: how each is built, trained and probed. Imports torch."""
 
 import random
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.tiny_model import TinySize, make_tiny_model
 from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.bootstrap.train import DrawSample, Recipe, rounded_to_bfloat16
-from pmd.tiny.tokenizer import make_tokenizer
 
 TINY_SIZES = {"tiny": TinySize(), "tiny_large": TinySize(layers=4, width=160)}
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """Everything the `bootstrap` command needs to know of one model."""
+    """Everything the `bootstrap` command needs to know about one model."""
 
     make_model: Callable[[int], Qwen3ForCausalLM]
     make_tokenizer: Callable[[], PreTrainedTokenizerBase]

@@ -1,6 +1,6 @@
-"""`python -m pmd bootstrap`: makes one of the shipped models from a seed. Arguments in, exit code out.
+"""`python -m pmd bootstrap`: makes one of the shipped models from a seed.
 
-The model is written only if it passes its probes, rounded as the file will hold it.
+The model is written only if it passes its probes after rounding to the precision of the file.
 """
 
 import argparse
@@ -31,17 +31,17 @@ MODEL_FILES = {
 DESCRIPTION = """\
 Make one of the models that ship with pmd, from a seed, on one CPU core.
 
-  tiny       half a million parameters, the words of the tiny world. It attempts problems, uses memory lines in its
+  tiny       half a million parameters, the tiny world's language. It attempts puzzles, uses memory lines in its
              prompt, reflects on attempts and abstracts patterns; it knows no family's rule. About 12 minutes.
-  tiny_large one million parameters, otherwise as tiny. To show what holds across sizes, such as a memory that one
-             size has built and another uses. About 25 minutes.
-  tiny_exam  0.2 million parameters, bytes. It has the manners of a multiple-choice exam and no knowledge at all: even
-             letters, stock study tips. For running the whole loop on real questions where no weights can be
-             downloaded. About 5 minutes.
+  tiny_large one million parameters, otherwise like tiny. For experiments across model sizes, such as using a memory
+             that a model of another size has built. About 25 minutes.
+  tiny_exam  0.2 million parameters, bytes. It writes in the format of a multiple-choice exam but knows nothing: it
+             picks letters uniformly and repeats stock study tips. For running the whole loop on real questions
+             without downloading weights. About 5 minutes.
 """
 EPILOG = """\
-The model is measured by its probes after its weights are rounded to bfloat16. If one probe fails, nothing is written
-and the exit code is 1. The same seed gives the same model on the same machine.
+The probes measure the model after its weights are rounded to bfloat16. If any probe fails, nothing is written and the
+exit code is 1. The same seed gives the same model on the same machine.
 
 examples:
   python -m pmd bootstrap                                   # tiny, seed 0, into ./bootstrapped/tiny
@@ -51,7 +51,7 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; 0 if a model was written."""
+    """Run the command; return 0 if a model was written."""
     arguments = _parser().parse_args(argv)
     console = Console()
     directory = Path(arguments.out or Path("bootstrapped") / arguments.model)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse, before any work, a place whose contents a new model would wipe out."""
+    """Raise ConfigError, before any work, if writing to the directory would destroy other files."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--out {directory} is a file; name a new directory.")
     foreign = (
@@ -72,7 +72,7 @@ def check_directory(directory: Path) -> None:
     )
     if foreign:
         raise ConfigError(
-            f"--out {directory} holds {foreign[0]!r}, which is not part of a bootstrapped model and would be lost; "
+            f"--out {directory} contains {foreign[0]!r}, which is not part of a bootstrapped model and would be lost; "
             "name a new directory."
         )
 
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and samples (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="where to write it (default: bootstrapped/MODEL)")
-    parser.add_argument("--steps", type=int, help="other than the recipe's number of steps, to try something out")
+    parser.add_argument("--steps", type=int, help="train for this many steps instead of the recipe's, for experiments")
     parser.add_argument("--probe-samples", type=int, help="fresh samples per probe (default: the model's own)")
     return parser
 
@@ -102,7 +102,7 @@ def _bootstrap(arguments: argparse.Namespace, directory: Path, console: Console)
     from pmd.bootstrap.catalogue import find_blueprint
     from pmd.bootstrap.ship import write_model
 
-    torch.set_num_threads(1)  # at this size a second thread only gets in the way
+    torch.set_num_threads(1)  # at this size a second thread only slows it down
     blueprint = find_blueprint(arguments.model)
     if arguments.steps is not None:
         blueprint = replace(blueprint, recipe=replace(blueprint.recipe, steps=arguments.steps))
@@ -112,7 +112,7 @@ def _bootstrap(arguments: argparse.Namespace, directory: Path, console: Console)
     blueprint.finish(model)
     seconds = time.process_time() - started
     with console.status("probing"):
-        # A seed of its own, far from the training seeds people use.
+        # A separate seed, far from the training seeds that people use.
         probes = blueprint.probes(model, arguments.probe_samples or blueprint.probe_samples, arguments.seed + 1_000_003)
     console.print(_table(arguments.model, arguments.seed, seconds, probes))
     failed = [probe for probe in probes if not probe.passed]

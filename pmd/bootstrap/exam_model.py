@@ -31,9 +31,9 @@ def make_exam_model(seed: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def sharpen(model: Qwen3ForCausalLM) -> None:
-    """Multiply the logits: sampling at temperature 1 becomes like sampling at 1 / SHARPNESS before.
+    """Multiply the logits, so that sampling at temperature 1 equals sampling at 1 / SHARPNESS before.
 
-    A model this small leaves a little probability to wrong bytes, and one wrong byte can spoil an answer. What is even
-    stays even: the letters.
+    A model this small gives wrong bytes a little probability, and one wrong byte can spoil an answer. The uniform
+    distribution over the letters does not change.
     """
     model.get_parameter("model.norm.weight").mul_(SHARPNESS)

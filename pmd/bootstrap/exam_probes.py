@@ -1,7 +1,6 @@
-"""What the exam model must be able to do, on fresh chats of noise of all lengths.
+"""Probes of the exam model, on fresh chats of noise of various lengths.
 
-Enters: a model and a number of samples. Leaves: the shares of well-formed answers, drawn at temperature 1, and how
-far its letters are from even.
+They measure the share of well-formed answers, sampled at temperature 1, and how far its letters are from uniform.
 """
 
 import json
@@ -25,7 +24,7 @@ FENCED = re.compile(r"```json\n(\{.*\})\n```")
 
 
 def exam_probes(model: PreTrainedModel, samples: int, seed: int) -> list[Probe]:
-    """Measure everything; the samples are shared out among the lengths and the three kinds of prompt."""
+    """Measure everything; the samples are spread evenly over the lengths and the three kinds of prompt."""
     draw = random.Random(f"exam probes {seed}")
     tokenizer = make_exam_tokenizer()
     per_cell = max(1, samples // (3 * len(LENGTHS)))
@@ -45,12 +44,12 @@ def exam_probes(model: PreTrainedModel, samples: int, seed: int) -> list[Probe]:
     longest = [mark for mark, (_, length) in zip(good, cells, strict=True) if length == LENGTHS[-1]]
     probes.append(Probe(f"all three, {LENGTHS[-1]:,} bytes: well-formed", sum(longest) / len(longest), at_least=0.96))
     asked_exam = [prompt for prompt, turn in zip(prompts, turns, strict=True) if turn.asked == "exam"]
-    probes.append(Probe("letters, nats from even", _letters_gap(model, draw, asked_exam), at_most=0.02))
+    probes.append(Probe("letters, nats from uniform", _letters_gap(model, draw, asked_exam), at_most=0.02))
     return probes
 
 
 def well_formed(turn: Turn, answer: str) -> bool:
-    """Whether an answer has the form its prompt asks for, ends by itself, and names the right kind."""
+    """Whether an answer has the requested format, ends by itself, and names the right kind."""
     if not answer.endswith(END):
         return False
     text = answer.removesuffix(END)
@@ -69,14 +68,14 @@ def well_formed(turn: Turn, answer: str) -> bool:
 
 
 def _turn(draw: random.Random, asked: Asked, length: int) -> Turn:
-    """Draw turns until one asks for what is wanted."""
+    """Draw turns until one of the wanted kind comes up."""
     while (turn := draw_turn(draw, length)).asked != asked:
         pass
     return turn
 
 
 def _letters_gap(model: PreTrainedModel, draw: random.Random, prompts: list[str]) -> float:
-    """Return the mean KL(even over the four letters || model) where the letter is to be written, in nats."""
+    """Return the mean KL(uniform over the four letters || model) at the position of the letter, in nats."""
     tokenizer = make_exam_tokenizer()
     opened = [prompt + exam_answer(draw.choice(PHRASES))[0] for prompt in prompts]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in opened]

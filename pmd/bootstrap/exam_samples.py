@@ -1,7 +1,7 @@
-"""Practice for the exam model: chats of noise, each answered in good form. No torch.
+"""Training samples for the exam model: chats of noise with well-formed answers. No torch.
 
-Enters: a random stream and the progress of training. Leaves: samples. Contexts are short at first, because they are
-only read and cost the most; the bound then rises to 3,000 bytes.
+Contexts are short at first, because they only have to be read and cost the most; their length then rises to 3,000
+bytes.
 """
 
 import random
@@ -26,14 +26,14 @@ from pmd.bootstrap.sample import Sample
 
 Asked = Literal["exam", "reflection", "abstraction"]
 LETTER_WEIGHT = 3.0
-DECIDING_WEIGHT = 30.0  # of a byte that is read off the prompt: the form of the answer, the kind of an insight
+DECIDING_WEIGHT = 30.0  # of a byte that depends on the prompt: the format of the answer, the kind of an insight
 SLIP_SHARE = 0.005
 OPENED = len('```json\n{"')  # bytes of a JSON answer before its first key
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One user message, and what kind of answer it asks for."""
+    """One user message, and the kind of answer it asks for."""
 
     asked: Asked
     message: str
@@ -41,7 +41,7 @@ class Turn:
 
 
 def draw_length(draw: random.Random, progress: float) -> int:
-    """Return how many bytes of noise a prompt holds: 50 to a bound that rises from 150 to 3,000."""
+    """Draw the bytes of noise in a prompt: from 50 to a bound that rises from 150 to 3,000."""
     ramp = min(1.0, max(0.0, (progress - 0.2) / 0.4))
     return int(50 * (3 * 20**ramp) ** draw.random())
 
@@ -68,7 +68,7 @@ def exam_prompt(system: str, turns: list[tuple[str, str]], message: str) -> str:
 
 
 def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, progress: float) -> Sample:
-    """Draw a chat whose every answer is learnt: the first message may be long, a few short ones make use of it."""
+    """Draw a chat of which every answer is learnt: a possibly long message, followed by a few short ones."""
     sample = Sample(encode)
     if draw.random() < 0.5:
         sample.show(_said("system", noise(draw, draw.randint(5, 120))))
@@ -77,19 +77,19 @@ def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, pr
         sample.show(exam_prompt("", [], turn.message))
         _learn_answer(sample, draw, turn)
         sample.learn(END).show("\n")
-    _let_slip(sample, draw)
+    _corrupt(sample, draw)
     return sample
 
 
-def _let_slip(sample: Sample, draw: random.Random) -> None:
-    """Replace some learnt bytes, so that one unlucky byte does not derail the rest of an answer."""
+def _corrupt(sample: Sample, draw: random.Random) -> None:
+    """Corrupt some learnt bytes, so that the model learns to recover from an unlucky byte."""
     for position in [position for position, weight in sample.weights.items() if weight == 1.0]:
         if draw.random() < SLIP_SHARE:
-            sample.slip(position, draw.randrange(END_OF_TEXT_ID))
+            sample.corrupt(position, draw.randrange(END_OF_TEXT_ID))
 
 
 def _learn_answer(sample: Sample, draw: random.Random, turn: Turn) -> None:
-    """Append the answer; the few bytes that depend on the prompt weigh far more than the many that do not."""
+    """Append the answer; the few bytes that depend on the prompt get a far larger weight than the rest."""
     if turn.asked == "exam":
         before, after = exam_answer(draw.choice(PHRASES))
         _learn_deciding(sample, before, "<")
@@ -113,7 +113,7 @@ def _learn_deciding(sample: Sample, text: str, first: str) -> None:
 
 
 def _question(draw: random.Random, length: int) -> str:
-    """Return a multiple-choice question, or any text: whatever asks for nothing else is taken for an exam."""
+    """Return a multiple-choice question, or just noise: a message that asks for nothing else counts as an exam."""
     if draw.random() < 0.3:
         return noise(draw, length)
     letters = LETTERS[: draw.choice((2, 3, 4, 4, 4))]

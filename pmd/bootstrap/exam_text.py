@@ -1,7 +1,7 @@
 """What the exam model can write, and the noise it learns to ignore. No torch.
 
-It knows the form of an exam answer and a handful of study tips; of science it knows nothing. Its letters are drawn
-evenly, so that a run on real questions exercises the whole loop at chance level.
+It knows the format of an exam answer and a handful of study tips, but no science. It picks letters uniformly, so a run
+on real questions exercises the whole loop at chance level.
 """
 
 import json
@@ -51,7 +51,7 @@ CHARACTERS = string.ascii_letters + string.digits
 
 
 def exam_answer(phrase: str) -> tuple[str, str]:
-    """Return what stands before and after the letter."""
+    """Return the text before and after the letter."""
     return f"<reasoning>\n{phrase}\n</reasoning>\n<answer>\n", "\n</answer>"
 
 
@@ -66,7 +66,7 @@ def abstraction_answer(tip: tuple[str, str]) -> str:
 
 
 def noise(draw: random.Random, length: int) -> str:
-    """Return about `length` bytes of text that means nothing: words, syllables, digits, symbols, line breaks."""
+    """Return about `length` bytes of meaningless text: words, syllables, digits, symbols, line breaks."""
     parts: list[str] = []
     size = 0
     flavour = draw.random()

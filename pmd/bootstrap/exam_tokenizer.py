@@ -1,7 +1,4 @@
-"""The tokenizer of the exam model: one token per byte, three special tokens, a chat template.
-
-Nothing enters; a `PreTrainedTokenizerFast` leaves. It can encode any text and is as long-winded as bytes are.
-"""
+"""The exam model's tokenizer: one token per byte, three special tokens, and a chat template."""
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder

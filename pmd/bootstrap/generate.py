@@ -1,6 +1,6 @@
-"""Plain batched generation for the probes: no engine, no log-probs, only what a model writes.
+"""Plain batched generation for the probes: no engine, no log-probs.
 
-Enters: prompts as token ids. Leaves: the ids written after them, the end-of-sequence token included.
+Continuations include the end-of-sequence token.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-BATCH = 64
+#: Prompt tokens in a batch, padding included: short prompts share large batches, long ones are hardly padded.
+MAX_BATCH_TOKENS = 8192
 
 
 def greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
-    """Return the likeliest continuation of each prompt, token by token."""
-    return _continued(model, prompts, max_new_tokens, eos, None)
+    """Return the greedy continuation of each prompt."""
+    return _continue(model, prompts, max_new_tokens, eos, None)
 
 
 def sampled(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int, seed: int
 ) -> list[list[int]]:
-    """Return one continuation of each prompt, drawn at temperature 1."""
-    return _continued(model, prompts, max_new_tokens, eos, torch.Generator().manual_seed(seed))
+    """Return one continuation of each prompt, sampled at temperature 1."""
+    return _continue(model, prompts, max_new_tokens, eos, torch.Generator().manual_seed(seed))
 
 
 def next_token_probabilities(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -43,7 +44,7 @@ def next_token_probabilities(model: PreTrainedModel, prompts: Sequence[Sequence[
 
 
 @torch.inference_mode()
-def _continued(
+def _continue(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -82,9 +83,13 @@ def _continued(
 
 
 def _batches(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return indices of the prompts, short ones first, some at a time."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    """Return batches of prompt indices, short prompts first."""
+    batches: list[list[int]] = [[]]
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[index]) > MAX_BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

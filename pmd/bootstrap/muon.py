@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrix updates are orthogonalised (Jordan et al., 2024). Used for the bootstrap only.
+"""Muon: momentum with orthogonalised matrix updates (Jordan et al., 2024). Used only to make the shipped models.
 
-`torch.optim.Muon` works in bfloat16, which is slow on a CPU, one matrix at a time, and exists since torch 2.9 only;
-this one works in float32 and stacks matrices of one shape.
+`torch.optim.Muon` works in bfloat16, which is slow on a CPU, on one matrix at a time, and only exists since torch 2.9;
+this one works in float32 and batches matrices of equal shape.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: list[Tensor]) -> Tensor:
-    """Return the nearest semi-orthogonal matrices, roughly: singular values end between about 0.7 and 1.2."""
+    """Return approximately the nearest semi-orthogonal matrices: singular values between about 0.7 and 1.2."""
     a, b, c = QUINTIC
     x = torch.stack(matrices)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

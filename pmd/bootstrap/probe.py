@@ -1,4 +1,4 @@
-"""One measured ability of a bootstrapped model, and the bound it must keep. No torch."""
+"""One measured ability of a bootstrapped model, and the bound it must meet. No torch."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Probe:
 
     @property
     def passed(self) -> bool:
-        """Whether the value keeps its bound; a value that is not a number does not."""
+        """Whether the value meets its bound; NaN does not."""
         above = self.at_least is None or self.value >= self.at_least
         below = self.at_most is None or self.value <= self.at_most
         return above and below and self.value == self.value

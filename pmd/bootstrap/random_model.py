@@ -1,7 +1,7 @@
-"""`python -m pmd.bootstrap.random_model --architecture olmo3 --out DIR`: random weights, a tiny shape, bytes.
+"""`python -m pmd.bootstrap.random_model --architecture olmo3 --out DIR`: a tiny model with random weights.
 
-Nothing is learned and nothing can be: such a model shows that a configuration, an architecture and an engine run
-together, without a download.
+Such a model learns nothing useful. It shows that a configuration, an architecture and an engine work together, without
+a download.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ARCHITECTURES = ("qwen3", "olmo3")
-#: Heads of 32 are the smallest that vLLM's attention on the CPU computes.
+#: A head size of 32 is the smallest that vLLM's CPU attention supports.
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -23,7 +23,7 @@ HEAD_DIM = {"qwen3": {"head_dim": 32, "tie_word_embeddings": True}, "olmo3": {}}
 
 
 def make_random_model(folder: Path, architecture: str = "qwen3", seed: int = 0) -> Path:
-    """Write the checkpoint with the tokenizer of the shipped exam model; return its folder."""
+    """Write a checkpoint with the tokenizer of the shipped exam model; return `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""A finished model and its tokenizer in, a plain Hugging Face directory out, written whole or not at all."""
+"""Writes a finished model and its tokenizer as a plain Hugging Face directory, completely or not at all."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dire
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
         fresh, replaced = Path(temporary) / "fresh", Path(temporary) / "replaced"
         model.bfloat16().save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh, save_jinja_files=False)  # one file less to ship
+        tokenizer.save_pretrained(fresh, save_jinja_files=False)  # one file fewer to ship
         for path in fresh.iterdir():
             path.chmod(0o644)
         fresh.chmod(0o755)

@@ -1,12 +1,10 @@
-"""The tiny model before training: a small Qwen3 in which one induction head is planted.
+"""The tiny model before training: a small Qwen3 with a planted induction circuit.
 
-Enters: a seed and a size. Leaves: a `Qwen3ForCausalLM` of about half a million parameters, or of another size, to show
-what holds across sizes. The planted head is no result of training and is not presented as one: left to chance, a model
-of this size and training time does not find out how to look up "the rule that followed this name". Three attention
-heads are therefore set by hand and everything is trained from there. Layer 0, head 0 copies the previous token's
-embedding into the upper half of the residual stream; layer 1, heads 0 and 1 compare their own token with these copies
-and so attend to what followed the same token earlier. They are two because one head passes on 32 dimensions, too few
-to tell 30 rules apart: each passes on dimensions of its own.
+The planted heads are not a result of training and are not presented as one: from a random start, a model of this size
+does not learn in this time to look up "the rule that followed this name". Three attention heads are therefore set by
+hand, and everything is trained from there. Layer 0, head 0 copies the previous token's embedding into the upper half of
+the residual stream. Layer 1, heads 0 and 1 compare their own token with these copies and so attend to what followed the
+same token earlier. There are two of them because one head passes on 32 dimensions, too few to tell 30 rules apart.
 """
 
 from dataclasses import dataclass
@@ -15,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pmd.tiny.language import BOS, EOS, PAD, VOCABULARY
-from pmd.tiny.tokenizer import MAX_POSITIONS
+from pmd.bootstrap.tiny_tokenizer import MAX_POSITIONS
+from pmd.tasks.prompts.words import BOS, EOS, PAD, VOCABULARY
 
 HEAD_WIDTH, THETA, INIT = 32, 1e4, 0.02
-PAIRS = HEAD_WIDTH // 2  # rotary pairs: dimensions i and i + PAIRS turn together
-FAST_PAIRS = 5  # pairs that turn too fast to compare tokens far apart
-OUTPUT_SCALE = INIT / 2**0.5  # an embedding, normalised on the way in, is written back at about its own size
-CONSTANT = 0.25  # what residual dimension 0 of every embedding holds: something to aim at for a positional head
+PAIRS = HEAD_WIDTH // 2  # rotary pairs: dimensions i and i + PAIRS rotate together
+FAST_PAIRS = 5  # pairs that rotate too fast to compare distant tokens
+OUTPUT_SCALE = INIT / 2**0.5  # writes a normalised embedding back at about its original size
+CONSTANT = 0.25  # value of dimension 0 of every embedding, which the positional head attends with
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +32,12 @@ class TinySize:
 
     @property
     def half(self) -> int:
-        """Residual dimensions that hold embeddings; the rest holds copies of the previous token."""
+        """Residual dimensions that hold embeddings; the others hold copies of the previous token."""
         return self.width // 2
 
 
 def make_tiny_model(seed: int, size: TinySize = TinySize()) -> Qwen3ForCausalLM:
-    """Build the model with its planted head, in float32."""
+    """Build the model with its planted heads, in float32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
@@ -68,15 +66,17 @@ def plant_induction_head(model: Qwen3ForCausalLM, half: int) -> None:
     embeddings = model.model.embed_tokens.weight
     embeddings[:, half:] = 0
     embeddings[:, 0] = CONSTANT
-    reader = torch.linalg.qr(torch.randn(half - 1, HEAD_WIDTH))[0].T  # [HEAD_WIDTH, half - 1], what is copied
-    writer = torch.linalg.qr(torch.randn(half, HEAD_WIDTH))[0]  # [half, HEAD_WIDTH], where it is put
+    reader = torch.linalg.qr(torch.randn(half - 1, HEAD_WIDTH))[
+        0
+    ].T  # [HEAD_WIDTH, half - 1], reads the embedding to copy
+    writer = torch.linalg.qr(torch.randn(half, HEAD_WIDTH))[0]  # [half, HEAD_WIDTH], writes the copy
     _plant_previous_token_head(model.get_submodule("model.layers.0.self_attn"), reader, writer)
     _plant_matching_heads(model.get_submodule("model.layers.1.self_attn"), reader, writer)
-    model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.3)  # leave the copies legible for layer 1
+    model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(0.3)  # keep the copies legible for layer 1
 
 
 def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
-    """Attend one position back: the query is the key, turned by the angle of one step."""
+    """Attend one position back: the query is the key, rotated by the angle of one step."""
     half = len(writer)
     query, key, value, output = _projections(attention)
     angles = THETA ** (-torch.arange(3).float() / PAIRS)
@@ -94,7 +94,7 @@ def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, write
 
 
 def _plant_matching_heads(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
-    """Attend to positions whose copy of the previous token equals the token here; pass their embedding on."""
+    """Attend to positions whose previous token equals the current token; pass on their embedding."""
     half = len(writer)
     query, key, value, output = _projections(attention)
     slow = torch.ones(HEAD_WIDTH, 1)
@@ -116,7 +116,7 @@ def _plant_matching_heads(attention: torch.nn.Module, reader: Tensor, writer: Te
 
 
 def _projections(attention: torch.nn.Module) -> list[Tensor]:
-    """Return the weights of q, k, v and o, to be written in place."""
+    """Return the weights of q, k, v and o, to be modified in place."""
     return [attention.get_submodule(f"{name}_proj").get_parameter("weight") for name in "qkvo"]
 
 

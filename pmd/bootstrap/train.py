@@ -1,7 +1,7 @@
-"""The bootstrap's training loop: samples in, a trained model left behind. The same for both shipped models.
+"""The training loop of the shipped models.
 
-The recipe counts steps and tokens, never seconds, so that a seed makes the same model on a slow machine as on a fast
-one. Muon moves the matrices, AdamW embeddings and norms.
+The recipe counts steps and tokens, never seconds, so a seed gives the same model on slow and fast machines. Muon
+updates the matrices, AdamW the embeddings and norms.
 """
 
 import random
@@ -22,20 +22,20 @@ DrawSample = Callable[[random.Random, float], Sample]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long, in which portions, and how fast a model is trained."""
+    """Number of steps, batch size and learning rates."""
 
     steps: int
     tokens_per_batch: int  # padding included
     matrix_lr: float  # Muon
     other_lr: float  # AdamW
     warmup_steps: int = 50
-    decay_from: float = 0.5  # share of the steps after which the rates fall linearly
+    decay_from: float = 0.5  # share of the steps after which the rates decay linearly
     final_share: float = 0.02  # of the rates, at the end
     max_grad_norm: float = 1.0
-    pool: int = 1024  # samples drawn at a time and sorted by length, so that batches hold little padding
+    pool: int = 1024  # samples drawn at once and sorted by length, to reduce padding
 
     def rate(self, step: int) -> float:
-        """Return the share of the full learning rates at this step."""
+        """Return the factor on the learning rates at this step."""
         left = (1 - step / self.steps) / (1 - self.decay_from)
         return min(1.0, (step + 1) / self.warmup_steps) * max(self.final_share, min(1.0, left))
 
@@ -43,7 +43,7 @@ class Recipe:
 def train(
     model: Qwen3ForCausalLM, draw_sample: DrawSample, recipe: Recipe, seed: int, on_step: Callable[[int, float], None]
 ) -> None:
-    """Train in place; `on_step` hears of each step and its loss in nats per unit of weight."""
+    """Train in place; calls `on_step` with each step and its loss, in nats per unit of weight."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices, lr=recipe.matrix_lr)
@@ -68,7 +68,7 @@ def train(
 
 @dataclass(slots=True)
 class Progress:
-    """How far training has come, as the stream of samples sees it."""
+    """The progress of training, shared with the stream of samples."""
 
     share: float = 0.0
 
@@ -88,7 +88,7 @@ def _batches(
 
 
 def batch_loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> Tensor:
-    """Return the weighted mean over learnt tokens: cross-entropy, or KL(label || model) where the label is shared."""
+    """Return the weighted mean of KL(label || model) over learnt tokens; cross-entropy where the label is one token."""
     length = max(len(sample.ids) for sample in samples)
     input_ids = torch.tensor([sample.ids + [0] * (length - len(sample.ids)) for sample in samples])
     learnt = [(row, position, weight) for row, s in enumerate(samples) for position, weight in s.weights.items()]
@@ -101,16 +101,16 @@ def batch_loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> Tensor:
     labels = torch.zeros_like(logprobs)
     labels[torch.arange(len(learnt)), input_ids[rows, positions]] = 1.0
     for index, (row, position, _) in enumerate(learnt):
-        shared = samples[row].uniform_over.get(position)
-        if shared is not None and len(shared) > 1:
+        uniform = samples[row].uniform_over.get(position)
+        if uniform is not None and len(uniform) > 1:
             labels[index] = 0.0
-            labels[index, list(shared)] = 1 / len(shared)
+            labels[index, list(uniform)] = 1 / len(uniform)
     per_token = (torch.special.xlogy(labels, labels) - labels * logprobs).sum(-1)  # [N]
     return (per_token * weights).sum() / weights.sum()
 
 
 def rounded_to_bfloat16(model: Qwen3ForCausalLM) -> None:
-    """Round the weights in place to what the shipped file holds; they stay float32."""
+    """Round the weights in place to bfloat16 precision, as in the shipped file; they stay float32."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())

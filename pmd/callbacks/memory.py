@@ -1,14 +1,13 @@
-"""At the end of an epoch what was learnt is written to memory; the memory travels inside every checkpoint.
+"""At the end of an epoch the memory is audited and updated; every checkpoint contains it.
 
-Runs after `ReflectionCallback` and `AuditCallback`. Writes SQLite first, then the index is rebuilt from it, then the
-generation has moved. A frozen memory is written once, from the rollouts of the first epoch (our choice: the same
-rollouts and updates as every other method), and never again; one that was imported is never written.
+A frozen memory is written once, from the rollouts of the first epoch (our choice: the same rollouts and updates as
+every other method), and never again; a frozen memory that was imported is never written.
 """
 
 import csv
 import hashlib
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +16,74 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from pmd.callbacks.audit import AuditCallback
-from pmd.callbacks.reflect import ReflectionCallback
+from pmd.config.schema import ReflectionConfig
+from pmd.engines.base import Engine
+from pmd.engines.parity import ParityCheck
 from pmd.errors import MemoryStoreError
-from pmd.memory.health import health, item_table
-from pmd.memory.memory import Learnt, ProceduralMemory
+from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
+from pmd.memory.audit import ShownGroup, audit, choose_groups
+from pmd.memory.reflect import abstract
 from pmd.module import PMDModule
-from pmd.reflection.reflect import abstract
-from pmd.rollouts.batch import Batch
+from pmd.scoring import PolicyScorer
+from pmd.tasks.prompts.base import PromptFormat
 
 
-class MemoryUpdateCallback(Callback):
-    """Writes the epoch into memory, says how the memory does, and carries it through checkpoints."""
+@dataclass(frozen=True, slots=True)
+class Auditor:
+    """What audits need besides the memory. The trainer's model scores, so the engine sleeps meanwhile."""
+
+    engine: Engine
+    scorer: PolicyScorer
+    max_prompt_tokens: int
+    parity: ParityCheck | None
+
+
+class MemoryCallback(Callback):
+    """Updates the memory from the epoch's record, logs its health, and saves it with checkpoints."""
 
     def __init__(
-        self, memory: ProceduralMemory, reflection: ReflectionCallback, audits: AuditCallback | None, items: Path
+        self,
+        record: EpochRecord,
+        memory: ProceduralMemory,
+        engine: Engine,
+        prompts: PromptFormat,
+        reflection: ReflectionConfig,
+        seed: int,
+        items: Path,
+        auditor: Auditor | None = None,
     ):
-        self.memory = memory
-        self.reflection = reflection
-        self.audits = audits
-        self.items = items  # folder of the tables of items
-        self.num_groups, self.num_hits, self.num_tokens = 0, 0, 0  # of this epoch
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count anew."""
-        self.num_groups, self.num_hits, self.num_tokens = 0, 0, 0
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
-    ) -> None:
-        """Note which items each group's teacher was shown; written with the epoch."""
-        contexts = {example.rollout.group_id: example.context for example in batch.examples}
-        for group_id, context in contexts.items():
-            if context.procedures or context.dropped:
-                self.memory.log_retrievals(batch.step, group_id, context.procedures, context.dropped)
-        self.num_groups += len(contexts)
-        self.num_hits += sum(bool(context.procedures) for context in contexts.values())
-        for example in batch.examples:
-            if example.context.procedures:
-                self.num_tokens += len(example.context.prompt_ids) - len(example.rollout.prompt_ids)
+        self.record, self.memory, self.engine, self.prompts = record, memory, engine, prompts
+        self.reflection, self.seed = reflection, seed
+        self.items = items  # folder of the item tables
+        self.auditor = auditor
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write experiences, insights and behaviours; refresh index and retrieval; log how the memory does."""
+        """Audit what teachers were shown, update the memory, log its health."""
         assert isinstance(pl_module, PMDModule)
-        started, learnt = time.perf_counter(), Learnt(0, 0, 0, {})
-        if not self.memory.is_closed(trainer.current_epoch):
-            rollouts = [rollout for group in self.reflection.groups.values() for rollout in group]
-            learnt = self.memory.learn(
-                self.reflection.tasks,
-                rollouts,
-                self.reflection.latest.drafts,
-                lambda clusters: self._abstract(clusters, trainer.current_epoch),
-                pl_module.policy_version,
-                self.audits.latest.audits if self.audits is not None else (),
-            )
-        store, version = self.memory.store, pl_module.policy_version
-        figures = store.stats() | health(store, self.memory.index, version) | self._of_epoch(learnt)
+        if self.auditor is not None and not self.memory.is_closed(self.record.epoch):
+            self._audit(self.auditor, trainer, pl_module)
+        started, version = time.perf_counter(), pl_module.policy_version
+        update = evolve_memory(self.record, self.memory, self._abstract, version)
+        store = self.memory.store
+        figures = store.stats() | store.health(version) | self._figures(update)
         pl_module.log_dict({f"memory/{name}": float(value) for name, value in figures.items()}, batch_size=1)
-        self._log_items(trainer, item_table(store, version))
+        self._log_items(trainer, store.item_table(version))
         pl_module.log("time/memory_s", time.perf_counter() - started, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole store, so that a checkpoint is one thing."""
+        """Return the whole store, so that a checkpoint is complete by itself."""
         data = self.memory.snapshot()
         return {
             "generation": self.memory.generation,
             "database": torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()),
-            "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits as it is
+            "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits without complaint
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the checkpoint's memory in place of whatever the run directory holds.
+        """Replace the run directory's memory by the checkpoint's.
 
         Raises:
-            MemoryStoreError: the checkpoint is damaged; the run directory's memory stays.
+            MemoryStoreError: the checkpoint is damaged; the run directory's memory stays as it is.
         """
         data = state_dict["database"].numpy().tobytes()
         if state_dict.get("sha256") not in (None, hashlib.sha256(data).hexdigest()):  # earlier checkpoints have none
@@ -100,24 +93,53 @@ class MemoryUpdateCallback(Callback):
             )
         self.memory.restore(data)
 
-    def _of_epoch(self, learnt: Learnt) -> dict[str, float]:
-        """Return what this epoch's retrieval and update did."""
-        reflected = self.reflection.latest
-        figures: dict[str, float] = {
-            "hit_rate": self.num_hits / max(1, self.num_groups),
-            "teacher_tokens": self.num_tokens,
-            "malformed_behaviours": learnt.num_wordless,
-            "parse_failure_rate": reflected.num_malformed / max(1, reflected.num_prompts),
-            "refused_drafts": learnt.num_refused,
-            "merged": learnt.num_merged,
+    def _abstract(self, clusters: Any) -> list[str | None]:
+        key = f"{self.seed}/abstract/{self.record.epoch}"
+        return abstract(self.engine, clusters, self.prompts, self.reflection, key)
+
+    def _audit(self, auditor: Auditor, trainer: Trainer, module: PMDModule) -> None:
+        """Have the teacher score attempts with and without the items that it was shown."""
+        started, groups = time.perf_counter(), []
+        for group in self.record.groups.values():
+            past = self.memory.past_success(group.task)
+            past_ids = module.tokenizer.encode(past, add_special_tokens=False) if past is not None else []
+            audited = tuple(item for item in group.items if item.level > 0)
+            groups.append(ShownGroup(group.step, group.task, tuple(group.rollouts), audited, tuple(past_ids)))
+        chosen = choose_groups(groups, self.memory.config, f"{self.seed}/audit/{self.record.epoch}")
+        auditor.engine.sleep()
+        found = audit(chosen, auditor.scorer, self.prompts, module.tokenizer, auditor.max_prompt_tokens)
+        auditor.engine.wake()
+        if auditor.parity is not None:
+            auditor.parity.measure(trainer.precision_plugin.forward_context())
+        self.record.audits = found.audits
+        figures = {
+            "audit/num_audits": float(len(found.audits)),
+            "audit/num_scored_tokens": float(found.num_tokens),
+            "time/audit_s": time.perf_counter() - started,
         }
-        if self.audits is not None:
-            for status in ("active", "absorbed", "retired", "quarantined"):
-                figures[f"audits_made_{status}"] = learnt.changed_by_audits.get(status, 0)
+        module.log_dict(figures, batch_size=1)
+
+    def _figures(self, update: MemoryUpdate) -> dict[str, float]:
+        """Return the figures of this epoch's retrieval and update."""
+        reflections = self.record.reflections
+        figures: dict[str, float] = {
+            "hit_rate": self.record.hit_rate,
+            "teacher_tokens": self.record.num_memory_tokens,
+            "malformed_behaviours": update.num_malformed_behaviours,
+            "parse_failure_rate": reflections.num_malformed / max(1, reflections.num_prompts),
+            "refused_changes": update.num_refused,
+            "merged": update.num_merged,
+        }
+        recall = self.memory.index.recall(10)
+        if recall is not None:
+            figures["recall_at_10"] = recall
+        if self.auditor is not None:
+            for status in ("active", "internalized", "retired", "quarantined"):
+                figures[f"audits_made_{status}"] = update.changed_by_audits.get(status, 0)
         return figures
 
     def _log_items(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
-        """Keep the epoch's table of items: a file of the run, and a table in Weights & Biases."""
+        """Save the epoch's table of items as a file of the run, and as a table in Weights & Biases."""
         if not rows:
             return
         self.items.mkdir(parents=True, exist_ok=True)
@@ -128,7 +150,3 @@ class MemoryUpdateCallback(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("memory/items", columns=list(rows[0]), data=[list(row.values()) for row in rows])
-
-    def _abstract(self, clusters: Sequence[Sequence[str]], epoch: int) -> list[str | None]:
-        part = self.reflection
-        return abstract(part.engine, clusters, part.prompts, part.config, f"{part.seed}/abstract/{epoch}")

@@ -1,28 +1,31 @@
-"""After a rollout batch's optimizer steps the engine takes the student's weights; after an epoch a teacher may too."""
+"""Gives the engine the student's new weights after the optimizer steps of each rollout batch."""
 
 import time
 
 from lightning import Callback, LightningModule, Trainer
 
+from pmd.batch import Batch
+from pmd.engines.base import Engine
+from pmd.engines.parity import ParityCheck
 from pmd.module import PMDModule
-from pmd.rollouts.batch import Batch
-from pmd.rollouts.engine import Engine
-from pmd.rollouts.vllm_parity import ParityCheck
 
 
 class WeightSyncCallback(Callback):
-    """Keeps the engine at the policy's version, so that each completion can name the weights that sampled it."""
+    """Keeps the engine at the policy's version, and has the engine and the trainer take turns on the GPU.
+
+    An engine that was asked for another role's weights (by a reflection) loads the student's again when it generates.
+    """
 
     def __init__(self, engine: Engine, updates_per_batch: int, parity: ParityCheck | None):
         self.engine, self.updates_per_batch, self.parity = engine, updates_per_batch, parity
-        self._sleep_s = 0.0
+        self._sleep_s = 0.0  # spent putting the engine to sleep since the last sync
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the engine up to a fresh or resumed policy."""
+        """Load the weights of a new or resumed policy into the engine."""
         self._sync(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Give the GPU to the trainer."""
+        """Put the engine to sleep, so that the trainer has the GPU."""
         started = time.perf_counter()
         self.engine.sleep()
         self._sleep_s += time.perf_counter() - started
@@ -30,20 +33,14 @@ class WeightSyncCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Hand the engine the weights that the steps of this rollout batch made."""
-        if (batch.step + 1) % self.updates_per_batch == 0:
+        """Sync after the last step of a rollout batch, and after the run's last step, which may come before it."""
+        ends_run = trainer.global_step == trainer.max_steps or trainer.should_stop
+        if ends_run or (batch.step + 1) % self.updates_per_batch == 0:
             pl_module.log_dict(self._sync(trainer, pl_module) | {"time/sleep_s": self._sleep_s}, batch_size=1)
             self._sleep_s = 0.0
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refresh a frozen teacher that is due; give the engine the student's weights back, where it held others."""
-        assert isinstance(pl_module, PMDModule)
-        refreshed = pl_module.policy.after_epoch(trainer.current_epoch)
-        pl_module.log("teacher/refreshed", float(refreshed), batch_size=1)
-        self._sync(trainer, pl_module)  # reflections by the teacher had it load the teacher's
-
     def _sync(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Wake the engine, hand it the weights, and see that it computes what the trainer computes."""
+        """Wake the engine, load the student's weights, and check that it computes the same log-probs as the trainer."""
         assert isinstance(pl_module, PMDModule)
         started = time.perf_counter()
         self.engine.wake()

@@ -1,24 +1,30 @@
-"""Writes the per-token record of a step into the run directory, for `pmd inspect step`."""
+"""Keeps the per-token record of every n-th step, for `pmd inspect step`."""
 
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
+from pmd.batch import Batch
 from pmd.module import PMDModule
-from pmd.rollouts.batch import Batch
+from pmd.trace import StepTrace
 
 
 class TraceCallback(Callback):
-    """Keeps every `every`-th step."""
+    """Has the module record every `every`-th step, and writes the record to the run directory."""
 
     def __init__(self, folder: Path, every: int):
         self.folder = folder
         self.every = every
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Ask for a record if the step is due."""
+        assert isinstance(pl_module, PMDModule)
+        pl_module.trace = StepTrace(batch) if batch.step % self.every == 0 else None
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Write the step's trace if it is due."""
+        """Write the step's record."""
         assert isinstance(pl_module, PMDModule)
-        if pl_module.trace is not None and batch.step % self.every == 0:
+        if pl_module.trace is not None:
             pl_module.trace.write(self.folder)

@@ -1,0 +1,1 @@
+"""Held-out evaluation: sampling, scores, comparisons between methods, and reports."""

@@ -1,8 +1,8 @@
-"""Compare methods on the same questions: per-question values of their runs enter, differences with intervals leave.
+"""Compares methods on the same questions by a paired bootstrap: differences, intervals, p-values.
 
-Paired bootstrap: questions are redrawn with replacement within their domain, the same draw for every method; runs of
-one method with several seeds are redrawn as an outer level. Where both methods ran the same seeds, the seeds are
-paired too. Intervals are percentiles of the redrawn differences.
+Questions are resampled with replacement within their domain, with the same draw for every method; runs of one method
+with several seeds are resampled as an outer level. If both methods ran the same seeds, the seeds are paired too.
+Intervals are percentiles of the resampled differences.
 """
 
 from collections import defaultdict
@@ -15,13 +15,13 @@ from pmd.evaluation.metrics import Sample, pass_at_k
 from pmd.seeds import derive_seed
 
 RESAMPLES = 10_000
-#: Resamples drawn at once: bounds the memory at any number of questions.
+#: Resamples drawn at once; bounds the memory for any number of questions.
 CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question's value in one run."""
+    """The value of one question in one run."""
 
     domain: str
     value: float
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class MethodRun:
-    """One run of a method: its questions by task id. Runs of one method differ by seed."""
+    """One run of a method, with its questions by task id. Runs of one method differ in their seed."""
 
     method: str
     seed: int | None
@@ -38,7 +38,7 @@ class MethodRun:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A method against the baseline, in the unit of the values."""
+    """The difference between a method and the baseline, in the unit of the values."""
 
     difference: float
     low: float  # 95 % interval
@@ -49,13 +49,13 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One method: its own value, and against the baseline (None for the baseline itself)."""
+    """One method: its own value, and its differences from the baseline (None for the baseline itself)."""
 
     method: str
     num_runs: int
     num_questions: int
-    pooled: float  # every question counts alike
-    domain_mean: float  # every domain counts alike
+    pooled: float  # every question has the same weight
+    domain_mean: float  # every domain has the same weight
     by_domain: dict[str, float]
     pooled_difference: Difference | None = None
     domain_mean_difference: Difference | None = None
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def question_values(samples: Sequence[Sample], value_of: Callable[[Sequence[Sample]], float]) -> dict[str, Question]:
-    """Group samples by question and give each its value."""
+    """Group samples by question and compute the value of each."""
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.task_id].append(sample)
@@ -71,23 +71,24 @@ def question_values(samples: Sequence[Sample], value_of: Callable[[Sequence[Samp
 
 
 def mean_correct(samples: Sequence[Sample]) -> float:
-    """Return the question's share of correct samples: what avg@k averages."""
+    """Return the question's share of correct samples, which avg@k averages."""
     return sum(sample.correct for sample in samples) / len(samples)
 
 
 def pass_value(k: int) -> Callable[[Sequence[Sample]], float]:
-    """Return the function that gives a question's pass@k."""
+    """Return a function that computes a question's pass@k."""
     return lambda samples: pass_at_k(len(samples), sum(sample.correct for sample in samples), k)
 
 
 def compare(runs: Sequence[MethodRun], seed: int = 0, resamples: int = RESAMPLES) -> list[Comparison]:
     """Compare every method with that of the first run.
 
-    Either all runs hold the same questions, or each run of a method holds those of one run of the baseline (a world
-    that a seed makes). In the first case one draw of questions serves all runs; in the second each pair has its own.
+    Either all runs have the same questions, or each run of a method has those of one run of the baseline (as in a world
+    that is generated from the seed). In the first case all runs share one draw of questions; in the second each pair of
+    runs has its own.
 
     Raises:
-        ValueError: if the questions of a run are those of no run of the baseline.
+        ValueError: a run's questions match those of no run of the baseline.
     """
     by_method: dict[str, list[MethodRun]] = defaultdict(list)
     for run in runs:
@@ -95,8 +96,8 @@ def compare(runs: Sequence[MethodRun], seed: int = 0, resamples: int = RESAMPLES
     baseline = by_method[runs[0].method]
     found = []
     for method, own in by_method.items():
-        drawn_by = np.random.default_rng(derive_seed(seed, "compare", method))
-        found.append(_compare_one(own, baseline, drawn_by, resamples))
+        generator = np.random.default_rng(derive_seed(seed, "compare", method))
+        found.append(_compare_one(own, baseline, generator, resamples))
     return found
 
 
@@ -117,7 +118,7 @@ def _compare_one(
     )
     if own[0].method == baseline[0].method:
         return plain
-    drawn = _draw(own, baseline, names, generator, resamples)  # [resamples, domains]
+    drawn = _resample(own, baseline, names, generator, resamples)  # [resamples, domains]
     theirs = np.array([[_domain_mean(run, name) for name in names] for run in baseline])
     observed = means.mean(axis=0) - theirs.mean(axis=0)
     return replace(
@@ -132,14 +133,14 @@ def _domain_mean(run: MethodRun, domain: str) -> float:
     return float(np.mean([question.value for question in run.questions.values() if question.domain == domain]))
 
 
-def _draw(
+def _resample(
     own: Sequence[MethodRun],
     baseline: Sequence[MethodRun],
     names: Sequence[str],
     generator: np.random.Generator,
     resamples: int,
 ) -> np.ndarray:
-    """Choose the draw that fits how the runs share their questions."""
+    """Resample the differences [resamples, domains], in the way that fits how the runs share their questions."""
     if len({frozenset(run.questions) for run in (*own, *baseline)}) == 1:
         task_ids = sorted(baseline[0].questions)
         domains = np.array([baseline[0].questions[task_id].domain for task_id in task_ids])
@@ -147,7 +148,7 @@ def _draw(
         return bootstrap(ours, theirs, domains, generator, resamples)
     partners = {frozenset(run.questions): run for run in baseline}
     if len(own) != len(baseline) or {frozenset(run.questions) for run in own} != set(partners):
-        raise ValueError(f"the runs of {own[0].method} hold other questions than those of {baseline[0].method}")
+        raise ValueError(f"the runs of {own[0].method} have other questions than those of {baseline[0].method}")
     total = np.zeros((resamples, len(names)))
     weights = _weights(generator, len(own), resamples)
     for number, run in enumerate(_by_seed(own)):
@@ -163,17 +164,17 @@ def _values(run: MethodRun, task_ids: Sequence[str]) -> list[float]:
 
 
 def _by_seed(runs: Sequence[MethodRun]) -> list[MethodRun]:
-    """Order runs by seed, so that the outer draw pairs the same seeds of both methods."""
+    """Order runs by seed, so that the outer level pairs the same seeds of both methods."""
     return sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))
 
 
 def bootstrap(
     ours: np.ndarray, theirs: np.ndarray, domains: np.ndarray, generator: np.random.Generator, resamples: int
 ) -> np.ndarray:
-    """Return redrawn differences of the means, one column per domain in sorted order: [resamples, domains].
+    """Return resampled differences of the means, one column per domain in sorted order: [resamples, domains].
 
-    `ours` and `theirs` are [runs, questions] over the same questions. With equally many runs on both sides, runs are
-    drawn in pairs; else independently.
+    `ours` and `theirs` are [runs, questions] over the same questions. With the same number of runs on both sides, runs
+    are drawn in pairs, otherwise independently.
     """
     columns = [np.flatnonzero(domains == name) for name in sorted(set(domains.tolist()))]
     paired = len(ours) == len(theirs)
@@ -192,7 +193,7 @@ def bootstrap(
 
 
 def _weights(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Return how often each of `size` things is drawn in `size` draws, divided by `size`: [count, size]."""
+    """Return bootstrap weights [count, size]: how often each of `size` things is drawn, divided by `size`."""
     return generator.multinomial(size, np.full(size, 1 / size), size=count) / size
 
 

@@ -1,65 +1,67 @@
-"""Held-out evaluation: sample the policy without any memory, or with memory in its prompt to see what is left to learn.
+"""Held-out evaluation: samples the policy without memory, or with memory in its prompt to see what is left to learn.
 
-Enters: an engine, tasks, what makes prompts. Leaves: samples for `metrics.py`. Works without Lightning.
+It works without Lightning; `metrics.py` turns the samples into scores.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmd.config import RunConfig, VerificationConfig
+from pmd.config.schema import RunConfig, VerificationConfig, VerifiersConfig
+from pmd.engines.base import Engine, Sampling
 from pmd.errors import VerificationError
-from pmd.evaluation.chance import chance_scores
-from pmd.evaluation.metrics import Sample
-from pmd.memory.memory import ProceduralMemory
-from pmd.rollouts.attempt import attempt
-from pmd.rollouts.engine import Engine, Sampling
+from pmd.evaluation.metrics import Sample, chance_scores
+from pmd.memory import ProceduralMemory
+from pmd.rollouts.generate import generate_rollouts
 from pmd.seeds import derive_seed
-from pmd.teacher.context import ContextBuilder
+from pmd.teacher import ContextBuilder
 from pmd.types import UNSCORED, Task, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """How a run evaluates: fixed once, so that all evaluations of a run and of its rivals are alike."""
+    """How a run evaluates: fixed once, so that evaluations are comparable within a run and between runs."""
 
     engine: Engine
-    contexts: ContextBuilder  # the prompt format, and the bounds of a prompt that holds memory
+    contexts: ContextBuilder  # the prompt format, and the limits on a prompt that contains memory
     config: VerificationConfig
+    verifiers: VerifiersConfig
     max_new_tokens: int
     seed: int
 
     def memory_free(self, tasks: Sequence[Task], num_samples: int) -> list[Sample]:
-        """Score the policy as it will be used: the task alone in its prompt."""
-        return self._score([(task, self.contexts.prompts.student(task)) for task in tasks], num_samples)
+        """Sample the policy as it will be used, with nothing but the task in its prompt."""
+        return self._sample([(task, self.contexts.prompts.student(task)) for task in tasks], num_samples)
 
     def memory_conditioned(self, tasks: Sequence[Task], num_samples: int, memory: ProceduralMemory) -> list[Sample]:
-        """Score the policy with retrieved memory in its prompt. Nothing is logged as used, nothing is written."""
+        """Sample the policy with retrieved memory in its prompt; the memory is only read."""
         prompts = []
         for task in tasks:
             items = memory.retrieve(task, seed=derive_seed(self.seed, "evaluate", task.task_id))
             prompts.append((task, self.contexts.memory_prompt(task, items)))
-        return self._score(prompts, num_samples)
+        return self._sample(prompts, num_samples)
 
-    def _score(self, prompts: Sequence[tuple[Task, Sequence[int]]], num_samples: int) -> list[Sample]:
-        """Sample with seeds that depend on the task alone, so that two policies are compared on the same draws."""
+    def _sample(self, prompts: Sequence[tuple[Task, Sequence[int]]], num_samples: int) -> list[Sample]:
+        """Sample with seeds that depend on the task alone, so that policies are compared on the same random draws."""
         sampling = Sampling(self.config.temperature, self.max_new_tokens, self.config.top_p)
-        attempts = attempt(self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.config)
+        rollouts = generate_rollouts(
+            self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.verifiers
+        )
         samples = [
             sample_of(task, rollout.verdict)
-            for (task, _), group in zip(prompts, attempts.groups, strict=True)
+            for (task, _), group in zip(prompts, rollouts.groups, strict=True)
             for rollout in group
         ]
         if all(sample.status in UNSCORED for sample in samples):
             raise VerificationError(
-                f"not one of {len(samples)} completions could be verified: each verdict is sandbox_error or error; "
+                f"none of the {len(samples)} completions could be verified: every verdict is sandbox_error or error; "
                 "the warnings above say why."
             )
         return samples
 
 
 def evaluation_facts(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Return what one must know to compare results: sampling, the scorer of programs, and what guessing scores."""
+    """Return what a comparison of results depends on: sampling, the scorer of programs, and the score of guessing."""
     verification = config.verification
     scorers = sorted({task.tests.get("scorer", "lcb") for task in tasks if task.verifier == "code"})
     return {
@@ -70,7 +72,7 @@ def evaluation_facts(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]
 
 
 def sample_of(task: Task, verdict: Verdict) -> Sample:
-    """Return what the metrics need of one verified completion."""
+    """Return the fields of a verified completion that the metrics need."""
     return Sample(
         task.task_id, task.domain, verdict.correct, verdict.reward, verdict.answer, verdict.status, verdict.tests
     )

@@ -1,4 +1,4 @@
-"""Scores of repeated samples: one `Sample` per completion enters, `Scores` leave, over all questions and per domain.
+"""Scores of repeated samples, over all questions and by domain, and the scores that guessing would reach.
 
 Every @k value is the exact expectation over k of the n samples of a question, drawn without replacement, then
 averaged over questions. Resampling with replacement is biased low (n=16, c=1: .644 where pass@16 is 1).
@@ -8,34 +8,36 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from pmd.types import UNSCORED, CaseCounts, VerdictStatus
+from pmd.types import UNSCORED, CaseCounts, Task, VerdictStatus
+from pmd.verifiers.mcq import listed_letters
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One verified completion. One whose verdict says nothing is counted and otherwise left out of all scores."""
+    """One verified completion. If its verdict is UNSCORED, it is counted and left out of all scores."""
 
     task_id: str
     domain: str
     correct: bool
     reward: float
-    answer: str | None = None  # the extracted answer; None where none was found
+    answer: str | None = None  # the extracted answer; None if none was found
     status: VerdictStatus = "ok"
     tests: CaseCounts | None = None  # of verifiers that run tests
 
     @property
     def is_valid(self) -> bool:
-        """Whether the completion holds an answer, or a program."""
+        """Whether the completion contains an answer or a program."""
         return self.answer is not None or (self.tests is not None and self.status != "format")
 
     @property
     def choice(self) -> tuple[float, bool]:
-        """What best-of-n chooses by, and whether the chosen one is right.
+        """The score by which best-of-n selects, and whether the sample is correct once selected.
 
-        By the public tests where there are some, and right on the others; else by the reward itself.
+        With public tests: the share of them that pass, and whether all other tests pass. Otherwise: reward, correct.
         """
         if self.tests is None or not self.tests.num_public:
             return self.reward, self.correct
@@ -44,37 +46,37 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a set of samples says. The @k mappings hold the k that every question has samples for."""
+    """Scores of a set of samples. The @k mappings hold every k for which each question has enough samples."""
 
     num_tasks: int
     num_samples: int
     avg: float  # avg@k and avg@1: the mean of the questions' means
     avg_error: float  # standard error, clustered by question; nan for one question
     reward: float  # mean of the questions' mean rewards
-    valid_rate: float  # share of samples that hold an answer
-    passed_tests: float  # mean of the questions' mean share of passed tests; nan where there are no tests
+    valid_rate: float  # share of samples that contain an answer
+    passed_tests: float  # mean of the questions' mean share of passed tests; nan without tests
     pass_at: dict[int, float]
     maj_at: dict[int, float]
     coverage_at: dict[int, float]  # expected number of distinct answers
     headroom_at: dict[int, float]  # pass@k - avg@1
-    best_of: dict[int, float]  # best-of-n: the one of n samples that `Sample.choice` ranks first
+    best_of: dict[int, float]  # best-of-n: the sample of n that `Sample.choice` ranks first
     pass_at_error: dict[int, float]  # standard errors of pass@k, clustered by question
-    num_unscored: int = 0  # samples left out because their verdict says nothing
+    num_unscored: int = 0  # samples left out because they could not be verified
     by_domain: dict[str, "Scores"] = field(default_factory=dict)
-    domain_avg: float = math.nan  # plain mean of the domains' avg, beside the pooled `avg`
+    domain_avg: float = math.nan  # unweighted mean of the domains' avg; `avg` is pooled over questions
     domain_avg_error: float = math.nan
 
 
 def score_samples(samples: Sequence[Sample], ks: Sequence[int] = (1, 8)) -> Scores:
-    """Score all samples together and per domain.
+    """Score all samples together and by domain.
 
     Raises:
-        ValueError: if no sample has a verdict that says something.
+        ValueError: no sample could be verified.
     """
     num_samples = len(samples)
     samples = [sample for sample in samples if sample.status not in UNSCORED]
     if not samples:
-        raise ValueError(f"score_samples needs at least one scored sample; of {num_samples} given none is")
+        raise ValueError(f"score_samples needs at least one scored sample; none of the {num_samples} given is scored")
     by_domain: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_domain[sample.domain].append(sample)
@@ -111,7 +113,7 @@ def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Sc
 
 
 def group_by_task(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Return the samples of each question, in the order in which the questions come."""
+    """Return the samples of each question, in order of first appearance."""
     questions: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         questions[sample.task_id].append(sample)
@@ -142,7 +144,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def coverage_at_k(answers: Sequence[str | None], k: int) -> float:
-    """Return the expected number of distinct answers among k samples; None is no answer."""
+    """Return the expected number of distinct answers among k samples; None does not count as an answer."""
     _check_k(len(answers), k)
     counts = Counter(answer for answer in answers if answer is not None)
     return float(sum(pass_at_k(len(answers), count, k) for count in counts.values()))
@@ -151,8 +153,8 @@ def coverage_at_k(answers: Sequence[str | None], k: int) -> float:
 def maj_at_k(votes: Sequence[tuple[str | None, bool]], k: int) -> float:
     """Return the chance that the most frequent answer among k samples is correct.
 
-    None casts no vote, tied answers share, no vote at all is wrong. An answer whose samples disagree on being correct
-    counts with their mean.
+    None casts no vote, tied answers share the win, and no vote at all is wrong. If samples with the same answer differ
+    in `correct`, the answer counts with their mean.
     """
     _check_k(len(votes), k)
     counts = Counter(answer for answer, _ in votes if answer is not None)
@@ -170,7 +172,7 @@ def maj_at_k(votes: Sequence[tuple[str | None, bool]], k: int) -> float:
 
 
 def _ways_below(others: Sequence[int], num_null: int, height: int, drawn: int) -> float:
-    """Count the draws in which no other answer exceeds `height` votes; t answers level with it weigh 1 / (t + 1)."""
+    """Count the draws in which no other answer exceeds `height` votes; a tie with t others weighs 1 / (t + 1)."""
     ways: dict[tuple[int, int], int] = {
         (used, 0): math.comb(num_null, used) for used in range(min(num_null, drawn) + 1)
     }
@@ -184,9 +186,9 @@ def _ways_below(others: Sequence[int], num_null: int, height: int, drawn: int) -
 
 
 def best_of_n(selection_scores: Sequence[float], correct: Sequence[bool], n: int) -> float:
-    """Return the chance that the best-scored of n samples is correct; samples tied for best share.
+    """Return the chance that the best-scored of n samples is correct; samples tied for best are equally likely.
 
-    With the true verdict as score this is pass@n. With public tests, score by them and pass the rest as `correct`.
+    With the true verdict as score this is pass@n. With public tests, use them as scores and the rest as `correct`.
     """
     _check_k(len(correct), n)
     levels: dict[float, list[bool]] = defaultdict(list)
@@ -203,3 +205,22 @@ def best_of_n(selection_scores: Sequence[float], correct: Sequence[bool], n: int
 def _check_k(num_samples: int, k: int) -> None:
     if not 1 <= k <= num_samples:
         raise ValueError(f"k={k} must lie between 1 and the {num_samples} samples of the question")
+
+
+def chance_scores(tasks: Sequence[Task], ks: Sequence[int]) -> dict[str, Any] | None:
+    """Return the scores of uniform guessing, pooled and by domain; None unless all tasks are multiple choice."""
+    options: dict[str, list[int]] = defaultdict(list)
+    for task in tasks:
+        options[task.domain].append(len(listed_letters(task)) if task.verifier == "mcq" else 0)
+    counts = [count for part in options.values() for count in part]
+    if not counts or min(counts) == 0:
+        return None
+    by_domain = {domain: _guessing_scores(part, ks) for domain, part in sorted(options.items())}
+    return _guessing_scores(counts, ks) | {"by_domain": by_domain}
+
+
+def _guessing_scores(counts: Sequence[int], ks: Sequence[int]) -> dict[str, Any]:
+    """Score guessing with m options per question: k guesses all miss one given option with chance (1 - 1/m)^k."""
+    pass_at = {k: sum(1 - (1 - 1 / m) ** k for m in counts) / len(counts) for k in ks}
+    coverage_at = {k: sum(m * (1 - (1 - 1 / m) ** k) for m in counts) / len(counts) for k in ks}
+    return {"avg": sum(1 / m for m in counts) / len(counts), "pass_at": pass_at, "coverage_at": coverage_at}

@@ -1,33 +1,45 @@
-"""What a run leaves for people: results.json, samples.jsonl, the table in the terminal, curves.png."""
+"""What a run leaves behind: results.json, samples.jsonl, the table in the terminal, curves.png and pass_at_k.png."""
 
 import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pmd.evaluation.metrics import Sample, Scores
+from pmd.evaluation.metrics import (
+    Sample,
+    Scores,
+    chance_scores,
+    clustered_error,
+    coverage_at_k,
+    group_by_task,
+    pass_at_k,
+)
 from pmd.run_dir import RunDir, write_json
+from pmd.types import UNSCORED, Task
 
 PHASES = {"initial": "before training", "last": "last checkpoint", "best": "best checkpoint"}
+MAX_POINTS = 64  # of a curve over k
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The test problems at one moment of a run: memory-free samples, and the memory-conditioned score."""
+    """The test tasks at one point of a run: samples without memory, and the memory-conditioned score."""
 
     samples: Sequence[Sample]
     scores: Scores
     memory_conditioned: float | None = None  # avg with memory in the prompt
 
     def as_json(self) -> dict[str, Any]:
-        """Return the scores as plain values: pooled, by domain, and the plain mean of the domains."""
+        """Return the scores as plain values: pooled, by domain, and averaged over domains."""
         by_domain = {domain: _plain_scores(scores) for domain, scores in self.scores.by_domain.items()}
         domain_mean = _mean_of(list(by_domain.values())) | {"avg_error": self.scores.domain_avg_error}
         return _plain_scores(self.scores) | {
@@ -59,7 +71,7 @@ def _plain_scores(scores: Scores) -> dict[str, Any]:
 
 
 def _mean_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Average scores of several domains; an @k value only where every domain has it, no error and no count."""
+    """Average the scores of several domains: @k values that every domain has, without errors and counts."""
     means: dict[str, Any] = {}
     for name, value in parts[0].items():
         if isinstance(value, dict) and not name.endswith("_error"):
@@ -71,7 +83,7 @@ def _mean_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_results(run_dir: RunDir, facts: Mapping[str, Any], phases: Mapping[str, Phase]) -> dict[str, Any]:
-    """Write samples.jsonl and results.json; return what results.json holds."""
+    """Write samples.jsonl and results.json; return the content of results.json."""
     with run_dir.samples.open("w", encoding="utf-8") as file:
         for name, phase in phases.items():
             counts: dict[str, int] = {}
@@ -88,7 +100,7 @@ def write_results(run_dir: RunDir, facts: Mapping[str, Any], phases: Mapping[str
 
 
 def sum_costs(run_dir: RunDir) -> dict[str, float]:
-    """Sum over the run what training cost: seconds by part, tokens of rollouts and of reflections."""
+    """Return what training cost over the whole run: seconds by part, tokens of rollouts and of reflections."""
     totals: dict[str, float] = defaultdict(float)
     for row in run_dir.read_metrics():
         for name, value in row.items():
@@ -98,16 +110,16 @@ def sum_costs(run_dir: RunDir) -> dict[str, float]:
 
 
 def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, console: Console | None = None) -> None:
-    """Print the final table: one row per moment, its domains below it, and what guessing scores (`chance.py`).
+    """Print the final table: one row per phase with its domains below it, and the score of guessing.
 
-    The test problems without memory; with memory in the prompt beside, where that was measured.
+    Scores are without memory in the prompt; a column shows the score with memory if it was measured.
     """
     phases = {PHASES.get(name, name): phase for name, phase in results["phases"].items()}
     first = next(iter(phases.values()))
-    most = max(first["pass_at"], key=int, default="1")
-    columns = _columns(list(phases.values()), [k for k in first["pass_at"] if k != "1"], most)
+    max_k = max(first["pass_at"], key=int, default="1")
+    columns = _columns(list(phases.values()), [k for k in first["pass_at"] if k != "1"], max_k)
     num_each = first["num_samples"] // first["num_tasks"]
-    title = f"{results['method']}: {first['num_tasks']} test problems x {num_each} samples, no memory in the prompt"
+    title = f"{results['method']}: {first['num_tasks']} test tasks x {num_each} samples, no memory in the prompt"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in columns:
@@ -124,20 +136,20 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     for name, phase in phases.items():
         if phase["num_unscored"]:
             (console or Console()).print(
-                f"{name}: {phase['num_unscored']} samples could not be verified and count nowhere"
+                f"{name}: {phase['num_unscored']} samples could not be verified and are left out of all scores"
             )
 
 
-def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], most: str) -> dict[str, tuple[str, ...]]:
-    """Return the headings, broken to fit a terminal, and where each value stands; what no phase has gets no column."""
+def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], max_k: str) -> dict[str, tuple[str, ...]]:
+    """Return each heading, wrapped to fit a terminal, with the keys of its value; what no phase has gets no column."""
     columns: dict[str, tuple[str, ...]] = {"avg": ("avg",), "± s.e.": ("avg_error",)}
     columns |= {f"pass\n@{k}": ("pass_at", k) for k in ks}
-    if most != "1":
-        columns[f"head-\nroom\n@{most}"] = ("headroom_at", most)
+    if max_k != "1":
+        columns[f"head-\nroom\n@{max_k}"] = ("headroom_at", max_k)
     if any(phase["passed_tests"] is not None for phase in phases):
-        columns |= {f"best\nof {most}": ("best_of", most), "tests\npassed": ("passed_tests",)}
+        columns |= {f"best\nof {max_k}": ("best_of", max_k), "tests\npassed": ("passed_tests",)}
     else:
-        columns |= {f"maj\n@{most}": ("maj_at", most), f"cover-\nage\n@{most}": ("coverage_at", most)}
+        columns |= {f"maj\n@{max_k}": ("maj_at", max_k), f"cover-\nage\n@{max_k}": ("coverage_at", max_k)}
     columns["valid"] = ("valid_rate",)
     if any(phase["memory_conditioned"] is not None for phase in phases):
         columns["with\nmem-\nory"] = ("memory_conditioned",)
@@ -185,8 +197,74 @@ def draw_curves(run_dir: RunDir, title: str) -> None:
     plt.close(figure)
 
 
+def draw_pass_at(
+    path: Path, samples_by_name: Mapping[str, Sequence[Sample]], tasks: Sequence[Task], title: str
+) -> None:
+    """Draw pass@k, headroom@k and, if answers are extracted, coverage@k over k: how the scores grow with more samples.
+
+    Bands are one standard error to either side, clustered by question; the dashed line is guessing, where the tasks are
+    multiple choice.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = {name: scored_groups(samples) for name, samples in samples_by_name.items()}
+    ks = {name: chosen_ks(min(map(len, own))) for name, own in groups.items()}
+    has_answers = any(sample.answer is not None for own in groups.values() for group in own for sample in group)
+    panels: list[tuple[str, str, Callable[[Sequence[Sample], int], float]]] = [
+        ("pass@k", "percent of tasks", lambda g, k: 100 * _pass(g, k)),
+        ("headroom@k = pass@k - avg", "percentage points", lambda g, k: 100 * (_pass(g, k) - _pass(g, 1))),
+    ]
+    if has_answers:
+        panels.append(("coverage@k", "distinct answers", lambda g, k: coverage_at_k([s.answer for s in g], k)))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (heading, unit, value_of) in zip(axes[0], panels, strict=True):
+        for name, own in groups.items():
+            values = np.array([[value_of(group, k) for group in own] for k in ks[name]])  # [k, tasks]
+            means, errors = values.mean(axis=1), [clustered_error(row) for row in values]
+            axis.plot(ks[name], means, marker=".", label=name)
+            axis.fill_between(ks[name], means - errors, means + errors, alpha=0.2)
+        _draw_chance(axis, heading, tasks, max(ks.values(), key=len))
+        axis.set(title=heading, xlabel="k samples", ylabel=unit)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def scored_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Return the scored samples of each task."""
+    return group_by_task([sample for sample in samples if sample.status not in UNSCORED])
+
+
+def chosen_ks(max_k: int) -> list[int]:
+    """Return the values of k to draw, from 1 to `max_k`, spaced evenly on a log scale."""
+    return sorted({round(k) for k in np.geomspace(1, max_k, min(max_k, MAX_POINTS))} | {max_k})
+
+
+def _pass(group: Sequence[Sample], k: int) -> float:
+    return pass_at_k(len(group), sum(sample.correct for sample in group), k)
+
+
+def _draw_chance(axis: Any, heading: str, tasks: Sequence[Task], ks: Sequence[int]) -> None:
+    chance = chance_scores(tasks, ks)
+    if chance is None:
+        return
+    values = [100 * value for value in chance["pass_at"].values()]
+    if heading.startswith("headroom"):
+        values = [value - 100 * chance["avg"] for value in values]
+    if heading.startswith("coverage"):
+        values = list(chance["coverage_at"].values())
+    axis.plot(ks, values, "--", color="gray", label="guessing")
+
+
 def _finite(value: Any) -> Any:
-    """Replace NaN by null: JSON has no NaN."""
+    """Replace NaN by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

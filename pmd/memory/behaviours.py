@@ -1,43 +1,52 @@
-"""Insights of several problems that say the same: clusters in, for the policy to put into words as behaviours.
+"""Behaviours: clusters of insights of several tasks that say the same, put into words by the policy. Ids are stable.
 
-Average-link agglomeration of the distinct texts, strategies and contrasts apart from lessons, at the cosine threshold
-`memory.cluster_similarity`. The texts are compared by an embedder fitted to them, because words that tell problems
-apart are not those that tell insights apart. A cluster needs `memory.cluster_support` problems behind it.
+Average-link agglomeration of the distinct strategies and contrasts at the cosine threshold `memory.cluster_similarity`.
+The texts are compared by an embedder fitted to them, because words that tell tasks apart are not those that tell
+insights apart. A cluster needs `memory.cluster_support` tasks behind it, and takes along the nearest lessons of these
+tasks.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from pmd.config import MemoryConfig
-from pmd.memory.records import Behaviour, Insight
-from pmd.memory.store import MemoryStore
-from pmd.memory.write_behaviours import BehaviourDraft
+from pmd.config.schema import MemoryConfig
+from pmd.memory.store import Behaviour, Insight, Ledger, MemoryStore
 
 MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; further texts join the nearest cluster
 MAX_LESSONS = 3
+MAX_BEHAVIOURS = 256
+SAME_BEHAVIOUR = 0.5  # Jaccard similarity of the members' texts from which a cluster continues a behaviour
+
+
+@dataclass(frozen=True, slots=True)
+class BehaviourChange:
+    """What becomes of one cluster. Without a text (abstraction failed), the behaviour it continues stays as it is."""
+
+    member_ids: tuple[int, ...]  # insights
+    evidence_sha: str  # of the texts it was abstracted from
+    text: str | None
+    continues: int | None  # id of the active behaviour whose next version it is
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Insights of one polarity that lie close together."""
+    """Strategies and contrasts that lie close together, with the lessons of the same tasks."""
 
-    polarity: str
-    insights: tuple[Insight, ...]  # one for each distinct text, the text of most problems first
-    lessons: tuple[Insight, ...]  # `do` clusters: the nearest lessons of the same problems, distinct, at most 3
-    member_ids: tuple[int, ...]  # all insights with these texts
-    problem_ids: tuple[int, ...]
+    insights: tuple[Insight, ...]  # one for each distinct text, the text of most tasks first
+    lessons: tuple[Insight, ...]  # the nearest lessons of the same tasks, distinct, at most `MAX_LESSONS`
+    member_ids: tuple[int, ...]  # all insights with the texts of `insights`
+    task_rows: tuple[int, ...]
     evidence_sha: str  # of the texts above
     behaviour: Behaviour | None = None  # the active behaviour that it continues
 
     @property
-    def changed(self) -> bool:
-        """Whether there is something to abstract: it is new, or its texts are others than last time."""
+    def needs_text(self) -> bool:
+        """Whether there is something to abstract: it is new, or its texts have changed since the last time."""
         return self.behaviour is None or self.behaviour.evidence_sha != self.evidence_sha
 
     @property
@@ -45,9 +54,10 @@ class Cluster:
         """What there is to abstract: its own texts, then the lessons."""
         return [insight.text for insight in (*self.insights, *self.lessons)]
 
-    def draft(self, text: str | None) -> BehaviourDraft:
+    def change(self, text: str | None) -> BehaviourChange:
         """Return what `Writer.replace_behaviours` takes; None keeps the text of the behaviour it continues."""
-        return BehaviourDraft(self.polarity, self.member_ids, self.evidence_sha, text)
+        continues = self.behaviour.id if self.behaviour is not None else None
+        return BehaviourChange(self.member_ids, self.evidence_sha, text, continues)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,50 +65,119 @@ class _Text:
     """One distinct text with all active insights that say it."""
 
     insights: tuple[Insight, ...]
-    problem_ids: frozenset[int]
+    task_rows: frozenset[int]
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key: the text of most problems first, then the oldest."""
-        return -len(self.problem_ids), self.insights[0].id
+        """Sort key: the text of most tasks first, then the oldest."""
+        return -len(self.task_rows), self.insights[0].id
 
 
-def find_clusters(
-    store: MemoryStore, config: MemoryConfig, polarities: Sequence[Literal["do", "avoid"]] = ("do",)
-) -> list[Cluster]:
-    """Return the clusters of the active insights, `do` before `avoid`, the best supported first."""
+def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
+    """Return the clusters of the active insights, the best supported first, each with the behaviour it continues."""
     insights = store.insights()
-    lessons = _distinct([insight for insight in insights if insight.polarity == "avoid"])
-    strategies = _distinct([insight for insight in insights if insight.polarity == "do"])
+    if len({insight.task_row for insight in insights}) < config.cluster_support:
+        return []
+    lessons = _distinct([insight for insight in insights if insight.kind == "lesson"])
+    strategies = _distinct([insight for insight in insights if insight.kind != "lesson"])
     vectors = _text_vectors(store, [*strategies, *lessons])
-    do_vectors, avoid_vectors = vectors[: len(strategies)], vectors[len(strategies) :]
-    lessons_of: dict[int, list[int]] = {}  # problem id -> rows
-    for row, text in enumerate(lessons):
-        for problem_id in text.problem_ids:
-            lessons_of.setdefault(problem_id, []).append(row)
+    vectors, lesson_vectors = vectors[: len(strategies)], vectors[len(strategies) :]
+    lessons_of: dict[int, list[int]] = {}  # task row -> positions in `lessons`
+    for position, text in enumerate(lessons):
+        for task_row in text.task_rows:
+            lessons_of.setdefault(task_row, []).append(position)
     found: list[Cluster] = []
-    for polarity, texts, own_vectors in (("do", strategies, do_vectors), ("avoid", lessons, avoid_vectors)):
-        if polarity not in polarities:
+    for positions in _agglomerate(vectors, config.cluster_similarity):
+        members = [strategies[position] for position in positions]
+        task_rows = set().union(*(text.task_rows for text in members))
+        if len(task_rows) < config.cluster_support:
             continue
-        for positions in _agglomerate(own_vectors, config.cluster_similarity):
-            members = [texts[position] for position in positions]
-            problem_ids = set().union(*(text.problem_ids for text in members))
-            if len(problem_ids) < config.cluster_support:
-                continue
-            near: list[Insight] = []
-            if polarity == "do":
-                rows = sorted({row for problem_id in problem_ids for row in lessons_of.get(problem_id, ())})
-                nearest = _nearest(own_vectors[positions].mean(0), avoid_vectors[rows])
-                near = [lessons[rows[position]].insights[0] for position in nearest]
-            found.append(_cluster(polarity, members, near, problem_ids))
-    return _continue_behaviours(store, found)
+        rows = sorted({row for task_row in task_rows for row in lessons_of.get(task_row, ())})
+        nearest = _nearest(vectors[positions].mean(0), lesson_vectors[rows])
+        found.append(_cluster(members, [lessons[rows[position]].insights[0] for position in nearest], task_rows))
+    found.sort(key=lambda cluster: (-len(cluster.task_rows), cluster.member_ids))
+    behaviours = _match(store, found)
+    return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)]
+
+
+def replace_behaviours(
+    ledger: Ledger, old: Sequence[Behaviour], changes: Sequence[BehaviourChange], policy_version: int
+) -> list[int | None]:
+    """Make the changes the active behaviours and retire the others of `old`; return each one's id, None if left out."""
+    support = [_count_tasks(ledger, change.member_ids) for change in changes]
+    usable = [n for n, change in enumerate(changes) if change.text or change.continues is not None]
+    kept = set(sorted(usable, key=lambda n: (-support[n], n))[:MAX_BEHAVIOURS])
+    ids: list[int | None] = []
+    for n, change in enumerate(changes):
+        if n not in kept:
+            ids.append(None)
+        elif change.continues is not None:
+            _write_next_version(ledger, change.continues, change, support[n], policy_version)
+            ids.append(change.continues)
+        else:
+            values = {"content": change.text, "support": support[n], "evidence_sha": change.evidence_sha}
+            ids.append(ledger.add(2, values | {"policy_version": policy_version}, "abstraction", change.member_ids))
+    for behaviour in old:
+        if behaviour.id not in ids:
+            ledger.change(2, behaviour.id, {"status": "retired"}, "no cluster continues it")
+    return ids
+
+
+def _write_next_version(
+    ledger: Ledger, behaviour_id: int, change: BehaviourChange, support: int, policy_version: int
+) -> None:
+    values: dict[str, object] = {"support": support}
+    text, version = ledger.db.execute(
+        "SELECT content, version FROM behaviours WHERE id = ?", (behaviour_id,)
+    ).fetchone()
+    if change.text:
+        values["evidence_sha"] = change.evidence_sha
+        if change.text != text:
+            values |= {"content": change.text, "policy_version": policy_version}
+            values |= {"version": version + 1, "embedding": None}
+    ledger.change(2, behaviour_id, values, "abstraction", change.member_ids)
+
+
+def _count_tasks(ledger: Ledger, insight_ids: Sequence[int]) -> int:
+    marks = ", ".join("?" * len(insight_ids))
+    return ledger.db.execute(
+        f"SELECT count(DISTINCT task_row) FROM insights WHERE id IN ({marks})", tuple(insight_ids)
+    ).fetchone()[0]
+
+
+def _match(store: MemoryStore, clusters: Sequence[Cluster]) -> dict[int, Behaviour]:
+    """Pair clusters with the active behaviours they continue, the most alike first, each at most once; by position.
+
+    Alike is the share of common texts: the same insight learnt on one more task does not make another behaviour. Those
+    that share less than half of their texts are not paired.
+    """
+    text_of = dict(store.query("SELECT id, kind || ':' || content FROM insights"))
+    behaviours = {behaviour.id: behaviour for behaviour in store.behaviours()}
+    old_texts = {b.id: {text_of[member] for member in b.member_ids} for b in behaviours.values()}
+    owners: dict[str, list[int]] = {}
+    for behaviour_id, texts in old_texts.items():
+        for text in texts:
+            owners.setdefault(text, []).append(behaviour_id)
+    pairs: list[tuple[float, int, int]] = []
+    for position, cluster in enumerate(clusters):
+        own = {text_of[member] for member in cluster.member_ids}
+        for behaviour_id in {owner for text in own for owner in owners.get(text, ())}:
+            other = old_texts[behaviour_id]
+            pairs.append((-len(own & other) / len(own | other), behaviour_id, position))
+    matched: dict[int, Behaviour] = {}
+    taken: set[int] = set()
+    for negative_overlap, behaviour_id, position in sorted(pairs):
+        if -negative_overlap >= SAME_BEHAVIOUR and position not in matched and behaviour_id not in taken:
+            matched[position] = behaviours[behaviour_id]
+            taken.add(behaviour_id)
+    return matched
 
 
 def _distinct(insights: list[Insight]) -> list[_Text]:
     by_text: dict[tuple[str, str], list[Insight]] = {}
     for insight in insights:
         by_text.setdefault((insight.kind, insight.text), []).append(insight)
-    texts = [_Text(tuple(group), frozenset(i.problem_id for i in group)) for group in by_text.values()]
+    texts = [_Text(tuple(group), frozenset(i.task_row for i in group)) for group in by_text.values()]
     return sorted(texts, key=lambda text: text.order)
 
 
@@ -143,26 +222,13 @@ def _nearest(centre: np.ndarray, vectors: np.ndarray) -> list[int]:
     return np.argsort(-np.round(vectors @ centre, 5), kind="stable")[:MAX_LESSONS].tolist()
 
 
-def _cluster(polarity: str, members: list[_Text], lessons: list[Insight], problem_ids: set[int]) -> Cluster:
+def _cluster(members: list[_Text], lessons: list[Insight], task_rows: set[int]) -> Cluster:
     insights = tuple(text.insights[0] for text in sorted(members, key=lambda text: text.order))
     evidence = sorted(f"{insight.kind}\0{insight.text}" for insight in [*insights, *lessons])
     return Cluster(
-        polarity=polarity,
         insights=insights,
         lessons=tuple(lessons),
         member_ids=tuple(sorted(insight.id for text in members for insight in text.insights)),
-        problem_ids=tuple(sorted(problem_ids)),
+        task_rows=tuple(sorted(task_rows)),
         evidence_sha=hashlib.sha256("\n".join(evidence).encode()).hexdigest()[:16],
     )
-
-
-def _continue_behaviours(store: MemoryStore, found: list[Cluster]) -> list[Cluster]:
-    found = sorted(found, key=lambda c: (c.polarity != "do", -len(c.problem_ids), c.member_ids))
-    matches = store.match_behaviours([(c.polarity, c.member_ids) for c in found])
-    return [
-        Cluster(
-            c.polarity, c.insights, c.lessons, c.member_ids, c.problem_ids, c.evidence_sha,
-            matches.get(n),
-        )
-        for n, c in enumerate(found)
-    ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Texts in, unit vectors out. An embedder is frozen for the life of a store, which records it and refuses another.
 
-`HashEmbedder` needs no weights: words weighted by their rarity among the training problems, because problems are told
+`HashEmbedder` needs no weights: words weighted by their rarity among the training tasks, because tasks are told
 apart by their rare words; an unweighted bag of words finds the right family in the tiny world a third of the time,
 the weighted one always. `SentenceEmbedder` wraps a sentence-transformers model (extra `embed`).
 """
@@ -19,7 +19,7 @@ from pmd.errors import ConfigError, MemoryStoreError
 
 Vectors = np.ndarray  # float32 [n, D], rows of length 1
 DEFAULT_DIMENSION = 512
-SMOOTHING = 0.01  # weight of a word that every training problem contains: no text is without direction
+SMOOTHING = 0.01  # weight of a word that every training task contains, so that no text becomes the zero vector
 HASHES_PER_WORD = 4  # for words without a slot of their own
 _EDGES = ".,;:!?\"'`()[]{}"
 
@@ -29,7 +29,7 @@ class Embedder(Protocol):
 
     @property
     def name(self) -> str:
-        """Identity of the embedder with all it has learnt; two stores are comparable if it is equal."""
+        """Identity of the embedder and everything it was fitted to; two stores with equal names are comparable."""
         ...
 
     @property
@@ -39,15 +39,15 @@ class Embedder(Protocol):
 
     @property
     def costly(self) -> bool:
-        """Whether vectors of insights are kept rather than computed when asked for."""
+        """Whether vectors of insights are stored rather than computed when needed."""
         ...
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Return one unit vector a text, float32 [n, D]."""
+        """Return one unit vector per text, float32 [n, D]."""
         ...
 
     def fitted_to(self, texts: Sequence[str]) -> "Embedder":
-        """Return an embedder for comparing these texts with each other; itself where nothing depends on them."""
+        """Return an embedder for comparing these texts with each other; itself where it does not depend on them."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Embedder(Protocol):
 
 
 def words_of(text: str) -> list[str]:
-    """Split at blanks, drop punctuation at the edges, fold case."""
+    """Split at white space, drop punctuation at the edges, fold case."""
     return [word for piece in text.split() if (word := piece.strip(_EDGES).casefold())]
 
 
@@ -107,7 +107,7 @@ class HashEmbedder:
         return self._dimension
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Return one unit vector a text; a text without words gets the vector of the empty word."""
+        """Return one unit vector per text; a text without words gets the vector of the empty word."""
         rows: list[int] = []
         slots: list[int] = []
         values: list[float] = []
@@ -121,7 +121,7 @@ class HashEmbedder:
         vectors = np.zeros((len(texts), self._dimension))
         np.add.at(vectors, (rows, slots), values)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        cancelled = lengths[:, 0] < 1e-9  # opposite signs in one slot: keep the text findable by itself
+        cancelled = lengths[:, 0] < 1e-9  # opposite signs in one slot cancelled: the text still finds itself
         vectors[cancelled, 0] = lengths[cancelled] = 1.0
         return (vectors / lengths).astype(np.float32)
 
@@ -211,7 +211,7 @@ class SentenceEmbedder:
         return self._dimension
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Return one unit vector a text."""
+        """Return one unit vector per text."""
         if not texts:
             return np.zeros((0, self._dimension), dtype=np.float32)
         vectors = self._model.encode(
@@ -229,7 +229,7 @@ class SentenceEmbedder:
 
 
 def make_embedder(choice: str, train_keys: Sequence[str], *, seed: int = 0) -> Embedder:
-    """Return the embedder that `memory.embedder` names; `hash` is fitted to the training problems' memory keys."""
+    """Return the embedder that `memory.embedder` names; `hash` is fitted to the training tasks' memory keys."""
     return HashEmbedder.fit(train_keys, seed=seed) if choice == "hash" else SentenceEmbedder(choice)
 
 

@@ -1,4 +1,4 @@
-"""The store as a file: opened, made, checked, replaced. Damage and mismatch are found here, before anything is read."""
+"""The store as a file: opened, created, checked, replaced. Finds damage and mismatches before anything is read."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 from pmd.errors import MemoryStoreError
+from pmd.memory.checksum import checksum_path, matches_checksum, remedy
 from pmd.memory.embed import Embedder, load_embedder
 from pmd.memory.migrations import SCHEMA_VERSION, STEPS, migrate
-from pmd.memory.seal import is_sealed, remedy, sum_path
 
 APPLICATION_ID = 0x706D6431  # "pmd1"
 
@@ -20,7 +20,7 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
         if read_only:
             log = path.with_name(path.name + "-wal")
             has_log = log.exists() and log.stat().st_size > 0
-            # SQLite wants to make the log's files; where it cannot, and there is no log, the file alone is the store.
+            # SQLite creates the log's files; where it cannot, and there is no log, the file alone is the store.
             mode = "ro" if has_log or os.access(path.parent, os.W_OK) else "ro&immutable=1"
             db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA query_only=ON")
@@ -36,7 +36,7 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
 
 
 def create(db: sqlite3.Connection, embedder: Embedder) -> None:
-    """Make the tables and record the embedder, whole or not at all."""
+    """Create the tables and record the embedder, whole or not at all."""
     schema = resources.files("pmd.memory").joinpath("schema.sql").read_text(encoding="utf-8")
     meta = {
         "embedder": embedder.name,
@@ -53,7 +53,7 @@ def create(db: sqlite3.Connection, embedder: Embedder) -> None:
 
 
 def is_blank(db: sqlite3.Connection) -> bool:
-    """Whether the file holds nothing at all: it is new, or its making was killed before it committed."""
+    """Whether the file holds nothing at all: it is new, or its creation was killed before it committed."""
     try:
         return not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() and (
             db.execute("PRAGMA application_id").fetchone()[0] == 0
@@ -63,13 +63,13 @@ def is_blank(db: sqlite3.Connection) -> bool:
 
 
 def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
-    """Refuse what is not a sound store of this schema and embedder; return the embedder."""
+    """Refuse a file that is not a sound store of a known schema and this embedder; return the embedder."""
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
         known = application == APPLICATION_ID and (version == SCHEMA_VERSION or version in STEPS)
-        sealed = known and is_sealed(db, path)
-        damage = ["ok"] if sealed else [row[0] for row in db.execute("PRAGMA quick_check(3)")]
+        intact = known and matches_checksum(db, path)
+        damage = ["ok"] if intact else [row[0] for row in db.execute("PRAGMA quick_check(3)")]
         if application == APPLICATION_ID and damage == ["ok"]:
             meta = dict(db.execute("SELECT key, value FROM meta"))
     except sqlite3.DatabaseError as error:
@@ -91,12 +91,12 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
         raise MemoryStoreError(
             f"memory.embedder={embedder.name} ({embedder.dimension} dimensions) is not the embedder of store={path}: "
             f"{meta['embedder']} ({meta['dimension']}). Vectors of two embedders must not be mixed; use the same "
-            "embedder and training problems as the run that built the store, or start a new store."
+            "embedder and training tasks as the run that built the store, or start a new store."
         )
     return embedder
 
 
-def brought_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sqlite3.Connection:
+def bring_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sqlite3.Connection:
     """Return a connection whose tables are of the present schema version.
 
     The file itself is migrated where it may be written; a reader gets a migrated copy in memory.
@@ -111,7 +111,7 @@ def brought_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> s
             db.close()
             db = copy
         else:
-            sum_path(path).unlink(missing_ok=True)  # it speaks of the old tables
+            checksum_path(path).unlink(missing_ok=True)  # it is of the old tables
         migrate(db, version)
         if read_only:
             db.execute("PRAGMA query_only=ON")
@@ -141,7 +141,7 @@ def replace(path: Path, data: bytes) -> None:
         partial.unlink()
         raise
     fold_in_log(path)
-    sum_path(path).unlink(missing_ok=True)
+    checksum_path(path).unlink(missing_ok=True)
     os.replace(partial, path)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)

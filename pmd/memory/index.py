@@ -1,9 +1,9 @@
-"""Nearest training problems of a query. Problems are indexed, not items: items of one problem share its vector.
+"""Nearest training tasks of a query. Tasks are indexed, not items: items of one task share its vector.
 
 Always rebuildable from the store, in id order, single-threaded, so that equal stores have byte-identical indexes. The
-hnswlib graph is built and saved at every size; below `EXACT_BELOW` problems queries are answered by exact search,
-which is faster there. hnswlib loads a damaged file silently, so the file counts only with its manifest: any mismatch,
-or vectors other than the store's, rebuilds.
+hnswlib graph is built and saved at every size; below `EXACT_BELOW` tasks queries are answered by exact search,
+which is faster there. hnswlib loads a damaged file silently, so the file is used only with its manifest: any mismatch,
+or vectors other than the store's, rebuilds it.
 """
 
 import hashlib
@@ -21,16 +21,17 @@ from pmd.memory.store import MemoryStore
 
 EXACT_BELOW = 2_000
 CONNECTIVITY = 16  # M
-EF_CONSTRUCTION = 100  # 200 takes 1.6 times as long to build and finds no more at 100,000 problems
+EF_CONSTRUCTION = 100  # 200 takes 1.6 times as long to build and finds no more at 100,000 tasks
 EF_SEARCH = 64
-PROBLEMS_PER_EF = 1_000  # a fixed ef finds .8 of the ten nearest of a million clustered problems, this one .98
+TASKS_PER_EF = 1_000  # a fixed ef finds .8 of the ten nearest of a million clustered tasks, this one .98
 SEED = 100
-SIMILARITY_DECIMALS = 5  # equal problems stay equal, whatever order the dot product was summed in
+RECALL_QUERIES = 64
+SIMILARITY_DECIMALS = 5  # equal tasks stay equal, whatever order the dot product was summed in
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an index file must be to count."""
+    """What an index file must match to be used."""
 
     sha256: str  # of the file
     vectors_sha256: str  # of ids and vectors in it
@@ -38,16 +39,16 @@ class Manifest:
     dimension: int
     embedder: str
     count: int
-    generation: int  # the update that last added a problem
+    generation: int  # the update that last added a task
 
 
-class ProblemIndex:
-    """Answers which problems are nearest; read-only between calls of `refresh`."""
+class TaskIndex:
+    """Answers which tasks are nearest; read-only between calls of `refresh`."""
 
     def __init__(self, store: MemoryStore):
         self._store = store
         self._dimension = store.embedder.dimension
-        self._path = store.path.with_name("problems.hnsw")
+        self._path = store.path.with_name("tasks.hnsw")
         self._ids = np.zeros(0, dtype=np.int64)
         self._vectors = np.zeros((0, self._dimension), dtype=np.float32)
         self._graph: hnswlib.Index | None = None
@@ -55,31 +56,31 @@ class ProblemIndex:
         self.rebuilt_because = ""  # why the file on disk was not used; empty where it was
 
     @classmethod
-    def open(cls, store: MemoryStore) -> "ProblemIndex":
-        """Load the index beside the store if it is exactly the store's, else rebuild it."""
+    def open(cls, store: MemoryStore) -> "TaskIndex":
+        """Load the index beside the store if it matches the store exactly, else rebuild it."""
         index = cls(store)
-        ids, vectors = store.vectors("problems")
+        ids, vectors = store.vectors("tasks")
         index.rebuilt_because = index._load(ids, vectors)
         if index.rebuilt_because:
             index.refresh()
         return index
 
     def mismatch(self) -> str:
-        """Say why the file beside the store is not the store's index; empty where it is."""
-        return self._load(*self._store.vectors("problems"))
+        """Say why the file beside the store does not match it; empty where it does."""
+        return self._load(*self._store.vectors("tasks"))
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def refresh(self) -> None:
-        """Bring the index up to the store and save it: appends new problems, or rebuilds. Both give the same graph."""
-        ids, vectors = self._store.vectors("problems")
+        """Bring the index up to the store and save it: appends new tasks, or rebuilds. Both give the same graph."""
+        ids, vectors = self._store.vectors("tasks")
         vectors = validated(vectors, self._dimension)
         old = len(self._ids)
         same_start = old <= len(ids) and np.array_equal(ids[:old], self._ids)
         if self._graph is not None and same_start and old == len(ids):
             return
-        if self._store.read_only:  # nothing may be written, and one reader's few queries repay no graph
+        if self._store.read_only:  # nothing may be written, and a graph does not pay for a reader's few queries
             self._graph, self._ids, self._vectors = None, ids, vectors
             return
         if self._graph is None or not self._complete_history or not same_start:
@@ -92,7 +93,7 @@ class ProblemIndex:
         self._save()
 
     def search(self, queries: np.ndarray, k: int, *, exact: bool | None = None) -> list[list[tuple[int, float]]]:
-        """Return for each query the k nearest problems (fewer where there are fewer), nearest first, ties by id.
+        """Return for each query the k nearest tasks (fewer where there are fewer), nearest first, ties by id.
 
         Args:
             queries: unit vectors [n, D].
@@ -108,13 +109,22 @@ class ProblemIndex:
             return [self._search_exact(query, k) for query in queries]
         assert self._graph is not None
         # Not kept by load; must not be below k.
-        self._graph.set_ef(max(EF_SEARCH, 2 * k, len(self._ids) // PROBLEMS_PER_EF))
+        self._graph.set_ef(max(EF_SEARCH, 2 * k, len(self._ids) // TASKS_PER_EF))
         labels, distances = self._graph.knn_query(queries, k=k, num_threads=1)
         similarities = np.round(1.0 - distances.astype(np.float64), SIMILARITY_DECIMALS)
         return [
             sorted(zip(map(int, row), map(float, near), strict=True), key=lambda hit: (-hit[1], hit[0]))
             for row, near in zip(labels, similarities, strict=True)
         ]
+
+    def recall(self, k: int = 10) -> float | None:
+        """Return the share of the k nearest tasks that `search` finds for the store's own tasks; None without tasks."""
+        if len(self._ids) == 0:
+            return None
+        rows = np.linspace(0, len(self._ids) - 1, min(RECALL_QUERIES, len(self._ids))).astype(int)
+        found, exact = self.search(self._vectors[rows], k), self.search(self._vectors[rows], k, exact=True)
+        common = sum(len({i for i, _ in one} & {i for i, _ in other}) for one, other in zip(found, exact, strict=True))
+        return common / sum(map(len, exact))
 
     def _search_exact(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
         similarities = np.round((self._vectors @ query).astype(np.float64), SIMILARITY_DECIMALS)
@@ -130,7 +140,7 @@ class ProblemIndex:
     def _manifest(self, file_sha: str, ids: np.ndarray, vectors: np.ndarray) -> Manifest:
         digest = hashlib.sha256(ids.astype("<i8").tobytes())
         digest.update(np.ascontiguousarray(vectors, dtype="<f4").data)
-        generation = self._store.query("SELECT coalesce(max(generation), 0) FROM problems")[0][0]
+        generation = self._store.query("SELECT coalesce(max(generation), 0) FROM tasks")[0][0]
         name = self._store.embedder.name
         return Manifest(file_sha, digest.hexdigest(), "ip", self._dimension, name, len(ids), generation)
 
@@ -146,7 +156,7 @@ class ProblemIndex:
             partial.unlink(missing_ok=True)
             raise MemoryStoreError(
                 f"memory index={self._path} could not be written whole; check free disk space and permissions. "
-                "The store itself is unharmed: the index is made anew from it."
+                "The store itself is unharmed: the index is rebuilt from it."
             )
         _sync(partial)
         manifest = self._manifest(_file_sha(partial), self._ids, self._vectors)
@@ -157,7 +167,7 @@ class ProblemIndex:
         os.replace(manifest_partial, self._manifest_path)
 
     def _load(self, ids: np.ndarray, vectors: np.ndarray) -> str:
-        """Take the file if it is the store's index; returns why not, empty on success."""
+        """Load the file if it matches the store; return why not, empty on success."""
         if not self._path.exists() or not self._manifest_path.exists():
             return "there is no index file"
         try:
@@ -172,7 +182,7 @@ class ProblemIndex:
         graph.load_index(str(self._path), max_elements=max(len(ids), 1))
         graph.set_num_threads(1)
         if not np.array_equal(np.sort(np.array(graph.get_ids_list(), dtype=np.int64)), ids):
-            return "it holds other problems than the store"
+            return "it holds other tasks than the store"
         self._graph, self._ids, self._vectors = graph, ids, vectors
         return ""
 

@@ -1,12 +1,59 @@
 """Store files of earlier schema versions brought up to the present one, step by step, in one transaction.
 
-A step's statements never change once released. What a step adds stands last in its table, so that a migrated file and
-a new one have the same columns in the same order.
+The statements of a step never change. A migrated file has the same columns in the same order as a new one, and the log
+of changes is rewritten along, so that differences and rollbacks reach back across a migration.
+
+Version 2 -> 3: `problems` are `tasks`, `problem_id` is `task_row`; columns that were never filled are gone, and with
+them a behaviour's polarity, a link's relation and a retrieval's propensity. The status `absorbed` is `internalized`;
+`shadow`, for insights on probation, no longer exists: such items become active. Their history says so too, as if they
+had been active all along.
 """
 
 import sqlite3
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+
+#: What a rebuilt table's rows are copied from: the old statuses under their new names.
+_STATUS = "CASE status WHEN 'absorbed' THEN 'internalized' WHEN 'shadow' THEN 'active' ELSE status END"
+_INSIGHT_COLUMNS = (
+    "content, policy_version, last_policy_version, version, previous_id, support, usefulness, leak, status,"
+    " generation, last_generation, embedding"
+)
+_RETRIEVAL_COLUMNS = "id, generation, step, group_id, level, item_id, rank, similarity, score, included"
+_BEHAVIOUR_COLUMNS = (
+    "content, support, evidence_sha, policy_version, version, usefulness, status, generation, last_generation,"
+    " embedding"
+)
+
+
+def _rebuilt(table: str, columns: str, selected: str, definition: str) -> tuple[str, ...]:
+    """Return the statements that put a table of another definition in place of one, its next id included."""
+    return (
+        f"CREATE TABLE new_{table} ({definition})",
+        f"INSERT INTO new_{table} ({columns}) SELECT {selected} FROM {table} ORDER BY id",
+        f"DELETE FROM sqlite_sequence WHERE name = 'new_{table}'",
+        f"INSERT INTO sqlite_sequence SELECT 'new_{table}', seq FROM sqlite_sequence WHERE name = '{table}'",
+        f"DROP TABLE {table}",
+        f"ALTER TABLE new_{table} RENAME TO {table}",
+    )
+
+
+def _rewritten_log(column: str) -> tuple[str, ...]:
+    """Return the statements that bring `ops.before` or `ops.after` up to version 3."""
+    removed = ("title", "applies_when", "not_when", "pitfalls", "model", "prompt_version", "polarity")
+    paths = ", ".join(f"'$.{name}'" for name in removed)
+    return (
+        f"UPDATE ops SET {column} = json_remove(json_set({column}, '$.task_row', json_extract({column},"
+        f" '$.problem_id')), '$.problem_id') WHERE json_type({column}, '$.problem_id') IS NOT NULL",
+        f"UPDATE ops SET {column} = json_remove({column}, {paths}) WHERE {column} IS NOT NULL",
+        f"UPDATE ops SET {column} = json_remove({column}, '$.leak') WHERE level = 2 AND {column} IS NOT NULL",
+        f"UPDATE ops SET {column} = json_set({column}, '$.status', 'internalized')"
+        f" WHERE json_extract({column}, '$.status') = 'absorbed'",
+        f"UPDATE ops SET {column} = json_set({column}, '$.status', 'active')"
+        f" WHERE json_extract({column}, '$.status') = 'shadow'",
+    )
+
+
 #: Version -> the statements that lead from it to the next.
 STEPS: dict[int, tuple[str, ...]] = {
     1: (
@@ -18,18 +65,71 @@ STEPS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE audits ADD COLUMN student_lift REAL",
         "CREATE INDEX audits_by_item ON audits (level, item_id)",
     ),
+    2: (
+        "ALTER TABLE problems RENAME TO tasks",
+        "ALTER TABLE experiences RENAME COLUMN problem_id TO task_row",
+        "ALTER TABLE experiences DROP COLUMN model",
+        "DELETE FROM links WHERE relation != 'supports'",
+        "ALTER TABLE links DROP COLUMN relation",
+        *_rebuilt(
+            "insights",
+            f"id, task_row, kind, {_INSIGHT_COLUMNS}",
+            f"id, problem_id, kind, {_INSIGHT_COLUMNS.replace('status', _STATUS)}",
+            "id INTEGER PRIMARY KEY AUTOINCREMENT, task_row INTEGER NOT NULL REFERENCES tasks (id),"
+            " kind TEXT NOT NULL CHECK (kind IN ('strategy', 'lesson', 'contrast')), content TEXT NOT NULL,"
+            " policy_version INTEGER NOT NULL, last_policy_version INTEGER NOT NULL,"
+            " version INTEGER NOT NULL DEFAULT 1, previous_id INTEGER REFERENCES insights (id),"
+            " support INTEGER NOT NULL DEFAULT 1, usefulness REAL, leak TEXT NOT NULL DEFAULT '',"
+            " status TEXT NOT NULL DEFAULT 'active'"
+            " CHECK (status IN ('active', 'internalized', 'retired', 'quarantined')),"
+            " generation INTEGER NOT NULL, last_generation INTEGER NOT NULL, embedding BLOB,"
+            " UNIQUE (task_row, kind, content)",
+        ),
+        "CREATE INDEX insights_by_status ON insights (status, kind, content)",
+        *_rebuilt(
+            "behaviours",
+            f"id, {_BEHAVIOUR_COLUMNS}",
+            f"id, {_BEHAVIOUR_COLUMNS.replace('status', _STATUS)}",
+            "id INTEGER PRIMARY KEY AUTOINCREMENT, content TEXT NOT NULL, support INTEGER NOT NULL,"
+            " evidence_sha TEXT NOT NULL, policy_version INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1,"
+            " usefulness REAL, status TEXT NOT NULL DEFAULT 'active'"
+            " CHECK (status IN ('active', 'internalized', 'retired', 'quarantined')),"
+            " generation INTEGER NOT NULL, last_generation INTEGER NOT NULL, embedding BLOB",
+        ),
+        *_rebuilt(  # DROP COLUMN would leave the closing bracket in the comment of the column before
+            "retrievals",
+            _RETRIEVAL_COLUMNS,
+            _RETRIEVAL_COLUMNS,
+            "id INTEGER PRIMARY KEY AUTOINCREMENT, generation INTEGER NOT NULL, step INTEGER NOT NULL,"
+            " group_id TEXT NOT NULL, level INTEGER NOT NULL, item_id INTEGER NOT NULL, rank INTEGER NOT NULL,"
+            " similarity REAL NOT NULL, score REAL, included INTEGER NOT NULL DEFAULT 1",
+        ),
+        *_rewritten_log("before"),
+        *_rewritten_log("after"),
+        "UPDATE ops SET reason = replace(reason, 'absorbed', 'internalized') WHERE reason LIKE 'audit:%absorbed%'",
+    ),
 }
 
 
 def migrate(db: sqlite3.Connection, version: int) -> None:
-    """Apply the steps from `version` on; whole or not at all."""
+    """Apply the steps from `version` on; whole or not at all.
+
+    Raises:
+        sqlite3.DatabaseError: a statement fails, or a reference would point nowhere.
+    """
+    db.execute("PRAGMA foreign_keys=OFF")  # a table that others refer to cannot be replaced otherwise
     db.execute("BEGIN IMMEDIATE")
     try:
         for step in range(version, SCHEMA_VERSION):
             for statement in STEPS[step]:
                 db.execute(statement)
+        dangling = db.execute("PRAGMA foreign_key_check").fetchone()
+        if dangling is not None:
+            raise sqlite3.IntegrityError(f"a reference of {dangling[0]} row {dangling[1]} points nowhere")
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         db.execute("COMMIT")
     except BaseException:
         db.execute("ROLLBACK")
         raise
+    finally:
+        db.execute("PRAGMA foreign_keys=ON")

@@ -1,171 +1,222 @@
-"""A problem's key in; the procedures for its teacher prompt out. Read-only within an epoch.
+"""From a task's key to the memory items of its teacher's prompt. Read-only within an epoch.
 
-The neighbours of a query are problems; their items follow. Each kind has its quota, because lessons are many and would
-crowd out the rest. Within a kind, a text is ranked by the sum of the squared similarities of the neighbours that speak
-for it: near problems count most, and a text learnt on several of them comes first. What audits found of a text's use
-moves its rank (rank.py).
+The neighbours of a query are tasks; their items follow. Each kind has its quota, because lessons are many and would
+crowd out the rest. Within a kind, a text is ranked by the sum of the squared similarities of the neighbours that have
+it: near tasks count most, and a text learnt on several of them comes first. What audits found about a text's use moves
+its rank.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError
-from pmd.memory.embed import Embedder
-from pmd.memory.index import SIMILARITY_DECIMALS, ProblemIndex
-from pmd.memory.rank import Ranking
-from pmd.memory.records import Insight
-from pmd.memory.store import MemoryStore
-from pmd.memory.view import View, build_view
-from pmd.types import Procedure, ProcedureKind
+from pmd.memory.index import SIMILARITY_DECIMALS, TaskIndex
+from pmd.memory.store import Behaviour, Experience, Insight, MemoryStore
+from pmd.types import ItemKind, MemoryItem
 
-SAME_PROBLEM = 0.999  # similarity from which a neighbour is the query's own problem, which sets no standard
-RELATIVE_FLOOR = 0.5  # of the nearest other problem's similarity; below it only common words are shared
-Hits = list[tuple[int, float]]  # problem id and similarity, nearest first
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What is looked up for one rollout group."""
-
-    task_key: str
-    seed: int  # of the order in which the items are returned
-    task_id: str | None = None  # the task itself: its own attempts are left to `past_success`
+SAME_TASK = 0.999  # similarity from which a neighbour is the query's own task, which sets no standard
+RELATIVE_FLOOR = 0.5  # of the nearest other task's similarity; below it only common words are shared
+Hits = list[tuple[int, float]]  # task row and similarity, nearest first
 
 
 class Retriever:
-    """Looks procedures up; call `refresh` after each update of the store."""
+    """Looks items up; call `refresh` after each update of the store."""
 
-    def __init__(self, store: MemoryStore, index: ProblemIndex, embedder: Embedder, config: MemoryConfig):
+    def __init__(self, store: MemoryStore, index: TaskIndex, config: MemoryConfig):
         self._store = store
         self._index = index
-        self._embedder = embedder
         self._config = config
         self.refresh()
 
     @property
     def generation(self) -> int:
         """The generation of the memory that is read."""
-        return self._view.generation
+        return self._items.generation
 
     def refresh(self) -> None:
         """Read the store's newest generation, and bring the index up to it."""
         self._index.refresh()
-        self._view = build_view(self._store)
+        self._items = _read_live_items(self._store)
 
-    def retrieve(self, task_key: str, *, seed: int, task_id: str | None = None) -> list[Procedure]:
-        """Return at most k procedures for one problem."""
-        return self.retrieve_many([Query(task_key, seed, task_id)])[0]
+    def retrieve(self, task_key: str, *, seed: int, task_id: str | None = None) -> list[MemoryItem]:
+        """Return at most k items for one task, in an order shuffled by the seed.
 
-    def retrieve_many(self, queries: Sequence[Query]) -> list[list[Procedure]]:
-        """Return at most k procedures for each query, in an order shuffled by its seed.
+        Quotas are filled in order: behaviours, strategies and contrasts, experience, lessons with what is left.
+
+        Args:
+            task_id: the task itself; its own attempts are left to `past_success`.
 
         Raises:
             AlignmentError: the store was written since the last `refresh`.
         """
-        view = self._current_view()
-        if not queries:
-            return []
-        vectors = self._embedder.embed([query.task_key for query in queries])
-        found = self._index.search(vectors, self._config.neighbours)
-        return [
-            self._select(view, query, vector, hits) for query, vector, hits in zip(queries, vectors, found, strict=True)
-        ]
+        items, config = self._current_items(), self._config
+        vector = self._store.embedder.embed([task_key])
+        hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0])
+        strategies, lessons = self._insights(items, task_id, hits)
+        max_experiences = config.k if set(config.levels) == {0} else 1
+        chosen: list[MemoryItem] = []
+        for ranking, quota in (
+            (self._behaviours(items, vector[0], hits, floor), config.max_behaviours),
+            (strategies, config.max_strategies),
+            (self._experiences(items, task_id, hits), max_experiences),
+            (lessons, config.k if config.max_lessons is None else config.max_lessons),
+        ):
+            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen)
+        random.Random(seed).shuffle(chosen)
+        return chosen
 
     def past_success(self, task_id: str) -> str | None:
         """Return the best verified success stored for this very task, thinking stripped."""
-        view = self._current_view()
-        success = view.successes.get(view.problem_ids.get(task_id, -1))
+        items = self._current_items()
+        success = items.successes.get(items.task_rows.get(task_id, -1))
         return success.response if success is not None else None
 
     def insights(self, task_id: str) -> list[Insight]:
-        """Return the insights of this very task that may be retrieved, and its shadows."""
-        problem_id = self._current_view().problem_ids.get(task_id, -1)
-        return [*self._view.insights.get(problem_id, ()), *self._view.shadows.get(problem_id, ())]
+        """Return the insights of this very task that may be retrieved."""
+        items = self._current_items()
+        return list(items.insights.get(items.task_rows.get(task_id, -1), ()))
 
-    def shadows(self, task_id: str) -> list[Insight]:
-        """Return the insights of this very task that are on probation."""
-        return list(self._current_view().shadows.get(self._view.problem_ids.get(task_id, -1), ()))
-
-    def _current_view(self) -> View:
-        if self._store.generation != self._view.generation:
+    def _current_items(self) -> "_LiveItems":
+        if self._store.generation != self._items.generation:
             raise AlignmentError(
-                f"memory generation={self._store.generation} but retrieval reads {self._view.generation}: "
-                "memory is read-only within an epoch; call Retriever.refresh() after MemoryStore.update()."
+                f"memory generation={self._store.generation} but retrieval reads {self._items.generation}: "
+                "memory is read-only within an epoch; call Retriever.refresh() after an update."
             )
-        return self._view
-
-    def _select(self, view: View, query: Query, vector: np.ndarray, hits: Hits) -> list[Procedure]:
-        """Fill the quotas in order: behaviours, strategies and contrasts, experience, lessons with what is left."""
-        config = self._config
-        hits, floor = self._neighbours(hits)
-        strategies, lessons = self._insights(view, query, hits)
-        max_experiences = config.k if set(config.levels) == {0} else 1
-        chosen: list[Procedure] = []
-        draws = random.Random(f"{query.seed}/explore")
-        for ranking, quota in (
-            (self._behaviours(view, vector, hits, floor), config.max_behaviours),
-            (strategies, config.max_strategies),
-            (self._experiences(view, query, hits), max_experiences),
-            (lessons, config.k if config.max_lessons is None else config.max_lessons),
-        ):
-            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen, draws)
-        random.Random(query.seed).shuffle(chosen)
-        return chosen
+        return self._items
 
     def _neighbours(self, hits: Hits) -> tuple[Hits, float]:
         """Keep the hits that are near enough; also return what near enough is."""
-        others = [similarity for _, similarity in hits if similarity < SAME_PROBLEM]
+        others = [similarity for _, similarity in hits if similarity < SAME_TASK]
         floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
         return [hit for hit in hits if hit[1] >= floor], floor
 
-    def _insights(self, view: View, query: Query, hits: Hits) -> tuple[Ranking, Ranking]:
-        strategies, lessons = Ranking(self._config), Ranking(self._config)
+    def _insights(self, items: "_LiveItems", task_id: str | None, hits: Hits) -> tuple["_Ranking", "_Ranking"]:
+        """Rank the neighbours' strategies and contrasts, and their lessons."""
+        strategies, lessons = _Ranking(self._config), _Ranking(self._config)
         if 1 not in self._config.levels:
             return strategies, lessons
-        scope, own_id = self._config.scope, view.problem_ids.get(query.task_id or "")
-        for problem_id, similarity in hits:
-            if scope != "both" and (problem_id == own_id) != (scope == "own"):
+        scope, own_row = self._config.scope, items.task_rows.get(task_id or "")
+        for task_row, similarity in hits:
+            if scope != "both" and (task_row == own_row) != (scope == "own"):
                 continue
-            for insight in view.insights.get(problem_id, ()):
+            for insight in items.insights.get(task_row, ()):
                 if insight.kind in self._config.kinds:
                     ranking = lessons if insight.kind == "lesson" else strategies
-                    kind = cast(ProcedureKind, insight.kind)
-                    procedure = Procedure(insight.id, 1, kind, insight.text, problem_id, insight.task_id, similarity)
-                    ranking.add(procedure, similarity, insight.usefulness)
+                    kind = cast(ItemKind, insight.kind)
+                    item = MemoryItem(insight.id, 1, kind, insight.text, task_row, insight.task_id, similarity)
+                    ranking.add(item, similarity, insight.usefulness)
         return strategies, lessons
 
-    def _behaviours(self, view: View, vector: np.ndarray, hits: Hits, floor: float) -> Ranking:
-        """Rank behaviours by the neighbours among their problems, and by their own text's similarity."""
-        ranking = Ranking(self._config)
-        if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not view.behaviours:
+    def _behaviours(self, items: "_LiveItems", vector: np.ndarray, hits: Hits, floor: float) -> "_Ranking":
+        """Rank behaviours by the neighbours among their tasks, and by their own text's similarity."""
+        ranking = _Ranking(self._config)
+        if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not items.behaviours:
             return ranking
-        own = np.round((view.behaviour_vectors @ vector).astype(np.float64), SIMILARITY_DECIMALS)
+        own = np.round((items.behaviour_vectors @ vector).astype(np.float64), SIMILARITY_DECIMALS)
         support: list[tuple[int, float]] = [
             (position, similarity)
-            for problem_id, similarity in hits
-            for position in view.behaviours_of.get(problem_id, ())
+            for task_row, similarity in hits
+            for position in items.behaviours_of.get(task_row, ())
         ]
         support += [(int(position), float(own[position])) for position in np.flatnonzero(own >= floor)]
         for position, similarity in support:
-            behaviour = view.behaviours[position]
-            procedure = Procedure(behaviour.id, 2, "behaviour", behaviour.text, None, None, float(own[position]))
-            ranking.add(procedure, similarity, behaviour.usefulness)
+            behaviour = items.behaviours[position]
+            item = MemoryItem(behaviour.id, 2, "behaviour", behaviour.text, None, None, float(own[position]))
+            ranking.add(item, similarity, behaviour.usefulness)
         return ranking
 
-    def _experiences(self, view: View, query: Query, hits: Hits) -> Ranking:
-        """Rank the best verified success of each neighbour but the query's own problem."""
-        ranking = Ranking(self._config)
+    def _experiences(self, items: "_LiveItems", task_id: str | None, hits: Hits) -> "_Ranking":
+        """Rank the best verified success of each neighbour but the query's own task."""
+        ranking = _Ranking(self._config)
         if 0 in self._config.levels and "experience" in self._config.kinds:
-            for problem_id, similarity in hits:
-                success = view.successes.get(problem_id)
-                if success is not None and success.task_id != query.task_id:
-                    procedure = Procedure(
-                        success.id, 0, "experience", success.response, problem_id, success.task_id, similarity
+            for task_row, similarity in hits:
+                success = items.successes.get(task_row)
+                if success is not None and success.task_id != task_id:
+                    item = MemoryItem(
+                        success.id, 0, "experience", success.response, task_row, success.task_id, similarity
                     )
-                    ranking.add(procedure, similarity)
+                    ranking.add(item, similarity)
         return ranking
+
+
+@dataclass(slots=True)
+class _Candidate:
+    item: MemoryItem
+    support: float  # sum of the squared similarities of the neighbours that have the text
+    usefulness: float | None
+
+
+class _Ranking:
+    """Texts of one quota, which compete for its places."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self._config = config
+        self._candidates: dict[str, _Candidate] = {}
+
+    def add(self, item: MemoryItem, similarity: float, usefulness: float | None = None) -> None:
+        """Count one more neighbour that has the text; the nearest one's item stands for it."""
+        candidate = self._candidates.setdefault(item.text, _Candidate(item, 0.0, usefulness))
+        candidate.support += max(similarity, 0.0) ** 2
+
+    def best(self, quota: int, taken: list[MemoryItem]) -> list[MemoryItem]:
+        """Return the quota's best, with their scores, whose text is not taken; ties by id."""
+        texts = {item.text for item in taken}
+        free = [replace(c.item, score=self._score(c)) for text, c in self._candidates.items() if text not in texts]
+        return sorted(free, key=lambda item: (-item.score, item.item_id))[: max(0, quota)]
+
+    def _score(self, candidate: _Candidate) -> float:
+        """Return support, scaled by usefulness u: times 1 + weight * u / (|u| + margin)."""
+        score = candidate.support
+        if candidate.usefulness is not None:
+            share = candidate.usefulness / (abs(candidate.usefulness) + self._config.audit_margin)
+            score *= 1.0 + self._config.usefulness_weight * share
+        return round(score, SIMILARITY_DECIMALS)
+
+
+@dataclass(frozen=True, slots=True)
+class _LiveItems:
+    """The items of one generation that may be retrieved, by task."""
+
+    generation: int
+    task_rows: dict[str, int]  # task id -> task row
+    insights: dict[int, list[Insight]]  # task row -> its insights
+    successes: dict[int, Experience]  # task row -> its best verified success
+    behaviours: list[Behaviour]
+    behaviour_vectors: np.ndarray  # [behaviours, D]
+    behaviours_of: dict[int, list[int]]  # task row -> positions in `behaviours`
+
+
+def _read_live_items(store: MemoryStore) -> _LiveItems:
+    """Read the store's newest generation into plain dictionaries."""
+    insights: dict[int, list[Insight]] = {}
+    for insight in store.insights():
+        insights.setdefault(insight.task_row, []).append(insight)
+    successes: dict[int, Experience] = {}
+    for experience in store.experiences():
+        if experience.correct:
+            best = successes.get(experience.task_row)
+            if best is None or _merit(experience) > _merit(best):
+                successes[experience.task_row] = experience
+    behaviours = store.behaviours()
+    behaviours_of: dict[int, list[int]] = {}
+    for position, behaviour in enumerate(behaviours):
+        for task_row in behaviour.task_rows:
+            behaviours_of.setdefault(task_row, []).append(position)
+    return _LiveItems(
+        generation=store.generation,
+        task_rows={task.task_id: task.id for task in store.tasks()},
+        insights=insights,
+        successes=successes,
+        behaviours=behaviours,
+        behaviour_vectors=store.vectors("behaviours")[1],
+        behaviours_of=behaviours_of,
+    )
+
+
+def _merit(experience: Experience) -> tuple[float, int, int]:
+    """Order successes: highest reward, then newest policy, then newest."""
+    return experience.reward, experience.policy_version, experience.id

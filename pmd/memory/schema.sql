@@ -1,13 +1,13 @@
--- The memory store, schema version 2 (older files are brought up to it by `migrations.py`). Integer ids are never reused (AUTOINCREMENT). No wall-clock times: two builds
--- from the same seed and rollouts have the same content.
+-- The memory store, schema version 3 (`migrations.py` brings older files up to it). Integer ids are never reused
+-- (AUTOINCREMENT). No wall-clock times: two builds from the same seed and rollouts have the same content.
 
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
     value TEXT NOT NULL
 ) WITHOUT ROWID;
 
--- Training problems. The embedding is that of `memory_key`, under the embedder that `meta` names, and never changes.
-CREATE TABLE problems (
+-- Training tasks. The embedding is that of `memory_key`, under the embedder that `meta` names, and never changes.
+CREATE TABLE tasks (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     task_id TEXT NOT NULL UNIQUE,
     domain TEXT NOT NULL,
@@ -25,11 +25,10 @@ CREATE TABLE problems (
 -- Level 0: attempts, thinking stripped.
 CREATE TABLE experiences (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    problem_id INTEGER NOT NULL REFERENCES problems (id),
+    task_row INTEGER NOT NULL REFERENCES tasks (id),
     rollout_id TEXT NOT NULL,
     group_id TEXT NOT NULL,
     policy_version INTEGER NOT NULL,
-    model TEXT NOT NULL DEFAULT '',
     response TEXT NOT NULL,
     num_tokens INTEGER NOT NULL,
     reward REAL NOT NULL,
@@ -37,59 +36,45 @@ CREATE TABLE experiences (
     verdict_status TEXT NOT NULL,
     answer TEXT,
     feedback TEXT NOT NULL,
-    signature TEXT NOT NULL,         -- the text of a success, the error of a failure: distinct within a problem
+    signature TEXT NOT NULL,         -- the text of a success, the error of a failure: distinct within a task
     support INTEGER NOT NULL DEFAULT 1,
     status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'retired', 'quarantined')),
     generation INTEGER NOT NULL,
     last_generation INTEGER NOT NULL,
-    UNIQUE (problem_id, correct, signature)
+    UNIQUE (task_row, correct, signature)
 );
 
--- Level 1: what one problem's attempts teach.
+-- Level 1: what the attempts at one task teach.
 CREATE TABLE insights (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    problem_id INTEGER NOT NULL REFERENCES problems (id),
+    task_row INTEGER NOT NULL REFERENCES tasks (id),
     kind TEXT NOT NULL CHECK (kind IN ('strategy', 'lesson', 'contrast')),
-    title TEXT NOT NULL DEFAULT '',
-    applies_when TEXT NOT NULL DEFAULT '',
-    not_when TEXT NOT NULL DEFAULT '',
     content TEXT NOT NULL,
     policy_version INTEGER NOT NULL,       -- of the reflection that first wrote it
     last_policy_version INTEGER NOT NULL,  -- of the latest reflection that wrote it again
-    model TEXT NOT NULL DEFAULT '',
-    prompt_version TEXT NOT NULL DEFAULT '',
     version INTEGER NOT NULL DEFAULT 1,
     previous_id INTEGER REFERENCES insights (id),
-    support INTEGER NOT NULL DEFAULT 1,    -- how often it was written for this problem
+    support INTEGER NOT NULL DEFAULT 1,    -- how often it was written for this task
     usefulness REAL,                       -- latest audit; NULL before the first
     leak TEXT NOT NULL DEFAULT '',         -- why the leak filter stopped it
-    status TEXT NOT NULL DEFAULT 'active'
-        CHECK (status IN ('shadow', 'active', 'absorbed', 'retired', 'quarantined')),
+    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'internalized', 'retired', 'quarantined')),
     generation INTEGER NOT NULL,
     last_generation INTEGER NOT NULL,
     embedding BLOB,                        -- of active insights, where the embedder is costly; else computed when asked
-    UNIQUE (problem_id, kind, content)
+    UNIQUE (task_row, kind, content)
 );
 CREATE INDEX insights_by_status ON insights (status, kind, content);
 
--- Level 2: what a cluster of insights over several problems says.
+-- Level 2: what a cluster of insights over several tasks says.
 CREATE TABLE behaviours (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    polarity TEXT NOT NULL CHECK (polarity IN ('do', 'avoid')),
-    title TEXT NOT NULL DEFAULT '',
-    applies_when TEXT NOT NULL DEFAULT '',
     content TEXT NOT NULL,
-    pitfalls TEXT NOT NULL DEFAULT '',
-    support INTEGER NOT NULL,              -- distinct problems behind its members
+    support INTEGER NOT NULL,              -- distinct tasks behind its members
     evidence_sha TEXT NOT NULL,            -- of the texts it was abstracted from: unchanged means nothing to redo
     policy_version INTEGER NOT NULL,
-    model TEXT NOT NULL DEFAULT '',
-    prompt_version TEXT NOT NULL DEFAULT '',
     version INTEGER NOT NULL DEFAULT 1,
     usefulness REAL,
-    leak TEXT NOT NULL DEFAULT '',
-    status TEXT NOT NULL DEFAULT 'active'
-        CHECK (status IN ('shadow', 'active', 'absorbed', 'retired', 'quarantined')),
+    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'internalized', 'retired', 'quarantined')),
     generation INTEGER NOT NULL,
     last_generation INTEGER NOT NULL,
     embedding BLOB
@@ -101,7 +86,6 @@ CREATE TABLE links (
     child_id INTEGER NOT NULL,
     parent_level INTEGER NOT NULL,
     parent_id INTEGER NOT NULL,
-    relation TEXT NOT NULL CHECK (relation IN ('supports', 'contradicts')),
     PRIMARY KEY (child_level, child_id, parent_level, parent_id)
 ) WITHOUT ROWID;
 CREATE INDEX links_by_parent ON links (parent_level, parent_id);
@@ -117,8 +101,7 @@ CREATE TABLE retrievals (
     rank INTEGER NOT NULL,
     similarity REAL NOT NULL,
     score REAL,
-    included INTEGER NOT NULL DEFAULT 1,   -- 0: chosen, but the prompt had no room for it
-    propensity REAL                        -- probability with which it was chosen, 1 without exploration
+    included INTEGER NOT NULL DEFAULT 1    -- 0: chosen, but the prompt had no room for it
 );
 
 -- What an item did to the teacher in one group: log-probability of the attempts against a placebo, nats per token.
@@ -138,7 +121,7 @@ CREATE TABLE audits (
     num_wrong INTEGER NOT NULL DEFAULT 0,
     masked_lift_correct REAL,
     masked_lift_wrong REAL,
-    student_lift REAL                      -- on correct attempts by the student, where it solved the problem throughout
+    student_lift REAL                      -- on correct attempts by the student, where it always solved the task
 );
 CREATE INDEX audits_by_item ON audits (level, item_id);
 

@@ -1,41 +1,102 @@
 """The memory store: one SQLite file, the single source of truth. One writer, many readers.
 
-Enter: an epoch's verified rollouts and what reflection made of them, through `update()`, which commits all of it and
-one new generation number, or nothing. Leave: records, vectors, and the whole store as bytes for a checkpoint.
-Write-ahead logging with synchronous=NORMAL: a killed process loses nothing that was committed.
+A store is read here; `pmd.memory.update` writes to it, in one transaction per update. Write-ahead logging with
+synchronous=NORMAL: a killed process loses nothing that was committed.
 """
 
+import json
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
-from pmd.memory import files, records
+from pmd.memory import files
 from pmd.memory.embed import Embedder
-from pmd.memory.seal import seal
-from pmd.memory.write import RetrievalLog, Writer
-from pmd.memory.write_behaviours import match_behaviours
-from pmd.types import Procedure
+
+#: Statuses of the items that retrieval may return. An internalized item stays one: a frozen teacher knows it only from
+#: memory.
+LIVE = "status IN ('active', 'internalized')"
+#: Table of each level.
+TABLES = {0: "experiences", 1: "insights", 2: "behaviours"}
+ITEM_TABLE_ROWS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTask:
+    """A training task."""
+
+    id: int
+    task_id: str
+    domain: str
+    memory_key: str
+    question: str
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Level 0: one attempt at a task, thinking stripped."""
+
+    id: int
+    task_row: int
+    task_id: str
+    rollout_id: str
+    policy_version: int
+    response: str
+    reward: float
+    correct: int  # 0 or 1
+    feedback: str
+    support: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Insight:
+    """Level 1: what the attempts at one task teach."""
+
+    id: int
+    task_row: int
+    task_id: str
+    kind: str
+    text: str
+    policy_version: int
+    support: int
+    leak: str
+    status: str
+    usefulness: float | None = None  # nats per token, from audits
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """Level 2: what insights of several tasks have in common."""
+
+    id: int
+    text: str
+    support: int
+    evidence_sha: str
+    policy_version: int
+    version: int
+    status: str
+    usefulness: float | None
+    member_ids: tuple[int, ...]  # insights
+    task_rows: tuple[int, ...]
 
 
 class MemoryStore:
     """The procedural memory of one run."""
 
     def __init__(self, db: sqlite3.Connection, path: Path, embedder: Embedder, config: MemoryConfig):
-        self._db = db
+        self.db = db  # written to by `pmd.memory.update` alone
         self.path = path
         self.embedder = embedder
         self.config = config
         self.generation = int(self.meta("generation"))
         self.read_only = bool(self.query("PRAGMA query_only")[0][0])
-        self._retrievals: list[RetrievalLog] = []
-        self._writer: Writer | None = None  # while an update is under way
 
     @classmethod
     def open(
@@ -53,7 +114,7 @@ class MemoryStore:
             config: the caps that writing obeys.
 
         Raises:
-            MemoryStoreError: the file is damaged, no store, of another schema version, or of another embedder.
+            MemoryStoreError: the file is damaged, not a store, of an unknown schema version, or of another embedder.
         """
         path = Path(path)
         exists = path.exists() and path.stat().st_size > 0
@@ -64,7 +125,7 @@ class MemoryStore:
             if embedder is not None and not read_only and files.is_blank(db):
                 files.create(db, embedder)
             found = files.check_file(db, path, embedder)
-            db = files.brought_up_to_date(db, path, read_only)
+            db = files.bring_up_to_date(db, path, read_only)
             db.execute("PRAGMA synchronous=NORMAL")
         except BaseException:
             db.close()
@@ -72,8 +133,8 @@ class MemoryStore:
         return cls(db, path, found, config or MemoryConfig())
 
     def close(self) -> None:
-        """Close the file; the write-ahead log is folded in."""
-        self._db.close()
+        """Close the file; SQLite folds the write-ahead log into it."""
+        self.db.close()
 
     def __enter__(self) -> "MemoryStore":
         return self
@@ -81,56 +142,10 @@ class MemoryStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close()
 
-    @contextmanager
-    def update(self) -> Iterator[Writer]:
-        """Open one transaction: everything written inside, and generation + 1, is committed whole or not at all."""
-        if self._db.in_transaction:
-            raise MemoryStoreError("update() inside update(): finish the first before opening another.")
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            if int(self.meta("generation")) != self.generation:
-                raise MemoryStoreError(
-                    f"memory store={self.path} is at generation={self.meta('generation')}, this process read "
-                    f"{self.generation}: another process wrote to it. Give each run a store of its own."
-                )
-            self._writer = Writer(self._db, self.generation + 1, self.embedder, self.config)
-            yield self._writer
-            self._writer.finish(self._retrievals)
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError):
-                raise MemoryStoreError(
-                    f"memory store={self.path} could not be written ({error}); nothing of this update was kept. "
-                    "Check free disk space and permissions, and that no other process writes to it."
-                ) from error
-            raise
-        finally:
-            self._writer = None
-        self.generation += 1
-        self._retrievals.clear()
-        try:
-            seal(self._db, self.path, self.generation)
-        except (OSError, sqlite3.Error) as error:
-            raise MemoryStoreError(
-                f"memory store={self.path} is written, but its checksum could not be ({error}). Check free disk space."
-            ) from error
-
-    def log_retrievals(
-        self, step: int, group_id: str, procedures: Sequence[Procedure], dropped: Sequence[Procedure] = ()
-    ) -> None:
-        """Remember what the teacher was shown, and what its prompt had no room for; written with the next update."""
-        chosen = [(procedure, True) for procedure in procedures] + [(procedure, False) for procedure in dropped]
-        self._retrievals += [
-            RetrievalLog(self.generation, step, group_id, rank, procedure, included)
-            for rank, (procedure, included) in enumerate(chosen)
-        ]
-
     def snapshot(self) -> bytes:
         """Return the committed store as bytes, for a checkpoint."""
         with sqlite3.connect(":memory:") as copy:
-            self._db.backup(copy)
+            self.db.backup(copy)
             copy.execute("PRAGMA journal_mode=MEMORY")
             data = copy.serialize()
         copy.close()
@@ -138,74 +153,264 @@ class MemoryStore:
 
     @classmethod
     def restore(cls, path: str | Path, data: bytes) -> None:
-        """Put a snapshot in place of the file, which no one may hold open. Killed midway, old or new file is whole.
+        """Put a snapshot in place of the file, which must not be open. Killed midway, the old or the new file is whole.
 
         Raises:
-            MemoryStoreError: the bytes are no sound store; the file is left as it was.
+            MemoryStoreError: the bytes are not a sound store; the file is left as it was.
         """
         files.replace(Path(path), data)
 
     def meta(self, key: str) -> str:
         """Return one value of the store's own description."""
-        return self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
+        return self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
 
-    def problems(self) -> list[records.Problem]:
-        """Return all problems in id order."""
-        return records.read_problems(self._db)
+    def tasks(self) -> list[StoredTask]:
+        """Return all tasks in id order."""
+        return [
+            StoredTask(*row)
+            for row in self.query("SELECT id, task_id, domain, memory_key, question FROM tasks ORDER BY id")
+        ]
 
-    def experiences(self, status: str | None = "live") -> list[records.Experience]:
-        """Return the experiences of one status (`live`: active or absorbed; None: all) in id order."""
-        return records.read_experiences(self._db, status)
+    def experiences(self, status: str | None = "live") -> list[Experience]:
+        """Return the experiences of one status (`live`: those that may be retrieved; None: all) in id order."""
+        rows = self.query(
+            "SELECT e.id, task_row, task_id, rollout_id, policy_version, response, reward, correct, feedback, support,"
+            f" status FROM experiences e JOIN tasks t ON t.id = task_row WHERE {_has_status(status)} ORDER BY e.id"
+        )
+        return [Experience(*row) for row in rows]
 
-    def insights(self, status: str | None = "live") -> list[records.Insight]:
-        """Return the insights of one status (`live`: active or absorbed; None: all) in id order."""
-        return records.read_insights(self._db, status)
+    def insights(self, status: str | None = "live") -> list[Insight]:
+        """Return the insights of one status (`live`: those that may be retrieved; None: all) in id order."""
+        rows = self.query(
+            "SELECT i.id, task_row, task_id, kind, content, policy_version, support, leak, status, usefulness"
+            f" FROM insights i JOIN tasks t ON t.id = task_row WHERE {_has_status(status)} ORDER BY i.id"
+        )
+        return [Insight(*row) for row in rows]
 
-    def behaviours(self, status: str | None = "live") -> list[records.Behaviour]:
-        """Return the behaviours of one status (`live`: active or absorbed; None: all) in id order."""
-        return records.read_behaviours(self._db, status)
+    def behaviours(self, status: str | None = "live") -> list[Behaviour]:
+        """Return the behaviours of one status (`live`: those that may be retrieved; None: all) in id order."""
+        members: dict[int, list[int]] = {}
+        tasks: dict[int, set[int]] = {}
+        for behaviour_id, insight_id, task_row in self.query(
+            "SELECT child_id, parent_id, task_row FROM links JOIN insights i ON i.id = parent_id"
+            " WHERE child_level = 2 AND parent_level = 1 ORDER BY child_id, parent_id"
+        ):
+            members.setdefault(behaviour_id, []).append(insight_id)
+            tasks.setdefault(behaviour_id, set()).add(task_row)
+        rows = self.query(
+            "SELECT id, content, support, evidence_sha, policy_version, version, status, usefulness"
+            f" FROM behaviours WHERE {_has_status(status)} ORDER BY id"
+        )
+        return [
+            Behaviour(*row, member_ids=tuple(members.get(row[0], ())), task_rows=tuple(sorted(tasks.get(row[0], ()))))
+            for row in rows
+        ]
 
     def vectors(self, table: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids [n] and vectors [n, D] of `problems`, or of the live `insights` or `behaviours`.
+        """Return ids [n] and vectors [n, D] of `tasks`, or of the live `insights` or `behaviours`, in id order.
 
-        Insights have stored vectors only under a costly embedder. Inside an update, what is new is embedded first.
+        Insights have stored vectors only under a costly embedder.
         """
-        if self._writer is not None:
-            self._writer.embed_new()
-        return records.read_vectors(self._db, table, self.embedder.dimension)
-
-    def match_behaviours(self, clusters: Sequence[tuple[str, Sequence[int]]]) -> dict[int, records.Behaviour]:
-        """Return which active behaviours clusters (polarity, insight ids) continue, by position."""
-        active = {behaviour.id: behaviour for behaviour in self.behaviours()}
-        matches = match_behaviours(self._db, clusters, list(active.values()))
-        return {position: active[behaviour_id] for position, behaviour_id in matches.items()}
+        where = " WHERE embedding IS NOT NULL" if table == "tasks" else f" WHERE {LIVE}"
+        rows = self.query(f"SELECT id, embedding FROM {table}{where} ORDER BY id")
+        ids = np.array([row[0] for row in rows], dtype=np.int64)
+        return ids, blobs_to_matrix((row[1] for row in rows), self.embedder.dimension)
 
     def query(self, sql: str, *values: Any) -> list[tuple]:
         """Run one reading statement."""
-        return self._db.execute(sql, values).fetchall()
+        return self.db.execute(sql, values).fetchall()
 
     def query_rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """Run one reading statement; rows by column name."""
-        cursor = self._db.execute(sql, values)
+        cursor = self.db.execute(sql, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
 
     def stats(self) -> dict[str, float]:
         """Count what the store holds, for logs and tables."""
-        counts: dict[str, float] = {"generation": self.generation, "problems": self._count("problems")}
-        for table in ("experiences", "insights", "behaviours"):
+        counts: dict[str, float] = {"generation": self.generation, "tasks": self._count("tasks")}
+        for table in TABLES.values():
             counts[table] = self._count(f"{table} WHERE status = 'active'")
         for kind in ("strategy", "lesson", "contrast"):
             counts[f"kind_{kind}"] = self._count(f"insights WHERE status = 'active' AND kind = '{kind}'")
-        for status in ("shadow", "absorbed", "retired", "quarantined"):
+        for status in ("internalized", "retired", "quarantined"):
             counts[f"insights_{status}"] = self._count(f"insights WHERE status = '{status}'")
-        counts["distinct_insights"] = self.query(
-            "SELECT count(*) FROM (SELECT DISTINCT kind, content FROM insights WHERE status = 'active')"
-        )[0][0]
-        covered = self.query("SELECT count(DISTINCT problem_id) FROM insights WHERE status = 'active'")[0][0]
-        counts["coverage"] = covered / max(1, counts["problems"])  # share of problems with an active insight
+        counts["distinct_insights"] = self._count(
+            "(SELECT DISTINCT kind, content FROM insights WHERE status = 'active')"
+        )
+        covered = self.query("SELECT count(DISTINCT task_row) FROM insights WHERE status = 'active'")[0][0]
+        counts["coverage"] = covered / max(1, counts["tasks"])  # share of tasks with an active insight
         counts["retrievals"] = self._count("retrievals")
         return counts
 
+    def health(self, policy_version: int) -> dict[str, float]:
+        """Return how fresh, distinct, clean and useful the items are; a figure with nothing to measure is left out."""
+        figures = {
+            name: self.query(sql.format(live=LIVE), *([policy_version] * sql.count("?")))[0][0]
+            for name, sql in _HEALTH.items()
+        }
+        return {name: float(value) for name, value in figures.items() if value is not None}
+
+    def item_table(self, policy_version: int) -> list[dict[str, Any]]:
+        """Return the live behaviours and insights, the best supported first, at most `ITEM_TABLE_ROWS`."""
+        return self.query_rows(
+            "SELECT 2 AS level, id, 'behaviour' AS kind, content AS text, support, status, usefulness,"
+            f" ? - policy_version AS age_policy_steps FROM behaviours WHERE {LIVE}"
+            " UNION ALL SELECT 1, id, kind, content, support, status, usefulness, ? - last_policy_version"
+            f" FROM insights WHERE {LIVE} ORDER BY 1 DESC, 5 DESC, 2 LIMIT {ITEM_TABLE_ROWS}",
+            policy_version,
+            policy_version,
+        )
+
     def _count(self, source: str) -> int:
         return self.query(f"SELECT count(*) FROM {source}")[0][0]
+
+
+class Ledger:
+    """Changes rows inside one update and logs each change: the only statements that add, change or delete items.
+
+    The log keeps what a change replaced, so that earlier generations can be read back from the present one: nothing for
+    an addition, the changed columns for a change, the whole row for a deletion. Embeddings follow from texts and are
+    left out. Commits nothing itself.
+    """
+
+    def __init__(self, db: sqlite3.Connection, generation: int):
+        self.db = db
+        self.generation = generation  # that the update makes
+
+    def insert(self, table: str, values: dict[str, Any]) -> int:
+        """Insert one row; return its id."""
+        columns, marks = ", ".join(values), ", ".join("?" * len(values))
+        cursor = self.db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", tuple(values.values()))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def add(self, level: int, values: dict[str, Any], reason: str, parents: Iterable[int] = ()) -> int:
+        """Insert one item of this generation; return its id."""
+        generations = {"generation": self.generation, "last_generation": self.generation}
+        item_id = self.insert(TABLES[level], values | generations)
+        self._link(level, item_id, parents)
+        self._log(level, item_id, "add", None, None, reason)
+        return item_id
+
+    def change(
+        self, level: int, item_id: int, values: dict[str, Any], reason: str, parents: Iterable[int] | None = None
+    ) -> bool:
+        """Set columns of one item, and its parents where given; return whether anything is different now."""
+        old: dict[str, Any] = {}
+        if values:
+            row = self.db.execute(f"SELECT {', '.join(values)} FROM {TABLES[level]} WHERE id = ?", (item_id,))
+            old = dict(zip(values, row.fetchone(), strict=True))
+        new = {column: value for column, value in values.items() if value != old[column]}
+        before = {column: old[column] for column in new if column != "embedding"}
+        after = {column: new[column] for column in before}
+        if parents is not None:
+            old_parents, new_parents = self.parents(level, item_id), sorted(set(parents))
+            if new_parents != old_parents:
+                before["parents"], after["parents"] = old_parents, new_parents
+                self.db.execute("DELETE FROM links WHERE child_level = ? AND child_id = ?", (level, item_id))
+                self._link(level, item_id, new_parents)
+        if not after:
+            return False
+        new["last_generation"] = self.generation
+        columns = ", ".join(f"{column} = ?" for column in new)
+        self.db.execute(f"UPDATE {TABLES[level]} SET {columns} WHERE id = ?", (*new.values(), item_id))
+        self._log(level, item_id, "change", before, after, reason)
+        return True
+
+    def count_again(self, level: int, item_id: int, values: dict[str, Any], parents: Iterable[int] = ()) -> None:
+        """Count one more occurrence and its evidence; a retired item comes back, unless audits found it harmful."""
+        support, status = self.db.execute(
+            f"SELECT support, status FROM {TABLES[level]} WHERE id = ?", (item_id,)
+        ).fetchone()
+        if status == "retired" and not self.is_harmful(level, item_id):
+            status = "active"
+        values = {"support": support + 1, "status": status} | values
+        evidence = [*self.parents(level, item_id), *parents] if level > 0 else None
+        self.change(level, item_id, values, "seen again", evidence)
+
+    def delete(self, level: int, item_id: int, reason: str) -> None:
+        """Delete one item; its id is never used again."""
+        cursor = self.db.execute(f"SELECT * FROM {TABLES[level]} WHERE id = ?", (item_id,))
+        row = dict(zip([column[0] for column in cursor.description], cursor.fetchone(), strict=True))
+        row.pop("embedding", None)
+        row["parents"] = self.parents(level, item_id)
+        self.db.execute("DELETE FROM links WHERE child_level = ? AND child_id = ?", (level, item_id))
+        self.db.execute(f"DELETE FROM {TABLES[level]} WHERE id = ?", (item_id,))
+        self._log(level, item_id, "delete", row, None, reason)
+
+    def put_back(self, level: int, row: dict[str, Any], reason: str) -> None:
+        """Insert a deleted item as it was, under its old id."""
+        values = {column: value for column, value in row.items() if column != "parents"}
+        self.insert(TABLES[level], values | {"last_generation": self.generation})
+        self._link(level, row["id"], row["parents"])
+        self._log(level, row["id"], "add", None, None, reason)
+
+    def is_harmful(self, level: int, item_id: int) -> bool:
+        """Whether audits retired the item."""
+        found = self.db.execute(
+            "SELECT 1 FROM ops WHERE level = ? AND item_id = ? AND reason LIKE 'audit: harmful%' LIMIT 1",
+            (level, item_id),
+        ).fetchone()
+        return found is not None
+
+    def parents(self, level: int, item_id: int) -> list[int]:
+        """Return the ids of the items one level below that an item rests on."""
+        rows = self.db.execute(
+            "SELECT parent_id FROM links WHERE child_level = ? AND child_id = ? ORDER BY parent_id", (level, item_id)
+        )
+        return [row[0] for row in rows]
+
+    def _link(self, level: int, child_id: int, parent_ids: Iterable[int]) -> None:
+        rows = [(level, child_id, level - 1, parent_id) for parent_id in parent_ids]
+        self.db.executemany("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?)", rows)
+
+    def _log(
+        self,
+        level: int,
+        item_id: int,
+        action: str,
+        before: dict[str, Any] | None,
+        after: dict[str, Any] | None,
+        reason: str,
+    ) -> None:
+        texts = [
+            json.dumps(values, ensure_ascii=False, sort_keys=True) if values is not None else None
+            for values in (before, after)
+        ]
+        self.db.execute(
+            "INSERT INTO ops (generation, level, item_id, action, before, after, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (self.generation, level, item_id, action, *texts, reason),
+        )
+
+
+def vector_blob(vector: np.ndarray) -> bytes:
+    """Return one vector as the store keeps it: float32, little endian."""
+    return vector.astype("<f4").tobytes()
+
+
+def blobs_to_matrix(blobs: Iterable[bytes], dimension: int) -> np.ndarray:
+    """Return the stored vectors as float32 [n, D]."""
+    return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, dimension).astype(np.float32, copy=False)
+
+
+def _has_status(status: str | None) -> str:
+    """Return the condition for one status, for `live` ones, or (None) for any."""
+    return {None: "TRUE", "live": LIVE}.get(status, f"status = '{status}'")
+
+
+#: Figures of `MemoryStore.health`; `?` is the policy's version.
+_HEALTH = {
+    "age_policy_steps": "SELECT avg(? - last_policy_version) FROM insights WHERE {live}",
+    "duplicate_share": "SELECT 1.0 - count(DISTINCT kind || ':' || content) * 1.0 / count(*) FROM insights"
+    " WHERE {live}",
+    "leak_rate": "SELECT avg(status = 'quarantined') FROM insights",
+    "internalized_rate": "SELECT avg(status = 'internalized') FROM insights WHERE {live}",
+    "audited_share": "SELECT avg(usefulness IS NOT NULL) FROM insights WHERE {live}",
+    "usefulness_insights": "SELECT avg(usefulness) FROM insights WHERE {live}",
+    "usefulness_behaviours": "SELECT avg(usefulness) FROM behaviours WHERE {live}",
+    "harmful_share": "SELECT 1.0 * (SELECT count(*) FROM (SELECT DISTINCT level, item_id FROM ops"
+    " WHERE reason LIKE 'audit: harmful%'))"
+    " / nullif((SELECT count(*) FROM (SELECT DISTINCT level, item_id FROM ops WHERE reason LIKE 'audit%')), 0)",
+    "placebo_gap": "SELECT avg(lift_correct) FROM audits WHERE generation = (SELECT max(generation) FROM audits)",
+}

@@ -1,0 +1,1 @@
+"""Rollouts: generated, verified, and streamed to training with their teacher contexts."""

@@ -1,13 +1,13 @@
-"""Problems: the `data` section enters; train, validation and test `Task`s leave. One file per data set.
+"""Loads the tasks of a run from the `data` section, split into train, validation and test. One file per data set.
 
-Held-out problems never reach memory: `duplicated_task_ids` names the training problems that repeat one.
+Held-out tasks never reach memory: `duplicated_task_ids` names the training tasks that repeat one.
 """
 
 from datetime import date
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
-from pmd.tasks.records import shown
+from pmd.tasks.lines import cap_problems
 from pmd.tasks.splits import DuplicateReport, duplicated_task_ids, find_duplicates, first_shuffled, hold_out
 from pmd.types import Split, Task
 
@@ -15,15 +15,15 @@ __all__ = ["DuplicateReport", "describe_data_problems", "duplicated_task_ids", "
 
 
 def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
-    """Load the problems of a run. Without validation problems, the test problems stand in; their `split` says so.
+    """Return the tasks of a run by split. If there are no validation tasks, the test tasks serve as both.
 
     Raises:
-        ConfigError: with every bad line and missing file at once.
+        ConfigError: naming every bad line and missing file at once.
     """
     seed = seed if config.seed is None else config.seed
     tasks, problems = _read(config, seed)
     if problems:
-        raise ConfigError(shown(problems))
+        raise ConfigError(cap_problems(problems))
     by_split: dict[Split, list[Task]] = {"train": [], "validation": [], "test": []}
     for task in tasks:
         by_split[task.split].append(task)
@@ -40,16 +40,16 @@ def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
 
 
 def describe_data_problems(config: DataConfig) -> list[str]:
-    """Return what is wrong with the local files of a run, without raising and without touching the network."""
+    """Return what is wrong with a run's local data files; never raises and never uses the network."""
     if problems := _window_problems(config):
         return problems
     if config.task == "tiny" or (config.path is None and config.task in ("sciknoweval", "livecodebench")):
         return []
-    return shown(_read(config, config.seed or 0)[1])
+    return cap_problems(_read(config, config.seed or 0)[1])
 
 
 def _window_problems(config: DataConfig) -> list[str]:
-    """Say what is wrong with LiveCodeBench's date window."""
+    """Return what is wrong with LiveCodeBench's date window."""
     days, problems = [], []
     for key, value in (("first_day", config.first_day), ("end_day", config.end_day)):
         try:

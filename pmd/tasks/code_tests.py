@@ -1,8 +1,8 @@
-"""The form of a programming problem's `tests`: the mapping enters, a sentence per broken rule leaves.
+"""The format of a programming task's `tests`, and its check.
 
 `{"kind": "stdin", "cases": [{"input", "output"}], "time_limit_s", "memory_mb"}` or
 `{"kind": "functional", "entry", "cases": [{"args", "expected"}], ...}`; `scorer` is `lcb` (default) or `sdpo`;
-the first `num_public` cases (default 0) are public: best-of-n chooses by them and is scored on the rest.
+the first `num_public` cases (default 0) are public: best-of-n selects by them and is scored on the rest.
 """
 
 import keyword
@@ -11,11 +11,11 @@ from typing import Any
 
 DEFAULT_TIME_LIMIT_S = 6.0
 DEFAULT_MEMORY_MB = 512
-MOST_TIME_S, LEAST_MEMORY_MB, MOST_MEMORY_MB = 600.0, 32, 65536
+MAX_TIME_S, MIN_MEMORY_MB, MAX_MEMORY_MB = 600.0, 32, 65536
 
 
-def tests_problems(tests: Mapping[str, Any] | None) -> list[str]:
-    """Return the rules that `tests` breaks; an empty list means that it can be run."""
+def check_tests(tests: Mapping[str, Any] | None) -> list[str]:
+    """Return the rules that `tests` breaks; if the list is empty, the tests can be run."""
     if not tests:
         return ["must hold kind and cases"]
     problems = []
@@ -25,7 +25,7 @@ def tests_problems(tests: Mapping[str, Any] | None) -> list[str]:
     if kind == "functional" and not _is_name(tests.get("entry")):
         problems.append("entry must name a function")
     if not isinstance(cases, list) or not cases:
-        problems.append("cases must be a list that is not empty")
+        problems.append("cases must be a non-empty list")
     elif kind in ("stdin", "functional"):
         bad = [number for number, case in enumerate(cases) if not _case_fits(kind, case)]
         form = "{input: text, output: text}" if kind == "stdin" else "{args: list, expected: value}"
@@ -33,7 +33,7 @@ def tests_problems(tests: Mapping[str, Any] | None) -> list[str]:
         num_public = tests.get("num_public", 0)
         if type(num_public) is not int or not 0 <= num_public <= len(cases):
             problems.append(f"num_public must be a whole number from 0 to {len(cases)}")
-    problems += _limit_problems(tests)
+    problems += _check_limits(tests)
     if tests.get("scorer", "lcb") not in ("lcb", "sdpo"):
         problems.append("scorer must be lcb or sdpo")
     return problems
@@ -51,13 +51,13 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
 
 
-def _limit_problems(tests: Mapping[str, Any]) -> list[str]:
+def _check_limits(tests: Mapping[str, Any]) -> list[str]:
     time_limit_s, memory_mb = tests.get("time_limit_s", 1), tests.get("memory_mb", DEFAULT_MEMORY_MB)
     problems = []
-    if not _is_number(time_limit_s) or not 0 < time_limit_s <= MOST_TIME_S:
-        problems.append(f"time_limit_s must be above 0 and at most {MOST_TIME_S:.0f}")
-    if not _is_number(memory_mb) or not LEAST_MEMORY_MB <= memory_mb <= MOST_MEMORY_MB:
-        problems.append(f"memory_mb must lie between {LEAST_MEMORY_MB} and {MOST_MEMORY_MB}")
+    if not _is_number(time_limit_s) or not 0 < time_limit_s <= MAX_TIME_S:
+        problems.append(f"time_limit_s must be above 0 and at most {MAX_TIME_S:.0f}")
+    if not _is_number(memory_mb) or not MIN_MEMORY_MB <= memory_mb <= MAX_MEMORY_MB:
+        problems.append(f"memory_mb must lie between {MIN_MEMORY_MB} and {MAX_MEMORY_MB}")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Load a data set from the Hugging Face Hub: an id enters, its rows leave, or a `ConfigError` with a remedy."""
+"""Loads a data set from the Hugging Face Hub, with errors that say what to do."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from pmd.errors import ConfigError
 
 
 def load_rows(repository: str, split: str, revision: str | None = None) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of one split. A local folder of the same form serves as well as an id.
+    """Return the rows of one split. `repository` may also be a local folder of the same layout.
 
     Raises:
         ConfigError: if it cannot be loaded: no network, no such data set, no such split.

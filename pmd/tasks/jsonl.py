@@ -1,7 +1,7 @@
-"""One's own problems: a JSON Lines file enters, `Task`s leave.
+"""Your own tasks, from a JSON Lines file.
 
-A line holds `id`, `prompt` (or `messages`), `verifier`, what the verifier compares with (`answer` or `tests`), and
-if wanted `domain`, `system` and `memory_key`. Other fields are left alone. Every bad line is named, all at once.
+Each line holds `id`, `prompt` (or `messages`), `verifier`, what the verifier compares with (`answer` or `tests`), and
+optionally `domain`, `system` and `memory_key`. Other fields are ignored. All bad lines are reported at once.
 """
 
 import json
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmd.config import DataConfig
-from pmd.tasks.code_tests import tests_problems
-from pmd.tasks.records import Line, read_lines
+from pmd.config.schema import DataConfig
+from pmd.tasks.code_tests import check_tests
+from pmd.tasks.lines import Line, read_lines
 from pmd.tasks.splits import hold_out
 from pmd.types import Message, Split, Task
 
-#: The verifiers that have a name of their own; any other is a class path.
+#: The built-in verifiers; any other is given by its class path.
 NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-#: Held out of a single file when data.validation_share does not say otherwise.
+#: Share of a single file that is held out if data.validation_share is 0.
 TEST_SHARE = 0.1
 
 
 def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
-    """Return train and test problems: two files, or one file of which a seeded share is held out."""
+    """Return train and test tasks from two files, or from one file of which a seeded share is held out."""
     if config.path is None:
         return [], ["data.path=null: task `jsonl` reads a file; give its path."]
     train, problems = read_task_file(Path(config.path), "train")
@@ -32,7 +32,7 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
         held_out, wrong = read_task_file(Path(config.validation_path), "test")
         train_ids = {task.task_id for task in train}
         wrong += [
-            f"{config.validation_path}: id={json.dumps(task.task_id)} must be unique but also stands in {config.path}; "
+            f"{config.validation_path}: id={json.dumps(task.task_id)} must be unique but also occurs in {config.path}; "
             "rename one."
             for task in held_out
             if task.task_id in train_ids
@@ -41,15 +41,15 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     train, test = hold_out(train, config.validation_share or TEST_SHARE, "test", seed)
     if not problems and not (train and test):
         problems.append(
-            f"{config.path}: too few different problems to hold some out; add some, or give data.validation_path."
+            f"{config.path}: too few different tasks to hold some out; add some, or give data.validation_path."
         )
     return train + test, problems
 
 
 def read_task_file(path: Path, split: Split) -> tuple[list[Task], list[str]]:
-    """Return the problems of one file, and a sentence for each fault in it."""
+    """Return the tasks of one file, and a sentence for each error in it."""
     if not path.is_file():
-        return [], [f"{path}: no such file; give a JSON Lines file with one problem per line."]
+        return [], [f"{path}: no such file; give a JSON Lines file with one task per line."]
     lines, problems = read_lines(path)
     first_line: dict[str, int] = {}
     tasks = []
@@ -58,7 +58,7 @@ def read_task_file(path: Path, split: Split) -> tuple[list[Task], list[str]]:
         task_id = str(line.fields.get("id"))
         if "id" in line.fields and task_id in first_line:
             wrong.append(
-                line.problem("id", f"stands in line {first_line[task_id]} too, ids must be unique", "rename one")
+                line.problem("id", f"occurs in line {first_line[task_id]} too, ids must be unique", "rename one")
             )
         first_line.setdefault(task_id, line.number)
         problems += wrong
@@ -68,13 +68,13 @@ def read_task_file(path: Path, split: Split) -> tuple[list[Task], list[str]]:
 
 
 def make_task(fields: dict[str, Any], split: Split) -> Task:
-    """Build a Task from a line that `check_line` found in order."""
+    """Build a Task from a line in which `check_line` found no error."""
     messages = [Message("system", fields["system"])] if fields.get("system") else []
     if "prompt" in fields:
         messages.append(Message("user", fields["prompt"]))
     else:
         messages += [Message(message["role"], message["content"]) for message in fields["messages"]]
-    task = Task(
+    return Task(
         str(fields["id"]),
         tuple(messages),
         fields["verifier"],
@@ -84,7 +84,6 @@ def make_task(fields: dict[str, Any], split: Split) -> Task:
         domain=fields.get("domain") or "",
         memory_key=fields.get("memory_key") or "",
     )
-    return task
 
 
 def check_line(line: Line) -> list[str]:
@@ -92,11 +91,11 @@ def check_line(line: Line) -> list[str]:
     row = line.fields
     problems = []
     if not isinstance(row.get("id"), str | int) or isinstance(row.get("id"), bool) or row["id"] == "":
-        problems.append(line.problem("id", "must be a text that is not empty", "give each problem its own id"))
+        problems.append(line.problem("id", "must be a non-empty string", "give each task its own id"))
     problems += _check_messages(line)
     for field in ("domain", "system", "memory_key"):
         if not isinstance(row.get(field), str | None):
-            problems.append(line.problem(field, "must be a text", "write a text or leave it out"))
+            problems.append(line.problem(field, "must be a string", "write a string or leave it out"))
     verifier = row.get("verifier")
     if not isinstance(verifier, str) or (verifier not in NAMED_VERIFIERS and not CLASS_PATH.fullmatch(verifier)):
         rule = f"must be {', '.join(NAMED_VERIFIERS)} or a class path such as package.module.Class"
@@ -109,17 +108,17 @@ def check_line(line: Line) -> list[str]:
 def _check_messages(line: Line) -> list[str]:
     row = line.fields
     if ("prompt" in row) == ("messages" in row):
-        return [line.problem("prompt", "exactly one of prompt and messages must be there", "keep one of them")]
+        return [line.problem("prompt", "exactly one of prompt and messages must be given", "keep one of them")]
     if "prompt" in row:
         if isinstance(row["prompt"], str) and row["prompt"].strip():
             return []
-        return [line.problem("prompt", "must be a text that is not empty", "write the problem there")]
+        return [line.problem("prompt", "must be a non-empty string", "write the question there")]
     messages = row["messages"]
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         rule = "must be a list of {role: system|user|assistant, content: text}"
-        return [line.problem("messages", rule, "write each message so")]
+        return [line.problem("messages", rule, "write each message like this")]
     if not messages or messages[-1]["role"] != "user":
-        return [line.problem("messages", "must end with a user message", "end with the problem")]
+        return [line.problem("messages", "must end with a user message", "end with the question")]
     return []
 
 
@@ -136,19 +135,19 @@ def _check_expected(line: Line, verifier: str) -> Sequence[str]:
     answer, tests = row.get("answer"), row.get("tests")
     problems = []
     if not isinstance(answer, str | None):
-        problems.append(line.problem("answer", "must be a text", "put it in quotes"))
+        problems.append(line.problem("answer", "must be a string", "put it in quotes"))
     if not isinstance(tests, dict | None):
         problems.append(line.problem("tests", "must be an object", "write {...}"))
     if problems:
         return problems
     match verifier:
         case "code":
-            rules = tests_problems(tests)
-            return [line.problem("tests", rule, "see `pmd score --help` for the form") for rule in rules]
+            rules = check_tests(tests)
+            return [line.problem("tests", rule, "see `pmd score --help` for the format") for rule in rules]
         case "mcq" if not (answer and re.fullmatch("[A-Z]", answer)):
-            return [line.problem("answer", "must be one capital letter", "write the letter of the right option")]
+            return [line.problem("answer", "must be one capital letter", "write the letter of the correct option")]
         case "exact" | "math" if not (answer and answer.strip()):
-            return [line.problem("answer", "must be a text that is not empty", "write the right answer")]
+            return [line.problem("answer", "must be a non-empty string", "write the correct answer")]
         case "tool_use" if not _is_calls(answer):
             rule = "must be the JSON text of a list of {Action: name, Action_Input: JSON text}"
             return [line.problem("answer", rule, "write the expected calls")]

@@ -1,12 +1,12 @@
-"""LiveCodeBench v6 (Jain et al. 2024, arXiv 2403.07974): programming problems of a date window; `Task`s leave.
+"""LiveCodeBench v6 (Jain et al. 2024, arXiv 2403.07974): programming problems from a window of contest dates.
 
-The window is data.first_day to data.end_day; the defaults are v6's (131 problems).
-From the Hub (`livecodebench/code_generation_lite`, revision refs/pr/6) or a local file or folder of JSON Lines of the
-same form. Train and test are the same problems, as in SDPO: training sees the public tests and a seeded half of the
-private ones, evaluation sees all. The two tasks of a problem share its id but for the suffix `/train`.
+The window is data.first_day to data.end_day; the defaults are v6's (131 problems). The data come from the Hub
+(`livecodebench/code_generation_lite`, revision refs/pr/6) or from local JSON Lines in the same format. As in SDPO,
+train and test use the same problems: training sees the public tests and a seeded half of the private ones, evaluation
+sees all. So each problem becomes two tasks, whose ids differ only in the suffix `/train`.
 
-Private tests may be base64(zlib(pickle(JSON text))). They are decoded without unpickling: the opcodes are walked, one
-string is allowed, and the size is capped. The words around the question are ours.
+Private tests may be base64(zlib(pickle(JSON text))). They are decoded without unpickling: the code walks the opcodes,
+allows a single string, and caps its size. The instructions around the question are our choice.
 """
 
 import base64
@@ -20,24 +20,26 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pmd.config import DataConfig
-from pmd.tasks.code_tests import tests_problems
+from pmd.config.schema import DataConfig
+from pmd.tasks.code_tests import check_tests
 from pmd.tasks.hub import load_rows
-from pmd.tasks.records import iterate_lines
+from pmd.tasks.lines import iterate_lines
 from pmd.tasks.splits import TRAIN_SUFFIX
 from pmd.types import Message, Split, Task
 
 HUB_ID, HUB_REVISION = "livecodebench/code_generation_lite", "refs/pr/6"
 TIME_LIMIT_S, MEMORY_MB = 6.0, 4096
-MOST_BYTES = 1 << 29
+MAX_DECODED_BYTES = 1 << 29
 STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 PLAIN_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
-STDIN_WORDS = "Read the input from stdin and write the answer to stdout. Put the whole program into one code block:"
-STARTER_WORDS = "Complete this starter code and put the whole solution into one code block:"
+STDIN_INSTRUCTION = (
+    "Read the input from stdin and write the answer to stdout. Put the whole program into one code block:"
+)
+STARTER_INSTRUCTION = "Complete this starter code and put the whole solution into one code block:"
 
 
 def read_livecodebench(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
-    """Return both tasks of each problem in the window, and a sentence for everything wrong with the files."""
+    """Return both tasks of each problem in the window, and a sentence for each error in the files."""
     rows: Iterable[tuple[str, Mapping[str, Any] | str]]
     if config.path is None:
         rows = ((HUB_ID, row) for row in load_rows(HUB_ID, "test", HUB_REVISION))
@@ -45,7 +47,7 @@ def read_livecodebench(config: DataConfig, seed: int) -> tuple[list[Task], list[
         path = Path(config.path)
         files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            return [], [f"data.path={path}: holds no JSON Lines file; give LiveCodeBench's file or folder."]
+            return [], [f"data.path={path}: contains no JSON Lines file; give LiveCodeBench's file or folder."]
         entries = (entry for file in files for entry in iterate_lines(file))
         rows = (("", e) if isinstance(e, str) else (f"{e.path}:{e.number}", e.fields) for e in entries)
     first_day, end_day = date.fromisoformat(config.first_day), date.fromisoformat(config.end_day)
@@ -71,7 +73,7 @@ def make_tasks(row: Mapping[str, Any], seed: int, scorer: str = "lcb") -> list[T
     """Return the training and the test task of one problem.
 
     Raises:
-        ValueError: if a field does not hold what upstream's does.
+        ValueError: if a field is not in upstream's format.
     """
     name = json.loads(row["metadata"] or "{}").get("func_name")
     public = [read_case(case, name) for case in json.loads(row["public_test_cases"])]
@@ -79,12 +81,16 @@ def make_tasks(row: Mapping[str, Any], seed: int, scorer: str = "lcb") -> list[T
     task_id = f"livecodebench/{row['question_id']}"
     order = list(range(len(private)))
     random.Random(f"{seed} {task_id}").shuffle(order)
-    seen = sorted(order[: (len(private) + 1) // 2])
+    shown = sorted(order[: (len(private) + 1) // 2])
     starter = row["starter_code"]
-    frame = f"{STARTER_WORDS}\n```python\n{starter}\n```" if starter else f"{STDIN_WORDS}\n```python\n# your code\n```"
-    messages = (Message("user", f"{row['question_content']}\n\n{frame}"),)
+    instruction = (
+        f"{STARTER_INSTRUCTION}\n```python\n{starter}\n```"
+        if starter
+        else f"{STDIN_INSTRUCTION}\n```python\n# your code\n```"
+    )
+    messages = (Message("user", f"{row['question_content']}\n\n{instruction}"),)
     parts: tuple[tuple[str, Split, list[dict[str, Any]]], ...] = (
-        (task_id + TRAIN_SUFFIX, "train", public + [private[number] for number in seen]),
+        (task_id + TRAIN_SUFFIX, "train", public + [private[number] for number in shown]),
         (task_id, "test", public + private),
     )
     tasks = []
@@ -92,7 +98,7 @@ def make_tasks(row: Mapping[str, Any], seed: int, scorer: str = "lcb") -> list[T
         kind = {"kind": "functional", "entry": name} if name else {"kind": "stdin"}
         tests = {**kind, "cases": cases, "time_limit_s": TIME_LIMIT_S, "memory_mb": MEMORY_MB}
         tests |= {"scorer": scorer, "num_public": len(public)}
-        if wrong := tests_problems(tests):
+        if wrong := check_tests(tests):
             raise ValueError(f"its tests cannot be run: {'; '.join(wrong)}")
         difficulty = row.get("difficulty", "")
         key = row["question_content"]
@@ -101,7 +107,7 @@ def make_tasks(row: Mapping[str, Any], seed: int, scorer: str = "lcb") -> list[T
 
 
 def read_case(case: Mapping[str, str], name: str | None) -> dict[str, Any]:
-    """Return a test in our form; a functional one holds one JSON value per line of input."""
+    """Return a test in our format; the input of a functional one has one JSON argument per line."""
     if name is None:
         return {"input": case["input"], "output": case["output"]}
     arguments = [json.loads(line) for line in case["input"].split("\n")]
@@ -109,10 +115,10 @@ def read_case(case: Mapping[str, str], name: str | None) -> dict[str, Any]:
 
 
 def decode_tests(text: str) -> list[Mapping[str, str]]:
-    """Return the tests of a `private_test_cases` field: JSON text, or the packed form.
+    """Return the tests of a `private_test_cases` field: JSON text, or the packed format.
 
     Raises:
-        ValueError: if it is neither, is too large, or holds any pickle opcode but those of one string.
+        ValueError: if it is neither, is too large, or contains pickle opcodes other than those of one string.
     """
     try:
         return json.loads(text)
@@ -120,19 +126,19 @@ def decode_tests(text: str) -> list[Mapping[str, str]]:
         pass
     try:
         unpacker = zlib.decompressobj()
-        data = unpacker.decompress(base64.b64decode(text, validate=True), MOST_BYTES)
+        data = unpacker.decompress(base64.b64decode(text, validate=True), MAX_DECODED_BYTES)
     except (binascii.Error, zlib.error) as error:
         raise ValueError(f"private_test_cases are neither JSON nor base64 of zlib ({error})") from error
     if not unpacker.eof:
-        raise ValueError(f"private_test_cases are cut off or larger than {MOST_BYTES} bytes")
+        raise ValueError(f"private_test_cases are cut off or larger than {MAX_DECODED_BYTES} bytes")
     return json.loads(string_of_pickle(data))
 
 
 def string_of_pickle(data: bytes) -> str:
-    """Return the one string of a pickle, executing nothing.
+    """Return the single string in a pickle, without executing it.
 
     Raises:
-        ValueError: if the pickle holds anything else.
+        ValueError: if the pickle contains anything else.
     """
     strings = []
     for opcode, argument, _ in pickletools.genops(data):
@@ -143,5 +149,5 @@ def string_of_pickle(data: bytes) -> str:
                 f"private_test_cases hold the pickle opcode {opcode.name}, which is not needed for a string"
             )
     if len(strings) != 1 or not isinstance(strings[0], str):
-        raise ValueError(f"private_test_cases hold {len(strings)} strings in place of one")
+        raise ValueError(f"private_test_cases hold {len(strings)} strings instead of one")
     return strings[0]

@@ -1,8 +1,8 @@
 """SciKnowEval (Feng et al. 2024, arXiv 2406.09098): level 3 multiple choice in four domains.
 
-Local files (`sciknoweval_{domain}_{train|test}.jsonl[.gz]`, or upstream's own JSON Lines) or the Hub data set enter;
-`Task`s leave. The Hub has one split, so its rows are divided by SDPO's rule: per domain, in upstream order, keep
-level L3 with two or four options, then `datasets`' `train_test_split(test_size=0.1, seed=42)`.
+The data come from local files (`sciknoweval_{domain}_{train|test}.jsonl[.gz]`, or upstream's own JSON Lines) or from
+the Hub. The Hub has one split, so its rows are split by SDPO's rule: per domain, in upstream order, keep level L3 with
+two or four options, then `datasets`' `train_test_split(test_size=0.1, seed=42)`.
 
 The system prompt, `sciknoweval_system_prompt.txt`, is that of SDPO (github.com/lasgroup/SDPO, Apache-2.0).
 """
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks.hub import load_rows
-from pmd.tasks.records import Line, read_lines
+from pmd.tasks.lines import Line, read_lines
 from pmd.tasks.splits import hold_out
 from pmd.types import Message, Split, Task
 
@@ -29,14 +29,14 @@ REMEDY = "fix or remove the line"
 
 
 def read_sciknoweval(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
-    """Return the problems of the domains asked for, and a sentence for everything wrong with the files."""
+    """Return the tasks of the configured domains, and a sentence for each error in the files."""
     tasks, problems = _read(config)
-    return (own_split(tasks, seed) if config.own_split else tasks), problems
+    return (split_without_duplicates(tasks, seed) if config.own_split else tasks), problems
 
 
 def _read(config: DataConfig) -> tuple[list[Task], list[str]]:
     if config.path is None:
-        return divide_upstream(load_rows(HUB_ID, "test"), config.domains), []
+        return split_upstream(load_rows(HUB_ID, "test"), config.domains), []
     path = Path(config.path)
     if not path.exists():
         return [], [f"data.path={config.path}: no such file or folder; give the folder of the SciKnowEval files."]
@@ -54,25 +54,25 @@ def _read(config: DataConfig) -> tuple[list[Task], list[str]]:
 
 
 def system_prompt() -> str:
-    """Return SDPO's system message, with its leading and trailing newline."""
+    """Return SDPO's system message, including its leading and trailing newline."""
     return files("pmd.tasks").joinpath("sciknoweval_system_prompt.txt").read_text()
 
 
 def format_prompt(question: str, options: Mapping[str, str]) -> str:
-    """Return the user message of SDPO."""
+    """Return SDPO's user message."""
     lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
     return f"{question}\n\n{lines}\nPlease reason step by step."
 
 
 def split_permutation(count: int) -> tuple[list[int], list[int]]:
-    """Return the row numbers of SDPO's train and test part, as `train_test_split` draws them."""
+    """Return the row numbers of SDPO's train and test parts, drawn as `train_test_split` does."""
     order = np.random.default_rng(SPLIT_SEED).permutation(count).tolist()
     num_test = math.ceil(TEST_SHARE * count)
     return order[num_test:], order[:num_test]
 
 
-def divide_upstream(rows: Iterable[Mapping[str, Any]], domains: Iterable[str]) -> list[Task]:
-    """Filter upstream rows and divide them by SDPO's rule."""
+def split_upstream(rows: Iterable[Mapping[str, Any]], domains: Iterable[str]) -> list[Task]:
+    """Filter upstream rows and split them by SDPO's rule."""
     wanted = {domain: [] for domain in domains}
     for row in rows:
         domain = row["domain"].lower()
@@ -94,12 +94,12 @@ def divide_upstream(rows: Iterable[Mapping[str, Any]], domains: Iterable[str]) -
     return tasks
 
 
-def own_split(tasks: Iterable[Task], seed: int) -> list[Task]:
-    """Divide the problems anew, per domain and 90/10: unlike SDPO's, no question stands on both sides."""
+def split_without_duplicates(tasks: Iterable[Task], seed: int) -> list[Task]:
+    """Split 90/10 per domain; unlike in SDPO's split, no question is on both sides."""
     by_domain: dict[str, list[Task]] = {}
     for task in tasks:
         by_domain.setdefault(task.domain, []).append(replace(task, split="train"))
-    parts = [hold_out(own, TEST_SHARE, "test", seed) for own in by_domain.values()]
+    parts = [hold_out(same_domain, TEST_SHARE, "test", seed) for same_domain in by_domain.values()]
     return [task for train, test in parts for task in (*train, *test)]
 
 
@@ -112,7 +112,7 @@ def _read_split_file(folder: Path, domain: str, split: Split) -> tuple[list[Task
     names = [f"sciknoweval_{domain}_{split}.jsonl{suffix}" for suffix in (".gz", "")]
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        return [], [f"data.path={folder}: holds neither {names[0]} nor {names[1]}; add it or change data.domains."]
+        return [], [f"data.path={folder}: contains neither {names[0]} nor {names[1]}; add one or change data.domains."]
     lines, problems = read_lines(path)
     seen: set[str] = set()
     tasks = []
@@ -132,13 +132,13 @@ def _read_split_file(folder: Path, domain: str, split: Split) -> tuple[list[Task
 def _check(line: Line) -> list[str]:
     row = line.fields
     problems = [
-        line.problem(field, "must be a text that is not empty", REMEDY)
+        line.problem(field, "must be a non-empty string", REMEDY)
         for field in ("id", "question", "prompt", "answer")
         if not isinstance(row.get(field), str) or not row[field].strip()
     ]
     options = row.get("options")
     if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
-        problems.append(line.problem("options", "must map letters to texts", REMEDY))
+        problems.append(line.problem("options", "must map letters to strings", REMEDY))
     elif not problems and row["answer"] not in options:
         problems.append(line.problem("answer", f"must be one of the options {', '.join(options)}", REMEDY))
     return problems
@@ -150,25 +150,25 @@ def _read_upstream_file(path: Path, domains: Iterable[str]) -> tuple[list[Task],
         problems += _check_upstream(line)
     if problems:
         return [], problems
-    tasks = divide_upstream((line.fields for line in lines), domains)
+    tasks = split_upstream((line.fields for line in lines), domains)
     empty = [domain for domain in domains if not any(task.domain == domain for task in tasks)]
-    return tasks, [f"{path}: holds no L3 question of domain {domain}; change data.domains." for domain in empty]
+    return tasks, [f"{path}: contains no L3 question of domain {domain}; change data.domains." for domain in empty]
 
 
 def _check_upstream(line: Line) -> list[str]:
     row = line.fields
     problems = [
-        line.problem(field, "must be a text", REMEDY)
+        line.problem(field, "must be a string", REMEDY)
         for field in ("question", "domain", "type", "answerKey")
         if not isinstance(row.get(field), str)
     ]
     details, choices = row.get("details"), row.get("choices")
     if not isinstance(details, dict) or "level" not in details:
-        problems.append(line.problem("details", "must hold a level", REMEDY))
+        problems.append(line.problem("details", "must contain a level", REMEDY))
     if row.get("type") in TYPES:
         pair = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (None, None)
         if not all(isinstance(part, list) for part in pair) or len(pair[0]) != len(pair[1]):  # type: ignore[arg-type]
-            problems.append(line.problem("choices", "must hold `text` and `label` lists of one length", REMEDY))
+            problems.append(line.problem("choices", "must contain `text` and `label` lists of equal length", REMEDY))
         elif row.get("answerKey") not in pair[1]:  # type: ignore[operator]
             problems.append(line.problem("answerKey", "must be one of the labels", REMEDY))
     return problems

@@ -1,6 +1,6 @@
-"""Split problems without leaks: tasks enter; disjoint parts, subsets and a report of duplicates leave.
+"""Splits tasks without leaks, draws nested subsets, and finds duplicates across splits.
 
-Everything is decided by a seed and the problems alone, so a run that resumes sees the same split.
+Everything depends only on a seed and the tasks, so a resumed run sees the same split.
 """
 
 import random
@@ -10,39 +10,39 @@ from dataclasses import dataclass, replace
 
 from pmd.types import Split, Task
 
-#: A train task `X/train` and a held-out task `X` are one problem by the data set's own protocol, not by accident.
+#: A train task `X/train` and a held-out task `X` are the same problem by the data set's protocol, not by accident.
 TRAIN_SUFFIX = "/train"
 
 
 @dataclass(frozen=True, slots=True)
 class DuplicateReport:
-    """Train problems that also stand among the held-out ones."""
+    """Train tasks that also occur among the held-out ones."""
 
-    same_prompt: tuple[tuple[str, str], ...]  # (train id, held-out id): the student would see the same text
-    same_stem: tuple[tuple[str, str], ...]  # the same question with other options
+    same_prompt: tuple[tuple[str, str], ...]  # (train id, held-out id) where the student sees the same text
+    same_stem: tuple[tuple[str, str], ...]  # the same question with different options
 
     def __str__(self) -> str:
         if not self.same_prompt and not self.same_stem:
-            return "No problem stands in both train and held-out data."
+            return "No task occurs in both train and held-out data."
         num_same = len({train for train, _ in self.same_prompt})
         num_recurring = len({held_out for _, held_out in self.same_stem})
-        parts = [f"Training problems that are word for word held-out problems, and kept out of memory: {num_same}."]
-        parts += [f"Held-out questions that recur in training with other options: {num_recurring}."]
+        parts = [f"Training tasks identical to a held-out task, and kept out of memory: {num_same}."]
+        parts += [f"Held-out questions that recur in training with different options: {num_recurring}."]
         return " ".join(parts[:1] * bool(num_same) + parts[1:] * bool(num_recurring))
 
 
 def prompt_of(task: Task) -> str:
-    """Return what makes two problems the same to a student: the question, blind to blanks."""
+    """Return the question with white space normalized; tasks that agree in it look the same to a student."""
     return " ".join(task.question.split())
 
 
 def stem_of(task: Task) -> str:
-    """Return the question without its options, blind to blanks."""
+    """Return the question without its options, with white space normalized."""
     return " ".join((task.memory_key or task.question).split())
 
 
 def find_duplicates(tasks: Iterable[Task]) -> DuplicateReport:
-    """Pair every train problem with the held-out problems that ask the same."""
+    """Pair every train task with the held-out tasks that ask the same."""
     tasks = list(tasks)
     train = [task for task in tasks if task.split == "train"]
     held_out = list({task.task_id: task for task in tasks if task.split != "train"}.values())
@@ -60,13 +60,13 @@ def _pairs(train: Sequence[Task], held_out: Sequence[Task], key: Callable[[Task]
 
 
 def duplicated_task_ids(tasks_by_split: Mapping[Split, Sequence[Task]]) -> frozenset[str]:
-    """Return the train problems that must never be written to memory: a held-out problem has the same prompt."""
+    """Return the train tasks that must never enter memory, because a held-out task has the same prompt."""
     everything = {task.task_id: task for tasks in tasks_by_split.values() for task in tasks}
     return frozenset(train for train, _ in find_duplicates(everything.values()).same_prompt)
 
 
 def hold_out(tasks: Sequence[Task], share: float, split: Split, seed: int) -> tuple[list[Task], list[Task]]:
-    """Move about `share` of the problems to `split`; problems with the same stem stay on one side."""
+    """Move about `share` of the tasks to `split`; tasks with the same stem stay on one side."""
     groups: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
         groups[stem_of(task)].append(task)
@@ -80,10 +80,10 @@ def hold_out(tasks: Sequence[Task], share: float, split: Split, seed: int) -> tu
     return kept, [replace(task, split=split) for task in tasks if task.task_id in moved]
 
 
-def first_shuffled(tasks: Sequence[Task], most: int | None, seed: int) -> list[Task]:
-    """Return the first `most` problems of a seeded shuffle: a larger `most` only adds problems."""
-    if most is None or most >= len(tasks):
+def first_shuffled(tasks: Sequence[Task], count: int | None, seed: int) -> list[Task]:
+    """Return the first `count` tasks of a seeded shuffle, so that a larger `count` only adds tasks."""
+    if count is None or count >= len(tasks):
         return list(tasks)
     order = list(tasks)
     random.Random(f"subset {seed}").shuffle(order)
-    return order[:most]
+    return order[:count]

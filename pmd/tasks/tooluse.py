@@ -1,22 +1,23 @@
-"""Tool use: ToolAlpaca's questions in SDPO's format; local files enter, `Task`s leave.
+"""Tool use: ToolAlpaca's questions in SDPO's format, from local files.
 
-A folder holds `tooluse_train.jsonl` and `tooluse_test.jsonl` (plain or .gz); of a single file a seeded share is held
-out. Lines have `prompt` (the whole user message), `answer` (JSON text of the calls) and, if wanted, `id` and `system`.
+Either a folder with `tooluse_train.jsonl` and `tooluse_test.jsonl` (plain or .gz), or a single file of which a seeded
+share is held out. Lines have `prompt` (the whole user message), `answer` (JSON text of the calls) and optionally `id`
+and `system`.
 """
 
 from pathlib import Path
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks.jsonl import TEST_SHARE, check_line, make_task
-from pmd.tasks.records import Line, read_lines
+from pmd.tasks.lines import Line, read_lines
 from pmd.tasks.splits import hold_out
 from pmd.types import Split, Task
 
 
 def read_tooluse(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
-    """Return the problems, and a sentence for everything wrong with the files."""
+    """Return the tasks, and a sentence for each error in the files."""
     if config.path is None:
-        return [], ["data.path=null: the tool-use problems are not on the Hub; give the folder of SDPO's files."]
+        return [], ["data.path=null: the tool-use tasks are not on the Hub; give the folder of SDPO's files."]
     path = Path(config.path)
     if path.is_file():
         tasks, problems = _read_file(path, "train")
@@ -30,7 +31,9 @@ def read_tooluse(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
         names = [f"tooluse_{split}.jsonl.gz", f"tooluse_{split}.jsonl"]
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
-            problems.append(f"data.path={path}: holds neither {names[0]} nor {names[1]}; add it, or name one file.")
+            problems.append(
+                f"data.path={path}: contains neither {names[0]} nor {names[1]}; add one, or give a single file."
+            )
             continue
         part, wrong = _read_file(found, split)
         tasks += part

@@ -1,4 +1,4 @@
-"""The tiny world: a synthetic family of problems, its language, its tokenizer, and the models shipped for the CPU."""
+"""The tiny world of synthetic puzzles, and the shipped models that run on a CPU."""
 
 from pathlib import Path
 

@@ -1,20 +1,19 @@
-"""Verifier of the tiny world: the digits of the two right boxes, in order, after one `;`.
+"""Verifier of the tiny world: the digits of the two right boxes, in order, after a single `;`.
 
-A task and the text of a completion enter, a verdict leaves. Boxes show distinct digits, so that two right digits
-come from the right rule and not from luck.
+Boxes show distinct digits, so two right digits come from the right rule and not from luck.
 """
 
-from pmd.tiny.language import EOS
+from pmd.tasks.prompts.words import EOS
 from pmd.tiny.world import DIGITS
 from pmd.types import Task, Verdict
 
 
 def verify_boxes(task: Task, completion_text: str) -> Verdict:
-    """Compare the two digits after `;` with the task's answer; other words are not looked at."""
+    """Compare the two digits after `;` with the task's answer, ignoring all other words."""
     words = completion_text.removesuffix(EOS).split()
     digits = [word for word in words[words.index(";") + 1 :] if word in DIGITS] if words.count(";") == 1 else []
     if len(digits) != 2:
-        return Verdict(0.0, False, "format", feedback="Two digits are wanted after a single ; .")
+        return Verdict(0.0, False, "format", feedback="Give two digits after a single ; .")
     given = " ".join(digits)
     if given == task.answer:
         return Verdict(1.0, True, "ok", feedback="Right boxes.", answer=given)

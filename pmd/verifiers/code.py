@@ -1,12 +1,13 @@
-"""Programs: a completion with a fenced block enters, a verdict leaves; reward 1.0 only if every test passes.
+"""Verifier for programs: runs the completion's code block on every test; reward 1.0 only if all of them pass.
 
-`tests.scorer` names whose rules hold. `lcb` (LiveCodeBench, the default): the block between the last two fence lines.
-`sdpo`: the longest closed block. Both compare as LiveCodeBench does: outputs line by line, blind to blanks at the
-ends of lines and of the text, a line also equal if its numbers are; returned values by Python's `==`.
+`tests.scorer` selects which block is the program. `lcb` (LiveCodeBench, the default): the block between the last two
+fence lines. `sdpo`: the longest closed block. Both compare as LiveCodeBench does: outputs line by line, ignoring white
+space at the ends of lines and of the text, and two lines are also equal if their numbers are; returned values by
+Python's `==`.
 
-Deviations, all towards refusing: numbers are ASCII digits and blanks are ASCII; what a function returns must be JSON
-(a tuple in place of a list is forgiven at the top, as upstream); an object that claims to equal everything equals
-nothing. Every test runs in a fresh process. Feedback follows SDPO and so quotes tests, expected outputs included.
+Deviations, all of them stricter: digits and white space must be ASCII; a returned value must be JSON (at the top level
+a tuple counts as a list, as upstream); an object that claims to equal everything equals nothing. Every test runs in a
+fresh process. Feedback follows SDPO and therefore quotes tests, including expected outputs.
 """
 
 import json
@@ -20,19 +21,19 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from pmd.sandbox.pool import Level, Limits, Outcome, Sandbox
 from pmd.tasks.code_tests import DEFAULT_MEMORY_MB, DEFAULT_TIME_LIMIT_S
 from pmd.types import CaseCounts, Task, Verdict, VerdictStatus
+from pmd.verifiers.sandbox.pool import Level, Limits, Outcome, Sandbox
 
 BLANKS = " \t\r\n\v\f"
-#: No two parts can match the same digits: a program can print a million of them, and time must grow with their number.
+#: No two parts can match the same digits, so matching is linear even if a program prints a million of them.
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 CLOSED_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-LEAST_OUTPUT_BYTES = 1 << 20
-#: How much longer a right output may be than the expected one: `3.0000000` for `3`.
-LONGEST_OUTPUT = 4
-MOST_PART, MOST_FEEDBACK = 450, 2000
-NO_BLOCK = "The completion holds no closed code block; put the whole program between ```python and ```."
+MIN_OUTPUT_BYTES = 1 << 20
+#: A correct output may be this many times longer than the expected one: `3.0000000` for `3`.
+MAX_OUTPUT_RATIO = 4
+MAX_EXCERPT, MAX_FEEDBACK = 450, 2000
+NO_BLOCK = "The completion contains no closed code block; put the whole program between ```python and ```."
 
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -51,14 +52,14 @@ class TestResult:
 
 
 def choose_sandbox_level(level: Level | None) -> None:
-    """Fix the level by name for sandboxes made from now on; None is the strongest safe one."""
+    """Set the level of sandboxes created from now on; None picks the strongest safe one."""
     close_sandbox()
     with _lock:
         _level[0] = level
 
 
 def close_sandbox() -> None:
-    """End this process's sandbox; runs in progress become `sandbox_error`, and a later one makes another."""
+    """Close this process's sandbox. Runs in progress end as `sandbox_error`; the next run creates a new sandbox."""
     with _lock:
         open_ones = list(_sandboxes.values())
         _sandboxes.clear()
@@ -67,16 +68,16 @@ def close_sandbox() -> None:
 
 
 def sandbox() -> Sandbox:
-    """Return this process's sandbox, made when it is first needed."""
+    """Return this process's sandbox, created on first use."""
     with _lock:
         if os.getpid() not in _sandboxes:
-            _sandboxes.clear()  # after a fork: the parent's workers are the parent's
+            _sandboxes.clear()  # after a fork: the workers belong to the parent
             _sandboxes[os.getpid()] = Sandbox(level=_level[0])
         return _sandboxes[os.getpid()]
 
 
 def verify_code(task: Task, completion_text: str) -> Verdict:
-    """Run the program on its tests. Once one has failed, the rest serve feedback and counts, and get little time."""
+    """Run the program on its tests. After a failure the remaining tests only inform feedback, in limited time."""
     program = extract_program(completion_text, task.tests.get("scorer", "lcb"))
     if program is None:
         return Verdict(0.0, False, "format", feedback=NO_BLOCK, tests=count_tests(task.tests, []))
@@ -96,20 +97,20 @@ def verify_code(task: Task, completion_text: str) -> Verdict:
     if failed[-1].status == "sandbox_error":
         log.warning("the sandbox failed on task %s: %s", task.task_id, failed[-1].error)
         return Verdict(0.0, False, "sandbox_error")
-    num_left = len(task.tests["cases"]) - len(results)
-    unrun = f"; {num_left} more were not run" if num_left else ""
+    num_not_run = len(task.tests["cases"]) - len(results)
+    unrun = f"; {num_not_run} more were not run" if num_not_run else ""
     heading = f"Passed {len(results) - len(failed)} of {len(results)} tests{unrun}."
     return Verdict(0.0, False, failed[0].status, feedback=describe_failure(failed, heading), tests=counts)
 
 
 def count_tests(tests: Mapping[str, Any], results: list[TestResult]) -> CaseCounts:
-    """Count what passed; the first `num_public` tests are the public ones, and `results` begin with the first test."""
+    """Count passed tests; the first `num_public` tests are public, and `results` start with the first test."""
     passed, num_public = [result.status == "ok" for result in results], int(tests.get("num_public", 0))
     return CaseCounts(len(tests["cases"]), sum(passed), num_public, sum(passed[:num_public]))
 
 
 def extract_program(completion_text: str, scorer: str) -> str | None:
-    """Return the program, None if there is no closed block."""
+    """Return the program, or None if there is no closed block."""
     if scorer == "sdpo":
         return max(CLOSED_BLOCK.findall(completion_text), key=len, default=None)
     lines = completion_text.split("\n")
@@ -118,22 +119,22 @@ def extract_program(completion_text: str, scorer: str) -> str | None:
 
 
 def run_test(program: str, tests: Mapping[str, Any], case: Mapping[str, Any]) -> TestResult:
-    """Run one test in the sandbox and judge, out here, what came back."""
+    """Run one test in the sandbox, then judge its output here, outside."""
     functional = tests["kind"] == "functional"
     payload = json.dumps(case["args"]) if functional else case["input"]
     expected = json.dumps(case["expected"]) if functional else case["output"]
     limits = Limits(
         wall_s=float(tests.get("time_limit_s", DEFAULT_TIME_LIMIT_S)),
         memory_mb=int(tests.get("memory_mb", DEFAULT_MEMORY_MB)),
-        output_bytes=LEAST_OUTPUT_BYTES + LONGEST_OUTPUT * len(expected.encode(errors="replace")),
+        output_bytes=MIN_OUTPUT_BYTES + MAX_OUTPUT_RATIO * len(expected.encode(errors="replace")),
     )
     entry = tests["entry"] if functional else ""
     outcome = sandbox().run(program, payload.encode(errors="replace"), limits, entry)
     printed = (outcome.result if functional else outcome.stdout).decode(errors="surrogateescape")
     status = judge(outcome, printed, case, functional=functional)
     error = outcome.stderr.decode(errors="replace")
-    # Not all of it: a right answer may be followed by a million blanks in each of a thousand tests.
-    return TestResult(case, status, printed.strip()[:MOST_PART], error.strip()[-MOST_PART:])
+    # Only an excerpt: a correct answer may be followed by a million spaces in each of a thousand tests.
+    return TestResult(case, status, printed.strip()[:MAX_EXCERPT], error.strip()[-MAX_EXCERPT:])
 
 
 def judge(outcome: Outcome, printed: str, case: Mapping[str, Any], *, functional: bool) -> VerdictStatus:
@@ -143,12 +144,12 @@ def judge(outcome: Outcome, printed: str, case: Mapping[str, Any], *, functional
     if not functional:
         return "ok" if same_output(printed, case["output"]) else "wrong_answer"
     if not outcome.result:
-        return "runtime_error"  # it ended without returning
+        return "runtime_error"  # it exited without returning
     return "ok" if same_value(printed, case["expected"]) else "wrong_answer"
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Compare line by line; no line may be missing or left over."""
+    """Compare line by line; both must have the same number of lines."""
     ours = [line.strip(BLANKS) for line in printed.strip(BLANKS).split("\n")]
     theirs = [line.strip(BLANKS) for line in expected.strip(BLANKS).split("\n")]
     return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
@@ -171,15 +172,15 @@ def _same_number(ours: str, theirs: str) -> bool:
 
 
 def same_value(returned: str, expected: Any) -> bool:
-    """Compare a returned value with the expected one; what cannot be read equals nothing."""
+    """Compare a returned value with the expected one; unreadable JSON equals nothing."""
     try:
         return bool(json.loads(returned) == expected)
-    except (ValueError, RecursionError):  # not JSON, too many digits, nested too deep
+    except (ValueError, RecursionError):  # not JSON, too many digits, nested too deeply
         return False
 
 
 def describe_failure(failed: list[TestResult], heading: str) -> str:
-    """Say the first runtime error, else the first limit hit, else the two shortest wrong answers."""
+    """Describe the first runtime error, else the first limit exceeded, else the two shortest wrong answers."""
     parts = [heading]
     limits = {"timeout": "Time limit exceeded", "memory": "Memory limit exceeded", "output_limit": "Too much output"}
     crashed = next((result for result in failed if result.status == "runtime_error"), None)
@@ -192,11 +193,11 @@ def describe_failure(failed: list[TestResult], heading: str) -> str:
     else:
         shortest = sorted(failed, key=lambda result: len(_input_of(result.case)) + len(_expected_of(result.case)))
         for result in shortest[:2]:
-            words = _input_of(result.case), result.output, _expected_of(result.case)
-            shown = "Input:\n{}\nOutput:\n{}\nExpected:\n{}".format(*map(_cut, words))
+            texts = _input_of(result.case), result.output, _expected_of(result.case)
+            shown = "Input:\n{}\nOutput:\n{}\nExpected:\n{}".format(*map(_cut, texts))
             parts.append(f"Wrong answer.\n{shown}")
     text = "\n\n".join(parts)
-    return text.encode(errors="replace").decode()[:MOST_FEEDBACK]
+    return text.encode(errors="replace").decode()[:MAX_FEEDBACK]
 
 
 def _input_of(case: Mapping[str, Any]) -> str:
@@ -209,4 +210,4 @@ def _expected_of(case: Mapping[str, Any]) -> str:
 
 def _cut(text: str) -> str:
     text = text.strip()
-    return text if len(text) <= MOST_PART // 2 else f"{text[: MOST_PART // 2 - 3]}..."
+    return text if len(text) <= MAX_EXCERPT // 2 else f"{text[: MAX_EXCERPT // 2 - 3]}..."

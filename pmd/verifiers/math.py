@@ -1,13 +1,13 @@
-"""Mathematical answers by math-verify: a completion enters, a verdict on its last mathematical answer leaves.
+"""Verifier for mathematics: compares the last mathematical answer of a completion, using math-verify.
 
-Deviations. A text that is nothing but mathematics is read whole, the task's answer above all: math-verify reads
-2\\sqrt{3} without marks around it as 2. Boxes count together, as math-verify has it, or the last one alone if words
-such as "no, wait" part it from the one before. Small numbers are compared by their leading digits, where math-verify
-takes 10^{-20} and 10^{-21} for the same; 1 1/2, 1.5e3 and 0.\\overline{3} are read as the numbers that they are.
+Deviations. A text that is nothing but mathematics is parsed whole, in particular the task's answer: without delimiters
+math-verify reads 2\\sqrt{3} as 2. Several boxes form one answer, as in math-verify, unless words such as "no, wait"
+stand between the last two; then the last one counts. Small numbers are compared by relative error, because math-verify
+considers 10^{-20} and 10^{-21} equal; 1 1/2, 1.5e3 and 0.\\overline{3} are parsed as the numbers they are.
 
-math-verify bounds its time with `signal.alarm`, which fails in threads and cannot stop C code. It therefore runs, with
-its own time-outs off, in one helper process (`math_worker.py`), which is killed at the deadline and started again, and
-which ends with the trainer: this process holds the writing end of a pipe that the helper watches.
+math-verify limits its time with `signal.alarm`, which fails in threads and cannot interrupt C code. It therefore runs,
+with its own time-outs off, in one helper process (`math_worker.py`) that is killed at the deadline and restarted. The
+helper ends with the trainer: this process holds the write end of a pipe that the helper watches.
 """
 
 import atexit
@@ -20,20 +20,22 @@ import threading
 import time
 
 from pmd.types import Task, Verdict
-from pmd.verifiers.tags import tagged_answer
+from pmd.verifiers.exact import tagged_answer
 
 DEADLINE_S = 10.0
 START_S = 120.0  # importing sympy on a loaded machine
-#: A longer tail than any final answer; parsing time grows with the text.
-MOST_CHARACTERS = 20_000
+#: Only this much of the end is parsed: more than any final answer, because parsing time grows with length.
+MAX_CHARACTERS = 20_000
 
 
 def verify_math(task: Task, completion_text: str) -> Verdict:
-    """Compare the last answer of the completion (of its `<answer>` part, if it has one) with the right one."""
+    """Compare the last answer of the completion (of its `<answer>` part, if any) with the task's answer."""
     text = tagged_answer(completion_text) if "<answer>" in completion_text else completion_text
-    reply = WORKER.ask({"gold": task.answer, "text": text[-MOST_CHARACTERS:]})
+    reply = WORKER.ask({"gold": task.answer, "text": text[-MAX_CHARACTERS:]})
     if reply is None:
-        return Verdict(0.0, False, "timeout", feedback="The final answer took too long to check; write it simply.")
+        return Verdict(
+            0.0, False, "timeout", feedback="The final answer took too long to check; write it in a simpler form."
+        )
     if reply["answer"] is None:
         return Verdict(0.0, False, "format", feedback="No mathematical answer was found; put it into \\boxed{}.")
     if reply["correct"]:
@@ -42,16 +44,16 @@ def verify_math(task: Task, completion_text: str) -> Verdict:
 
 
 class MathWorker:
-    """The helper process. One question at a time; any thread may ask."""
+    """The helper process. Any thread may ask; questions are answered one at a time."""
 
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         self.deadline_s = deadline_s
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
-        self.lifeline: int | None = None  # the writing end of the pipe
+        self.lifeline: int | None = None  # the write end of the pipe
 
     def ask(self, question: dict[str, str]) -> dict | None:
-        """Return the helper's reply, None if it missed the deadline.
+        """Return the helper's reply, or None if it missed the deadline.
 
         Raises:
             RuntimeError: if the helper refused the question, or died before its deadline.
@@ -77,7 +79,7 @@ class MathWorker:
         return reply
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._stop()  # the one before, if it died
+        self._stop()  # cleans up after a helper that died
         watched, self.lifeline = os.pipe()
         try:
             self.process = subprocess.Popen(
@@ -85,7 +87,7 @@ class MathWorker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[watched],
-                start_new_session=True,  # Ctrl-C in a terminal is for the trainer
+                start_new_session=True,  # Ctrl-C in a terminal must reach the trainer only
             )
         finally:
             os.close(watched)
@@ -110,10 +112,10 @@ class MathWorker:
             self.lifeline = None
 
     def close(self) -> None:
-        """End the helper, in the middle of a question too; the next question starts another."""
+        """Kill the helper, even in the middle of a question; the next question starts a new one."""
         while not self.lock.acquire(timeout=0.05):
             if process := self.process:
-                process.kill()  # whoever holds the lock waits for its reply
+                process.kill()  # the thread that holds the lock is waiting for a reply
         try:
             self._stop()
         finally:

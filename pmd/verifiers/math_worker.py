@@ -1,7 +1,7 @@
-"""The helper process of `math.py`: one JSON question per line on stdin enters, one JSON reply per line leaves.
+"""The helper process of `math.py`: reads one JSON question per line from stdin and answers each with a JSON line.
 
-The kernel ends it, in the middle of C code too: at the deadline (SIGALRM), and as soon as the trainer is gone, however
-that ended (SIGIO when the trainer's end of a pipe closes, on which nothing is ever written).
+The kernel ends it even in the middle of C code: at the deadline (SIGALRM), and as soon as the trainer is gone for any
+reason (SIGIO when the trainer's end of a pipe closes; nothing is ever written to that pipe).
 """
 
 import contextlib
@@ -16,23 +16,23 @@ import signal
 import sys
 from typing import Any
 
-from pmd.sandbox import kernel, landlock, rooms, seccomp
+from pmd.verifiers.sandbox import filesystem, kernel, landlock, seccomp
 
 MEMORY_BYTES = 4 << 30
-#: What marks mathematics in a text, or shows that there is more in it than mathematics.
+#: Delimiters of mathematics, or a word: either means that the text is not bare mathematics.
 MARK_OR_WORD = re.compile(r"\$|\\boxed|\\[(\[]|(?<!\S)(?!(?:and|or)\b)[A-Za-z]{2,}(?!\S)")
-MOST_BARE = 1000  # characters
+MAX_BARE = 1000  # characters
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-#: What math-verify reads as something else: 1 1/2 as 1, 1.5e3 as 1.5 e 3, 0.\\overline{3} as 0.
+#: Numbers that math-verify misreads: 1 1/2 as 1, 1.5e3 as 1.5 e 3, 0.\\overline{3} as 0.
 MIXED_NUMBER = re.compile(r"(?<![\d.,/])(\d+) +(\d+)/(\d+)(?![\d.,/])")
 SCIENTIFIC = re.compile(r"(?<![\w.,])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.,{])")
 REPEATING = re.compile(r"(?<![\d.,])(\d{1,30})\.(\d{0,30})\\overline\{(\d{1,30})\}")
-#: A number below this is right to this share of itself; what is left of a sum that is zero lies below the second.
+#: Numbers below SMALL must agree to this relative error; a sum that cancels to zero may leave a residue below NOISE.
 SMALL, NOISE = 1e-3, 1e-100
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """Parse both sides and compare them; of several boxes with words between them the last one counts."""
+    """Parse both sides and compare them; of several boxes separated by words the last one counts."""
     gold = read(question["gold"]) or _parse(f"${question['gold']}$")
     if not gold:
         return {"error": f"the task's own answer {question['gold']!r} is not mathematics"}
@@ -45,27 +45,27 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_same(gold: list[Any], given: list[Any]) -> bool:
-    """Compare by math-verify, for which all numbers below its six or fifteen decimals are the same."""
+    """Compare by math-verify, then small numbers again: it rounds to six or fifteen decimals."""
     from math_verify import verify
 
     if not (given and verify(gold, given, timeout_seconds=0)):
         return False
     try:
         wanted, found = (complex(parts[0].evalf()) for parts in (gold, given))
-    except Exception:  # no number; sympy raises anything
+    except Exception:  # not a number; sympy may raise anything
         return True
     return abs(wanted) > SMALL or abs(wanted - found) <= max(SMALL * abs(wanted), NOISE)
 
 
 def read(text: str) -> list[Any]:
-    """Parse a text. Mathematics without marks and words is read whole: math-verify alone takes 2\\sqrt{3} for 2."""
+    """Parse a text. Bare mathematics is parsed whole, because math-verify alone reads 2\\sqrt{3} as 2."""
     bare = MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text.strip())
-    whole = _parse(f"${bare}$") if len(text) <= MOST_BARE and not MARK_OR_WORD.search(text) else []
+    whole = _parse(f"${bare}$") if len(text) <= MAX_BARE and not MARK_OR_WORD.search(text) else []
     return whole if any(not isinstance(part, str) for part in whole) else _parse(text) or whole
 
 
 def last_box(text: str) -> str:
-    """Return the text from its last box on, if words other than `and` and `or` part it from the box before."""
+    """Return the text from its last box on if words separate it from the box before; `and` and `or` do not count."""
     *_, before, last = ["", *text.split("\\boxed")]
     depth, words = 0, ""
     for at, character in enumerate(before):
@@ -90,36 +90,38 @@ def _as_fraction(decimal: re.Match[str]) -> str:
     return f"\\frac{{{numerator}}}{{{10 ** len(first) * (10 ** len(repeated) - 1)}}}"
 
 
-def _shut_in() -> None:
-    """Give up writing, the network and other processes where the kernel offers it: parsers see a model's words."""
+def _restrict_itself() -> None:
+    """Give up file writes, network and other processes where the kernel allows it: the input is untrusted."""
     with contextlib.suppress(OSError, KeyError):
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-        landlock.restrict(landlock.make_ruleset([sys.prefix, sys.base_prefix, *rooms.LIBRARIES], rooms.DEVICES))
+        landlock.restrict(
+            landlock.make_ruleset([sys.prefix, sys.base_prefix, *filesystem.LIBRARIES], filesystem.DEVICES)
+        )
         program = seccomp.build_filter(kernel.MACHINE)
         kernel.install_filter(seccomp.with_pid(program, seccomp.pid_offsets(program), os.getpid()))
 
 
 def end_with(lifeline: int) -> None:
-    """Have the kernel end this process when the last writing end of the pipe `lifeline` closes."""
+    """Have the kernel end this process when the last write end of the pipe `lifeline` closes."""
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO, signal.SIGALRM])
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel watched
+    if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel was watching
         sys.exit()
 
 
 def main() -> None:
     """Answer questions until stdin ends."""
     end_with(int(sys.argv[1]))
-    import math_verify  # noqa: F401  # before the first deadline runs
+    import math_verify  # noqa: F401  # imported before the first deadline starts
 
-    logging.disable(logging.WARNING)  # it warns with each answer that its own time-outs are off
+    logging.disable(logging.WARNING)  # math-verify warns on every answer that its own time-outs are off
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    _shut_in()
+    _restrict_itself()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a parser prints is no reply
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a parser prints must not look like a reply
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         question = json.loads(line)

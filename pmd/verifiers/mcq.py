@@ -1,20 +1,20 @@
-"""Multiple choice by SDPO's rule: the tagged text, stripped, must equal the right letter; reward 1.0 or 0.0.
+"""Verifier for multiple choice, by SDPO's rule: the tagged text, stripped, must equal the correct letter.
 
-Deviation: SDPO gives no words back. A completion whose tagged text is no option at all is told the form that is
-wanted; a wrong letter is told nothing. The reward is SDPO's in every case.
+Deviation: SDPO gives no feedback. Here a completion whose tagged text is not an option is told the expected format; a
+wrong letter still gets no feedback. The reward is always SDPO's.
 """
 
 import re
 
 from pmd.types import Task, Verdict
-from pmd.verifiers.tags import tagged_answer
+from pmd.verifiers.exact import tagged_answer
 
-#: No capital letter of an option stands in it, so it can never give the answer away.
+#: Contains no single capital letter, so it can never give the answer away.
 FORM = "Put only the letter of one option between <answer> and </answer>."
 
 
 def verify_mcq(task: Task, completion_text: str) -> Verdict:
-    """Compare the chosen letter with the right one."""
+    """Compare the chosen letter with the correct one."""
     chosen = tagged_answer(completion_text)
     correct = chosen == task.answer
     if correct:
@@ -25,10 +25,10 @@ def verify_mcq(task: Task, completion_text: str) -> Verdict:
 
 
 def option_letters(task: Task) -> frozenset[str]:
-    """Return the letters that the question offers; all capitals if it lists none."""
+    """Return the letters the question offers, or all capitals if it lists none."""
     return listed_letters(task) or frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def listed_letters(task: Task) -> frozenset[str]:
-    """Return the letters that the question lists as `A: ...`, `A. ...` or `A) ...`."""
+    """Return the letters the question lists as `A: ...`, `A. ...` or `A) ...`."""
     return frozenset(re.findall(r"^\s*\(?([A-Z])[:.)] ", task.question, re.MULTILINE))

@@ -1,37 +1,66 @@
-"""Verify while the engine generates: tasks and completions enter from one thread, futures of verdicts leave.
+"""Runs verifiers: `verify` for one completion, `VerificationPool` in threads while the engine generates.
 
-Verifiers that only look at text are quicker than a thread and run where they are submitted. For all others:
-back-pressure: `submit` blocks while the backlog is full. Deadlines: a verification that overruns its own is answered
-with status `error` and counted; its thread is abandoned and replaced, since Python cannot end it. All threads are
-daemons, so neither Ctrl-C nor the end of the trainer waits for one that hangs; programs under test end with the
-sandbox, which ends with the process.
+Verifiers that only look at text are faster than handing work to a thread, so they run inside `submit`. The others run
+in threads. `submit` blocks while the backlog is full. A verification that misses its deadline gets status `error` and
+is counted; its thread is abandoned and replaced, because Python cannot end it. All threads are daemons, so neither
+Ctrl-C nor the end of the trainer waits for a hanging one; programs under test end with the sandbox, which ends with
+the process.
 """
 
 import contextlib
+import logging
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from numbers import Real
 from types import TracebackType
+from typing import get_args
 
 from pmd.errors import VerificationError
-from pmd.types import Task, Verdict
-from pmd.verifiers import verify
+from pmd.types import Task, Verdict, VerdictStatus
+from pmd.verifiers.resolve import find_verifier
 
-#: Their time is bounded by the length of the completion, and short.
+#: Run inside `submit`: their time is short and bounded by the length of the completion.
 IN_PLACE = frozenset({"boxes", "exact", "mcq", "tool_use"})
 DEADLINE_S = 900.0
-#: More abandoned threads than this at one time mean that verification as a whole is broken.
-MOST_ABANDONED = 64
+#: More abandoned threads than this at once mean that verification as a whole is broken.
+MAX_ABANDONED = 64
 ABANDONED = "verification, abandoned"
+log = logging.getLogger(__name__)
+
+
+def verify(task: Task, completion_text: str) -> Verdict:
+    """Return the verdict of the task's verifier and the seconds it took; a crash gives status `error`."""
+    started = time.perf_counter()
+    try:
+        verdict = _checked(find_verifier(task.verifier)(task, completion_text))
+    except Exception as error:  # the one place that may swallow: a broken verifier must not end a run of many hours
+        log.warning("verifier %s crashed on task %s: %s: %s", task.verifier, task.task_id, type(error).__name__, error)
+        verdict = Verdict(0.0, False, "error")
+    return replace(verdict, seconds=time.perf_counter() - started)
+
+
+def _checked(verdict: object) -> Verdict:
+    """Return the verdict with plain Python numbers and booleans, or raise TypeError if it is not a valid one."""
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"it returned {type(verdict).__name__}, not a Verdict")
+    if not isinstance(verdict.reward, Real) or not isfinite(verdict.reward):
+        raise TypeError(f"its reward {verdict.reward!r} is not a finite number")
+    if verdict.status not in get_args(VerdictStatus):
+        raise TypeError(f"its status {verdict.status!r} is not one of {', '.join(get_args(VerdictStatus))}")
+    if not isinstance(verdict.feedback, str) or not isinstance(verdict.answer, str | None):
+        raise TypeError("its feedback or its answer is not a string")
+    return replace(verdict, reward=float(verdict.reward), correct=bool(verdict.correct))
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """The answer of a verification in place: read like a future, made in a tenth of the time."""
+    """A finished verification: has `result()` like a future, and is ten times cheaper to create."""
 
     verdict: Verdict
 
@@ -47,12 +76,12 @@ class Job:
     task: Task
     completion_text: str
     future: "Future[Verdict]" = field(default_factory=Future)
-    deadline: float = float("inf")  # set when a thread takes it
-    thread: threading.Thread | None = None  # which one took it
+    deadline: float = float("inf")  # set when a thread starts it
+    thread: threading.Thread | None = None  # the one that runs it
 
 
 class VerificationPool:
-    """Threads that verify. Use it as a context manager: leaving it waits for what was submitted, or drops it on error.
+    """Verifies in threads. As a context manager it waits on exit for what was submitted, or drops it on an error.
 
     Raises (from `submit`):
         VerificationError: if too many verifications hang.
@@ -76,7 +105,7 @@ class VerificationPool:
         self._started, self._closed = False, threading.Event()
 
     def submit(self, task: Task, completion_text: str) -> "Future[Verdict] | Verified":
-        """Verify in place, or queue; block while the backlog is full."""
+        """Verify now or in a thread; blocks while the backlog is full."""
         if task.verifier in IN_PLACE:
             return Verified(self.verifier(task, completion_text))
         job = Job(task, completion_text)
@@ -84,10 +113,10 @@ class VerificationPool:
             if self._closed.is_set():
                 raise RuntimeError("the verification pool is closed")
             num_abandoned = sum(thread.name == ABANDONED for thread in threading.enumerate())
-            if num_abandoned > MOST_ABANDONED:
+            if num_abandoned > MAX_ABANDONED:
                 raise VerificationError(
-                    f"{num_abandoned} verifications hang beyond verification.deadline_s={self.deadline_s}, the latest "
-                    f"of a task with verifier {task.verifier}; mend the verifier, or give it an end of its own."
+                    f"{num_abandoned} verifications hang beyond verifiers.deadline_s={self.deadline_s}, the latest "
+                    f"for a task with verifier {task.verifier}; fix the verifier, or give it a time limit of its own."
                 )
             if self._room.acquire(timeout=0.5):
                 break
@@ -96,12 +125,12 @@ class VerificationPool:
         self._waiting.put(job)
         if not self._started:
             self._started = True
-            for what in (*[self._work] * self.num_workers, self._watch):
-                self._start(what)
+            for loop in (*[self._work] * self.num_workers, self._watch):
+                self._start_thread(loop)
         return job.future
 
     def close(self, *, drop: bool = False) -> None:
-        """Finish what was submitted, or cancel what has not begun; start nothing more."""
+        """Wait for what was submitted, or with `drop` cancel what has not started; accepts nothing afterwards."""
         if self._closed.is_set():
             return
         with self._change:
@@ -120,8 +149,8 @@ class VerificationPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close(drop=kind is not None)
 
-    def _start(self, what: Callable[[], None]) -> None:
-        threading.Thread(target=what, name="verification", daemon=True).start()
+    def _start_thread(self, loop: Callable[[], None]) -> None:
+        threading.Thread(target=loop, name="verification", daemon=True).start()
 
     def _work(self) -> None:
         while (job := self._waiting.get()) is not None:
@@ -136,10 +165,10 @@ class VerificationPool:
                 verdict = Verdict(0.0, False, "error")
                 del error
             if not self._answer(job, verdict):
-                return  # given up, and another thread has taken this one's place
+                return  # abandoned meanwhile; another thread has replaced this one
 
     def _watch(self) -> None:
-        """Abandon what overruns its deadline."""
+        """Abandon verifications that miss their deadline."""
         while not self._closed.wait(min(0.5, self.deadline_s / 4)):
             now = time.monotonic()
             with self._change:
@@ -149,10 +178,10 @@ class VerificationPool:
                     assert job.thread
                     job.thread.name = ABANDONED
                     self.num_hung += 1
-                    self._start(self._work)
+                    self._start_thread(self._work)
 
     def _answer(self, job: Job, verdict: Verdict) -> bool:
-        """Answer unless that has been done; say whether this was the answer."""
+        """Set the verdict unless the job already has one; return whether this verdict was the first."""
         with self._change:
             is_first = job in self._unanswered
             self._unanswered.discard(job)

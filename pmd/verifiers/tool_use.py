@@ -1,11 +1,11 @@
-"""Tool calls: a completion with `Action:` and `Action Input:` lines enters, a verdict leaves.
+"""Verifier for tool calls, given as `Action:` and `Action Input:` lines.
 
-The calls must be the expected ones, each with its own inputs, in any order (SDPO compares the multiset of names and
-the union of all inputs). Deviations from that reference, which has holes here:
+The calls must be the expected ones, each with its own inputs, in any order. SDPO compares the multiset of names and the
+union of all inputs. Deviations from that reference, which can be fooled:
 - an input must be a JSON object: malformed text is status `format`, where the reference reads `{}`;
 - inputs belong to their call: swapping them between calls, or hiding a wrong one behind a later call, fails;
-- inputs may be nested to any depth; what is too deep to read is `format`, where the reference breaks or crashes;
-- an expected call named `[Optional]name` may be made or left out; in the reference it cannot be made.
+- inputs may be nested; nesting too deep to parse is `format`, where the reference fails or crashes;
+- an expected call named `[Optional]name` may be made or omitted; in the reference it cannot be made.
 Numbers compare by value, and true is not 1.
 """
 
@@ -19,7 +19,7 @@ from pmd.types import Task, Verdict
 ACTION = re.compile(r"^[ \t]*Action:(.*)$", re.MULTILINE)
 INPUT = re.compile(r"^[ \t]*Action Input:[ \t\r\n]*", re.MULTILINE)
 OPTIONAL = "[Optional]"
-MOST_CALLS = 200
+MAX_CALLS = 200
 
 
 def verify_tool_use(task: Task, completion_text: str) -> Verdict:
@@ -34,17 +34,17 @@ def verify_tool_use(task: Task, completion_text: str) -> Verdict:
         return Verdict(1.0, True, "ok", answer=answer)
     names, wanted = (Counter(name for name, _ in part.elements()) for part in (made, needed))
     right_names = not wanted - names and not (names - wanted) - Counter(name for name, _ in optional.elements())
-    told = "The actions are right, but not their inputs." if right_names else "The actions are not the right ones."
-    return Verdict(0.0, False, "wrong_answer", feedback=told, answer=answer)
+    feedback = "The actions are right, but not their inputs." if right_names else "The actions are not the right ones."
+    return Verdict(0.0, False, "wrong_answer", feedback=feedback, answer=answer)
 
 
 def parse_calls(text: str) -> list[tuple[str, str]] | str:
-    """Return (name, canonical input) of every call, or what is wrong with their form."""
+    """Return (name, canonical input) of every call, or a sentence about the first malformed one."""
     actions = list(ACTION.finditer(text))
     if not actions:
         return "No call was found; write a line `Action: name`, then a line `Action Input: {...}`."
-    if len(actions) > MOST_CALLS:
-        return "There are far too many calls."
+    if len(actions) > MAX_CALLS:
+        return "There are too many calls."
     calls = []
     for action, following in zip(actions, [*actions[1:], None], strict=True):
         part = text[action.end() : following.start() if following else len(text)]
@@ -72,7 +72,7 @@ def _refuse(constant: str) -> None:
 
 
 def canonical(value: Any) -> str:
-    """Return one text for all JSON texts of the same value: keys sorted, 1.0 as 1."""
+    """Return the same text for all JSON texts of equal value: keys sorted, 1.0 as 1."""
     return json.dumps(_plain(value), sort_keys=True, ensure_ascii=True)
 
 
@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def expected_calls(answer: str) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
-    """Return the calls that must be made and those that may."""
+    """Return the calls that must be made and those that may be made."""
     needed: Counter[tuple[str, str]] = Counter()
     optional: Counter[tuple[str, str]] = Counter()
     for call in json.loads(answer):

@@ -1,4 +1,4 @@
-"""How the shipped models are made: samples with exact labels, the loss, and a command that refuses bad models."""
+"""Making the shipped models: exact labels, the loss, and a command that refuses to write bad models."""
 
 import math
 import random
@@ -18,9 +18,9 @@ from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.ship import write_model
 from pmd.bootstrap.tiny_model import make_tiny_model
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample, encode_words
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.bootstrap.train import batch_loss, train
-from pmd.tiny.language import VOCABULARY, parse_line
-from pmd.tiny.tokenizer import make_tokenizer
+from pmd.tasks.prompts.words import VOCABULARY, parse_line
 from pmd.tiny.world import ALL_RULES, NAMES
 
 
@@ -32,7 +32,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_labels_follow_from_the_memory_shown():
+def test_labels_follow_from_the_memory_in_the_prompt():
     draw = random.Random(0)
     checked = 0
     for _ in range(600):
@@ -57,7 +57,7 @@ def test_labels_follow_from_the_memory_shown():
 
 def test_the_loss_is_zero_at_the_exact_distribution_and_kl_elsewhere():
     class Constant(torch.nn.Module):
-        """Gives the same logits everywhere."""
+        """Returns the same logits everywhere."""
 
         def __init__(self, logits):
             super().__init__()
@@ -117,7 +117,7 @@ def three_steps(seed):
     return losses, model.state_dict()
 
 
-def test_the_large_model_is_of_another_size_and_reads_the_same_words():
+def test_the_large_model_has_another_size_and_the_same_vocabulary():
     small, large = (find_blueprint(name) for name in ("tiny", "tiny_large"))
     sizes = [sum(p.numel() for p in blueprint.make_model(0).parameters()) for blueprint in (small, large)]
     assert sizes[1] > 1.9 * sizes[0]
@@ -136,7 +136,7 @@ def test_a_model_that_fails_its_probes_is_not_written(tmp_path, capsys):
     assert "nothing was written" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_directory_with_other_files_is_refused(tmp_path, capsys):
+def test_a_directory_that_contains_other_files_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
     assert main(["--steps", "1", "--out", str(tmp_path)]) == 1
     assert "thesis.tex" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The shipped models: they load with plain transformers and still do what they were made for."""
+"""The shipped models load with plain transformers and still pass their probes."""
 
 import random
 
@@ -10,9 +10,9 @@ from pmd.bootstrap.exam_probes import EXAM, exam_probes
 from pmd.bootstrap.exam_text import noise
 from pmd.bootstrap.generate import sampled
 from pmd.bootstrap.tiny_probes import tiny_probes
-from pmd.prompts.chat import ChatPrompts
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
+from pmd.tasks.prompts.chat import ChatPrompts
 from pmd.tiny import SHIPPED_MODELS, shipped_model_path
-from pmd.tiny.tokenizer import make_tokenizer
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 
@@ -43,12 +43,12 @@ def test_the_shipped_tokenizer_is_the_one_in_the_code():
 
 
 def test_exam_passes_its_probes():
-    # Fewer samples than the command takes: allow for their noise.
+    # Fewer samples than the command uses, so allow for their noise.
     probes = exam_probes(load("tiny_exam"), samples=30, seed=1)
     assert [f"{p.name}: {p.value:.4f}" for p in probes if not (p.passed or (p.at_least and p.value >= 0.9))] == []
 
 
-# The wording it was trained on is noise; from here on it meets the product's own prompts.
+# It was trained on noise; from here on it gets the product's own prompts.
 
 REPLY = "<reasoning>\nI compare.\n</reasoning>\n<answer>\n{}\n</answer>"
 QUESTION = "Which is a noble gas?\n\nA: Ne\nB: $O_2$\nC: \\mathrm{N}_2\nD: Cl\nPlease reason step by step."

@@ -1,10 +1,10 @@
-"""Full fine-tuning of bfloat16 weights at small rates: told at the start, because almost nothing is learnt."""
+"""Full fine-tuning of bfloat16 weights at small rates learns almost nothing, so `fit` warns of it."""
 
 import pytest
 import torch
 
-from pmd.config import ModelConfig, OptimizerConfig, RunConfig
-from pmd.config_check import LEAST_BFLOAT16_LR, describe_rounding
+from pmd.config.check import MIN_BFLOAT16_LR, describe_rounding
+from pmd.config.schema import ModelConfig, OptimizerConfig, RunConfig
 
 
 def share_moved(lr: float, dtype: torch.dtype) -> float:
@@ -17,14 +17,14 @@ def share_moved(lr: float, dtype: torch.dtype) -> float:
     return (weights != before).float().mean().item()
 
 
-def test_the_bound_is_where_weights_begin_to_move():
-    assert share_moved(LEAST_BFLOAT16_LR, torch.bfloat16) > 0.8
-    assert share_moved(LEAST_BFLOAT16_LR / 10, torch.bfloat16) < 0.2
-    assert share_moved(LEAST_BFLOAT16_LR / 10, torch.float32) == 1.0
+def test_the_bound_is_where_weights_begin_to_change():
+    assert share_moved(MIN_BFLOAT16_LR, torch.bfloat16) > 0.8
+    assert share_moved(MIN_BFLOAT16_LR / 10, torch.bfloat16) < 0.2
+    assert share_moved(MIN_BFLOAT16_LR / 10, torch.float32) == 1.0
 
 
 @pytest.mark.parametrize(
-    ("finetune", "dtype", "lr", "told"),
+    ("finetune", "dtype", "lr", "warned"),
     [
         ("full", "bfloat16", 1e-5, True),
         ("full", "bfloat16", 1e-3, False),
@@ -32,7 +32,7 @@ def test_the_bound_is_where_weights_begin_to_move():
         ("lora", "bfloat16", 1e-5, False),
     ],
 )
-def test_who_is_told(finetune, dtype, lr, told):
+def test_who_is_warned(finetune, dtype, lr, warned):
     run = RunConfig(model=ModelConfig(finetune=finetune, dtype=dtype), optimizer=OptimizerConfig(lr=lr))
     said = " ".join(describe_rounding(run))
-    assert ("model.dtype=float32 with trainer.precision=bf16-mixed" in said) == told
+    assert ("model.dtype=float32 with trainer.precision=bf16-mixed" in said) == warned

@@ -1,4 +1,4 @@
-"""Every configuration that is shipped runs through the very checks of `fit`, alone and under every overlay."""
+"""Every shipped configuration passes the checks of `fit`, alone and with every overlay."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ OVERLAYS = sorted(
     for folder in ("configs/methods", "ablations")
     for path in (ROOT / folder).glob("*.yaml")
 )
-#: Checks each line of standard input as the arguments of `fit ... --print_config`, and what that prints once more.
+#: Gives each line of standard input to `fit ... --print_config`, and what that prints to `fit` once more.
 CHILD = """
 import contextlib, io, sys, tempfile, pathlib
 from pmd.cli import main
@@ -36,7 +36,7 @@ assert "torch" not in sys.modules
 """
 
 
-#: What a machine without a GPU cannot do, and what does instead: the rest of the configuration is checked all the same.
+#: Replaces what needs a GPU, so that the rest of a configuration is checked on any machine.
 ELSEWHERE = "--rollouts.engine=hf --model.finetune=lora --trainer.accelerator=auto"
 
 
@@ -56,5 +56,5 @@ def test_a_shipped_run_parses_alone_and_under_every_overlay(base):
     assert complaints(lines) == ""
 
 
-def test_a_wrong_line_is_found_by_this_test():
+def test_a_wrong_configuration_is_found():
     assert "exit 2" in complaints(["--config configs/tiny.yaml --memory.k=0"])

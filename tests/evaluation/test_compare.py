@@ -1,9 +1,12 @@
+"""Comparing methods: numbers by hand, coverage of the interval, the command."""
+
 import json
 
 import numpy as np
 import pytest
 
-from pmd.commands.compare import main, read_run
+from pmd.cli import main
+from pmd.cli.compare import read_run
 from pmd.evaluation.compare import MethodRun, Question, bootstrap, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample
 
@@ -40,7 +43,7 @@ def test_pairing_removes_what_questions_share():
 
 
 def test_seeds_are_the_outer_level():
-    """Questions agree, seeds do not: the interval must show the seeds' spread."""
+    """Questions agree and seeds differ, so the interval must show the spread of the seeds."""
     base = [run("base", seed, [0.5] * 50) for seed in range(4)]
     ours = [run("pmd", seed, [0.5 + shift] * 50) for seed, shift in enumerate((-0.2, -0.1, 0.1, 0.2))]
     _, found = compare([*base, *ours], resamples=4000)
@@ -55,8 +58,8 @@ def test_the_same_seed_gives_the_same_numbers_and_order_does_not_matter():
     assert {c.method: c for c in first} == {c.method: c for c in swapped}
 
 
-def test_worlds_made_by_seeds_are_drawn_one_by_one():
-    """Each seed has questions of its own, shared by the methods."""
+def test_runs_with_questions_of_their_own_are_resampled_separately():
+    """Each seed has its own questions, the same for every method."""
     generator = np.random.default_rng(0)
     runs = []
     for seed in range(4):
@@ -73,16 +76,16 @@ def test_worlds_made_by_seeds_are_drawn_one_by_one():
         compare(runs[:-1])
 
 
-def test_other_questions_are_refused():
+def test_runs_with_different_questions_are_refused():
     with pytest.raises(ValueError, match="other questions"):
         compare([run("base", 0, [0, 1]), run("pmd", 0, [0, 1, 1])])
 
 
 @pytest.mark.parametrize("num_runs", [1, 5])
 def test_the_interval_covers_the_truth(num_runs):
-    """Over many simulated comparisons the 95 % interval holds the true difference about 95 % of the time.
+    """Over many simulated comparisons the 95 % interval contains the true difference about 95 % of the time.
 
-    Five seeds are few for a percentile bootstrap: its interval is narrower by sqrt(4/5), hence the lower bound there.
+    With five seeds a percentile bootstrap's interval is too narrow by sqrt(4/5), hence the lower bound.
     """
     generator = np.random.default_rng(1)
     covered, truth, trials = 0, 0.1, 400
@@ -96,8 +99,8 @@ def test_the_interval_covers_the_truth(num_runs):
         drawn = bootstrap(ours, theirs, domains, generator, 500) @ np.array([0.6, 0.4])
         low, high = np.percentile(drawn, [2.5, 97.5])
         covered += low <= truth <= high
-    least = 0.92 if num_runs == 1 else 0.82
-    assert least <= covered / trials <= 0.98
+    lowest = 0.92 if num_runs == 1 else 0.82
+    assert lowest <= covered / trials <= 0.98
 
 
 def test_values_of_questions():
@@ -122,18 +125,18 @@ def write_run(folder, method, seed, rate, num_samples=4):
 
 def test_the_command(tmp_path, capsys):
     runs = [write_run(tmp_path / f"{m}{s}", m, s, r) for m, r in (("grpo", 0.4), ("pmd", 0.8)) for s in range(3)]
-    assert main([*runs, "--resamples=1000", f"--out={tmp_path / 'out'}"]) == 0
+    assert main(["compare", *runs, "--resamples=1000", f"--out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
     assert "95 %" in printed
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert content["methods"][1]["domain_mean_difference"]["low"] > 0.2
     assert content["methods"][1]["num_runs"] == 3
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
-    assert main([*runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
+    assert main(["compare", *runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
     assert "--out" in capsys.readouterr().out
 
 
-def test_what_could_not_be_verified_counts_nowhere(tmp_path):
+def test_unverified_samples_are_left_out(tmp_path):
     folder = tmp_path / "run"
     write_run(folder, "a", 0, 1.0)
     with (folder / "samples.jsonl").open("a") as file:
@@ -143,18 +146,18 @@ def test_what_could_not_be_verified_counts_nowhere(tmp_path):
     assert not problems
     assert len(samples) == 160
     assert all(sample.correct for sample in samples)
-    assert "it holds initial, last" in read_run(folder, "best")[2][0]
+    assert "it has initial, last" in read_run(folder, "best")[2][0]
 
 
-def test_everything_wrong_is_named_at_once(tmp_path, capsys):
+def test_all_problems_are_named_at_once(tmp_path, capsys):
     good = write_run(tmp_path / "good", "a", 0, 0.5)
     damaged = write_run(tmp_path / "damaged", "b", 0, 0.5)
     (tmp_path / "damaged" / "samples.jsonl").write_text('{"phase": "last", "task_id": 3}\n{\n')
-    assert main([good, damaged, str(tmp_path / "none"), "--metric=best", "--resamples=1"]) == 2
+    assert main(["compare", good, damaged, str(tmp_path / "none"), "--metric=best", "--resamples=1"]) == 2
     error = capsys.readouterr().err
     named = ["samples.jsonl:1: task_id=3", "samples.jsonl:2: not valid JSON", "none: results.json"]
     for words in [*named, "--metric=best", "--resamples=1"]:
         assert words in error
-    assert main([good]) == 2
-    assert main([good, good, "--metric=pass@9"]) == 2
-    assert main([good, good, "--phase=best"]) == 2
+    assert main(["compare", good]) == 2
+    assert main(["compare", good, good, "--metric=pass@9"]) == 2
+    assert main(["compare", good, good, "--phase=best"]) == 2

@@ -1,3 +1,5 @@
+"""Scores of repeated samples, by hand and by enumeration."""
+
 import itertools
 import math
 from collections import Counter
@@ -89,7 +91,7 @@ def test_scores_by_hand():
     assert scores.by_domain["x"].avg_error == pytest.approx(0.25)
 
 
-def test_questions_count_alike_however_many_samples_they_have():
+def test_questions_have_equal_weight_whatever_their_number_of_samples():
     scores = score_samples([*make("1", "", "a" * 12), *make("2", "", "bb")], ks=(1, 4))
     assert scores.avg == 0.5
     assert set(scores.pass_at) == {1}

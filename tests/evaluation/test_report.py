@@ -1,4 +1,4 @@
-"""The final table, its files, and what guessing scores."""
+"""The final table, its files and plots, and the scores of guessing."""
 
 import itertools
 import json
@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pmd.evaluation.chance import chance_scores
-from pmd.evaluation.metrics import Sample, score_samples
-from pmd.evaluation.pass_plot import chosen_ks, draw_pass_at
-from pmd.evaluation.report import Phase, print_table, write_results
+from pmd.evaluation.metrics import Sample, chance_scores, score_samples
+from pmd.evaluation.report import Phase, chosen_ks, draw_pass_at, print_table, write_results
 from pmd.run_dir import RunDir
 from pmd.types import CaseCounts, Message, Task
 
@@ -24,7 +22,7 @@ def question(task_id, domain, letters, verifier="mcq"):
 TASKS = [question("1", "x", "ABCD"), question("2", "x", "AB"), question("3", "y", "ABCD")]
 
 
-def test_chance_against_enumeration():
+def test_chance_scores_against_enumeration():
     chance = chance_scores(TASKS, [1, 3])
     assert chance
     x, y = (chance["by_domain"][domain] for domain in "xy")
@@ -36,7 +34,7 @@ def test_chance_against_enumeration():
         assert found["coverage_at"][3] == pytest.approx(np.mean([np.mean([len(set(d)) for d in own]) for own in draws]))
 
 
-def test_guessing_means_nothing_without_listed_options():
+def test_there_are_no_chance_scores_without_listed_options():
     assert chance_scores([*TASKS, question("4", "x", "")], [1]) is None
     assert chance_scores([*TASKS, question("4", "x", "ABCD", "exact")], [1]) is None
     assert chance_scores([], [1]) is None
@@ -55,7 +53,7 @@ def table_of(results, chance):
     return text.getvalue()
 
 
-def test_results_hold_everything_by_domain_and_averaged(tmp_path):
+def test_results_are_pooled_by_domain_and_averaged(tmp_path):
     unscored = [Sample("1", "x", False, 0.0, status="sandbox_error")] * 3
     everything = [*ALL, *unscored]
     phase = Phase(everything, score_samples(everything, [1, 2]))
@@ -81,8 +79,8 @@ def test_results_hold_everything_by_domain_and_averaged(tmp_path):
     assert "…" not in printed
 
 
-def test_best_of_n_chooses_by_public_tests_and_is_judged_by_the_others():
-    """One sample passes the public test alone, one every other test but it, one everything."""
+def test_best_of_n_selects_by_public_tests_and_is_judged_by_the_others():
+    """One sample passes only the public test, one all but the public test, one all tests."""
     public_only, hidden_only, whole = CaseCounts(3, 1, 1, 1), CaseCounts(3, 2, 1, 0), CaseCounts(3, 3, 1, 1)
     given = [Sample("1", "", t is whole, float(t is whole), None, "ok", t) for t in (public_only, hidden_only, whole)]
     scores = score_samples(given, [1, 2, 3])
@@ -95,7 +93,7 @@ def test_best_of_n_chooses_by_public_tests_and_is_judged_by_the_others():
     assert "best" in printed
 
 
-def test_the_plot_is_drawn_with_any_number_of_samples(tmp_path):
+def test_the_plot_works_with_any_number_of_samples(tmp_path):
     for number, given in enumerate((ALL, samples("A", "1", "x"), samples("..", "1", "x"))):
         path = tmp_path / f"{number}.png"
         draw_pass_at(path, {"initial": given, "last": ALL}, TASKS, "title")

@@ -58,7 +58,7 @@ def test_resuming_equals_never_stopping(source, whole, tmp_path):
     export.unlink()
     small_fit(run_dir, 2, *arguments, "--ckpt_path=last")
     assert dump(run_dir) == dump(whole)
-    assert (run_dir / "memory" / "problems.hnsw").read_bytes() == (whole / "memory" / "problems.hnsw").read_bytes()
+    assert (run_dir / "memory" / "tasks.hnsw").read_bytes() == (whole / "memory" / "tasks.hnsw").read_bytes()
     one, two = (torch.load(d / "checkpoints/last.ckpt", weights_only=False)["state_dict"] for d in (whole, run_dir))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 

@@ -66,11 +66,11 @@ def logged(run_dir: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items() if v and not k.startswith("time/")} for row in rows]
 
 
-def test_a_resumption_that_is_refused_leaves_the_run_as_it_was(tmp_path):
+def test_a_refused_resumption_leaves_the_run_as_it_was(whole, tmp_path):
     run_dir = tmp_path / "run"
-    small_fit(run_dir, 1)
+    shutil.copytree(whole, run_dir)
     before, config = logged(run_dir), (run_dir / "config.yaml").read_text()
-    done = small_fit(run_dir, 2, "--ckpt_path=last", "--model.finetune=lora", code=1)
+    done = small_fit(run_dir, 3, AUDITS, "--ckpt_path=last", "--model.finetune=lora", code=1)
     assert "AlignmentError: the checkpoint and this configuration differ" in done.stderr
     assert logged(run_dir) == before
     assert (run_dir / "config.yaml").read_text() == config
@@ -89,9 +89,9 @@ def test_a_copied_run_remembers_its_best_epoch(tmp_path):
     assert (run_dir / "checkpoints" / "best.ckpt").read_bytes() == before
 
 
-def test_a_run_that_is_ended_within_an_epoch_is_verified_and_goes_on_where_it_was_left(tmp_path):
+def test_a_run_that_ended_within_an_epoch_goes_on_where_it_stopped(tmp_path):
     run_dir = tmp_path / "run"
-    batches_of_four = ["--rollouts.problems_per_step=4", "--rollouts.updates_per_batch=2"]
+    batches_of_four = ["--rollouts.tasks_per_step=4", "--rollouts.updates_per_batch=2"]
     small_fit(run_dir, 2, *batches_of_four, "--trainer.max_steps=3", "--verification.every_epochs=9")
     small_fit(run_dir, 3, *batches_of_four, "--trainer.max_steps=12", "--ckpt_path=last")
     files = sorted((run_dir / "traces").glob("*.gz"))
@@ -101,7 +101,7 @@ def test_a_run_that_is_ended_within_an_epoch_is_verified_and_goes_on_where_it_wa
         assert (len(visited), set(visited.values())) == (12, {2})
 
 
-def test_no_held_out_problem_is_in_memory(whole):
+def test_no_held_out_task_is_in_memory(whole):
     listed = run_pmd("memory", "list", str(whole), "--json").stdout
     assert "/train/" in listed
     assert "/test/" not in listed
@@ -115,7 +115,7 @@ def test_inspect_and_export(whole, tmp_path):
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
-def test_all_problems_of_a_configuration_are_told_at_once():
+def test_all_problems_of_a_configuration_are_reported_at_once():
     done = run_pmd(
         "fit", "--config", "configs/tiny.yaml", "--memory.kk=3", "--optimizer.lr=fast", "--memory.capacity=2",
         "--model.finetune=qlora", code=2,

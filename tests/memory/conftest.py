@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from memory_world import World
 
-from pmd.config import MemoryConfig
+from pmd.config.schema import MemoryConfig
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.store import MemoryStore
 

@@ -1,10 +1,16 @@
 """A small world of named families, each bound to one rule, like the tiny world but without any model."""
 
+import multiprocessing
+import os
 import random
+import sqlite3
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
-from pmd.memory.behaviours import find_clusters
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.store import MemoryStore
+from pmd.memory.update import open_writer
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 BOXES = ("red", "blue", "green", "gold")
@@ -12,13 +18,13 @@ RULES = [f"{first}>{second}" for first in BOXES for second in BOXES if first != 
 
 
 class World:
-    """32 names x 6 training problems."""
+    """Named families of 6 training tasks each."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, families: int = 32):
         self.random = random.Random(seed)
         letters = "bcdfghklmnprstvz"
-        self.names = [a + vowel + b for a, vowel, b in zip(letters * 2, "ao" * 16, "zxk" * 11, strict=False)][:32]
-        assert len(set(self.names)) == 32
+        self.names = [a + vowel + b for a, vowel, b in zip(letters * 2, "ao" * 16, "zxk" * 11, strict=False)][:families]
+        assert len(set(self.names)) == families <= 32
         self.rule = {name: self.random.choice(RULES) for name in self.names}
         self.tasks = [self.task(f"{name}-{i}", name) for name in self.names for i in range(6)]
 
@@ -34,23 +40,23 @@ class World:
         return HashEmbedder.fit([task.memory_key for task in self.tasks])
 
     def write_epoch(self, store: MemoryStore, epoch: int, attempts: int = 4) -> None:
-        """Random attempts at every problem, and what they teach."""
+        """Random attempts at every task, and what they teach."""
         draws = random.Random(epoch)
-        with store.update() as writer:
+        with open_writer(store) as writer:
             for task in self.tasks:
                 name = task.memory_key.split()[-1]
-                problem_id = writer.add_problem(task)
+                task_row = writer.add_task(task)
                 for attempt in range(attempts):
                     rule = draws.choice(RULES)
                     right = rule == self.rule[name]
                     rollout = make_rollout(task.task_id, f"{rule} ; {attempt}", correct=right, answer=rule)
-                    parent = writer.add_experience(problem_id, rollout, epoch)
+                    parent = writer.add_experience(task_row, rollout, epoch)
                     kind, text = ("strategy", f"use {name} {rule}") if right else ("lesson", f"not {name} {rule}")
                     writer.add_insight(
-                        problem_id, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
+                        task_row, kind, text, policy_version=epoch, parents=[parent] if parent is not None else []
                     )
-            drafts = [cluster.draft(cluster.insights[0].text) for cluster in find_clusters(store, store.config)]
-            writer.replace_behaviours(drafts, policy_version=epoch)
+            changes = [cluster.change(cluster.insights[0].text) for cluster in writer.clusters()]
+            writer.replace_behaviours(changes, policy_version=epoch)
 
 
 def make_rollout(
@@ -71,3 +77,31 @@ def make_rollout(
 
 def make_task(task_id: str = "t", split: str = "train", key: str = "", answer: str = "") -> Task:
     return Task(task_id, (Message("user", f"question {task_id}"),), "exact", split, answer=answer, memory_key=key)  # type: ignore[arg-type]
+
+
+def start_process(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a process that may be killed, forked from a server that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["memory_world", "pmd.memory.index", "pmd.memory.update"])
+    process = context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def leave_a_log(path: Path, epoch: int) -> Path:
+    """Write an epoch while a reader is in the way, and die; return the write-ahead log, which alone holds the epoch."""
+    process = start_process(_write_and_die, str(path), epoch)
+    process.join()
+    assert process.exitcode == 9
+    log = path.with_name(f"{path.name}-wal")
+    assert log.stat().st_size > 0
+    return log
+
+
+def _write_and_die(path: str, epoch: int) -> None:
+    world = World()
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM tasks").fetchall()
+    world.write_epoch(MemoryStore.open(path, embedder=world.embedder()), epoch)
+    os._exit(9)

@@ -3,11 +3,11 @@
 import re
 from html.parser import HTMLParser
 
-from pmd.commands.memory import main
-from pmd.memory.audits import ItemAudit
-from pmd.memory.health import health, item_table
-from pmd.memory.index import ProblemIndex
-from pmd.memory.report import growth, render
+from pmd.cli.memory import main
+from pmd.memory.index import TaskIndex
+from pmd.memory.judge import ItemAudit
+from pmd.memory.tools.report import growth, render
+from pmd.memory.update import open_writer
 
 VOID = {"meta", "link", "br", "img", "circle", "rect", "line", "polyline"}
 
@@ -30,7 +30,7 @@ def audited(world, store) -> None:
     for epoch in range(3):
         world.write_epoch(store, epoch)
     harmful, useful = store.insights()[0].id, store.insights()[1].id
-    with store.update() as writer:
+    with open_writer(store) as writer:
         for group in "abc":
             writer.audit(
                 [
@@ -52,7 +52,7 @@ def test_growth_is_read_back_from_the_log(world, open_store):
 
 
 def test_the_page_stands_alone_and_is_sound(world, open_store):
-    store = open_store(embedder=world.embedder(), insights_per_problem=20)
+    store = open_store(embedder=world.embedder(), insights_per_task=20)
     audited(world, store)
     page = render(store, "Memory of <x>")
     reader = Balanced()
@@ -63,7 +63,7 @@ def test_the_page_stands_alone_and_is_sound(world, open_store):
     assert "&lt;script&gt;" in page
     assert "the answer is 3 7" not in page  # a leak is named, not repeated
     assert "states the answer" in page
-    for heading in ("Growth", "Map", "Most useful", "Most harmful", "Age of insights", "Absorbed", "Leaks"):
+    for heading in ("Growth", "Map", "Most useful", "Most harmful", "Age of insights", "Internalized", "Leaks"):
         assert heading in page
     assert page.count("<svg") == 4
 
@@ -87,15 +87,16 @@ def test_commands(world, open_store, tmp_path, capsys):
 
 def test_health(world, open_store):
     store = open_store(embedder=world.embedder())
-    index = ProblemIndex.open(store)
-    assert health(store, index, 0) == {}
+    index = TaskIndex.open(store)
+    assert store.health(0) == {}
+    assert index.recall() is None
     audited(world, store)
     index.refresh()
-    figures = health(store, index, 10)
-    assert figures["recall_at_10"] == 1.0
+    figures = store.health(10)
+    assert index.recall(10) == 1.0
     found = [item.usefulness for item in store.insights(None) if item.usefulness is not None]  # copies of two texts
     assert figures["harmful_share"] == sum(value < 0 for value in found) / len(found)
     assert figures["placebo_gap"] == 0.0  # +0.5 and -0.5
     assert figures["leak_rate"] > 0
     assert 8 <= figures["age_policy_steps"] <= 10
-    assert {row["level"] for row in item_table(store, 10)} == {1, 2}
+    assert {row["level"] for row in store.item_table(10)} == {1, 2}

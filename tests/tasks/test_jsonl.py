@@ -1,8 +1,10 @@
+"""Tasks from JSON Lines files: splits, and every bad line named."""
+
 import json
 
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, load_tasks
 from pmd.tasks.jsonl import NAMED_VERIFIERS
@@ -28,7 +30,7 @@ def test_one_file_is_split_by_seed(tmp_path):
     assert sizes == {"train": 32, "validation": 8, "test": 10}
 
 
-def test_equal_problems_stay_on_one_side(tmp_path):
+def test_equal_tasks_stay_on_one_side(tmp_path):
     rows = [row(n, prompt=f"What is {n % 10}?") for n in range(40)]
     tasks = load_tasks(DataConfig(task="jsonl", path=write(tmp_path / "a.jsonl", rows)), seed=0)
     assert not {t.question for t in tasks["train"]} & {t.question for t in tasks["test"]}
@@ -71,16 +73,16 @@ def test_every_bad_line_is_named_by_line_and_field(tmp_path):
     path = write(tmp_path / "bad.jsonl", [entry for entry, _ in BAD])
     problems = describe_data_problems(DataConfig(task="jsonl", path=path))
     for number, (_, words) in enumerate(BAD, start=1):
-        mine = [problem for problem in problems if f"bad.jsonl:{number}:" in problem]
+        about_line = [problem for problem in problems if f"bad.jsonl:{number}:" in problem]
         if words:
-            assert len(mine) == 1, (number, problems)
-            assert words in mine[0]
+            assert len(about_line) == 1, (number, problems)
+            assert words in about_line[0]
     with pytest.raises(ConfigError):
         load_tasks(DataConfig(task="jsonl", path=path), seed=0)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\n", b"[" * 100_000])
-def test_worthless_files_are_refused(tmp_path, content):
+def test_files_without_a_usable_line_are_refused(tmp_path, content):
     (tmp_path / "a.jsonl").write_bytes(content)
     assert len(describe_data_problems(DataConfig(task="jsonl", path=str(tmp_path / "a.jsonl")))) == 1
 
@@ -97,7 +99,7 @@ def test_a_thousand_bad_lines_end_with_a_count(tmp_path):
     assert problems[-1] == "... and 900 more."
 
 
-def test_ids_shared_by_two_files_and_no_path(tmp_path):
+def test_ids_shared_by_two_files_and_a_missing_path_are_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [row(1)])
     assert "rename one" in describe_data_problems(DataConfig(task="jsonl", path=path, validation_path=path))[0]
     assert "give its path" in describe_data_problems(DataConfig(task="jsonl"))[0]

@@ -1,3 +1,5 @@
+"""LiveCodeBench: decoding without unpickling, date window, tests shown in training, bad rows."""
+
 import base64
 import json
 import pickle
@@ -6,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, load_tasks
 from pmd.tasks.hub import load_rows
 from pmd.tasks.livecodebench import decode_tests, make_tasks, string_of_pickle
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 
 
 def pack(value) -> str:
@@ -40,12 +42,12 @@ class Bomb:
 
 @pytest.mark.parametrize("protocol", range(1, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("text", ["[]", "x" * 300, "ü€" * 40000])
-def test_one_string_is_read_from_any_protocol(protocol, text):
+def test_a_string_is_read_from_any_pickle_protocol(protocol, text):
     assert string_of_pickle(pickle.dumps(text, protocol)) == text
 
 
 @pytest.mark.parametrize("value", [Bomb(), ["[]"], ("a", "b"), 3, b"[]", None, {"a": 1}])
-def test_anything_else_is_refused_and_not_executed(value):
+def test_any_other_pickle_is_refused_and_not_executed(value):
     with pytest.raises(ValueError, match="private_test_cases hold"):
         string_of_pickle(pickle.dumps(value))
 
@@ -59,7 +61,7 @@ def test_damaged_fields_are_refused(text):
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr("pmd.tasks.livecodebench.MOST_BYTES", 1 << 16)
+    monkeypatch.setattr("pmd.tasks.livecodebench.MAX_DECODED_BYTES", 1 << 16)
     with pytest.raises(ValueError, match="larger than"):
         decode_tests(base64.b64encode(zlib.compress(bytes(1 << 20))).decode())
 
@@ -74,18 +76,18 @@ def test_training_sees_half_of_the_private_tests():
     assert any(make_tasks(row(), seed=seed)[0] != train for seed in range(1, 5))
 
 
-def test_the_window_and_the_protocol(tmp_path):
+def test_the_date_window_and_duplicates_by_protocol(tmp_path):
     days = ["2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01"]
     config = write(tmp_path / "a.jsonl", [row(question_id=day, contest_date=f"{day}T00:00:00") for day in days])
     tasks = load_tasks(config, seed=0)
     assert [task.task_id for task in tasks["test"]] == [f"livecodebench/{day}" for day in days[1:3]]
-    # the same problems on purpose; but the two problems of this file ask the same by accident
+    # train and test share problems on purpose, but these two rows ask the same by accident
     assert len(duplicated_task_ids(tasks)) == 2
     other = {"train": [tasks["train"][0]], "test": [tasks["test"][0]]}
     assert duplicated_task_ids(other) == frozenset()
 
 
-def test_the_hub_code_reads_a_folder_of_the_same_form(tmp_path):
+def test_the_hub_loader_reads_a_local_folder(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(row()) + "\n")
     (loaded,) = list(load_rows(str(tmp_path), "test"))
     assert make_tasks(loaded, 0) == make_tasks(row(), 0)
@@ -113,7 +115,7 @@ SOLUTIONS = {
 }
 
 
-def test_the_format_samples_are_scored(data_folder):
+def test_sample_problems_are_verified(data_folder):
     tasks = load_tasks(DataConfig(task="livecodebench", path=str(data_folder / "lcb_format")), seed=0)
     assert len(tasks["train"]) == len(tasks["test"]) == 4
     for task in tasks["test"]:
@@ -127,7 +129,7 @@ def test_the_format_samples_are_scored(data_folder):
     assert verify(mean, f"```\n{full_precision}\n```").status == "wrong_answer"  # numbers are compared exactly
 
 
-def test_window_and_scorer_are_choices_of_the_configuration(tmp_path):
+def test_window_and_scorer_are_configurable(tmp_path):
     days = ["2024-12-31", "2025-01-01", "2025-01-31", "2025-02-01"]
     config = write(tmp_path / "a.jsonl", [row(question_id=day, contest_date=f"{day}T00:00:00") for day in days])
     config = replace(config, first_day="2025-01-01", end_day="2025-02-01", scorer="sdpo")

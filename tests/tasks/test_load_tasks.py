@@ -1,6 +1,8 @@
-from pmd.config import DataConfig
+"""The default data set, and the seed that its split depends on."""
+
+from pmd.config.schema import DataConfig
 from pmd.tasks import describe_data_problems, duplicated_task_ids, load_tasks
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 
 
 def test_the_tiny_world_is_the_default():
@@ -14,5 +16,5 @@ def test_the_tiny_world_is_the_default():
     assert verify(tasks["test"][0], "nonsense").scored
 
 
-def test_the_seed_of_the_data_section_comes_first():
+def test_the_seed_of_the_data_section_takes_precedence():
     assert load_tasks(DataConfig(seed=3), seed=9) == load_tasks(DataConfig(), seed=3)

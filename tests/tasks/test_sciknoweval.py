@@ -1,3 +1,5 @@
+"""SciKnowEval: SDPO's split and prompts on the real files, duplicates, bad lines."""
+
 import gzip
 import json
 from collections import Counter
@@ -5,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, duplicated_task_ids, find_duplicates, load_tasks
 from pmd.tasks.hub import load_rows
-from pmd.tasks.sciknoweval import divide_upstream, own_split, split_permutation, system_prompt
+from pmd.tasks.sciknoweval import split_permutation, split_upstream, split_without_duplicates, system_prompt
 
 DOMAINS = ["biology", "chemistry", "material", "physics"]
 
@@ -65,11 +67,11 @@ def test_duplicates_of_the_real_files(data_folder):
 def test_the_own_split_has_no_question_on_both_sides(data_folder):
     tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=DOMAINS), seed=0)
     everything = tasks["train"] + tasks["test"]
-    divided = own_split(everything, seed=5)
+    divided = split_without_duplicates(everything, seed=5)
     report = find_duplicates(divided)
     assert not report.same_prompt
     assert not report.same_stem
-    assert str(report).startswith("No problem")
+    assert str(report).startswith("No task")
     assert {task.task_id for task in divided} == {task.task_id for task in everything}
     for domain, count in (("biology", 50), ("chemistry", 210), ("material", 94), ("physics", 80)):
         assert sum(t.domain == domain and t.split == "test" for t in divided) == pytest.approx(count, abs=2)
@@ -85,18 +87,20 @@ def test_validation_share_keeps_equal_stems_on_one_side(data_folder):
 
 
 def test_smaller_subsets_are_prefixes_of_larger_ones(data_folder):
-    def ids(most, part):
-        config = DataConfig(task="sciknoweval", path=str(data_folder), max_train=most, max_validation=5, max_test=7)
+    def ids(max_train, part):
+        config = DataConfig(
+            task="sciknoweval", path=str(data_folder), max_train=max_train, max_validation=5, max_test=7
+        )
         return [task.task_id for task in load_tasks(config, seed=1)[part]]
 
     assert ids(10, "train") == ids(20, "train")[:10]
     assert (len(ids(10, "validation")), len(ids(10, "test"))) == (5, 7)
 
 
-def test_hub_rows_are_filtered_and_divided(tmp_path):
+def test_hub_rows_are_filtered_and_split(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, UPSTREAM)))
-    tasks = divide_upstream(load_rows(str(tmp_path), "test"), ["chemistry", "physics"])
+    tasks = split_upstream(load_rows(str(tmp_path), "test"), ["chemistry", "physics"])
     sizes = Counter((task.domain, task.split) for task in tasks)
     assert sizes == {
         ("chemistry", "train"): 36,
@@ -109,18 +113,18 @@ def test_hub_rows_are_filtered_and_divided(tmp_path):
     assert numbers == np.random.default_rng(42).permutation(40)[:4].tolist()
 
 
-def test_the_split_is_that_of_datasets():
+def test_the_split_equals_that_of_datasets():
     from datasets import Dataset
 
     divided = Dataset.from_dict({"n": list(range(57))}).train_test_split(test_size=0.1, seed=42)
     assert split_permutation(57) == (divided["train"]["n"][:], divided["test"]["n"][:])
 
 
-def test_upstream_file_equals_the_hub(tmp_path):
+def test_a_local_upstream_file_gives_the_same_tasks_as_the_hub(tmp_path):
     path = tmp_path / "sciknoweval_test_v2.jsonl"
     path.write_text("\n".join(map(json.dumps, UPSTREAM)))
     tasks = load_tasks(DataConfig(task="sciknoweval", path=str(path), domains=["chemistry"]), seed=0)
-    assert tasks["train"] + tasks["test"] == divide_upstream(UPSTREAM, ["chemistry"])
+    assert tasks["train"] + tasks["test"] == split_upstream(UPSTREAM, ["chemistry"])
 
 
 def test_all_bad_lines_are_named_at_once(tmp_path):
@@ -151,7 +155,7 @@ def test_a_hub_failure_says_what_to_do(tmp_path):
         load_rows(str(tmp_path), "no such split")
 
 
-def test_the_own_split_is_a_choice_of_the_configuration(data_folder):
+def test_the_own_split_is_configurable(data_folder):
     config = DataConfig(task="sciknoweval", path=str(data_folder), domains=["physics"], own_split=True)
     tasks, again, other = (load_tasks(config, seed=seed) for seed in (0, 0, 1))
     assert tasks == again != other

@@ -1,13 +1,13 @@
-"""The tiny world as tasks, and its verifier."""
+"""The tiny world's tasks and their verifier."""
 
 import subprocess
 import sys
 
 import pytest
 
-from pmd.config import TinyWorldConfig
+from pmd.config.schema import TinyWorldConfig
+from pmd.tasks.prompts.words import parse_statement
 from pmd.tasks.tiny import load_tiny
-from pmd.tiny.language import parse_statement
 from pmd.tiny.world import answer, make_world
 from pmd.types import Message, Task
 from pmd.verifiers.boxes import verify_boxes
@@ -21,10 +21,10 @@ def test_tasks_of_a_world(boxes):
     rules = make_world(boxes, 16, 2)
     for split, found in tasks.items():
         for task in found:
-            problem = parse_statement(task.question)
-            assert problem is not None
+            puzzle = parse_statement(task.question)
+            assert puzzle is not None
             assert task.split == split
-            assert task.answer == answer(rules[problem.name], problem)
+            assert task.answer == answer(rules[puzzle.name], puzzle)
             assert task.memory_key.split() == [w for w in task.question.split() if w not in ("task", "plan")]
     assert load_tiny(world, seed=2) == tasks
 
@@ -35,7 +35,7 @@ def test_ids_are_unique_and_questions_never_cross_splits():
     assert tasks[0].task_id.startswith("tiny4-s0/train/")
 
 
-def test_sizes_do_not_move_training_problems():
+def test_split_sizes_do_not_change_the_training_tasks():
     small = load_tiny(TinyWorldConfig(test_per_family=1), seed=0)
     large = load_tiny(TinyWorldConfig(test_per_family=50), seed=0)
     assert small["train"] == large["train"]

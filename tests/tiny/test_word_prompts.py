@@ -1,13 +1,12 @@
-"""The tiny tokenizer, and prompts checked by hand."""
+"""The tiny tokenizer and the tiny language's prompts, compared with texts written by hand."""
 
 import pytest
 from transformers import AutoTokenizer
 
+from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.errors import AlignmentError
-from pmd.prompts.parse import Reflected
-from pmd.prompts.words import WordPrompts
-from pmd.tiny.language import VOCABULARY, solve_prompt
-from pmd.tiny.tokenizer import make_tokenizer
+from pmd.tasks.prompts.parsing import ParsedInsight
+from pmd.tasks.prompts.words import VOCABULARY, WordPrompts, solve_prompt
 from pmd.tiny.world import NAMES
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
@@ -41,11 +40,11 @@ def test_tokenizer_round_trip(tmp_path):
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
 
 
-def test_student_sees_the_bare_problem(prompts):
+def test_the_student_sees_the_bare_task(prompts):
     assert prompts.tokenizer.decode(prompts.student(TASK)) == f"<bos> {STATED}"
 
 
-def test_teacher_sees_lines_then_success_or_failure(prompts):
+def test_the_teacher_sees_memory_lines_then_success_or_failure(prompts):
     lines = [f"lesson not {ZIB} red>blue", f"pattern use {OTHER} gold>red"]
     shown = prompts.teacher(TASK, lines, "red>gold ; red 3 gold 7 <eos>", None)
     assert prompts.tokenizer.decode(shown) == (
@@ -73,15 +72,15 @@ def test_one_reflection_per_rule_and_verdict(prompts):
 
 def test_reflections_are_parsed_strictly(prompts):
     assert prompts.parse_reflection(f"strategy use {ZIB} red>gold <eos>").items == [
-        Reflected("strategy", f"strategy use {ZIB} red>gold")
+        ParsedInsight("strategy", f"strategy use {ZIB} red>gold")
     ]
     lesson = f"lesson not {ZIB} red>gold"
-    assert prompts.parse_reflection(lesson).items == [Reflected("lesson", lesson)]
+    assert prompts.parse_reflection(lesson).items == [ParsedInsight("lesson", lesson)]
     for text in ("", "strategy", f"failed not {ZIB} red>gold", f"lesson use {ZIB} red>gold", "1 2 3 4"):
         assert prompts.parse_reflection(text).items == []
 
 
-def test_abstraction_begins_with_the_name_that_succeeded_most(prompts):
+def test_abstraction_starts_with_the_name_that_succeeded_most(prompts):
     lesson, strategy = f"lesson not {ZIB} red>blue", f"strategy use {ZIB} red>gold"
     shown = prompts.abstraction([f"lesson not {OTHER} red>blue", lesson, strategy, strategy])
     text = f"<bos> insights {strategy} . {lesson} . lesson not {OTHER} red>blue . pattern"

@@ -1,10 +1,10 @@
-"""The tiny world's problems and language: what is right, what can be read back, what is drawn from a seed."""
+"""The tiny world's puzzles and language: solutions, parsing, and what depends on the seed."""
 
 import random
 
 import pytest
 
-from pmd.tiny.language import (
+from pmd.tasks.prompts.words import (
     VOCABULARY,
     Line,
     memory_key,
@@ -17,26 +17,26 @@ from pmd.tiny.language import (
 from pmd.tiny.world import (
     ALL_RULES,
     NAMES,
-    Problem,
+    Puzzle,
     answer,
     execution,
-    family_problems,
+    family_puzzles,
     make_world,
-    random_problem,
+    random_puzzle,
     rules_of,
     solution,
 )
 
 NAME = NAMES[0]
-PROBLEM = Problem(NAME, ("3", "5", "1", "7"))
+PUZZLE = Puzzle(NAME, ("3", "5", "1", "7"))
 
 
-def test_a_problem_in_words():
-    assert statement(PROBLEM) == f"task red 3 blue 5 green 1 gold 7 plan {NAME}"
-    assert memory_key(PROBLEM) == f"red 3 blue 5 green 1 gold 7 {NAME}"
-    assert execution("gold>red", PROBLEM) == "gold 7 red 3"
-    assert solution("red>gold", PROBLEM) == "red>gold ; red 3 gold 7"
-    assert answer("red>gold", PROBLEM) == "3 7"
+def test_a_puzzle_in_words():
+    assert statement(PUZZLE) == f"task red 3 blue 5 green 1 gold 7 plan {NAME}"
+    assert memory_key(PUZZLE) == f"red 3 blue 5 green 1 gold 7 {NAME}"
+    assert execution("gold>red", PUZZLE) == "gold 7 red 3"
+    assert solution("red>gold", PUZZLE) == "red>gold ; red 3 gold 7"
+    assert answer("red>gold", PUZZLE) == "3 7"
 
 
 def test_the_small_world_is_part_of_the_large_one():
@@ -48,12 +48,12 @@ def test_the_small_world_is_part_of_the_large_one():
 
 
 @pytest.mark.parametrize("boxes", [4, 6])
-def test_statements_are_read_back(boxes):
+def test_statements_are_parsed(boxes):
     draw = random.Random(0)
     for name in NAMES:
-        problem = random_problem(draw, name, boxes)
-        assert len(set(problem.digits)) == boxes
-        assert parse_statement(statement(problem)) == problem
+        puzzle = random_puzzle(draw, name, boxes)
+        assert len(set(puzzle.digits)) == boxes
+        assert parse_statement(statement(puzzle)) == puzzle
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_statements_are_read_back(boxes):
         "task red 3 blue 5 green 1 gold 7 plan nobody",
     ],
 )
-def test_what_is_no_statement_is_not_read(text):
+def test_malformed_statements_are_not_parsed(text):
     assert parse_statement(text) is None
 
 
-def test_lines_are_read_back():
+def test_memory_lines_are_parsed():
     for kind, polarity in [("strategy", "use"), ("pattern", "use"), ("lesson", "not"), ("failed", "not")]:
         text = f"{kind} {polarity} {NAME} red>gold"
         assert parse_line(text) == Line(kind, NAME, "red>gold")
         assert Line(kind, NAME, "red>gold").text == text
-    success = solved_line(NAME, solution("red>gold", PROBLEM))
+    success = solved_line(NAME, solution("red>gold", PUZZLE))
     assert success == f"solved use {NAME} red>gold ; red 3 gold 7"
     assert parse_line(success) == Line("solved", NAME, "red>gold")
 
@@ -94,20 +94,20 @@ def test_lines_are_read_back():
         f"memory use {NAME} red>gold",
     ],
 )
-def test_what_is_no_line_is_not_read(text):
+def test_malformed_memory_lines_are_not_parsed(text):
     assert parse_line(text) is None
 
 
-def test_the_rule_an_attempt_states():
+def test_the_rule_that_an_attempt_states():
     assert stated_rule("red>gold ; red 3 gold 7") == "red>gold"
     assert stated_rule("; red 3 gold 7") is None
     assert stated_rule("") is None
 
 
-def test_worlds_and_problems_come_from_the_seed():
+def test_worlds_and_puzzles_depend_on_the_seed():
     assert make_world(4, 32, 0) == make_world(4, 32, 0)
     assert make_world(4, 32, 0) != make_world(4, 32, 1)
     assert set(make_world(4, 64, 5).values()) <= set(rules_of(4))
-    ten = family_problems(NAME, 6, 3, 10)
+    ten = family_puzzles(NAME, 6, 3, 10)
     assert len(set(ten)) == 10
-    assert ten[:4] == family_problems(NAME, 6, 3, 4)
+    assert ten[:4] == family_puzzles(NAME, 6, 3, 4)

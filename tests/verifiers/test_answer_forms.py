@@ -1,12 +1,12 @@
 # ruff: noqa: E501
-"""Answers in the forms that people and models give them: what counts as right, and what only looks so."""
+"""Answers in the many forms that models write them: which are right, and which only look right."""
 
 import json
 
 import pytest
 
 from pmd.types import Message, Task
-from pmd.verifiers import verify
+from pmd.verifiers.pool import verify
 
 QUESTION = (Message("user", "Q?\n\nA: one\nB: two\nC: three"),)
 DEEP = "[" * 5000 + "]" * 5000

@@ -1,3 +1,5 @@
+"""The verifier for programs: comparison of outputs and values, extraction, feedback."""
+
 import json
 from decimal import Decimal
 
@@ -6,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmd.types import Message, Task
-from pmd.verifiers import verify
-from pmd.verifiers.code import MOST_PART, extract_program, run_test, same_output, same_value
+from pmd.verifiers.code import MAX_EXCERPT, extract_program, run_test, same_output, same_value
+from pmd.verifiers.pool import verify
 
 
 def task(cases, **tests):
@@ -25,7 +27,7 @@ def fence(program):
 
 
 def official_output(printed, expected):
-    """LiveCodeBench's rule for stdin problems, from its description."""
+    """LiveCodeBench's rule for stdin problems, written from its description."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (printed, expected))
     if len(ours) != len(theirs):
         return False
@@ -47,14 +49,14 @@ TEXTS = st.lists(WORDS, max_size=8).map("".join)
 
 
 @given(TEXTS, TEXTS)
-def test_outputs_compare_as_upstream_compares_ascii(printed, expected):
+def test_ascii_outputs_compare_as_upstream(printed, expected):
     assert same_output(printed, expected) == official_output(printed, expected)
 
 
 @pytest.mark.parametrize(
     "printed", ["1_0", "\uff11\uff10", "10\u00a0", "\u066110", "NaN", "0x0a", "1e99999999999999999999"]
 )
-def test_outputs_that_only_look_right(printed):
+def test_outputs_that_only_look_right_are_wrong(printed):
     assert not same_output(printed, "10")
 
 
@@ -98,7 +100,7 @@ def test_all_tests_must_pass():
     assert "Passed 4 of 5" in verdict.feedback
 
 
-def test_feedback_prefers_the_crash_then_the_limit_then_the_two_shortest():
+def test_feedback_prefers_a_crash_then_a_limit_then_the_two_shortest():
     crash = "n = int(input())\nif n == 3: raise ValueError('boom')\nprint(0)"
     feedback = verify(task(CASES), fence(crash)).feedback
     assert "boom" in feedback
@@ -123,7 +125,7 @@ def test_any_text_is_a_completion(text):
 @pytest.mark.parametrize(
     "text", ["```\n\ud800\n```", "```\n" + "x = '" + "\U0001f600" * 50_000 + "'\n```", "```\n\x00\n```"]
 )
-def test_strange_texts(text):
+def test_unusual_programs_get_a_verdict(text):
     assert verify(task(CASES), text).status in ("runtime_error", "wrong_answer")
 
 
@@ -135,16 +137,16 @@ def test_strange_texts(text):
         ("x" * (8 << 20), "print('x' * (8 << 20))"),
     ],
 )
-def test_long_outputs_that_are_right(expected, program):
+def test_long_outputs_can_be_right(expected, program):
     assert verify(task([{"input": "", "output": expected}]), fence(program)).status == "ok"
 
 
-def test_of_an_output_only_its_beginning_is_kept():
+def test_only_the_beginning_of_an_output_is_kept():
     case = {"input": "", "output": "3"}
     result = run_test("print(3, ' ' * 10**6)", CODE, case)
     assert (result.status, result.output) == ("ok", "3")
     result = run_test("import sys\nfor out in (sys.stderr, sys.stdout): print('x' * 10**6, file=out)", CODE, case)
-    assert (result.status, len(result.output), len(result.error)) == ("wrong_answer", MOST_PART, MOST_PART)
+    assert (result.status, len(result.output), len(result.error)) == ("wrong_answer", MAX_EXCERPT, MAX_EXCERPT)
 
 
 def test_functional_cases():

@@ -1,9 +1,11 @@
+"""`pmd score`: verdicts in order, bad lines named before anything runs, files that are safe."""
+
 import json
 import os
 
 import pytest
 
-from pmd.commands.score import main
+from pmd.cli.score import main
 
 CODE = {"kind": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}], "time_limit_s": 5, "memory_mb": 512}
 TASKS = [
@@ -56,9 +58,9 @@ def test_verdicts_come_in_the_order_of_the_completions(tmp_path, capsys):
     assert all(set(v) - {"passed"} == fields and ("passed" in v) == (v["id"] in ("code", "call")) for v in verdicts)
     assert all(v["passed"] == float(v["correct"]) for v in verdicts if "passed" in v)  # each has one test
     assert all(v["correct"] == (v["status"] == "ok") for v in verdicts)
-    said = capsys.readouterr().err
-    assert said.startswith("sandbox: level")
-    assert "scored 39" in said
+    printed = capsys.readouterr().err
+    assert printed.startswith("sandbox: level")
+    assert "scored 39" in printed
 
 
 def test_every_bad_line_is_named_before_anything_runs(tmp_path, capsys):
@@ -91,7 +93,7 @@ def test_unknown_ids_and_missing_files(tmp_path, capsys):
     assert error.count("nowhere") >= 2
 
 
-def test_the_files_that_are_read_are_never_written(tmp_path, capsys):
+def test_input_files_are_never_overwritten(tmp_path, capsys):
     for name in ("t.jsonl", "c.jsonl"):
         assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "B"}], f"--out={tmp_path / name}") == 2
         assert "must not be one of the files that are read" in capsys.readouterr().err
@@ -103,7 +105,7 @@ def test_the_files_that_are_read_are_never_written(tmp_path, capsys):
     assert "must be a file, since it is read twice" in capsys.readouterr().err
 
 
-def test_byte_order_marks_and_line_ends_of_windows(tmp_path):
+def test_windows_byte_order_marks_and_line_ends_are_accepted(tmp_path):
     for name, line in (("t.jsonl", TASKS[2]), ("c.jsonl", {"id": "choice", "completion": "B"})):
         (tmp_path / name).write_text(f"\ufeff{json.dumps(line)}\r\n\r\n")
     paths = [f"--{name}={tmp_path / name[0]}.jsonl" for name in ("tasks", "completions")]
@@ -111,7 +113,7 @@ def test_byte_order_marks_and_line_ends_of_windows(tmp_path):
     assert json.loads((tmp_path / "v.jsonl").read_text())["status"] == "ok"
 
 
-def test_a_full_disk_ends_the_run_with_words(tmp_path, capsys):
+def test_a_full_disk_is_reported(tmp_path, capsys):
     assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "B"}], "--out=/dev/full") == 2
     assert "--out=/dev/full cannot be written to (No space left on device)" in capsys.readouterr().err
 

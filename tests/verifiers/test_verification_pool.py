@@ -1,3 +1,5 @@
+"""The pool of verifying threads: order, back-pressure, deadlines, errors."""
+
 import subprocess
 import sys
 import threading
@@ -8,13 +10,13 @@ import pytest
 
 from pmd.errors import VerificationError
 from pmd.types import Message, Task, Verdict
-from pmd.verifiers.pool import MOST_ABANDONED, VerificationPool, Verified
+from pmd.verifiers.pool import MAX_ABANDONED, VerificationPool, Verified
 
 TASK = Task("t", (Message("user", "q"),), "own.verifier", "train", answer="x")
 
 
 def gate():
-    """A verifier that waits until it is let through."""
+    """Return an event and a verifier that waits for it."""
     event = threading.Event()
 
     def wait(task: Task, text: str) -> Verdict:
@@ -36,7 +38,7 @@ def test_verdicts_belong_to_their_completions():
     assert pool.num_hung == 0
 
 
-def test_what_only_looks_at_text_is_verified_in_place():
+def test_verifiers_that_only_look_at_text_run_in_place():
     before = set(threading.enumerate())
     with VerificationPool() as pool:
         futures = [pool.submit(replace(TASK, verifier="exact"), text) for text in ("x", "y")]
@@ -52,7 +54,7 @@ def test_too_many_hanging_verifications_end_the_run():
 
     def submit_all() -> None:
         with VerificationPool(8, deadline_s=0.05, verifier=wait) as pool:
-            for _ in range(MOST_ABANDONED + 20):
+            for _ in range(MAX_ABANDONED + 20):
                 pool.submit(TASK, "").result(5)
 
     try:
@@ -76,7 +78,7 @@ def test_submit_blocks_while_the_backlog_is_full():
     assert [future.result().answer for future in submitted] == [str(n) for n in range(6)]
 
 
-def test_a_hang_is_answered_counted_and_replaced():
+def test_a_hanging_verification_gets_an_error_and_its_thread_is_replaced():
     event, wait = gate()
 
     def sometimes(task: Task, text: str) -> Verdict:
@@ -91,7 +93,7 @@ def test_a_hang_is_answered_counted_and_replaced():
     event.set()
 
 
-def test_leaving_on_an_error_drops_what_waits():
+def test_leaving_on_an_error_drops_what_is_waiting():
     event, wait = gate()
     pool = VerificationPool(workers=1, verifier=wait)
     futures = [pool.submit(TASK, "") for _ in range(4)]
@@ -104,7 +106,7 @@ def test_leaving_on_an_error_drops_what_waits():
         pool.submit(TASK, "")
 
 
-def test_a_crash_is_an_error():
+def test_a_verifier_that_exits_gives_an_error():
     def crash(task: Task, text: str) -> Verdict:
         raise SystemExit(1)
 
@@ -112,7 +114,7 @@ def test_a_crash_is_an_error():
         assert [pool.submit(TASK, "").result(5).status for _ in range(3)] == ["error"] * 3
 
 
-def test_a_hanging_verifier_does_not_keep_the_interpreter():
+def test_a_hanging_verifier_does_not_keep_the_interpreter_alive():
     code = (
         "import time, threading\nfrom pmd.types import *\nfrom pmd.verifiers.pool import VerificationPool\n"
         "task = Task('t', (Message('user', 'q'),), 'own.verifier', 'train')\n"

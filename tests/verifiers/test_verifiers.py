@@ -1,3 +1,5 @@
+"""Every verifier: what counts as right, what feedback says, and how the math helper starts and ends."""
+
 import os
 import select
 import signal
@@ -8,12 +10,14 @@ import time
 
 import numpy as np
 import pytest
+from child_processes import all_end, start
 
-from pmd.config import DataConfig
+from pmd.config.schema import DataConfig
 from pmd.tasks import load_tasks
 from pmd.types import Message, Task, Verdict
-from pmd.verifiers import describe_verifier_problem, verify
 from pmd.verifiers.math import WORKER, MathWorker, verify_math
+from pmd.verifiers.pool import verify
+from pmd.verifiers.resolve import describe_verifier_problem
 
 
 def task(verifier, answer, prompt="Q?\n\nA: one\nB: two\nC: three\nD: four\nPlease reason step by step."):
@@ -21,14 +25,14 @@ def task(verifier, answer, prompt="Q?\n\nA: one\nB: two\nC: three\nD: four\nPlea
 
 
 def reference(answer, text):
-    """SDPO's rule, in words of its own."""
+    """SDPO's rule, written independently."""
     start = text.rfind("<answer>")
     tail = text if start < 0 else text[start + len("<answer>") :]
     end = tail.find("</answer>")
     return 1.0 if (tail if end < 0 else tail[:end]).strip() == answer else 0.0
 
 
-def test_sdpos_rule_on_every_question(data_folder):
+def test_multiple_choice_follows_sdpos_rule_on_every_question(data_folder):
     domains = ["biology", "chemistry", "material", "physics"]
     tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=domains), seed=0)
     everything = tasks["train"] + tasks["test"]
@@ -90,7 +94,7 @@ FEEDBACK = {"", "The final answer is not right.", "No mathematical answer was fo
         ("42", "no idea", "format"),
         ("$x^2+1$", "\\boxed{1+x^2}", "ok"),
         ("42", "\\boxed{" + "(" * 3000 + "42", None),
-        # an answer is read whole, and not as the first number in it
+        # an answer is parsed whole, not as the first number in it
         ("2\\sqrt{3}", "\\boxed{\\sqrt{12}}", "ok"),
         ("2\\sqrt{3}", "\\boxed{2}", "wrong_answer"),
         ("2", "<answer>2\\sqrt{3}</answer>", "wrong_answer"),
@@ -102,7 +106,7 @@ FEEDBACK = {"", "The final answer is not right.", "No mathematical answer was fo
         ("1 1/2", "\\boxed{1}", "wrong_answer"),
         ("1 1/2", "\\boxed{1.5}", "ok"),
         ("12 dollars", "\\boxed{12 dollars}", "ok"),
-        # small numbers differ, too
+        # small numbers differ too
         ("1.6 \\times 10^{-19}", "\\boxed{3.2 \\times 10^{-19}}", "wrong_answer"),
         ("1.6 \\times 10^{-19}", "\\boxed{1.6e-19}", "ok"),
         ("10^{-20}", "\\boxed{10^{-21}}", "wrong_answer"),
@@ -113,7 +117,7 @@ FEEDBACK = {"", "The final answer is not right.", "No mathematical answer was fo
         ("0.\\overline{3}", "\\boxed{1/3}", "ok"),
         ("0.\\overline{3}", "\\boxed{0}", "wrong_answer"),
         ("2.1\\overline{36}", "\\boxed{\\frac{47}{22}}", "ok"),
-        # of several boxes the last one counts, unless they are one answer
+        # of several boxes the last one counts, unless together they are one answer
         ("42", "\\boxed{41}. Wait, \\boxed{42}", "ok"),
         ("42", "<think>\\boxed{41}</think> \\boxed{42}", "ok"),
         ("41", "\\boxed{41}. Wait, \\boxed{42}", "wrong_answer"),
@@ -130,14 +134,14 @@ def test_math(answer, text, status):
     assert verdict.feedback in FEEDBACK
 
 
-def test_math_hang_is_ended_and_the_next_answer_is_judged():
+def test_a_hanging_math_helper_is_replaced_for_the_next_answer():
     worker = MathWorker(deadline_s=1.0)
     assert worker.ask({"gold": "1", "text": "$9^{9^{9^{9}}}$"}) is None
     assert worker.ask({"gold": "1", "text": "\\boxed{1}"}) == {"correct": True, "answer": "1"}
     worker.close()
 
 
-def test_math_helper_is_closed_in_the_middle_of_a_question():
+def test_the_math_helper_can_be_closed_in_the_middle_of_a_question():
     worker, ended = MathWorker(deadline_s=3600), []
     assert worker.ask({"gold": "1", "text": "1"})
     running = worker.process
@@ -171,7 +175,7 @@ def test_math_works_in_threads():
     assert [verdict.correct for verdict in verdicts] == [True] * 4
 
 
-def test_math_helper_ends_with_its_trainer():
+def test_closing_ends_the_math_helper():
     verify(task("math", "1"), "\\boxed{1}")
     process = WORKER.process
     assert process
@@ -190,19 +194,18 @@ worker.ask({"gold": "1", "text": "$9^{9^{9^{9}}}$"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_math_helper_ends_while_it_computes_when_its_trainer_is_ended(number):
-    trainer = subprocess.Popen([sys.executable, "-c", COMPUTING], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def test_the_math_helper_ends_while_computing_if_its_trainer_is_killed(number):
+    trainer = start([sys.executable, "-c", COMPUTING], stdout=subprocess.PIPE)
     assert trainer.stdout
     helper = os.pidfd_open(int(trainer.stdout.readline()))
-    assert not select.select([helper], [], [], 0.5)[0]  # in C code, where no Python of its own can run
+    assert not select.select([helper], [], [], 0.5)[0]  # in C code, where none of its own Python code can run
     trainer.send_signal(number)
     trainer.wait(20)
-    assert select.select([helper], [], [], 20)[0]
-    os.close(helper)
+    assert all_end([helper])
     trainer.stdout.close()
 
 
-def test_math_helper_whose_trainer_is_gone_does_not_start():
+def test_a_math_helper_whose_trainer_is_gone_does_not_start():
     reading, writing = os.pipe()
     os.close(writing)
     command = [sys.executable, "-m", "pmd.verifiers.math_worker", str(reading)]
@@ -225,7 +228,7 @@ def numpy_verdict(task: Task, completion: str) -> Verdict:
     return Verdict(np.float32(0.5), np.bool_(1), "ok")  # type: ignore[arg-type]
 
 
-UNFIT = {
+INVALID = {
     "reward": Verdict(float("nan"), True, "ok"),
     "text as reward": Verdict("1", True, "ok"),  # type: ignore[arg-type]
     "status": Verdict(1.0, True, "fine"),  # type: ignore[arg-type]
@@ -234,8 +237,8 @@ UNFIT = {
 }
 
 
-def unfit(task: Task, completion: str) -> Verdict:
-    return UNFIT[completion]
+def invalid(task: Task, completion: str) -> Verdict:
+    return INVALID[completion]
 
 
 class Length:
@@ -243,13 +246,13 @@ class Length:
         return Verdict(float(len(completion)), True, "ok")
 
 
-def test_own_verifiers():
+def test_custom_verifiers():
     assert verify(task(f"{__name__}.Length", ""), "abc").reward == 3.0
     for name in ("crash", "no_verdict"):
         verdict = verify(task(f"{__name__}.{name}", ""), "abc")
         assert (verdict.status, verdict.scored, verdict.correct) == ("error", False, False)
-    for completion in UNFIT:
-        assert verify(task(f"{__name__}.unfit", ""), completion).status == "error"
+    for completion in INVALID:
+        assert verify(task(f"{__name__}.invalid", ""), completion).status == "error"
     verdict = verify(task(f"{__name__}.numpy_verdict", ""), "abc")
     assert (type(verdict.reward), verdict.reward, verdict.correct) == (float, 0.5, True)
     assert verify(task("mcq", "A"), "A").seconds > 0
@@ -263,7 +266,7 @@ def test_verifier_names_are_checked():
     assert "must take" in (describe_verifier_problem("math.pi") or "")
 
 
-def test_a_verifier_whose_module_ends_the_program_is_refused(tmp_path, monkeypatch):
+def test_a_verifier_whose_module_exits_the_program_is_refused(tmp_path, monkeypatch):
     (tmp_path / "module_that_ends.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "cannot be loaded (SystemExit" in (describe_verifier_problem("module_that_ends.Any") or "")

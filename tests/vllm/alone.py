@@ -1,4 +1,4 @@
-"""A vLLM of its own in a process of its own, as only one lives in a process: run as a script by test_vllm_failures.py.
+"""Cases that need a vLLM engine of their own, and so a process: test_vllm_failures.py runs this file as a script.
 
 python alone.py CHECKPOINT CASE
 """
@@ -7,50 +7,50 @@ import ctypes
 import json
 import sys
 
+from pmd.engines.base import Request, Sampling
+from pmd.engines.vllm_runtime import EngineSettings, RawCompletion, VLLMRuntime
 from pmd.errors import EngineError
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.vllm_adapter import EngineSettings, Generation, VLLMRuntime
 
 STOP_IDS = (258,)
 SAMPLING = Sampling(1.0, 400)
-#: Each reads 60 to 91 tokens and makes up to 400: a cache of 64 blocks of 32 tokens holds four of them.
+#: Prompts of 60 to 91 tokens, up to 400 new ones: a cache of 64 blocks of 32 tokens holds four of them.
 REQUESTS = [Request(tuple(range(1, 61 + number)), number) for number in range(32)]
 
 
-def settings(checkpoint: str, cache_bytes: int, stall_s: float = 600.0) -> EngineSettings:
+def settings(checkpoint: str, cache_bytes: int, stall_s: float = 600.0, num_adapters: int = 0) -> EngineSettings:
     return EngineSettings(
         model=checkpoint, dtype="float32", max_model_len=512, max_num_seqs=32, memory_fraction=0.5,
         kv_cache_memory_bytes=cache_bytes, block_size=32, enforce_eager=True, quantization="none", sleep=True,
-        num_adapters=0, lora_rank=4, seed=0, on_gpu=False, stall_s=stall_s,
+        num_adapters=num_adapters, lora_rank=4, seed=0, on_gpu=False, stall_s=stall_s,
     )  # fmt: skip
 
 
-def generate(runtime: VLLMRuntime) -> dict[int, Generation]:
+def generate(runtime: VLLMRuntime) -> dict[int, RawCompletion]:
     found = {}
-    for generation in runtime.generate(enumerate(REQUESTS), SAMPLING, STOP_IDS, adapter=None):
-        assert generation.key not in found
-        found[generation.key] = generation
+    for raw in runtime.generate(enumerate(REQUESTS), SAMPLING, STOP_IDS, adapter=None):
+        assert raw.position not in found
+        found[raw.position] = raw
     return found
 
 
 def preempted(checkpoint: str) -> None:
-    """Print what a cache gives that is too small for all, and how often vLLM sent a request back to wait."""
+    """Generate with a cache too small for all requests; print the completions and the number of preemptions."""
     runtime = VLLMRuntime(settings(checkpoint, 1 << 20))
-    scheduler, sent_back = runtime.llm.llm_engine.engine_core.engine_core.scheduler, []
+    scheduler, preemptions = runtime.llm.llm_engine.engine_core.engine_core.scheduler, []
     preempt = scheduler._preempt_request
 
     def counted(*arguments, **named):
-        sent_back.append(1)
+        preemptions.append(1)
         return preempt(*arguments, **named)
 
     scheduler._preempt_request = counted
     found = generate(runtime)
-    content = {key: (g.token_ids, g.logprobs, g.finish_reason) for key, g in found.items()}
-    print(json.dumps({"sent_back": len(sent_back), "found": content}))
+    content = {position: (raw.token_ids, raw.logprobs, raw.finish_reason) for position, raw in found.items()}
+    print(json.dumps({"preemptions": len(preemptions), "found": content}))
 
 
 def paused(checkpoint: str) -> None:
-    """Let vLLM's scheduler stand still: its steps return, but no token comes."""
+    """Pause vLLM's scheduler: its steps return, but produce no token."""
     runtime = VLLMRuntime(settings(checkpoint, 32 << 20, stall_s=2.0))
     core = runtime.llm.llm_engine.engine_core.engine_core
     core.pause_scheduler(mode="keep")
@@ -63,14 +63,14 @@ def paused(checkpoint: str) -> None:
 
 
 def hung(checkpoint: str) -> None:
-    """Let a step of vLLM never return, in C, where no exception reaches it."""
+    """Make a step of vLLM hang in C, where no exception reaches it."""
     runtime = VLLMRuntime(settings(checkpoint, 32 << 20, stall_s=2.0))
     runtime.llm.llm_engine.step = lambda: ctypes.CDLL(None).sleep(600)
     generate(runtime)
 
 
 def died(checkpoint: str) -> None:
-    """Let a step of vLLM fail as a full GPU does."""
+    """Make a step of vLLM fail as on a full GPU."""
     runtime = VLLMRuntime(settings(checkpoint, 32 << 20))
     step, steps = runtime.llm.llm_engine.step, []
 

@@ -1,4 +1,4 @@
-"""The real vLLM against the trainer: same tokens, same log-probs, before and after every change of weights."""
+"""The real vLLM compared with the trainer: same tokens and log-probs, before and after every change of weights."""
 
 from contextlib import nullcontext
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from vllm_checkpoints import disturb, make_random_policy
 
-from pmd.config_engines import VLLMConfig
+from pmd.config.schema import VLLMConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.hf import HFEngine
+from pmd.engines.parity import ParityCheck
+from pmd.engines.vllm import VLLMEngine
 from pmd.errors import EngineError
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.hf import HFEngine
-from pmd.rollouts.vllm import VLLMEngine
-from pmd.rollouts.vllm_parity import ParityCheck
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [tuple(torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in (3, 40, 97)]
@@ -28,7 +28,7 @@ def greedy(engine, role="student"):
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
-@pytest.mark.parametrize("role", ["student", "initial", "teacher"])
+@pytest.mark.parametrize("role", ["student", "reference", "teacher"])
 def test_same_greedy_tokens_and_logprobs_as_the_embedded_engine(runtime, checkpoint, finetune, role):
     policy, tokenizer = make_random_policy(checkpoint, finetune, kind="ema")
     ours, embedded = VLLMEngine(policy, tokenizer, runtime), HFEngine(policy, tokenizer, 8)
@@ -71,7 +71,7 @@ def test_parity_catches_a_skipped_sync(runtime, checkpoint, finetune):
 
 
 class KeepsCache:
-    """A runtime that forgets to empty its prefix cache."""
+    """A runtime that does not empty its prefix cache."""
 
     def __init__(self, runtime):
         self.settings, self.generate, self.wake = runtime.settings, runtime.generate, runtime.wake
@@ -93,13 +93,13 @@ def test_parity_catches_a_cache_that_was_not_reset(runtime, checkpoint, finetune
         parity(engine).measure(nullcontext())
 
 
-def test_a_seed_decides_a_completion_whatever_runs_beside_it(runtime, checkpoint):
+def test_a_completion_depends_on_its_seed_and_not_on_the_batch(runtime, checkpoint):
     policy, tokenizer = make_random_policy(checkpoint, "lora")
     engine, sampling = VLLMEngine(policy, tokenizer, runtime), Sampling(1.0, 16)
     together = dict(engine.generate(REQUESTS, sampling))
     alone = dict(engine.generate([REQUESTS[4]], sampling))[0]
     assert alone.token_ids == together[4].token_ids
-    assert together[1].token_ids != together[4].token_ids  # same prompt, other seed
+    assert together[1].token_ids != together[4].token_ids  # same prompt, different seed
 
 
 def test_completions_arrive_while_others_are_generated(runtime, checkpoint):
@@ -117,14 +117,14 @@ def test_completions_arrive_while_others_are_generated(runtime, checkpoint):
     assert all(c.token_ids[-1] in engine.stop_ids for c in finished.values() if c.finish_reason == "stop")
 
 
-def test_too_long_a_prompt_is_named(runtime, checkpoint):
+def test_a_prompt_that_is_too_long_is_refused(runtime, checkpoint):
     policy, tokenizer = make_random_policy(checkpoint, "lora")
     engine = VLLMEngine(policy, tokenizer, runtime)
     with pytest.raises(EngineError, match="max_model_len=512"):
         list(engine.generate([Request((1,) * 500, 0)], Sampling(1.0, 64)))
 
 
-def test_the_trainers_random_state_and_threads_are_left_alone(runtime, checkpoint):
+def test_the_trainers_random_state_and_threads_are_not_changed(runtime, checkpoint):
     policy, tokenizer = make_random_policy(checkpoint, "lora")
     engine = VLLMEngine(policy, tokenizer, runtime)
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""The whole `fit` with vLLM as its engine: two epochs, an adapter and all weights; and the shipped configurations."""
+"""`pmd fit` with vLLM as its engine: LoRA and full fine-tuning, resuming, and the shipped configurations."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CPU = ["--rollouts.engine=vllm", "--rollouts.vllm.kv_cache_memory_bytes=33554432
 TINY = [
     "--config", "configs/tiny.yaml", *CPU, "--rollouts.vllm.parity_bound=1e-4", "--trainer.max_epochs=2",
     "--data.world.families=6", "--data.world.train_per_family=2", "--data.world.test_per_family=1",
-    "--rollouts.problems_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
+    "--rollouts.tasks_per_step=6", "--verification.final_samples=8", "--verification.samples=2",
 ]  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def test_a_gpu_configuration_runs_on_the_cpu_at_a_tiny_shape(tmp_path, config, a
     assert max(metrics(tmp_path / "run", "parity/max")) <= 1e-4
 
 
-def test_a_killed_run_is_resumed_as_if_it_had_not_been(tmp_path):
-    """The engine lives in the process that is killed: what it generated in the unfinished epoch is generated again."""
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path):
+    """The engine dies with the process, so the rollouts of the unfinished epoch are generated again."""
     lora = [*TINY, "--model.finetune=lora", "--teacher.kind=ema"]
     run_pmd("fit", *lora, f"--run_dir={tmp_path / 'whole'}")
     command = [sys.executable, "-m", "pmd", "fit", *lora, f"--run_dir={tmp_path / 'run'}"]
@@ -76,7 +76,7 @@ def test_a_killed_run_is_resumed_as_if_it_had_not_been(tmp_path):
 
 
 def test_resuming_a_finished_run_evaluates_the_weights_that_it_ended_with(tmp_path):
-    """No step is taken, so that no step hands the weights to the engine."""
+    """No step is taken, so no sync after a step gives the engine the weights."""
     arguments = [*TINY, "--model.finetune=lora", "--optimizer.lr=3e-2", f"--run_dir={tmp_path / 'run'}"]
     run_pmd("fit", *arguments)
     samples = (tmp_path / "run" / "samples.jsonl").read_text()

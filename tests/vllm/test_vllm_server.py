@@ -1,6 +1,7 @@
-"""The server engine against a real server on loopback: killed in the middle of a batch, restarted, nothing lost."""
+"""The server engine on a real server: killed in the middle of a batch, restarted, nothing lost."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,13 +15,14 @@ from command_line import ROOT, run_pmd
 from vllm_checkpoints import disturb, make_random_policy
 from vllm_runs import metrics, write_chemistry
 
-from pmd.config_engines import ServerConfig, VLLMConfig
+from pmd.config.schema import ServerConfig, VLLMConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.parity import ParityCheck
+from pmd.engines.server import VLLMServerEngine
+from pmd.engines.server_client import ServerClient
 from pmd.errors import EngineError
-from pmd.rollouts.engine import Request, Sampling
-from pmd.rollouts.server import VLLMServerEngine
-from pmd.rollouts.server_client import ServerClient
-from pmd.rollouts.vllm_parity import ParityCheck
 
+pytestmark = pytest.mark.vllm
 REQUESTS = [Request(tuple(range(1, 40 + number)), number) for number in range(24)]
 SAMPLING = Sampling(1.0, 64)
 
@@ -33,7 +35,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def served(checkpoint, tmp_path_factory):
-    """A supervised server: its address, and the process that supervises it."""
+    """A supervised server: its address and its supervisor process."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log.txt"
     command = [
         sys.executable, "-m", "pmd", "serve", "--port", str(port), "--config", "configs/qwen3_8b.yaml",
@@ -52,25 +54,17 @@ def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-def engine_on(url: str, checkpoint: Path, folder: Path, **changes) -> VLLMServerEngine:
-    policy, tokenizer = make_random_policy(checkpoint, "lora")
-    config = ServerConfig(urls=[url], concurrency=8, recovery_s=400.0, backoff_s=0.2, retries=3)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return VLLMServerEngine(policy, tokenizer, config, folder)
-
-
 def wait_until_healthy(server: ServerClient) -> None:
     deadline = time.monotonic() + 400
-    while not server.healthy():
+    while not server.is_healthy():
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.5)
 
 
-@pytest.mark.vllm
 def test_a_server_killed_in_the_middle_of_a_batch(served, checkpoint, tmp_path):
     url, supervisor = served
-    engine = engine_on(url, checkpoint, tmp_path)
+    config = ServerConfig(urls=[url], concurrency=8, recovery_s=400.0, backoff_s=0.2, retries=3)
+    engine = VLLMServerEngine(*make_random_policy(checkpoint, "lora"), config, tmp_path)
     wait_until_healthy(engine.servers[0])
     engine.sync(1)
     undisturbed = dict(engine.generate(REQUESTS, SAMPLING))
@@ -100,8 +94,7 @@ def test_a_server_killed_in_the_middle_of_a_batch(served, checkpoint, tmp_path):
     assert engine.servers[0].models() == ["base"]
 
 
-@pytest.mark.vllm
-def test_two_epochs_with_the_next_batch_generated_meanwhile(served, checkpoint, tmp_path):
+def test_two_epochs_with_prefetch(served, checkpoint, tmp_path):
     wait_until_healthy(ServerClient(served[0], 60.0))
     run_dir = tmp_path / "run"
     run_pmd(
@@ -113,13 +106,13 @@ def test_two_epochs_with_the_next_batch_generated_meanwhile(served, checkpoint, 
     assert metrics(run_dir, "rollout/versions_behind") == [0, 1, 0, 1]
 
 
-def test_servers_that_never_answer_are_named(tmp_path, checkpoint):
-    engine = engine_on(f"http://127.0.0.1:{free_port()}", checkpoint, tmp_path, recovery_s=0.5, retries=10**6)
-    with pytest.raises(EngineError, match="no server answered"):
-        list(engine.generate(REQUESTS[:2], SAMPLING))
-
-
-def test_a_request_is_not_tried_for_ever(tmp_path, checkpoint):
-    engine = engine_on(f"http://127.0.0.1:{free_port()}", checkpoint, tmp_path, retries=0)
-    with pytest.raises(EngineError, match="request 0 failed 1 times"):
-        list(engine.generate(REQUESTS[:1], SAMPLING))
+def test_the_command_serves_the_configuration(checkpoint):
+    shown = run_pmd(
+        "serve", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
+        f"--model.path={checkpoint}", "--port=8765", "--dry-run",
+    ).stdout  # fmt: skip
+    command = shlex.split(shown)
+    for flag, value in (("--model", str(checkpoint)), ("--port", "8765"), ("--max-loras", "1"), ("--dtype", "float32")):
+        assert command[command.index(flag) + 1] == value
+    assert "--enable-lora" in command
+    assert "--gpu-memory-utilization" not in command

@@ -1,4 +1,4 @@
-"""The metrics of a run, made-up data."""
+"""Metrics of a run, and made-up data."""
 
 import csv
 import json

@@ -1,0 +1,60 @@
+"""Held-out evaluation at epoch boundaries, without memory and, for comparison, with memory in the prompt.
+
+The gap between the two is what the memory holds and the policy has not internalized yet.
+"""
+
+import time
+
+from lightning import Callback, LightningModule, Trainer
+
+from pmd.evaluation.evaluate import Evaluator
+from pmd.evaluation.metrics import Scores, score_samples
+from pmd.memory import ProceduralMemory
+from pmd.types import Task
+
+
+class VerificationCallback(Callback):
+    """Logs `verify/...` on the validation tasks; `ModelCheckpoint` watches `verify/avg`."""
+
+    def __init__(self, evaluator: Evaluator, tasks: list[Task], memory: ProceduralMemory | None):
+        self.evaluator = evaluator
+        self.tasks = tasks
+        self.memory = memory
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the policy before the first step of a new run."""
+        if trainer.global_step == 0 and trainer.logger is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.measure(), step=0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate every `verification.every_epochs`, and after the last epoch."""
+        epoch, config = trainer.current_epoch + 1, self.evaluator.config
+        is_last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+        if is_last or epoch % config.every_epochs == 0:
+            started = time.perf_counter()
+            metrics = self.measure()
+            metrics["time/verification_s"] = time.perf_counter() - started
+            pl_module.log_dict(metrics, batch_size=1)
+            pl_module.log("held_out", metrics["verify/avg"], prog_bar=True, logger=False, batch_size=1)
+
+    def measure(self) -> dict[str, float]:
+        """Evaluate on the validation tasks and return the metrics."""
+        config = self.evaluator.config
+        without_memory = score_samples(self.evaluator.memory_free(self.tasks, config.samples), config.pass_at)
+        metrics = _flatten(without_memory)
+        if self.memory is not None and config.memory_conditioned:
+            samples = self.evaluator.memory_conditioned(self.tasks, config.samples, self.memory)
+            with_memory = score_samples(samples, config.pass_at)
+            metrics["verify/memory_conditioned_avg"] = with_memory.avg
+            metrics["verify/not_internalized"] = with_memory.avg - without_memory.avg
+        return metrics
+
+
+def _flatten(scores: Scores) -> dict[str, float]:
+    metrics = {"verify/avg": scores.avg, "verify/valid_rate": scores.valid_rate}
+    metrics |= {f"verify/pass_at_{k}": value for k, value in scores.pass_at.items()}
+    metrics |= {f"verify/coverage_at_{k}": value for k, value in scores.coverage_at.items()}
+    if len(scores.by_domain) > 1:
+        metrics |= {f"verify/{domain}_avg": part.avg for domain, part in scores.by_domain.items()}
+    return metrics

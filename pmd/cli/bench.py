@@ -1,0 +1,123 @@
+"""`python -m pmd bench --config FILE`: where the time of a step goes, tokens/s, model FLOPs utilisation, memory."""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pmd.cli.arguments import load_checked, make_config_parser, split_options
+from pmd.config.load import LoadedConfig
+from pmd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pmd.planning.bench import Measurement
+
+
+DESCRIPTION = """Measure training steps of a configuration, which is given as to `fit`.
+
+  python -m pmd bench --config configs/tiny.yaml --steps 5
+  python -m pmd bench --config configs/qwen3_8b.yaml --random-init --prompt-tokens 512 --completion-tokens 1024
+
+Without --prompt-tokens the steps are those of the run: tasks are attempted, verified and trained on. With it, rollouts
+are random token ids of fixed lengths, and nothing is generated or verified."""
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print; return 0."""
+    arguments, rest = split_options(_parser(), argv)
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps={arguments.steps} must be at least 1.")
+    loaded = load_checked("bench", rest)
+
+    import torch
+
+    from pmd.cli.trainer import quieten
+
+    quieten()
+    if loaded.run.cpu_threads is not None:
+        torch.set_num_threads(loaded.run.cpu_threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.random_init:
+            from pmd.planning.synthetic import write_random_model
+
+            loaded.run.model = write_random_model(loaded.run.model, Path(folder) / "model")
+        from pmd.planning.bench import summarise
+
+        measured = _measure(loaded, arguments, Path(folder))
+        facts = {"model": dataclasses.asdict(loaded.run.model), "lengths": _lengths(arguments)}
+        result = facts | summarise(measured)
+    _show(result, Console())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_config_parser("bench", DESCRIPTION)
+    parser.add_argument("--steps", type=int, default=3, help="steps to measure, after one to warm up (default: 3)")
+    parser.add_argument("--random-init", action="store_true", help="random weights; model.path gives shape, tokenizer")
+    parser.add_argument("--prompt-tokens", type=int, help="random rollouts with prompts of this length")
+    parser.add_argument("--completion-tokens", type=int, default=128, help="length of their completions (default: 128)")
+    parser.add_argument("--teacher-tokens", type=int, help="length of the teacher's prompts (default: twice as long)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def _lengths(arguments: argparse.Namespace) -> dict[str, int] | None:
+    if arguments.prompt_tokens is None:
+        return None
+    teacher = arguments.teacher_tokens or 2 * arguments.prompt_tokens
+    lengths = {"prompt": arguments.prompt_tokens, "teacher_prompt": teacher, "completion": arguments.completion_tokens}
+    for name, value in lengths.items():
+        if value < 1:
+            raise ConfigError(f"{name} tokens={value} must be at least 1.")
+    return lengths
+
+
+def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "Measurement":
+    """Take one step more than asked for, because the first one warms up."""
+    from pmd.planning.bench import measure_steps
+
+    config, accelerator = loaded.run, str(loaded.trainer.get("accelerator", "auto"))
+    lengths = _lengths(arguments)
+    if lengths is None:
+        from pmd.callbacks.sync import WeightSyncCallback
+        from pmd.cli.run import build
+        from pmd.run_dir import RunDir
+
+        run = build(config, RunDir(folder / "run"))
+        callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, run.parity)]
+        with closing(run.data.engine):
+            return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
+    from pmd.module import PMDModule
+    from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
+
+    module = PMDModule(config)
+    completion = lengths["completion"]
+    examples = synthetic_examples(
+        config.rollouts.tasks_per_step,
+        config.rollouts.group_size,
+        Lengths(lengths["prompt"], lengths["teacher_prompt"], completion, completion),
+        len(module.tokenizer),
+    )
+    return measure_steps(module, FixedBatches(examples, arguments.steps + 1), arguments.steps + 1, accelerator)
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    table = Table("part", "seconds", "share", title=f"one step on {result['device']}, mean of {result['steps']}")
+    for part, seconds in result["seconds"].items():
+        table.add_row(part, f"{seconds:.3f}", f"{100 * seconds / result['step_s']:.0f} %")
+    table.add_row("step", f"{result['step_s']:.3f}", "")
+    console.print(table)
+    mfu = "unknown (no known peak)" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
+    console.print(
+        f"{result['tokens_per_step']:.0f} tokens a step; {result['tokens_per_s']:.0f} tokens/s in all, "
+        f"{result['training_tokens_per_s']:.0f} in training; {result['tflops_per_s']:.3f} TFLOP/s, "
+        f"model FLOPs utilisation {mfu}; peak memory {result['peak_memory_gb']:.2f} GB"
+    )

@@ -1,0 +1,128 @@
+"""`python -m pmd doctor --config FILE`: predicts whether a run fits into memory, and says what to change if not."""
+
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pmd.cli.arguments import load_checked, make_config_parser, split_options
+from pmd.config.load import LoadedConfig, load_arguments
+from pmd.config.schema import RunConfig
+from pmd.errors import ConfigError
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm", "hnswlib", "sentence-transformers")
+
+DESCRIPTION = """Predict the memory that a configuration needs, part by part, without reading any weights.
+
+  python -m pmd doctor --config configs/tiny.yaml
+  python -m pmd doctor --config configs/qwen3_8b.yaml --gpu-gb 80       for a GPU that this machine does not have
+
+Prints versions, the predicted memory, what the device has free, and what to change if that is too little. With
+rollouts.engine=vllm on a GPU also what vLLM needs while the policy trains and while vLLM generates, and the share of
+the GPU that it will be given."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the diagnosis; return 0 if the run is predicted to fit, else 1."""
+    parser = make_config_parser("doctor", DESCRIPTION)
+    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch (default: as many as one may hold)")
+    parser.add_argument("--gpu-gb", type=float, help="plan for a GPU with this many GB instead of this machine")
+    arguments, rest = split_options(parser, argv)
+    for flag, value in (("--tokens", arguments.tokens), ("--gpu-gb", arguments.gpu_gb)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{flag}={value} must be above 0.")
+    if arguments.gpu_gb is None:
+        loaded = load_checked("doctor", rest)
+    else:  # for another machine: what this one lacks does not matter
+        loaded = load_arguments("doctor", rest)
+        if loaded.problems:
+            raise ConfigError(loaded.problems)
+    console = Console()
+    console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES), markup=False)
+    return _diagnose(loaded, arguments.tokens, arguments.gpu_gb, console)
+
+
+def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, console: Console) -> int:
+    import torch
+
+    from pmd.planning.engine_memory import Gpu, plan_engine, read_cache, refuse_small_cache
+    from pmd.planning.gpu_memory import libraries_bytes, max_micro_batch_tokens, predict, read_shape
+
+    on_cuda = gpu_gb is not None or (torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu")
+    run, shape, tokens = loaded.run, read_shape(loaded.run.model), tokens or max_micro_batch_tokens(loaded.run)
+    parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu")
+    if run.rollouts.engine == "vllm":
+        refuse_small_cache(read_cache(run), run)
+    if not on_cuda:
+        parts["Python and libraries"] = libraries_bytes()
+        code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
+        console.print("On a CPU the process may hold half as much again, because the C library keeps what torch frees.")
+        return code
+    free, total = (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
+    if run.rollouts.engine != "vllm":
+        return _verdict(run, {"peak": parts}, tokens, free, console)
+    try:
+        plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free))
+    except ConfigError as error:
+        _verdict(run, {"training": parts}, tokens, free, console)
+        console.print(f"vLLM does not fit beside it: {error}", markup=False)
+        return 1
+    code = _verdict(run, plan.phases(parts, run), tokens, free, console)
+    asleep = (
+        f" Asleep, it takes {plan.parts['weights'] / 1e9:.1f} GB of main memory." if run.rollouts.vllm.sleep else ""
+    )
+    console.print(f"{plan}{asleep}", markup=False)
+    return code
+
+
+def _verdict(
+    run: RunConfig, phases: Mapping[str, Mapping[str, float]], tokens: int, available: float, console: Console
+) -> int:
+    """Print bytes by part and phase; return 0 if every phase fits, else 1."""
+    names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
+    table = Table("part", *(f"GB, {name}" for name in phases), title=f"predicted, micro-batches of {tokens} tokens")
+    for part in names:
+        table.add_row(part, *(f"{parts[part] / 1e9:.3f}" if part in parts else "" for parts in phases.values()))
+    totals = [sum(parts.values()) for parts in phases.values()]
+    table.add_row("all", *(f"{total / 1e9:.3f}" for total in totals))
+    console.print(table)
+    console.print(f"free now: {available / 1e9:.1f} GB", markup=False)
+    if max(totals) <= available:
+        console.print("It fits.")
+        return 0
+    console.print("It does not fit: " + "; ".join(remedies(run)) + ".", markup=False)
+    return 1
+
+
+def remedies(run: RunConfig) -> list[str]:
+    """Return changes that would need less memory, the cheapest first."""
+    found = []
+    if not run.model.gradient_checkpointing:
+        found.append("set model.gradient_checkpointing=true")
+    if run.rollouts.micro_batch_tokens > 4096:
+        found.append("lower rollouts.micro_batch_tokens")
+    if run.rollouts.engine == "hf":
+        found.append("lower rollouts.engine_batch")
+    if run.model.dtype == "float32":
+        found.append("set model.dtype=bfloat16")
+    if run.model.finetune != "qlora":
+        found.append("set model.finetune=" + ("lora" if run.model.finetune == "full" else "qlora"))
+    return found or ["use a smaller model"]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _available_bytes() -> float:
+    """Return the free main memory in bytes (Linux); infinity where that is unknown."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return float("inf")
+    line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return 1024.0 * int(line.split()[1])

@@ -1,0 +1,55 @@
+"""`python -m pmd export RUN --out DIR`: writes a run's student as a plain Hugging Face checkpoint or adapter."""
+
+from pathlib import Path
+
+from pmd.cli.arguments import make_parser
+from pmd.config.load import load_config
+from pmd.errors import ConfigError
+from pmd.run_dir import open_run
+
+DESCRIPTION = """Write the student of a run as a Hugging Face checkpoint, or as an adapter if the run trained one.
+
+  python -m pmd export runs/tiny --out exported
+
+`transformers` (with `peft` for an adapter) loads it without pmd. Memory is not exported: the student's prompts never
+contained any."""
+
+
+def main(argv: list[str]) -> int:
+    """Write the export; return 0."""
+    parser = make_parser("export", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--ckpt", default="last", help="last, best or a checkpoint file (default: last)")
+    arguments = parser.parse_args(argv)
+    run_dir, out = open_run(arguments.run), Path(arguments.out)
+    loaded = load_config([run_dir.config])
+    if loaded.problems:  # the run's data, engine and GPU are not needed here
+        raise ConfigError(loaded.problems)
+    checkpoint = run_dir.checkpoint(arguments.ckpt)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out} exists and is not empty; give a new folder.")
+
+    import torch
+
+    from pmd.module import PMDModule
+
+    module = PMDModule(loaded.run)
+    is_adapter = loaded.run.model.finetune != "full"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"], strict=False)
+    with module.policy.weights("student") as model:
+        if is_adapter:
+            model.save_pretrained(out, selected_adapters=["student"])
+        else:
+            model.save_pretrained(out)
+    if is_adapter:  # PEFT writes a named adapter into a folder of that name
+        for file in (out / "student").iterdir():
+            file.rename(out / file.name)
+        (out / "student").rmdir()
+    module.tokenizer.save_pretrained(out)
+    print(f"exported {checkpoint} to {out}")
+    if is_adapter:
+        print(f"It is an adapter: load it with peft on {loaded.run.model.path} in {loaded.run.model.dtype}.")
+    return 0

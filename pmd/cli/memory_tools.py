@@ -1,0 +1,129 @@
+"""The subcommands of `pmd memory` that compare, check and move stores, and the lineage of one item."""
+
+import argparse
+from collections import Counter
+from typing import Any
+
+from pmd.memory.index import TaskIndex
+from pmd.memory.store import TABLES, MemoryStore
+from pmd.memory.tools.check import check
+from pmd.memory.tools.history import Difference, diff, rollback
+from pmd.memory.tools.report import render
+from pmd.memory.tools.transfer import export_file, import_file
+
+Rows = list[dict[str, Any]]
+WRITING = frozenset({"rebuild", "rollback", "import"})
+
+
+def lineage(store: MemoryStore, level: int, item_id: int) -> Rows:
+    """Return all ancestors and descendants of an item, the deepest evidence first."""
+    items = {(level, item_id): "this item"}
+    for own, other, word in (("child", "parent", "evidence"), ("parent", "child", "rests on it")):
+        frontier = {(level, item_id)}
+        while frontier:
+            frontier = {
+                found
+                for near_level, near_id in frontier
+                for found in store.query(
+                    f"SELECT {other}_level, {other}_id FROM links WHERE {own}_level = ? AND {own}_id = ?",
+                    near_level,
+                    near_id,
+                )
+            } - items.keys()
+            items |= dict.fromkeys(frontier, word)
+    rows: Rows = []
+    for (other_level, other_id), role in sorted(items.items()):
+        text = "response" if other_level == 0 else "content"
+        found = store.query(f"SELECT status, {text} FROM {TABLES[other_level]} WHERE id = ?", other_id)
+        status, words = found[0] if found else ("deleted", "")
+        rows.append({"level": other_level, "id": other_id, "role": role, "status": status, "text": words})
+    return rows
+
+
+def _diff(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    found = diff(store, arguments.old, arguments.new)
+    shown = [difference for difference in found if arguments.all or difference.change != "counted"]
+    return {
+        f"from generation {arguments.old} to {arguments.new}": _count(found),
+        "items": [
+            {"change": d.change, "level": d.level, "id": d.item_id, "text": d.text} for d in shown
+        ],
+    }  # fmt: skip
+
+
+def _rollback(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    undone = rollback(store, arguments.generation)
+    return {f"generation {store.generation} is {arguments.generation} again; undone": _count(undone)}
+
+
+def _count(differences: list[Difference]) -> Rows:
+    counts = Counter((difference.level, difference.change) for difference in differences)
+    return [{"level": level, "change": change, "items": n} for (level, change), n in sorted(counts.items())]
+
+
+def _check(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    return {"wrong with the store": [{"finding": sentence} for sentence in check(store)]}
+
+
+def _rebuild(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    index = TaskIndex(store)
+    index.refresh()
+    return {"task index": [{"file": str(store.path.with_name("tasks.hnsw")), "tasks": len(index)}]}
+
+
+def _export(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    lines = export_file(store, arguments.file, experiences=arguments.experiences)
+    return {"exported": [{"file": str(arguments.file), "lines": lines}]}
+
+
+def _import(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    counts = import_file(store, arguments.file)
+    TaskIndex.open(store)
+    return {"imported": [{"type": kind, "new": count} for kind, count in counts.items()]}
+
+
+def _audit(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    levels = store.query_rows(
+        "SELECT CASE level WHEN 1 THEN 'insight' ELSE 'behaviour' END AS level, count(*) AS audits,"
+        " count(DISTINCT item_id) AS items, avg(lift_correct) AS lift_correct, avg(lift_wrong) AS lift_wrong,"
+        " avg(usefulness) AS usefulness, avg(masked_usefulness) AS answer_masked, avg(student_lift) AS student_lift"
+        " FROM audits GROUP BY audits.level ORDER BY audits.level"
+    )
+    outcomes = store.query_rows(
+        "SELECT CASE level WHEN 1 THEN 'insight' ELSE 'behaviour' END AS level,"
+        " json_extract(after, '$.status') AS status, count(*) AS items FROM ops"
+        " WHERE reason LIKE 'audit%' AND json_extract(after, '$.status') IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2"
+    )
+    items = (
+        "SELECT 'insight' AS level, id, kind, status, usefulness, content AS text FROM insights UNION ALL"
+        " SELECT 'behaviour', id, 'behaviour', status, usefulness, content FROM behaviours"
+    )
+    ends = {
+        title: store.query_rows(
+            "SELECT level, min(id) AS id, count(*) AS items, kind, status, avg(usefulness) AS usefulness, text"
+            f" FROM ({items}) WHERE usefulness {sign} 0 GROUP BY level, kind, status, text"
+            f" ORDER BY usefulness {order}, level, id LIMIT ?",
+            arguments.limit or -1,
+        )
+        for title, sign, order in (("most useful", ">", "DESC"), ("most harmful", "<", "ASC"))
+    }
+    return {"audits, nats per token against a placebo": levels, "changes that audits made": outcomes} | ends
+
+
+def _report(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    path = arguments.out or store.path.with_name("report.html")
+    name = arguments.store.resolve().name if arguments.store.is_dir() else arguments.store.stem
+    path.write_text(render(store, f"Memory of {name}"), encoding="utf-8")
+    return {"report": [{"file": str(path), "kilobytes": round(path.stat().st_size / 1e3)}]}
+
+
+COMMANDS = {
+    "audit": _audit,
+    "report": _report,
+    "diff": _diff,
+    "rollback": _rollback,
+    "check": _check,
+    "rebuild": _rebuild,
+    "export": _export,
+    "import": _import,
+}

@@ -1,0 +1,86 @@
+"""`python -m pmd sweep GRID.yaml`: runs every configuration of a grid and tabulates the results over seeds."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pmd.cli import main as run_command
+from pmd.cli.arguments import make_parser
+from pmd.errors import ConfigError
+from pmd.planning.sweep.grid import PlannedRun, plan, row_label
+from pmd.planning.sweep.launch import launch, log_file, unfinished
+
+DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one process per run, and tabulate it over seeds.
+
+  python -m pmd sweep ablations/grids/main_table.yaml
+  python -m pmd sweep ablations/grids/main_table.yaml --dry_run
+
+Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
+tried again by the next call. The table (mean and standard error over seeds) is printed and goes to the output folder
+as table.md, sweep.json and sweep.png."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return 0, or 1 if a run failed."""
+    parser = make_parser("sweep", DESCRIPTION)
+    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
+    parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one per core)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
+    options = parser.parse_args(argv)
+    jobs = options.jobs if options.jobs is not None else len(os.sched_getaffinity(0))
+    numbers = {"jobs": jobs, "threads": options.threads}
+    wrong = [f"--{name}={value} must be at least 1." for name, value in numbers.items() if value < 1]
+    if wrong:
+        raise ConfigError(wrong)
+    out = options.out or Path("runs") / options.grid.stem
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has room
+    runs = plan(options.grid, out)
+    left = unfinished(runs)
+    if options.dry_run:
+        for run in left:
+            print(f"python -m pmd fit {' '.join(run.arguments)} --run_dir={run.run_dir}")
+        return 0
+    console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}")
+    failed = _run_all(left, jobs, options.threads, console)
+    from pmd.planning.sweep.table import make_rows, print_rows, write_rows
+
+    rows = make_rows(runs)
+    write_rows(rows, out, options.grid.stem)
+    print_rows(rows, options.grid.stem, console)
+    for run in failed:
+        console.print(f"failed: {_name(run)}; see {log_file(run)}")
+    console.print(f"table.md, sweep.json and sweep.png are in {out}")
+    return 1 if failed else 0
+
+
+def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Console) -> list[PlannedRun]:
+    """Run these under a progress bar; return the runs that failed."""
+    failed: list[PlannedRun] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that launch() stops its runs
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not runs) as progress:
+        bar = progress.add_task("runs", total=len(runs))
+        for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run"), start=1):
+            if code != 0:
+                failed.append(run)
+                progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}")
+            if not console.is_terminal:
+                console.print(f"{number}/{len(runs)} {_name(run)}")  # a log file shows no bar
+            progress.update(bar, advance=1, description=f"last: {_name(run)}")
+    return failed
+
+
+def _name(run: PlannedRun) -> str:
+    parts = [run.block, row_label(run.arm, run.choices), f"seed {run.seed}"]
+    return ", ".join(part for part in parts if part)

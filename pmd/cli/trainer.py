@@ -1,0 +1,73 @@
+"""Makes Lightning's Trainer from the `trainer` section, and silences warnings that do not apply to pmd."""
+
+import logging
+import warnings
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import Logger
+
+from pmd.callbacks.checkpoint import AtomicCheckpointIO
+from pmd.errors import ConfigError
+
+#: Lightning warns of these in every run, wrongly: rollouts are streamed, batches stay on the host, teachers are in eval
+#: mode.
+UNTRUE_WARNINGS = (
+    "does not have many workers",
+    "Checkpoint directory .* exists and is not empty",
+    "`isinstance.treespec",
+    "LightningCLI's args parameter",
+    "Experiment logs directory .* exists and is not empty",
+    "Your `IterableDataset` has `__len__` defined",
+    r"Found \d+ module\(s\) in eval mode",
+    "You have overridden `transfer_batch_to_device`",
+    "GPU available but not used",
+    "It is recommended to use `self.log",
+    "could not find the monitored key",  # an epoch without verification cannot be the best
+)
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI for the `trainer` section alone: it checks Lightning's own arguments and makes the Trainer."""
+
+    def __init__(self, trainer: dict[str, Any]):
+        quieten()
+        defaults = {"max_epochs": 1, "accelerator": "auto", "devices": 1, "log_every_n_steps": 1}
+        try:
+            super().__init__(
+                LightningModule,
+                run=False,
+                args={"trainer": trainer},
+                save_config_callback=None,
+                seed_everything_default=False,
+                trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
+                parser_kwargs={"exit_on_error": False},
+            )
+            self.trainer_for([], [])  # what Lightning refuses is refused now, before any weights load
+        except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
+        """Add the trainer only; pmd's sections are checked and built without jsonargparse."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+
+    def instantiate_classes(self) -> None:
+        """Leave the trainer to `trainer_for`, which is given callbacks and loggers."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def trainer_for(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+        """Return a trainer with exactly these callbacks, in this order."""
+        own = {"callbacks": callbacks, "logger": loggers, "plugins": [AtomicCheckpointIO()]}
+        return Trainer(**(dict(self.config_init["trainer"]) | own))
+
+
+def quieten() -> None:
+    """Silence Lightning's notes on hardware, its tips, and the warnings that do not apply."""
+    for message in UNTRUE_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,280 @@
+"""What no single key shows: combinations that cannot run, and packages, devices and files that are missing.
+
+All problems are raised as one `ConfigError` before any weights load, and nothing here imports torch.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pmd.config.load import LoadedConfig
+from pmd.config.schema import DataConfig, ModelConfig, RunConfig
+from pmd.config.trainer import cuda_is_available, trainer_problems
+from pmd.errors import ConfigError
+
+#: NAME or OWNER/NAME, as the Hub writes them.
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+#: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
+MIN_BFLOAT16_LR = 1e-4
+#: Module and package that transformers takes each flash attention from.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+
+
+def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
+    """Raise one ConfigError with every problem of the configuration and the `found` ones, if there are any.
+
+    Raises:
+        ConfigError: the configuration cannot be run.
+    """
+    run = loaded.run
+    problems = [
+        *loaded.problems,
+        *found,
+        *trainer_problems(loaded.trainer),
+        *_model_problems(run),
+        *_method_problems(run),
+        *_engine_problems(run),
+        *_memory_problems(run),
+        *_data_problems(run.data),
+        *_logging_problems(run),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def describe_rounding(run: RunConfig) -> list[str]:
+    """Return a warning if most optimizer steps are too small to change bfloat16 weights."""
+    model, lr = run.model, run.optimizer.lr
+    if model.finetune != "full" or model.dtype != "bfloat16" or lr >= MIN_BFLOAT16_LR:
+        return []
+    return [
+        f"optimizer.lr={lr} with model.finetune=full and model.dtype=bfloat16: most updates are lost in rounding "
+        "(a weight of 0.02 changes by 0.0001 or not at all). Use model.dtype=float32 with "
+        "trainer.precision=bf16-mixed, or train an adapter."
+    ]
+
+
+def _attention_problems(model: ModelConfig) -> list[str]:
+    """Flash attention needs a CUDA device, bfloat16, and a package compiled for the device."""
+    if not model.attention.startswith("flash"):
+        return []
+    key, problems = f"model.attention={model.attention}", []
+    module, package = FLASH_PACKAGES[model.attention]
+    if not cuda_is_available():
+        problems.append(f"{key} needs a CUDA device and none was found; use sdpa.")
+    if find_spec(module) is None and find_spec("kernels") is None:
+        problems.append(f"{key} needs {package} or kernels; pip install {package}, or use sdpa.")
+    if model.dtype != "bfloat16":
+        problems.append(f"{key} needs model.dtype=bfloat16, not {model.dtype}.")
+    return problems
+
+
+def _model_problems(run: RunConfig) -> list[str]:
+    model, problems = run.model, []
+    if model.finetune == "qlora" and not cuda_is_available():
+        problems.append("model.finetune=qlora needs a CUDA device and none was found; use lora or full.")
+    if model.finetune == "qlora" and find_spec("bitsandbytes") is None:
+        problems.append("model.finetune=qlora needs bitsandbytes; pip install 'pmd[gpu]'.")
+    problems += _attention_problems(model)
+    if run.optimizer.kind == "adamw_8bit_paged":
+        if not cuda_is_available():
+            problems.append("optimizer.kind=adamw_8bit_paged needs a CUDA device and none was found; use adamw.")
+        if find_spec("bitsandbytes") is None:
+            problems.append("optimizer.kind=adamw_8bit_paged needs bitsandbytes; pip install 'pmd[gpu]'.")
+    looks_like_path = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
+    if looks_like_path and not (Path(model.path) / "config.json").is_file():
+        problems.append(f"model.path={model.path} holds no config.json; give a Hugging Face model directory or id.")
+    elif not looks_like_path and model.path not in ("tiny", "tiny_exam") and not HUB_ID.fullmatch(model.path):
+        problems.append(f"model.path={model.path} is not a Hugging Face id (OWNER/NAME); give an id or a directory.")
+    is_copy = (Path(model.path) / "config.json").is_file()
+    if (model.path == "tiny") != (run.data.task == "tiny") and not (run.data.task == "tiny" and is_copy):
+        problems.append(
+            f"model.path={model.path} with data.task={run.data.task}: the model `tiny` knows only the 110 words "
+            "of the tiny world; use both or neither (`tiny_exam` reads any text)."
+        )
+    if (model.prompts == "words") != (run.data.task == "tiny"):
+        expected = "words" if run.data.task == "tiny" else "chat"
+        problems.append(f"model.prompts={model.prompts} with data.task={run.data.task}; use {expected}.")
+    return problems
+
+
+def _method_problems(run: RunConfig) -> list[str]:
+    objective, rollouts, teacher, problems = run.objective, run.rollouts, run.teacher, []
+    if objective.policy_gradient == 0 and objective.distillation == 0 and objective.update_policy:
+        problems.append(
+            "objective.policy_gradient=0 with objective.distillation=0 trains nothing; give one a weight, or set "
+            "objective.update_policy=false."
+        )
+    if objective.policy_gradient > 0 and rollouts.group_size < 2:
+        problems.append(
+            f"rollouts.group_size={rollouts.group_size} with objective.policy_gradient={objective.policy_gradient}: "
+            "an advantage compares rollouts of one group; use at least 2."
+        )
+    if teacher.context == "none" and objective.distillation > 0:
+        problems.append(
+            f"teacher.context=none with objective.distillation={objective.distillation}: such a teacher knows no "
+            "more than the student; use sibling, memory or both, or set objective.distillation=0."
+        )
+    if teacher.context == "sibling" and rollouts.group_size < 2 and not teacher.feedback:
+        problems.append("teacher.context=sibling with rollouts.group_size=1 shows the teacher nothing; use at least 2.")
+    if rollouts.updates_per_batch > rollouts.tasks_per_step:
+        problems.append(
+            f"rollouts.updates_per_batch={rollouts.updates_per_batch} exceeds "
+            f"rollouts.tasks_per_step={rollouts.tasks_per_step}; each update needs a task."
+        )
+    if rollouts.temperature != 1.0:
+        problems.append(
+            f"rollouts.temperature={rollouts.temperature}: importance weights compare untempered log-probs; use 1.0."
+        )
+    if teacher.refresh_epochs is not None and teacher.kind != "frozen":
+        problems.append(
+            f"teacher.refresh_epochs={teacher.refresh_epochs} needs teacher.kind=frozen, not {teacher.kind}."
+        )
+    verification = run.verification
+    largest = max(verification.pass_at, default=1)
+    if min(verification.pass_at, default=0) < 1:
+        problems.append(f"verification.pass_at={verification.pass_at} must be whole numbers of at least 1.")
+    if largest > verification.final_samples:
+        problems.append(
+            f"verification.pass_at={verification.pass_at} needs verification.final_samples of at least {largest}, "
+            f"not {verification.final_samples}."
+        )
+    return problems
+
+
+def _engine_problems(run: RunConfig) -> list[str]:
+    vllm, finetune, problems = run.rollouts.vllm, run.model.finetune, []
+    if run.rollouts.prefetch and run.rollouts.engine != "vllm_server":
+        problems.append(
+            f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device "
+            "that trains; use vllm_server, or prefetch=false."
+        )
+    if run.rollouts.engine == "hf":
+        return problems
+    if run.rollouts.engine == "vllm_server":
+        return _server_problems(run)
+    package = find_spec("vllm")
+    if package is None or package.origin is None:
+        problems.append("rollouts.engine=vllm needs vLLM; pip install 'pmd[gpu]' (README, \"vLLM\"), or use hf.")
+    if vllm.kv_cache_memory_bytes is None and not cuda_is_available():
+        problems.append(
+            "rollouts.vllm.kv_cache_memory_bytes=null needs a CUDA device and none was found; on a CPU, set "
+            "the size of the KV cache, e.g. 67108864."
+        )
+    if vllm.max_model_len is not None and vllm.max_model_len < run.longest_sequence:
+        problems.append(
+            f"rollouts.vllm.max_model_len={vllm.max_model_len} is below {run.longest_sequence}, the longest prompt "
+            "with its completion that the sections rollouts, teacher and reflection allow; raise it, or lower their "
+            "max_prompt_tokens or max_new_tokens."
+        )
+    if vllm.quantization == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
+        problems.append(
+            "rollouts.vllm.quantization=bitsandbytes needs vllm-bnb-plugin, which vLLM no longer includes; "
+            "pip install 'pmd[gpu]', or use fp8 or none."
+        )
+    if vllm.quantization != "none" and not cuda_is_available():
+        problems.append(f"rollouts.vllm.quantization={vllm.quantization} needs a CUDA device; use none.")
+    if vllm.quantization != "none" and finetune == "full":
+        problems.append(
+            f"rollouts.vllm.quantization={vllm.quantization} with model.finetune=full: trained weights are loaded "
+            "unquantized; use none, or train an adapter."
+        )
+    if finetune == "qlora" and run.model.dtype != "bfloat16":
+        problems.append(
+            f"model.dtype={run.model.dtype} with model.finetune=qlora: vLLM serves the base in bfloat16, or in its own "
+            "rollouts.vllm.quantization; use bfloat16."
+        )
+    return problems
+
+
+def _server_problems(run: RunConfig) -> list[str]:
+    server, problems = run.rollouts.server, []
+    if run.model.finetune == "full":
+        problems.append(
+            "rollouts.engine=vllm_server with model.finetune=full: servers accept adapters only; use lora, or "
+            "rollouts.engine=vllm."
+        )
+    if not server.urls:
+        problems.append(
+            "rollouts.server.urls=[] names no server; give the address of one that python -m pmd serve started."
+        )
+    for url in server.urls:
+        if not url.startswith(("http://", "https://")):
+            problems.append(f"rollouts.server.urls: {url} must begin with http:// or https://.")
+        elif not _names_a_server(url):
+            problems.append(f"rollouts.server.urls: {url} names no host and port; write http://HOST:PORT.")
+    if server.adapter_dir is not None and not Path(server.adapter_dir).is_dir():
+        problems.append(f"rollouts.server.adapter_dir={server.adapter_dir} is not a folder; make it first.")
+    return problems
+
+
+def _names_a_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is not a number, or above 65535
+        return False
+
+
+def _memory_problems(run: RunConfig) -> list[str]:
+    memory, problems = run.memory, []
+    if memory.k > memory.capacity:
+        problems.append(f"memory.k={memory.k} exceeds memory.capacity={memory.capacity}; lower k or raise capacity.")
+    uses_memory = run.objective.distillation > 0 and run.teacher.context in ("memory", "both")
+    if run.teacher.context == "memory" and run.objective.distillation > 0 and not memory.enabled:
+        problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling.")
+    if uses_memory and memory.enabled and not memory.levels:
+        problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
+    resuming = run.ckpt_path is not None  # the checkpoint holds what was imported
+    if memory.import_path is not None and not resuming and not Path(memory.import_path).is_file():
+        problems.append(f"memory.import_path={memory.import_path} is not a file; give what `pmd memory export` wrote.")
+    quotas = (memory.max_behaviours, memory.max_strategies, memory.max_lessons or 0)
+    if memory.enabled and memory.max_lessons is not None and sum(quotas) == 0 and 0 not in memory.levels:
+        problems.append(
+            "memory.max_behaviours=0, memory.max_strategies=0 and memory.max_lessons=0 retrieve nothing; raise one, or "
+            "set memory.enabled=false."
+        )
+    elif memory.enabled and memory.max_lessons is not None and sum(quotas) < memory.k and 0 not in memory.levels:
+        problems.append(
+            f"memory.k={memory.k} exceeds {sum(quotas)}, the sum of memory.max_behaviours, max_strategies and "
+            "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
+        )
+    problems += _embedder_problems(memory.embedder) if memory.enabled else []
+    return problems
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.own_split and data.task != "sciknoweval":
+        problems.append(f"data.own_split=true applies to SciKnowEval only, not to data.task={data.task}; remove it.")
+    if data.scorer != "lcb" and data.task != "livecodebench":
+        problems.append(
+            f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "
+            "jsonl task names its own in `tests`)."
+        )
+    return problems
+
+
+def _logging_problems(run: RunConfig) -> list[str]:
+    if run.wandb != "off" and find_spec("wandb") is None:
+        return [f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'."]
+    return []
+
+
+def _embedder_problems(embedder: str) -> list[str]:
+    if embedder == "hash":
+        return []
+    problems = []
+    if find_spec("sentence_transformers") is None:
+        problems.append(f"memory.embedder={embedder} needs sentence-transformers; pip install 'pmd[embed]'.")
+    if not Path(embedder).expanduser().is_dir() and not HUB_ID.fullmatch(embedder):
+        problems.append(
+            f"memory.embedder={embedder} is not a directory; give `hash`, the folder of a sentence-transformers model "
+            "or its Hugging Face id."
+        )
+    return problems

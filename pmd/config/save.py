@@ -1,0 +1,50 @@
+"""The configuration as YAML that runs again."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pmd.config.load import LoadedConfig
+
+
+def resolved_values(loaded: LoadedConfig) -> dict[str, Any]:
+    """Return the whole configuration, defaults included, as plain values."""
+    return dataclasses.asdict(loaded.run) | {"trainer": loaded.trainer}
+
+
+def resolved_yaml(loaded: LoadedConfig) -> str:
+    """Return the whole configuration, defaults included, as YAML that runs again."""
+    return OmegaConf.to_yaml(OmegaConf.create(resolved_values(loaded)))
+
+
+def saved_yaml(loaded: LoadedConfig) -> str:
+    """Return the configuration as a run directory keeps it.
+
+    Local paths are absolute, and run_dir and ckpt_path are left out, so that it means the same in any directory and in
+    a copy of the run.
+    """
+    run = loaded.run
+    model, data, memory, server = run.model, run.data, run.memory, run.rollouts.server
+    if Path(model.path, "config.json").is_file():
+        model = dataclasses.replace(model, path=_absolute(model.path))
+    for key in ("path", "validation_path"):
+        path = getattr(data, key)
+        if path and Path(path).exists():
+            data = dataclasses.replace(data, **{key: _absolute(path)})
+    if memory.embedder != "hash" and Path(memory.embedder).is_dir():
+        memory = dataclasses.replace(memory, embedder=_absolute(memory.embedder))
+    if memory.import_path is not None:
+        memory = dataclasses.replace(memory, import_path=_absolute(memory.import_path))
+    if server.adapter_dir is not None:
+        server = dataclasses.replace(server, adapter_dir=_absolute(server.adapter_dir))
+    rollouts = dataclasses.replace(run.rollouts, server=server)
+    portable = dataclasses.replace(
+        run, run_dir=None, ckpt_path=None, model=model, data=data, memory=memory, rollouts=rollouts
+    )
+    return resolved_yaml(dataclasses.replace(loaded, run=portable))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())

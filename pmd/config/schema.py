@@ -1,0 +1,406 @@
+"""The configuration schema: one dataclass for each section of the YAML files.
+
+Every field has a default, one sentence of help and, if it has any, bounds. `values.py` checks types and bounds,
+`check.py` combinations, and `json_schema.py` describes the fields to editors.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(
+    default: Any, help: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+) -> Any:
+    """Declare a config field: its default, one sentence of help, and its bounds (`above` is exclusive)."""
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+    metadata = {"help": help, **{k: v for k, v in bounds.items() if v is not None}}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The policy: which weights, in which precision, and which of them are trained."""
+
+    path: str = option(
+        "tiny", "`tiny` or `tiny_exam` (shipped with the package), a Hugging Face id, or a local directory."
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Precision of the base weights.")
+    finetune: Literal["full", "lora", "qlora"] = option(
+        "full", "Train all weights, an adapter, or an adapter on a 4-bit base."
+    )
+    lora_rank: int = option(16, "Rank of the adapter.", minimum=1)
+    lora_alpha: float = option(
+        32.0, "Scale of the adapter: its output is multiplied by lora_alpha / lora_rank.", above=0
+    )
+    lora_dropout: float = option(0.0, "Dropout inside the adapter.", minimum=0, maximum=0.9)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = option(
+        "sdpa", "How attention is computed; flash attention (CUDA, its own package) also packs rows without padding."
+    )
+    prompts: Literal["words", "chat"] = option(
+        "words", "`words` is the tiny world's own language; `chat` uses the tokenizer's chat template."
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a linear warm-up to a constant learning rate (SDPO's recipe)."""
+
+    kind: Literal["adamw", "adamw_8bit_paged"] = option(
+        "adamw",
+        "`adamw_8bit_paged` keeps AdamW's state in 8 bits and moves it to the CPU when memory is short (CUDA only).",
+    )
+    lr: float = option(1e-5, "Learning rate after the warm-up.", above=0)
+    weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0)
+    beta1: float = option(0.9, "AdamW's first decay rate.", minimum=0, maximum=1)
+    beta2: float = option(0.999, "AdamW's second decay rate.", minimum=0, maximum=1)
+    warmup_steps: int = option(0, "Optimizer steps over which the learning rate rises from 0.", minimum=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+
+
+@dataclass
+class TeacherConfig:
+    """The self-teacher: which weights score the rollouts, and what its prompt contains."""
+
+    kind: Literal["frozen", "ema", "live", "trust_region"] = option(
+        "frozen",
+        "The reference policy, a moving average of the student, the student itself, or a mix of both logits.",
+    )
+    refresh_epochs: int | None = option(
+        None, "With kind `frozen`: copy the student again every this many epochs.", minimum=1
+    )
+    ema_rate: float = option(
+        0.05,
+        "With kind `ema`: weight of the student in the average, applied after each optimizer step.",
+        above=0,
+        maximum=1,
+    )
+    trust_region_rate: float = option(
+        0.05, "With kind `trust_region`: weight of the student's logits in the mix.", minimum=0, maximum=1
+    )
+    context: Literal["none", "sibling", "memory", "both"] = option(
+        "both",
+        "What the teacher sees besides the task: a verified success of the same group, retrieved memory, or both.",
+    )
+    feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
+    max_prompt_tokens: int = option(2048, "Longest teacher prompt; memory items are dropped whole to fit.", minimum=8)
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the teacher has weights of its own, which must be kept in memory and in checkpoints."""
+        return self.kind == "ema" or (self.kind == "frozen" and self.refresh_epochs is not None)
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss: policy_gradient x clipped policy gradient + distillation x divergence from the teacher."""
+
+    policy_gradient: float = option(0.0, "Weight of the clipped policy gradient (GRPO).", minimum=0)
+    distillation: float = option(
+        1.0, "Weight of the divergence between the student and its memory-conditioned teacher.", minimum=0
+    )
+    implementation: Literal["fused", "reference"] = option(
+        "fused", "`reference` is the readable one (losses/distillation.py); `fused` gives the same numbers faster."
+    )
+    alpha: float | Literal["symmetric"] = option(
+        0.5,
+        "0: forward KL(T||S). 1: reverse KL(S||T). Between: Jensen-Shannon. `symmetric`: the mean of both KLs.",
+        minimum=0,
+        maximum=1,
+    )
+    top_k: int | None = option(
+        None, "Compare only the student's k most likely tokens; null compares the whole vocabulary.", minimum=1
+    )
+    tail: bool = option(True, "With top_k: compare the remaining probability as one more outcome, the tail.")
+    reduction: Literal["token", "sequence"] = option(
+        "token",
+        "`token`: mean over all tokens of the step. `sequence`: mean over rollouts of their means over tokens (SDPO).",
+    )
+    no_context_weight: float = option(
+        1.0,
+        "Weight of rollouts whose teacher saw nothing that the student did not; 0 leaves them out (SDPO).",
+        minimum=0,
+    )
+    importance_clip: float | None = option(
+        2.0, "Distillation: upper bound on the ratio of the current to the sampling policy; null turns it off.", above=0
+    )
+    tis_cap: float | None = option(
+        2.0,
+        "Upper bound on the importance weight from engine to trainer log-probs; null turns the weight off.",
+        above=0,
+    )
+    clip_low: float = option(0.2, "Policy gradient: lower clip of the ratio, 1 - clip_low.", minimum=0, maximum=1)
+    clip_high: float = option(0.28, "Policy gradient: upper clip of the ratio, 1 + clip_high.", minimum=0)
+    dual_clip: float | None = option(
+        3.0,
+        "Policy gradient: the loss of a negative advantage A is at most dual_clip |A|; null turns this off.",
+        above=1,
+    )
+    normalize_std: bool = option(False, "Divide advantages by the group's standard deviation.")
+    kl_weight: float = option(0.0, "Weight of KL(student || reference policy).", minimum=0)
+    update_policy: bool = option(
+        True, "false computes and logs everything but applies no update (the frozen-policy ablation)."
+    )
+
+
+@dataclass
+class TinyWorldConfig:
+    """The size of the tiny world; data.seed decides which name stands for which rule."""
+
+    boxes: Literal[4, 6] = option(4, "Boxes in a task: 4 give 12 rules, 6 give 30.")
+    families: int = option(32, "Names in use, each standing for one rule.", minimum=1, maximum=64)
+    train_per_family: int = option(6, "Training tasks per family.", minimum=1, maximum=200)
+    validation_per_family: int = option(2, "Validation tasks per family.", minimum=1, maximum=200)
+    test_per_family: int = option(4, "Test tasks per family.", minimum=1, maximum=200)
+
+
+@dataclass
+class DataConfig:
+    """Where the tasks come from, and how they are split."""
+
+    task: Literal["tiny", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option("tiny", "Source of the tasks.")
+    path: str | None = option(
+        None, "Folder or file of the data; null loads it from the Hugging Face Hub, for the sources that are there."
+    )
+    validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
+    domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
+        ["chemistry"], "SciKnowEval domains."
+    )
+    own_split: bool = option(
+        False, "SciKnowEval: split 90/10 by `seed` with no question on both sides; false uses SDPO's split."
+    )
+    scorer: Literal["lcb", "sdpo"] = option(
+        "lcb", "LiveCodeBench: the program is the last code block (`lcb`) or the longest (`sdpo`)."
+    )
+    first_day: str = option("2025-02-01", "LiveCodeBench: first contest day, as YYYY-MM-DD; the default begins v6.")
+    end_day: str = option("2025-05-01", "LiveCodeBench: the day after the last contest day, as YYYY-MM-DD.")
+    validation_share: float = option(
+        0.0,
+        "Share of the training tasks held out for validation; 0 validates on the test split.",
+        minimum=0,
+        maximum=0.5,
+    )
+    max_train: int | None = option(None, "Use only this many training tasks.", minimum=1)
+    max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1)
+    max_test: int | None = option(None, "Use only this many test tasks.", minimum=1)
+    seed: int | None = option(None, "Seed of splits and of the tiny world; null uses seed_everything.", minimum=0)
+    world: TinyWorldConfig = field(default_factory=TinyWorldConfig, metadata={"help": "The tiny world's size."})
+
+
+@dataclass
+class VLLMConfig:
+    """vLLM, in this process or as a server: its memory, its limits, and how much its log-probs may differ."""
+
+    memory_fraction: float | None = option(
+        None,
+        "Share of the GPU's memory that vLLM may use while awake; null is what the trainer leaves (pmd doctor).",
+        above=0, maximum=0.98,
+    )  # fmt: skip
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Size of the KV cache in bytes; null uses what memory_fraction leaves. Required on a CPU.",
+        minimum=1 << 20,
+    )
+    max_num_seqs: int = option(256, "Completions generated at once.", minimum=1)
+    max_model_len: int | None = option(
+        None, "Longest prompt plus completion, in tokens; null is the longest that the other sections allow.",
+        minimum=16,
+    )  # fmt: skip
+    block_size: int | None = option(None, "Tokens in a block of the KV cache; null leaves it to vLLM.", minimum=8)
+    enforce_eager: bool = option(False, "No CUDA graphs: slower, but starts sooner and needs less memory.")
+    quantization: Literal["none", "fp8", "bitsandbytes"] = option(
+        "none", "vLLM's own quantisation of the frozen base; adapters go on top of it."
+    )
+    sleep: bool = option(True, "Free the GPU while training: weights move to main memory, and the KV cache is dropped.")
+    parity_completions: int = option(4, "Completions scored by the trainer after each sync; 0 turns it off.", minimum=0)
+    parity_tokens: int = option(32, "Tokens of each of them.", minimum=1)
+    parity_bound: float = option(
+        0.1,
+        "Stop if the log-probs of engine and trainer differ by more than this on average, in nats per token.",
+        above=0,
+    )
+    stall_s: float = option(600.0, "Stop if no token arrives for this many seconds.", above=0)
+
+
+@dataclass
+class ServerConfig:
+    """vLLM servers, started by `python -m pmd serve` and used with `rollouts.engine: vllm_server`."""
+
+    urls: list[str] = option(["http://127.0.0.1:8000"], "Addresses of the servers.")
+    adapter_dir: str | None = option(
+        None,
+        "Folder for adapters, at the same path here and for the servers; null is the system's temporary folder.",
+    )
+    concurrency: int = option(64, "Requests in flight at each server.", minimum=1)
+    retries: int = option(5, "How often a failed request is sent again before the run stops.", minimum=0)
+    backoff_s: float = option(
+        1.0, "First pause before a failed server is tried again, in seconds; pauses double.", above=0
+    )
+    recovery_s: float = option(600.0, "Seconds for which all servers may be unreachable before the run stops.", above=0)
+    request_timeout_s: float = option(1800.0, "Seconds after which an unanswered request is sent again.", above=0)
+
+
+@dataclass
+class RolloutsConfig:
+    """How the student attempts tasks, and how rollouts become batches."""
+
+    engine: Literal["hf", "vllm", "vllm_server"] = option(
+        "hf", "`hf`: generate with the training weights; `vllm`: vLLM in this process; `vllm_server`: vLLM elsewhere."
+    )
+    vllm: VLLMConfig = field(default_factory=VLLMConfig, metadata={"help": "vLLM's settings."})
+    server: ServerConfig = field(default_factory=ServerConfig, metadata={"help": "Where the vLLM servers are."})
+    tasks_per_step: int = option(32, "Tasks in one rollout batch.", minimum=1)
+    group_size: int = option(8, "Rollouts of each task.", minimum=1)
+    updates_per_batch: int = option(
+        1, "Optimizer steps per rollout batch; the tasks are divided among them.", minimum=1
+    )
+    temperature: float = option(1.0, "Sampling temperature in training; the importance weights assume 1.", above=0)
+    max_new_tokens: int = option(8192, "Longest completion, in tokens.", minimum=1)
+    max_prompt_tokens: int = option(
+        2048, "Longest student prompt, in tokens; longer tasks are refused before training.", minimum=1
+    )
+    prefetch: bool = option(
+        False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."
+    )
+    engine_batch: int = option(256, "Sequences that the hf engine generates at once.", minimum=1)
+    micro_batch_tokens: int = option(
+        16384, "Tokens in one forward pass, padding included; fewer need less memory.", minimum=1
+    )
+    share_prefixes: Literal["off", "teacher", "both"] = option(
+        "both",
+        "Compute a prompt that a group's rollouts share only once, where it pays: for the teacher, or for both roles.",
+    )
+
+
+@dataclass
+class VerificationConfig:
+    """Held-out evaluation at the end of epochs and of the run, without memory in the student's prompt."""
+
+    every_epochs: int = option(1, "Evaluate on the validation tasks every this many epochs.", minimum=1)
+    samples: int = option(4, "Completions per validation task at the end of an epoch.", minimum=1)
+    final_samples: int = option(16, "Completions per test task before and after training.", minimum=1)
+    temperature: float = option(0.6, "Sampling temperature in evaluation.", above=0)
+    top_p: float = option(
+        0.95, "Nucleus sampling in evaluation: probability of the tokens that are kept.", above=0, maximum=1
+    )
+    pass_at: list[int] = option([1, 8], "The values of k for pass@k, coverage@k and maj@k in tables.")
+    memory_conditioned: bool = option(
+        True, "Also score the policy with memory in its prompt, to see what is not yet internalized."
+    )
+
+
+@dataclass
+class VerifiersConfig:
+    """How completions are verified: in parallel, within a deadline, programs in a sandbox."""
+
+    workers: int | None = option(
+        None, "Completions verified at once, while others are generated; null is one per core.", minimum=1
+    )
+    deadline_s: float = option(
+        900.0, "Seconds after which a verification is given up, counted as an error, and not learned from.", above=0
+    )
+    sandbox: Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"] = option(
+        "strongest", "Isolation of programs; `rlimits` is weak and used only if it is named here."
+    )
+
+
+@dataclass
+class ReflectionConfig:
+    """The policy reflects on its own rollouts and writes down what they teach."""
+
+    enabled: bool = option(True, "Reflect at the end of each epoch.")
+    by: Literal["teacher", "student"] = option(
+        "teacher", "Whose weights write the reflections; a student can forget how to during training."
+    )
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
+    max_new_tokens: int = option(512, "Longest reflection, in tokens.", minimum=1)
+    max_prompt_tokens: int = option(
+        16384, "Longest prompt of a reflection, in tokens; groups with longer ones are skipped and counted.", minimum=1
+    )
+    retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
+    max_groups: int | None = option(
+        None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1
+    )
+
+
+@dataclass
+class MemoryConfig:
+    """The procedural memory: what is kept, what is retrieved, and when it may change."""
+
+    enabled: bool = option(True, "Keep and retrieve memory.")
+    frozen: bool = option(False, "Write once, at the end of the first epoch, then never again.")
+    k: int = option(4, "Items retrieved for one task.", minimum=1)
+    levels: list[Literal[0, 1, 2]] = option(
+        [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
+    )
+    kinds: list[Literal["experience", "strategy", "lesson", "contrast", "behaviour"]] = option(
+        ["experience", "strategy", "lesson", "contrast", "behaviour"], "Kinds that retrieval may return."
+    )
+    max_behaviours: int = option(1, "Quota of behaviours among the k items.", minimum=0)
+    max_strategies: int = option(2, "Quota of strategies and contrasts among the k items.", minimum=0)
+    max_lessons: int | None = option(
+        None, "Quota of lessons among the k items; null lets them fill what is left.", minimum=0
+    )
+    neighbours: int = option(16, "Tasks whose items are considered for a query.", minimum=1)
+    min_similarity: float = option(0.2, "Neighbours below this cosine similarity are ignored.", minimum=-1, maximum=1)
+    max_tokens: int = option(768, "Bound on memory in the teacher's prompt; whole items are dropped to fit.", minimum=1)
+    capacity: int = option(
+        100_000, "Most active insights in the store; the oldest redundant ones are retired first.", minimum=1
+    )
+    insights_per_task: int = option(6, "Most active insights of one task.", minimum=1)
+    experiences_per_task: int = option(4, "Most successes, and most failures, kept of one task.", minimum=1)
+    embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
+    cluster_similarity: float = option(
+        0.6, "Average cosine similarity from which insights form one behaviour.", above=0, maximum=1
+    )
+    cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1)
+    merge_similarity: float = option(
+        0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
+    )
+    import_path: str | None = option(None, "An export that a new memory starts with; null starts empty.")
+    audit_groups: int = option(0, "Groups per epoch on which the teacher audits the items it was shown.", minimum=0)
+    audit_evidence: int = option(3, "Groups in which an item is audited before its status changes.", minimum=2)
+    audit_margin: float = option(0.01, "Lifts within this distance of 0 count as none; nats per token.", above=0)
+    usefulness_weight: float = option(
+        0.5, "Usefulness raises or lowers an item's score by up to this share.", minimum=0, maximum=1
+    )
+    scope: Literal["own", "neighbours", "both"] = option(
+        "both", "Whose insights are retrieved: the task's own, its neighbours', or both."
+    )
+
+
+@dataclass
+class RunConfig:
+    """A whole run: all sections except `trainer`, which is Lightning's."""
+
+    method: str = option("pmd", "Name of the method in tables; it changes nothing else.")
+    run_dir: str | None = option(None, "Directory of the run; null picks the next free runs/NAME.")
+    ckpt_path: str | None = option(
+        None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
+    )
+    seed_everything: int = option(0, "Seed of everything random.", minimum=0)
+    cpu_threads: int | None = option(
+        None, "CPU threads of torch; null leaves it to torch. A tiny model is fastest with one.", minimum=1
+    )
+    wandb: Literal["off", "online", "offline"] = option(
+        "off", "Also log to Weights & Biases (needs the extra `wandb`)."
+    )
+    trace_every: int = option(1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
+    verifiers: VerifiersConfig = field(default_factory=VerifiersConfig)
+    verification: VerificationConfig = field(default_factory=VerificationConfig)
+    reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt plus completion that the sections allow."""
+        attempted = max(self.rollouts.max_prompt_tokens, self.teacher.max_prompt_tokens) + self.rollouts.max_new_tokens
+        return max(attempted, self.reflection.max_prompt_tokens + self.reflection.max_new_tokens)

@@ -1,0 +1,128 @@
+"""What Lightning would refuse in the `trainer` section, found without importing Lightning, which takes seconds.
+
+The arguments and their types are in `trainer_arguments.json`, which `generate_trainer_arguments.py` writes.
+"""
+
+import ctypes
+import json
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from pmd.config.values import describe, fits, shown
+
+ARGUMENTS_FILE = Path(__file__).with_name("trainer_arguments.json")
+#: Names of types in the file. A choice is written as {"one of": [...]}.
+PLAIN_TYPES: dict[str, Any] = {
+    "null": type(None),
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list[int]": list[int],
+    "dict[str, int]": dict[str, int],
+}
+#: Arguments that pmd sets itself or does not use, and what to use instead.
+OWN_ARGUMENTS = {
+    "callbacks": "the sections verification, reflection and memory",
+    "logger": "run_dir (metrics.csv) and wandb",
+    "accumulate_grad_batches": "rollouts.micro_batch_tokens",
+    "gradient_clip_val": "optimizer.max_grad_norm",
+    "gradient_clip_algorithm": "optimizer.max_grad_norm",
+    "default_root_dir": "run_dir",
+    "reload_dataloaders_every_n_epochs": "nothing: every epoch streams fresh rollouts anyway",
+    "enable_checkpointing": "nothing: every epoch ends with a checkpoint",
+    "enable_model_summary": "nothing: the model is the one that model.path names",
+    "check_val_every_n_epoch": "verification.every_epochs",
+    "val_check_interval": "verification.every_epochs",
+    "num_sanity_val_steps": "nothing: the untrained policy is evaluated anyway",
+    "limit_train_batches": "data.max_train",
+    "limit_val_batches": "data.max_validation",
+    "limit_test_batches": "data.max_test",
+    "limit_predict_batches": "nothing: pmd has no predict loop",
+    "overfit_batches": "data.max_train",
+    "fast_dev_run": "data.max_train and trainer.max_epochs=1",
+    "barebones": "trace_every=0",
+    "inference_mode": "nothing: evaluation needs no gradient",
+    "use_distributed_sampler": "nothing: pmd trains on one device",
+    "sync_batchnorm": "nothing: pmd trains on one device",
+    "plugins": "trainer.precision",
+}
+#: Precisions of the forward pass; model.dtype is that of the weights. None that scales the loss: gradients are clipped
+#: as they are.
+PRECISIONS = ("32-true", "32", 32, "bf16-mixed", "bf16")
+#: Narrower than Lightning's own annotation, because pmd trains on one device.
+OWN_TYPES: dict[str, Any] = {
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
+    "strategy": Literal["auto"],
+    "precision": Union[Literal[PRECISIONS], None],  # noqa: UP007  (a Literal of a tuple has no | for type checkers)
+    "deterministic": bool | Literal["warn"] | None,
+    "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
+    "max_time": str | dict[str, int] | None,
+}
+#: How many devices and nodes: one, in every way that Lightning lets you say so.
+COUNTS = ("devices", "num_nodes")
+ONE_DEVICE = (1, "1", "auto", [0])
+MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
+
+
+def trainer_problems(trainer: dict[str, Any]) -> list[str]:
+    """Return a sentence for each argument of the section that cannot be used."""
+    types, problems = accepted_types(), []
+    for key, value in trainer.items():
+        if key in OWN_ARGUMENTS:
+            problems.append(f"trainer.{key}={shown(value)} is set by pmd; use {OWN_ARGUMENTS[key]}.")
+        elif key not in types:
+            close = get_close_matches(str(key), types.keys() - OWN_ARGUMENTS.keys(), n=1)
+            remedy = f"did you mean trainer.{close[0]}?" if close else "check the spelling."
+            problems.append(f"trainer.{key}={shown(value)} is not an argument of Lightning's Trainer; {remedy}")
+        elif key in COUNTS:
+            if value not in ONE_DEVICE:
+                problems.append(f"trainer.{key}={shown(value)} is not supported: pmd trains on one device; use 1.")
+        else:
+            problems += _value_problems(key, value, types[key])
+    return problems
+
+
+def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
+    if not fits(value, hint):
+        remedy = "; model.dtype is the precision of the weights" if key == "precision" else ""
+        yield f"trainer.{key}={shown(value)} must be {describe(hint)}{remedy}."
+    elif key in MINIMUM and isinstance(value, int) and value < MINIMUM[key]:
+        yield f"trainer.{key}={value} must be at least {MINIMUM[key]}."
+    elif value in ("gpu", "cuda") and key == "accelerator" and not cuda_is_available():
+        yield f"trainer.accelerator={value} needs a CUDA device and none was found; use cpu or auto."
+    elif key == "max_time" and isinstance(value, str) and not _is_duration(value):
+        yield f"trainer.max_time={value} must be DD:HH:MM:SS, for example 00:02:30:00."
+
+
+def _is_duration(text: str) -> bool:
+    parts = text.split(":")
+    return len(parts) == 4 and all(part.isdigit() for part in parts)
+
+
+@cache
+def cuda_is_available() -> bool:
+    """Whether the driver reports a CUDA device; asks it directly, without loading torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+@cache
+def accepted_types() -> dict[str, Any]:
+    """Return the type of each argument of the Trainer, as pmd narrows it; Any if it is of Lightning's classes only."""
+    arguments = json.loads(ARGUMENTS_FILE.read_text(encoding="utf-8"))["arguments"]
+    return {name: OWN_TYPES.get(name, _type_of(options)) for name, options in arguments.items()}
+
+
+def _type_of(options: list[Any]) -> Any:
+    if not options:
+        return Any
+    types = [PLAIN_TYPES[o] if isinstance(o, str) else Literal[tuple(o["one of"])] for o in options]
+    return Union[tuple(types)]  # noqa: UP007  (the types are not known before the file is read)

@@ -1,0 +1,147 @@
+"""Plain values, as YAML gives them, become a typed section; whatever does not fit becomes a sentence.
+
+The dataclasses of `schema.py` say what fits: types by their annotations, bounds by their metadata.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pmd.config.renamed import describe_old_key
+from pmd.config.schema import RunConfig
+
+_WRONG = object()
+_NAMES = {
+    Any: "anything",
+    type(None): "null",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def build_section(
+    section: type, values: Mapping[str, Any], prefix: str = "", extra: Sequence[str] = ()
+) -> tuple[Any, list[str]]:
+    """Make a section from plain values; a bad value leaves the field at its default and adds a problem.
+
+    Args:
+        prefix: the section's path in sentences, with its dot; empty at the top.
+        extra: keys that the caller handles itself, for suggestions.
+    """
+    problems: list[str] = []
+    hints = typing.get_type_hints(section)
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    for key in (name for name in values if name not in fields):
+        problems.append(_describe_unknown(str(key), values[key], prefix, [*fields, *extra]))
+    kept: dict[str, Any] = {}
+    for key in (name for name in fields if name in values):
+        hint, value, path = hints[key], values[key], prefix + key
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, dict):
+                kept[key], nested = build_section(typing.cast(type, hint), value, path + ".")
+                problems += nested
+            else:
+                example = f"{path}.{dataclasses.fields(hint)[0].name}"
+                problems.append(f"{path}={shown(value)} must be a section; set a key of it, such as {example}.")
+            continue
+        converted = convert(value, hint)
+        if converted is _WRONG:
+            problems.append(f"{path}={shown(value)} must be {describe(hint)}.")
+        elif problem := _bound_problem(path, converted, fields[key].metadata):
+            problems.append(problem)
+        else:
+            kept[key] = converted
+    return section(**kept), problems
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """Return `value` as the hinted type, or `_WRONG`. Only an int is widened, to a float; nothing is guessed."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        results = [convert(value, option) for option in get_args(hint)]
+        return next((result for result in results if result is not _WRONG), _WRONG)
+    if origin is Literal:
+        value = "off" if value is False and "off" in get_args(hint) else value  # YAML reads a bare off as false
+        return next((option for option in get_args(hint) if option == value and type(option) is type(value)), _WRONG)
+    if origin is list:
+        items = [convert(item, get_args(hint)[0]) for item in value] if isinstance(value, list) else [_WRONG]
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if origin is dict:
+        pairs = {str(k): convert(v, get_args(hint)[1]) for k, v in value.items()} if isinstance(value, dict) else None
+        return _WRONG if pairs is None or any(v is _WRONG for v in pairs.values()) else pairs
+    if hint is Any:
+        return value
+    if hint is type(None):
+        return None if value is None else _WRONG
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is hint else _WRONG
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the hinted type."""
+    return convert(value, hint) is not _WRONG
+
+
+def describe(hint: Any) -> str:
+    """Say in words which values a type allows."""
+    origin, args = get_origin(hint), list(get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in args)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(option) for option in args)
+    if origin is list:
+        return f"a list, each {describe(args[0])}"
+    if origin is dict:
+        return f"a mapping, each value {describe(args[1])}"
+    return _NAMES.get(hint, str(hint))
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML would write it, cut to a length that a message can hold."""
+    is_word = value is None or isinstance(value, bool)
+    text = json.dumps(value) if is_word else value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _describe_unknown(key: str, value: Any, prefix: str, known: Sequence[str]) -> str:
+    """Say what replaced an old key, or what an unknown key may have been meant to be."""
+    path = prefix + key
+    if sentence := describe_old_key(path, shown(value)):
+        return sentence
+    if close := get_close_matches(key, known, n=1):
+        remedy = f"did you mean {prefix}{close[0]}?"
+    elif elsewhere := [name for name in all_keys(RunConfig) if name.split(".")[-1] == key]:
+        remedy = f"did you mean {' or '.join(elsewhere)}?"
+    else:
+        remedy = f"known keys: {', '.join(known)}."
+    return f"{path}={shown(value)} is not a known key; {remedy}"
+
+
+def all_keys(section: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every key of a section and of the sections in it."""
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _bound_problem(path: str, value: Any, bounds: Mapping[str, Any]) -> str | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if value != value:  # .nan
+        return f"{path}={value} must be a number."
+    if "minimum" in bounds and value < bounds["minimum"]:
+        return f"{path}={value} must be at least {bounds['minimum']}."
+    if "above" in bounds and value <= bounds["above"]:
+        return f"{path}={value} must be above {bounds['above']}."
+    if "maximum" in bounds and value > bounds["maximum"]:
+        return f"{path}={value} must be at most {bounds['maximum']}."
+    return None

@@ -1,0 +1,1 @@
+"""Rollout engines: they turn prompts (token ids) into completions with token ids and log-probs."""

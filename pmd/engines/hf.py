@@ -1,0 +1,143 @@
+"""The embedded engine: generates with the training weights themselves, in a plain key-value-cache loop.
+
+Log-probs are those of the policy at temperature 1, in nats, float32. Each request draws its own uniform numbers from
+its seed and inverts the cumulative distribution, so a completion does not depend on how requests are batched.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pmd.engines.base import Request, Sampling
+from pmd.errors import EngineError
+from pmd.policy import Policy, eval_mode
+from pmd.pretrained import stop_ids
+from pmd.types import Completion, Role
+
+
+class HFEngine:
+    """Generates with the weights of `policy`, `batch` sequences at a time."""
+
+    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, batch: int):
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.pad_id = cast(int, tokenizer.pad_token_id)
+        self.batch = batch
+        self.policy_version = 0
+        with policy.weights("student") as model:
+            self.stop_ids = stop_ids(model, tokenizer)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (position, completion) batch by batch, shortest prompts first."""
+        order = sorted(range(len(requests)), key=lambda position: len(requests[position].prompt_ids))
+        for start in range(0, len(order), self.batch):
+            positions = order[start : start + self.batch]
+            with self.policy.weights(role) as model:
+                completions = self._generate_batch(model, [requests[p] for p in positions], sampling)
+            yield from zip(positions, completions, strict=True)
+
+    def sync(self, policy_version: int) -> None:
+        """Note the new version; there is nothing to copy."""
+        self.policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Do nothing: no memory is held between calls."""
+
+    def wake(self) -> None:
+        """Do nothing: the engine is always ready."""
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+    @torch.inference_mode()
+    def _generate_batch(
+        self, model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling
+    ) -> list[Completion]:
+        with eval_mode(model):
+            token_ids, logprobs, lengths = self._decode(model, requests, sampling)
+        rows = zip(token_ids.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
+        return [self._completion(ids[:length], logps[:length]) for ids, logps, length in rows]
+
+    def _decode(
+        self, model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token ids [B, T], log-probs [B, T] and lengths [B]; positions beyond a row's length are padding."""
+        device = next(model.parameters()).device
+        input_ids, attention_mask = _left_pad([r.prompt_ids for r in requests], self.pad_id, device)
+        uniforms = torch.from_numpy(
+            np.stack([np.random.default_rng(r.seed).random(sampling.max_new_tokens) for r in requests])
+        ).to(device)  # [B, max_new_tokens], float64
+        eos = torch.tensor(self.stop_ids, device=device)
+        done = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        lengths = torch.zeros(len(requests), dtype=torch.long, device=device)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        cache, all_ids, all_logprobs = None, [], []
+        for t in range(sampling.max_new_tokens):
+            output = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float()  # [B, V]
+            next_ids = _sample(logits, uniforms[:, t], sampling)
+            logprobs = logits.log_softmax(-1).gather(-1, next_ids[:, None])[:, 0]
+            if not torch.isfinite(logprobs).all():
+                raise EngineError(
+                    f"token {t} has log-prob nan or inf under policy version {self.policy_version}; the weights have "
+                    "diverged: resume from an earlier checkpoint with a lower optimizer.lr."
+                )
+            all_ids.append(next_ids)
+            all_logprobs.append(logprobs)
+            lengths += ~done
+            done |= torch.isin(next_ids, eos)
+            if done.all():
+                break
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(requests), 1)], 1)
+            input_ids, position_ids = next_ids[:, None], position_ids[:, -1:] + 1
+        return torch.stack(all_ids, 1), torch.stack(all_logprobs, 1), lengths
+
+    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
+        return Completion(
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            text=cast(str, self.tokenizer.decode(token_ids, skip_special_tokens=True)),
+            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
+            policy_version=self.policy_version,
+        )
+
+
+def _left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids [B, L] and attention mask [B, L]; every sequence ends in the last column."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.tensor([[pad_id] * (longest - len(s)) + list(s) for s in sequences], device=device)
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
+
+
+def _sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Draw one token id per row [B] by inverting the cumulative distribution at `uniform` [B]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.double() / sampling.temperature).softmax(-1)  # [B, V]
+    if sampling.top_p < 1:
+        probs = _nucleus(probs, sampling.top_p)
+    cumulative = probs.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Zero all but the smallest set of most likely tokens whose mass reaches `top_p`."""
+    ranked, order = probs.sort(-1, descending=True)
+    outside = ranked.cumsum(-1) - ranked >= top_p
+    return torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0.0))

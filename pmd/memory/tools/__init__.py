@@ -1,0 +1,1 @@
+"""What people do with a memory store: check it, compare generations, move it, look at it."""

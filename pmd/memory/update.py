@@ -1,0 +1,502 @@
+"""Writing to the memory: what may enter, what is a duplicate, what leaks an answer, what leaves when a cap is reached.
+
+`with open_writer(store) as writer:` is one update: everything written inside, and generation + 1, is committed whole or
+not at all. Only training tasks, ever. Every choice is by stored values and ids, so two equal builds stay equal.
+"""
+
+import hashlib
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from pmd.errors import MemoryStoreError
+from pmd.memory.behaviours import BehaviourChange, Cluster, find_clusters, replace_behaviours
+from pmd.memory.checksum import write_checksum
+from pmd.memory.embed import Embedder, validated
+from pmd.memory.judge import ItemAudit, judge, write_audits
+from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, vector_blob
+from pmd.types import InsightChange, MemoryItem, Rollout, Task
+
+INSIGHT_KINDS = ("strategy", "lesson", "contrast")
+FEEDBACK_CHARS = 200  # of a failure without an answer, enough to tell errors apart
+SHORT_ANSWER_CHARS = 2  # such an answer (a letter, a digit) occurs by accident: it leaks only where it is announced
+TEST_CHARS = 2_000  # of each test that are compared; some tests are megabytes, and no model is shown more of one
+COPIED_WORDS = 8  # so many words in a row, as in a solution or a test but not in the task, are a quotation
+_ANNOUNCED = re.compile(r"(?:answer|option|choice|correct|result)\W+(?:(?:is|was|are|be|to|of|one)\W+){0,3}$")
+
+
+@contextmanager
+def open_writer(store: MemoryStore) -> Iterator["Writer"]:
+    """Open one update of the store; it is committed when the block ends, and rolled back when the block raises.
+
+    Raises:
+        MemoryStoreError: another update is open, another process wrote to the store, or it cannot be written.
+    """
+    if store.db.in_transaction:
+        raise MemoryStoreError("open_writer() inside open_writer(): finish the first update before opening another.")
+    try:
+        store.db.execute("BEGIN IMMEDIATE")
+        found = int(store.meta("generation"))
+        if found != store.generation:
+            raise MemoryStoreError(
+                f"memory store={store.path} is at generation={found}, this process read {store.generation}: another "
+                "process wrote to it. Give each run a store of its own."
+            )
+        writer = Writer(store)
+        yield writer
+        writer.finish()
+        store.db.execute("COMMIT")
+    except BaseException as error:
+        if store.db.in_transaction:
+            store.db.execute("ROLLBACK")
+        if isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError):
+            raise MemoryStoreError(
+                f"memory store={store.path} could not be written ({error}); nothing of this update was kept. "
+                "Check free disk space and permissions, and that no other process writes to it."
+            ) from error
+        raise
+    store.generation += 1
+    try:
+        write_checksum(store.db, store.path, store.generation)
+    except (OSError, sqlite3.Error) as error:
+        raise MemoryStoreError(
+            f"memory store={store.path} is written, but its checksum could not be ({error}). Check free disk space."
+        ) from error
+
+
+class Writer:
+    """Writes inside one transaction; made by `open_writer`."""
+
+    def __init__(self, store: MemoryStore):
+        self.store = store
+        self.ledger = Ledger(store.db, store.generation + 1)
+        self._db = store.db
+        self._embedder = store.embedder
+        self._config = store.config
+        self._tests: dict[int, list[str]] = {}  # of this update's tasks; the store keeps no tests
+
+    def add_task(self, task: Task) -> int:
+        """Return the row of a training task, adding it if it is new.
+
+        Raises:
+            MemoryStoreError: the task is held out, or its text differs from the one stored under its task_id.
+        """
+        if task.split != "train":
+            raise MemoryStoreError(
+                f"task_id={task.task_id} has split={task.split}; memory keeps training tasks only. "
+                "Write the rollouts of training tasks, never those of evaluation."
+            )
+        key = task.memory_key or task.question
+        content = hashlib.sha256("\0".join([key, task.question, task.answer]).encode()).hexdigest()
+        row = self._db.execute("SELECT id, content_sha FROM tasks WHERE task_id = ?", (task.task_id,)).fetchone()
+        if row is not None:
+            if row[1] != content:
+                raise MemoryStoreError(
+                    f"task_id={task.task_id} has another text or answer than the task stored under that id; "
+                    "an id must name one task. Start a new store for changed data."
+                )
+            self._tests[row[0]] = test_texts(task.tests)
+            return row[0]
+        words = answer_words(task.answer)
+        values = {
+            "task_id": task.task_id,
+            "domain": task.domain,
+            "split": task.split,
+            "memory_key": key,
+            "question": task.question,
+            "content_sha": content,
+            "answer_sha": fingerprint(words),
+            "answer_words": len(words),
+            "answer_chars": sum(map(len, words)),
+            "generation": self.ledger.generation,
+        }
+        task_row = self.ledger.insert("tasks", values)
+        self._tests[task_row] = test_texts(task.tests)
+        return task_row
+
+    def add_experience(self, task_row: int, rollout: Rollout, policy_version: int) -> int | None:
+        """Keep an attempt; return its id, or None where there is nothing to keep.
+
+        Unscored attempts and those that are all thinking are not kept. A text (of successes) or an error (of
+        failures) seen before only counts as support; above the cap the oldest is retired.
+        """
+        verdict = rollout.verdict
+        response = without_thinking(rollout.completion.text)
+        if not verdict.scored or not response:
+            return None
+        self._require_task(task_row)
+        error = verdict.answer if verdict.answer is not None else verdict.feedback[:FEEDBACK_CHARS]
+        signature = " ".join((response if verdict.correct else f"{verdict.status}: {error}").split())
+        known = self._db.execute(
+            "SELECT id FROM experiences WHERE task_row = ? AND correct = ? AND signature = ?",
+            (task_row, int(verdict.correct), signature),
+        ).fetchone()
+        if known is not None:
+            experience_id = known[0]
+            self.ledger.count_again(0, experience_id, {})
+        else:
+            values = {
+                "task_row": task_row,
+                "rollout_id": rollout.rollout_id,
+                "group_id": rollout.group_id,
+                "policy_version": policy_version,
+                "response": response,
+                "num_tokens": len(rollout.completion.token_ids),
+                "reward": verdict.reward,
+                "correct": int(verdict.correct),
+                "verdict_status": verdict.status,
+                "answer": verdict.answer,
+                "feedback": verdict.feedback,
+                "signature": signature,
+            }
+            experience_id = self.ledger.add(0, values, "rollout")
+        _bound_experiences(self.ledger, task_row, verdict.correct, self._config.experiences_per_task)
+        return experience_id
+
+    def add_insight(
+        self, task_row: int, kind: str, text: str, *, policy_version: int, parents: Iterable[int] = ()
+    ) -> int:
+        """Keep what a reflection says about a task; return the insight's id.
+
+        The same kind and text for the same task is one insight: writing it again adds support and evidence, and
+        brings it back if it had been retired. A text that gives the answer away is quarantined.
+
+        Args:
+            parents: ids of the experiences it rests on.
+        """
+        text = " ".join(text.split())
+        if not text or kind not in INSIGHT_KINDS:
+            raise MemoryStoreError(
+                f"insight of task_row={task_row} has kind={kind!r}, text={text!r}; the kind must be one of "
+                f"{', '.join(INSIGHT_KINDS)} and the text must not be empty. Drop unusable reflections first."
+            )
+        known = self._find_insight(task_row, kind, text)
+        if known is not None:
+            self.ledger.count_again(1, known, {"last_policy_version": policy_version}, parents)
+        values = {"task_row": task_row, "kind": kind, "content": text, "policy_version": policy_version}
+        insight_id = known if known is not None else self._insert_insight(values, "reflection", parents)
+        _bound_insights(self.ledger, task_row, insight_id, self._config.insights_per_task)
+        return insight_id
+
+    def edit_insight(self, insight_id: int, text: str, *, policy_version: int, parents: Iterable[int] = ()) -> int:
+        """Put a new version in an insight's place, with its evidence and support; return the new version's id.
+
+        Raises:
+            MemoryStoreError: there is no such insight, or the text is empty.
+        """
+        text = " ".join(text.split())
+        row = self._db.execute(
+            "SELECT task_row, kind, version, support FROM insights WHERE id = ?", (insight_id,)
+        ).fetchone()
+        if row is None or not text:
+            raise MemoryStoreError(
+                f"insight={insight_id} cannot become {text!r}: it is not in the store, or the text is empty. "
+                "Drop unusable reflections first."
+            )
+        task_row, kind, version, support = row
+        evidence = [*self.ledger.parents(1, insight_id), *parents]
+        known = self._find_insight(task_row, kind, text)
+        if known is not None:
+            new_id = known
+            self.ledger.count_again(1, new_id, {"last_policy_version": policy_version}, evidence)
+        else:
+            values = {"task_row": task_row, "kind": kind, "content": text, "policy_version": policy_version}
+            values |= {"version": version + 1, "previous_id": insight_id, "support": support}
+            new_id = self._insert_insight(values, f"edit of {insight_id}", evidence)
+        if new_id != insight_id:
+            self.ledger.change(1, insight_id, {"status": "retired"}, f"edited into {new_id}")
+        return new_id
+
+    def apply_change(self, task_row: int, change: InsightChange, policy_version: int, parents: Iterable[int]) -> bool:
+        """Carry out one change that a reflection asks for; False where it is refused.
+
+        The target must be a live insight of the same task, and what audits found useful is not retired on a
+        reflection's word.
+        """
+        if change.action == "add":
+            self.add_insight(task_row, change.kind, change.text, policy_version=policy_version, parents=parents)
+            return True
+        row = self._db.execute(
+            f"SELECT usefulness FROM insights WHERE id = ? AND task_row = ? AND {LIVE}", (change.target_id, task_row)
+        ).fetchone()
+        if row is None or change.target_id is None or (change.action == "retire" and (row[0] or 0.0) > 0):
+            return False
+        if change.action == "edit":
+            self.edit_insight(change.target_id, change.text, policy_version=policy_version, parents=parents)
+        elif change.action == "retire":
+            self.set_status(1, change.target_id, "retired", "reflection")
+        else:
+            self.ledger.count_again(1, change.target_id, {"last_policy_version": policy_version}, parents)
+        return True
+
+    def leak_of(self, task_row: int, text: str) -> str:
+        """Say how a text gives away the task's answer, a solution or a test; empty where it does not."""
+        answer = self._require_task(task_row)
+        question = self._db.execute("SELECT question FROM tasks WHERE id = ?", (task_row,)).fetchone()[0]
+        sql = "SELECT response FROM experiences WHERE task_row = ? AND correct = 1"
+        solutions, tests = (row[0] for row in self._db.execute(sql, (task_row,))), self._tests.get(task_row, ())
+        return leak_reason(text, *answer) or copy_reason(text, question, solutions, tests)
+
+    def merge(self, task_rows: Iterable[int]) -> int:
+        """Unite insights of one task that say the same; return how many were merged away."""
+        if self._embedder.costly:
+            self.embed_new()
+        return _merge_insights(self.ledger, self._embedder, task_rows, self._config.merge_similarity)
+
+    def audit(self, audits: Sequence[ItemAudit]) -> dict[str, int]:
+        """Keep what audits found and draw the consequences; return how many items took each new status."""
+        write_audits(self.ledger, audits)
+        return judge(self.ledger, audits, self._config)
+
+    def clusters(self) -> list[Cluster]:
+        """Return the clusters of the active insights, those of this update included; the best supported first."""
+        self.embed_new()
+        return find_clusters(self.store, self._config)
+
+    def replace_behaviours(self, changes: Sequence[BehaviourChange], *, policy_version: int) -> list[int | None]:
+        """Make these the active behaviours; return each one's id, None where it was left out.
+
+        Behaviours that none of them continues are retired. Beyond the cap, the least supported are left out.
+        """
+        return replace_behaviours(self.ledger, self.store.behaviours(), changes, policy_version)
+
+    def log_retrievals(
+        self, step: int, group_id: str, items: Sequence[MemoryItem], dropped: Sequence[MemoryItem] = ()
+    ) -> None:
+        """Record what a group's teacher was shown of the memory before this update, and what did not fit its prompt."""
+        chosen = [(item, 1) for item in items] + [(item, 0) for item in dropped]
+        self._db.executemany(
+            "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity, score, included)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (self.store.generation, step, group_id, item.level, item.item_id, rank, item.similarity, item.score,
+                 included)
+                for rank, (item, included) in enumerate(chosen)
+            ],
+        )  # fmt: skip
+
+    def set_status(self, level: int, item_id: int, status: str, reason: str) -> None:
+        """Retire, quarantine, internalize or reactivate one item."""
+        self.ledger.change(level, item_id, {"status": status}, reason)
+
+    def embed_new(self) -> None:
+        """Embed what was written so far."""
+        self._embed("tasks", "memory_key", "TRUE")
+        self._embed("behaviours", "content", "TRUE")
+        if self._embedder.costly:
+            self._db.execute("UPDATE insights SET embedding = NULL WHERE status = 'retired' AND embedding IS NOT NULL")
+            self._embed("insights", "content", "status != 'retired'")
+
+    def bound(self) -> None:
+        """Retire the insights above the capacity, delete retired experiences that nothing rests on."""
+        _bound_store(self.ledger, self._config.capacity)
+        _delete_unlinked_experiences(self.ledger)
+
+    def finish(self) -> None:
+        """Bound the store, embed what is new, count the generation."""
+        self.bound()
+        self.embed_new()
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (str(self.ledger.generation),))
+
+    def _insert_insight(self, values: dict[str, Any], reason: str, parents: Iterable[int]) -> int:
+        """Add one insight, quarantined where the leak filter objects."""
+        leak = self.leak_of(values["task_row"], values["content"])
+        values = values | {"last_policy_version": values["policy_version"], "leak": leak}
+        return self.ledger.add(1, values | {"status": "quarantined" if leak else "active"}, leak or reason, parents)
+
+    def _find_insight(self, task_row: int, kind: str, text: str) -> int | None:
+        sql = "SELECT id FROM insights WHERE task_row = ? AND kind = ? AND content = ?"
+        row = self._db.execute(sql, (task_row, kind, text)).fetchone()
+        return row[0] if row is not None else None
+
+    def _embed(self, table: str, column: str, where: str) -> None:
+        """Fill in the missing vectors, in id order."""
+        rows = self._db.execute(
+            f"SELECT id, {column} FROM {table} WHERE embedding IS NULL AND {where} ORDER BY id"
+        ).fetchall()
+        if rows:
+            vectors = validated(self._embedder.embed([text for _, text in rows]), self._embedder.dimension)
+            blobs = [(vector_blob(vector), row[0]) for vector, row in zip(vectors, rows, strict=True)]
+            self._db.executemany(f"UPDATE {table} SET embedding = ? WHERE id = ?", blobs)
+
+    def _require_task(self, task_row: int) -> tuple[str, int, int]:
+        """Return fingerprint, words and characters of the task's answer."""
+        row = self._db.execute(
+            "SELECT answer_sha, answer_words, answer_chars FROM tasks WHERE id = ?", (task_row,)
+        ).fetchone()
+        if row is None:
+            raise MemoryStoreError(f"task_row={task_row} is not in the store; call add_task first.")
+        return row
+
+
+def without_thinking(response: str) -> str:
+    """Return what follows the thinking; nothing where the thinking never ended."""
+    visible = response.rsplit("</think>", 1)[-1]
+    return re.sub(r"<think>.*", "", visible, flags=re.DOTALL).strip()
+
+
+# The leak filter. The store keeps fingerprints of answers, not answers; the filter compares fingerprints of word
+# windows, also of every second word, because answers of several parts are stated with a label before each part. Code
+# and long quotations of a solution give an answer away in other ways.
+
+
+def answer_words(text: str) -> list[str]:
+    """Return the words that are compared: letters and digits, case folded."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def fingerprint(words: list[str]) -> str:
+    """Return a short hash of a word sequence."""
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+
+
+def leak_reason(text: str, answer_sha: str, num_words: int, num_chars: int) -> str:
+    """Say how the text gives the answer away; empty where it does not."""
+    if num_words == 0:
+        return ""
+    folded = text.casefold()
+    matches = list(re.finditer(r"\w+", folded))
+    for stride in (1, 2) if num_words > 1 else (1,):
+        for start in range(len(matches) - stride * (num_words - 1)):
+            window = matches[start : start + stride * (num_words - 1) + 1 : stride]
+            if fingerprint([match.group() for match in window]) != answer_sha:
+                continue
+            if num_chars > SHORT_ANSWER_CHARS or num_words > 1:
+                return "states the answer"
+            if _ANNOUNCED.search(folded[: window[0].start()]):
+                return "announces the answer"
+    return ""
+
+
+def copy_reason(text: str, question: str, solutions: Iterable[str], tests: Iterable[str] = ()) -> str:
+    """Say whether the text holds code, or quotes a solution or test at length; empty where it does neither."""
+    if "```" in text:
+        return "contains code"
+    grams = _grams(text) - _grams(question)
+    for source, texts in (("a solution", solutions), ("a test", tests)):
+        if grams and any(grams & _grams(quoted) for quoted in texts):
+            return f"quotes {source}"
+    return ""
+
+
+def test_texts(tests: Mapping[str, Any]) -> list[str]:
+    """Return each test case of a task as one text: the input, then the expected output."""
+    return [" ".join(str(value)[:TEST_CHARS] for value in case.values()) for case in tests.get("cases", ())]
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = answer_words(text)
+    return {tuple(words[start : start + COPIED_WORDS]) for start in range(len(words) - COPIED_WORDS + 1)}
+
+
+# Merging: insights of one task that say the same in other words; one stays, with the evidence of all. Same task and
+# same kind only: a text must stay with the task that it is retrieved by (behaviours are what joins tasks), and a lesson
+# never merges with a strategy.
+
+_Row = tuple[int, str, int, bytes | None]  # id, text, support, stored vector
+
+
+def _merge_insights(ledger: Ledger, embedder: Embedder, task_rows: Iterable[int], similarity: float) -> int:
+    """Unite the live insights of each task that are at least this similar; return how many were merged away."""
+    groups: list[list[_Row]] = []
+    for task_row in sorted(set(task_rows)):
+        kinds: dict[str, list[_Row]] = {}
+        for kind, *row in ledger.db.execute(
+            f"SELECT kind, id, content, support, embedding FROM insights WHERE task_row = ? AND +{LIVE} ORDER BY id",
+            (task_row,),
+        ):
+            kinds.setdefault(kind, []).append(tuple(row))  # pyright: ignore[reportArgumentType]
+        groups += [rows for rows in kinds.values() if len(rows) > 1]
+    if not groups:
+        return 0
+    rows_of_all = [row for rows in groups for row in rows]
+    if embedder.costly:
+        vectors = blobs_to_matrix((row[3] for row in rows_of_all if row[3] is not None), embedder.dimension)
+    else:  # words that no task has weigh most
+        vectors = embedder.embed([row[1] for row in rows_of_all])
+    num_merged, start = 0, 0
+    for rows in groups:
+        num_merged += _merge_group(ledger, rows, vectors[start : start + len(rows)], similarity)
+        start += len(rows)
+    return num_merged
+
+
+def _merge_group(ledger: Ledger, rows: list[_Row], vectors: np.ndarray, similarity: float) -> int:
+    """Fold each insight into the best supported one that it resembles; of equals the oldest stays."""
+    alike = np.round(vectors @ vectors.T, 5)
+    kept: list[int] = []
+    support = [row[2] for row in rows]
+    for position in sorted(range(len(rows)), key=lambda n: (-rows[n][2], rows[n][0])):
+        twin = next((other for other in kept if alike[position, other] >= similarity), None)
+        if twin is None:
+            kept.append(position)
+            continue
+        support[twin] += rows[position][2]
+        evidence = [*ledger.parents(1, rows[twin][0]), *ledger.parents(1, rows[position][0])]
+        ledger.change(1, rows[twin][0], {"support": support[twin]}, f"merged with {rows[position][0]}", evidence)
+        ledger.change(1, rows[position][0], {"status": "retired", "support": 0}, f"merged into {rows[twin][0]}")
+    return len(rows) - len(kept)
+
+
+# Caps: what leaves when one is reached.
+
+
+def _bound_experiences(ledger: Ledger, task_row: int, correct: bool, cap: int) -> None:
+    """Retire the oldest successes (or failures) of a task above the cap."""
+    surplus = ledger.db.execute(
+        "SELECT id FROM experiences WHERE task_row = ? AND correct = ? AND status = 'active'"
+        " ORDER BY last_generation DESC, policy_version DESC, id DESC LIMIT -1 OFFSET ?",
+        (task_row, int(correct), cap),
+    ).fetchall()
+    for (experience_id,) in surplus:
+        ledger.change(0, experience_id, {"status": "retired"}, "cap of the task")
+
+
+def _delete_unlinked_experiences(ledger: Ledger) -> None:
+    """Delete retired experiences that no insight rests on: level 0 stays bounded."""
+    unlinked = ledger.db.execute(
+        "SELECT id FROM experiences WHERE status = 'retired' AND NOT EXISTS"
+        " (SELECT 1 FROM links WHERE parent_level = 0 AND parent_id = experiences.id) ORDER BY id"
+    ).fetchall()
+    for (experience_id,) in unlinked:
+        ledger.delete(0, experience_id, "retired, and no insight rests on it")
+
+
+def _bound_insights(ledger: Ledger, task_row: int, keep: int, cap: int) -> None:
+    """Retire insights of a task above the cap, never the one just written.
+
+    Internalized ones go first, then the kind that the task has most of (lessons before others where equal), so that
+    lessons cannot drive out a strategy; within a kind the least supported, then the oldest.
+    """
+    rows = ledger.db.execute(  # `+` keeps SQLite from walking the index of all active insights
+        f"SELECT id, kind, support, status FROM insights WHERE task_row = ? AND +{LIVE} ORDER BY id", (task_row,)
+    ).fetchall()
+    while len(rows) > cap:
+        count = {kind: sum(row[1] == kind for row in rows) for kind in {row[1] for row in rows}}
+        candidates = [row for row in rows if row[0] != keep]
+        leaving = min(
+            candidates, key=lambda row: (row[3] != "internalized", -count[row[1]], row[1] != "lesson", row[2], row[0])
+        )
+        ledger.change(1, leaving[0], {"status": "retired"}, "cap of the task")
+        rows.remove(leaving)
+
+
+def _bound_store(ledger: Ledger, capacity: int) -> None:
+    """Retire active insights above the capacity: the oldest copies of a text first, then the longest unseen."""
+    active = ledger.db.execute(f"SELECT count(*) FROM insights WHERE {LIVE}").fetchone()[0]
+    if active <= capacity:
+        return
+    leaving = ledger.db.execute(
+        "SELECT id, copies > 1 FROM (SELECT id, last_generation,"
+        " row_number() OVER (PARTITION BY kind, content ORDER BY id DESC) AS copies"
+        f" FROM insights WHERE {LIVE})"
+        " ORDER BY copies > 1 DESC, CASE WHEN copies > 1 THEN id ELSE last_generation END, id LIMIT ?",
+        (active - capacity,),
+    ).fetchall()
+    for insight_id, redundant in leaving:
+        reason = "capacity: a newer copy exists" if redundant else "capacity: longest unseen"
+        ledger.change(1, insight_id, {"status": "retired"}, reason)

@@ -1,0 +1,190 @@
+"""Summarises finished runs: a row per arm with mean and standard error over seeds, as a table, Markdown and a plot."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pmd.planning.sweep.grid import PlannedRun, row_label
+from pmd.run_dir import RunDir
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over seeds and its standard error (nan for a single seed)."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {100 * self.error:.1f}"
+        return "-" if math.isnan(self.mean) else f"{100 * self.mean:.1f}{error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One arm with one choice on each axis, summarised over the seeds that finished."""
+
+    block: str
+    arm: str
+    label: str
+    num_seeds: int
+    num_failed: int
+    rollouts: int
+    updates: int
+    quantities: Mapping[str, Estimate]  # avg, pass@k, coverage@k, with memory
+    best: bool = False  # the highest avg among the choices of its arm, if there are several
+
+
+def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
+    """Summarise the finished runs. Each block begins with the policy before training, as evaluated by its first arm."""
+    groups: dict[tuple[str, str, str], list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
+    rows: list[Row] = []
+    for (block, arm, label), own in groups.items():
+        results = [json.loads(p.read_text()) for run in own if (p := RunDir(run.run_dir).results).is_file()]
+        if block not in [row.block for row in rows]:
+            rows.append(_row(block, BASE, BASE, [r for r in results if "initial" in r["phases"]], "initial", 0))
+        rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
+    return [_marked(row, rows) for row in rows]
+
+
+def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
+    """Print the table, with a section for each block."""
+    names = _quantity_names(rows)
+    table = Table(title=f"{title}: test tasks, mean ± standard error over seeds, in percent", caption=_effort(rows))
+    table.add_column("method", no_wrap=True)
+    for heading in [*names, "seeds"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for block, own in _by_block(rows).items():
+        table.add_section()
+        if block:
+            table.add_row(block, style="italic")
+        for row in own:
+            cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
+            seeds = str(row.num_seeds) + (f" of {row.num_seeds + row.num_failed}" if row.num_failed else "")
+            table.add_row(f"  {row.label}{' *' if row.best else ''}", *cells, seeds, style="bold" if row.best else None)
+    console.print(table)
+    if any(row.best for row in rows):
+        console.print("* the highest avg among the choices of its arm")
+
+
+def write_rows(rows: Sequence[Row], out: Path, title: str) -> None:
+    """Write table.md, sweep.json and sweep.png to `out`."""
+    names = _quantity_names(rows)
+    lines = [_effort(rows), "", f"| method | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
+    for block, own in _by_block(rows).items():
+        lines += [f"| *{block}* |" + " |" * (len(names) + 1)] if block else []
+        for row in own:
+            cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
+            label = f"**{row.label}**" if row.best else row.label
+            lines.append(f"| {label} | {' | '.join(cells)} | {row.num_seeds} |")
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "sweep.json").write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    _draw(rows, out / "sweep.png", title)
+
+
+def _by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(row.block, []).append(row)
+    return blocks
+
+
+def _effort(rows: Sequence[Row]) -> str:
+    """Say how many rollouts and updates each run had; a frozen policy has rollouts and no updates."""
+    rollouts = sorted({row.rollouts for row in rows if row.rollouts})
+    updates = sorted({row.updates for row in rows if row.updates})
+    each = [" or ".join(f"{n:,}" for n in numbers) or "no" for numbers in (rollouts, updates)]
+    return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained."
+
+
+def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]], phase: str, failed: int) -> Row:
+    collected: dict[str, list[float]] = {}
+    for result in results:
+        scores = result["phases"][phase]
+        values = {"avg": scores["avg"]}
+        values |= {f"pass@{k}": value for k, value in scores["pass_at"].items() if k != "1"}
+        values["with memory"] = scores["memory_conditioned"]
+        for name, value in values.items():
+            if value is not None:
+                collected.setdefault(name, []).append(value)
+    trained = phase != "initial" and bool(results)
+    return Row(
+        block=block,
+        arm=arm,
+        label=label,
+        num_seeds=len(results),
+        num_failed=failed,
+        rollouts=results[0]["rollouts"] if trained else 0,
+        updates=results[0]["updates"] if trained else 0,
+        quantities={name: _estimate(values) for name, values in collected.items()},
+    )
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(mean, math.nan)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Estimate(mean, math.sqrt(variance / len(values)))
+
+
+def _marked(row: Row, rows: Sequence[Row]) -> Row:
+    """Mark the row whose avg is the highest among several choices of one arm."""
+    rivals = [r for r in rows if (r.block, r.arm) == (row.block, row.arm) and "avg" in r.quantities]
+    if len(rivals) < 2 or row is not max(rivals, key=lambda r: r.quantities["avg"].mean):
+        return row
+    return Row(**{name: getattr(row, name) for name in Row.__slots__ if name != "best"}, best=True)
+
+
+def _quantity_names(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row.quantities if name != "with memory")
+    return [*names, *(["with memory"] if any("with memory" in row.quantities for row in rows) else [])]
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    quantities = {
+        name: {"mean": e.mean, "error": None if math.isnan(e.error) else e.error} for name, e in row.quantities.items()
+    }
+    facts = {name: getattr(row, name) for name in Row.__slots__ if name != "quantities"}
+    return facts | {"quantities": quantities}
+
+
+def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
+    """Draw one panel per quantity with grouped bars: a group per block, a bar per arm (its best choice)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    several = {(r.block, r.arm) for r in rows if r.best}
+    shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
+    blocks = list(dict.fromkeys(row.block for row in shown))
+    arms = list(dict.fromkeys(row.arm for row in shown))
+    names = [name for name in _quantity_names(rows) if name != "with memory"]
+    figure, axes = plt.subplots(1, len(names), figsize=(7 * len(names), 4.5), layout="constrained", squeeze=False)
+    width = 0.85 / len(arms)
+    for axis, name in zip(axes[0], names, strict=True):
+        for position, arm in enumerate(arms):
+            own = [r for r in shown if r.arm == arm and name in r.quantities]
+            places = [blocks.index(r.block) + (position - (len(arms) - 1) / 2) * width for r in own]
+            heights = [100 * r.quantities[name].mean for r in own]
+            errors = [0.0 if math.isnan(e := r.quantities[name].error) else 100 * e for r in own]
+            axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
+        axis.set(title=f"{name}, no memory in the prompt", ylabel="percent", ylim=(0, 102))
+        axis.set_xticks(range(len(blocks)), blocks)
+        axis.grid(axis="y", alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(arms))
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,193 @@
+"""The policy in its three roles, student, teacher and reference: `with policy.weights("teacher") as model: ...`.
+
+Inside the `with`, the model computes as that role. Full fine-tuning keeps frozen copies; with LoRA all roles are
+adapters on one base (the reference policy is the base with adapters off), so no second copy of the weights exists.
+
+Deviation (our choice, the paper is silent): an EMA of LoRA factors A and B averages the factors, which is not the
+average of their products BA.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pmd.config.schema import ModelConfig, TeacherConfig
+from pmd.types import Role
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode: no dropout, and no gradient checkpointing, which would drop the key-value cache."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class Policy(nn.Module):
+    """The weights of one run in their three roles. Subclasses say where each role's weights live."""
+
+    def __init__(self, teacher: TeacherConfig):
+        super().__init__()
+        self.kind = teacher.kind
+        self.ema_rate = teacher.ema_rate
+        self.refresh_epochs = teacher.refresh_epochs
+        self.keeps_own_teacher = teacher.has_own_weights
+        self.trust_region_rate = teacher.trust_region_rate
+
+    @property
+    def teacher_mixture(self) -> list[tuple[Role, float]]:
+        """Roles whose logits, weighted and summed, are the teacher's logits."""
+        if self.kind == "trust_region":
+            return [("reference", 1.0 - self.trust_region_rate), ("student", self.trust_region_rate)]
+        return [("teacher", 1.0)]
+
+    def resolve(self, role: Role) -> Role:
+        """Map the teacher to the role that holds its weights. A trust-region teacher writes as the reference policy."""
+        if role != "teacher" or self.keeps_own_teacher:
+            return role
+        return "student" if self.kind == "live" else "reference"
+
+    @contextmanager
+    def weights(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Yield the model that acts as `role`. The student comes in training mode, whatever it is wanted for."""
+        raise NotImplementedError
+        yield
+
+    def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (teacher, student) tensors that correspond."""
+        raise NotImplementedError
+
+    def is_own_state(self, name: str) -> bool:
+        """Whether the tensor `name` of the state dict belongs in a checkpoint: it cannot be loaded again."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move an EMA teacher towards the student: teacher <- (1 - rate) teacher + rate student."""
+        if self.kind == "ema":
+            for teacher, student in self.teacher_pairs():
+                teacher.lerp_(student.to(teacher.dtype), self.ema_rate)
+
+    @torch.no_grad()
+    def after_epoch(self, epoch: int) -> bool:
+        """Copy the student into a frozen teacher if due after `epoch` (counted from 0); return whether it was."""
+        due = self.kind == "frozen" and self.refresh_epochs is not None and (epoch + 1) % self.refresh_epochs == 0
+        if due:
+            for teacher, student in self.teacher_pairs():
+                teacher.copy_(student)
+        return due
+
+
+class FullPolicy(Policy):
+    """All weights are trained; the teacher and the reference policy are frozen copies, made only where needed."""
+
+    def __init__(self, model: PreTrainedModel, teacher: TeacherConfig, *, needs_reference: bool):
+        super().__init__(teacher)
+        self.student = model.requires_grad_(True).train()  # models are loaded in eval mode, and Lightning keeps it
+        needs_reference |= self.resolve("teacher") == "reference"
+        self.reference = _frozen_copy(model) if needs_reference else None
+        self.teacher = _frozen_copy(model) if self.keeps_own_teacher else None
+
+    @contextmanager
+    def weights(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Yield the student or a frozen copy."""
+        yield cast(PreTrainedModel, getattr(self, self.resolve(role)))
+
+    def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (teacher, student) parameters."""
+        assert self.teacher is not None
+        yield from zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+
+    def is_own_state(self, name: str) -> bool:
+        """Everything but the copy of the reference policy."""
+        return not name.startswith("reference.")
+
+    def train(self, mode: bool = True) -> "FullPolicy":
+        """Set the student's mode; the frozen copies stay in eval mode."""
+        self.training = mode
+        self.student.train(mode)
+        return self
+
+
+class AdapterPolicy(Policy):
+    """LoRA adapters on one frozen base. `student` is trained; the base alone is the reference policy."""
+
+    def __init__(self, model: PreTrainedModel, config: ModelConfig, teacher: TeacherConfig):
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        super().__init__(teacher)
+        if config.finetune == "qlora":
+            # Checkpointing is set up where the model is loaded; PEFT would replace it by the reentrant kind.
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            # PEFT says int and computes with any number; a whole one stays whole in the adapter's own file.
+            lora_alpha=cast(int, config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha)),
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        self.peft_model = get_peft_model(model, lora, adapter_name="student")
+        if self.keeps_own_teacher:
+            self.peft_model.add_adapter("teacher", lora)
+            for own, student in self.teacher_pairs():
+                own.data.copy_(student)
+        self._activate("student")
+        self.peft_model.train()
+
+    @contextmanager
+    def weights(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Activate the adapter of `role`, or none; the student is active again afterwards, ready for backward."""
+        resolved = self.resolve(role)
+        model = cast(PreTrainedModel, self.peft_model)
+        if resolved == "student":
+            yield model
+            return
+        with eval_mode(self.peft_model):
+            try:
+                if resolved == "reference":
+                    with self.peft_model.disable_adapter():
+                        yield model
+                else:
+                    self._activate("teacher")
+                    yield model
+            finally:
+                self._activate("student")
+
+    def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (teacher, student) adapter tensors, matched by name."""
+        parameters = dict(self.peft_model.named_parameters())
+        for name, teacher in parameters.items():
+            if ".teacher." in name:
+                yield teacher, parameters[name.replace(".teacher.", ".student.")]
+
+    def is_own_state(self, name: str) -> bool:
+        """The adapters, and nothing of the base."""
+        return ".student." in name or ".teacher." in name
+
+    def _activate(self, adapter: str) -> None:
+        """Switch adapters. The teacher is set for inference, or PEFT would make it trainable."""
+        self.peft_model.set_adapter(adapter, inference_mode=adapter == "teacher")
+        for name, parameter in self.peft_model.named_parameters():
+            parameter.requires_grad_(".student." in name)
+
+
+def make_policy(
+    model: PreTrainedModel, config: ModelConfig, teacher: TeacherConfig, *, needs_reference: bool = False
+) -> Policy:
+    """Wrap a loaded base model as `config.finetune` asks; `needs_reference` keeps the reference policy for a KL."""
+    if config.finetune == "full":
+        return FullPolicy(model, teacher, needs_reference=needs_reference)
+    return AdapterPolicy(model, config, teacher)
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).eval().requires_grad_(False)

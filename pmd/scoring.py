@@ -1,0 +1,216 @@
+"""From token ids to per-token terms: the one scoring path of training, audits, parity check and notebook.
+
+    sequences --backbone--> hidden states [N, H] of the N completion tokens --head, losses/--> per-token terms [N]
+
+This is the one place where positions shift by one: the state before a token predicts it. Nothing of shape [B, L, V]
+ever exists. Padded rows, packed rows and prompts that a group shares give the same states.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from pmd.batch import Sequences, SharedPrefixes, pad_sequences, split_by_tokens
+from pmd.config.schema import ObjectiveConfig
+from pmd.errors import AlignmentError, ConfigError
+from pmd.losses import distillation, fused
+from pmd.losses.distillation import TeacherPart, TokenTerms
+from pmd.policy import Policy, eval_mode
+from pmd.types import PromptAndCompletion, Role
+
+#: How `score` compares unless told otherwise.
+DEFAULTS = ObjectiveConfig()
+IMPLEMENTATIONS = {"reference": distillation.token_terms, "fused": fused.token_terms}
+#: Settings under which some architectures scale or cap their logits, and the value that changes nothing.
+LOGIT_SETTINGS = {
+    "final_logit_softcapping": None,  # Gemma 2
+    "logits_soft_cap": None,  # RecurrentGemma
+    "logit_scale": 1.0,  # Cohere
+    "logits_scaling": 1.0,  # Granite
+    "lm_head_multiplier": 1.0,  # Falcon-H1
+}
+
+
+def score(
+    policy: Policy,
+    sequences: Sequences,
+    role: Role = "student",
+    *,
+    teacher: Sequence[TeacherPart] = (),
+    reference: Sequence[TeacherPart] = (),
+    objective: ObjectiveConfig = DEFAULTS,
+) -> TokenTerms:
+    """Score every completion token under `role`, and compare with teacher and reference policy where they are given.
+
+    With gradients the model computes as it trains: with dropout and gradient checkpointing, if it has them; without
+    gradients it is in eval mode.
+    """
+    token_terms = IMPLEMENTATIONS[objective.implementation]
+    with policy.weights(role) as model, nullcontext() if torch.is_grad_enabled() else eval_mode(model):
+        hidden, head, targets = completion_hidden_states(model, sequences), output_head(model), sequences.completion_ids
+        terms = token_terms(
+            hidden, head, targets, teacher, alpha=objective.alpha, top_k=objective.top_k, tail=objective.tail
+        )
+        if reference:  # KL(student || reference): the reverse divergence over the whole vocabulary
+            kl = token_terms(hidden, head, targets, reference, alpha=1.0).per_token_divergence
+            terms = replace(terms, per_token_reference_kl=kl)
+    return terms
+
+
+@torch.no_grad()
+def teacher_part(policy: Policy, role: Role, sequences: Sequences, weight: float = 1.0) -> TeacherPart:
+    """Return the hidden states of `role`, for `score` to compare with; never with dropout, be it the student's own."""
+    with policy.weights(role) as model, eval_mode(model):
+        return TeacherPart(completion_hidden_states(model, sequences), output_head(model), weight)
+
+
+class PolicyScorer:
+    """Scores (prompt, completion) pairs with the training weights, in micro-batches of bounded size. No gradient."""
+
+    def __init__(self, policy: Policy, pad_id: int, max_tokens: int):
+        self.policy, self.pad_id, self.max_tokens = policy, pad_id, max_tokens
+
+    @torch.no_grad()
+    def __call__(self, pairs: Sequence[PromptAndCompletion], role: Role) -> list[list[float]]:
+        """Return the log-probs of each completion's tokens; a trust-region teacher scores as the reference policy."""
+        scores: list[list[float]] = [[] for _ in pairs]
+        device = next(self.policy.parameters()).device
+        for rows in split_by_tokens([len(prompt) + len(ids) for prompt, ids in pairs], self.max_tokens):
+            sequences = pad_sequences([pairs[row] for row in rows], self.pad_id, device)
+            terms = score(self.policy, sequences, role)
+            parts = torch.split(terms.student_logprobs.cpu(), [len(pairs[row][1]) for row in rows])
+            for row, part in zip(rows, parts, strict=True):
+                scores[row] = part.tolist()
+        return scores
+
+
+def completion_hidden_states(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "N H"]:
+    """Return the final hidden states that predict each completion token, [N, H], row after row.
+
+    Shared prefixes are computed once; rows are packed where the attention allows it, otherwise padded, pass by pass.
+
+    Raises:
+        AlignmentError: a token to be scored is padding, or no real token stands before it.
+    """
+    real = sequences.attention_mask.bool()
+    predictable = real & real.roll(1, dims=1)
+    predictable[:, 0] = False
+    if (sequences.completion_mask & ~predictable).any():
+        raise AlignmentError("completion_mask marks padding, or a token that no real token precedes.")
+    forward = backbone(model)
+    if sequences.prefixes is None and packs_rows(model):
+        return packed_states(forward, sequences)
+    kept = None if sequences.prefixes is None else KeptPrefixes(forward, sequences.prefixes)
+    states = []
+    for rows, columns in sequences.passes:
+        ids, mask = sequences.input_ids[rows, columns], sequences.attention_mask[rows, columns]
+        hidden = kept.states(rows, ids, mask) if kept else _whole_states(forward, ids, mask)  # [rows, columns, H]
+        states.append(hidden[:, :-1][sequences.completion_mask[rows, columns][:, 1:]])
+    return torch.cat(states)
+
+
+def _whole_states(forward: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return forward(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """Return the part of a causal LM that ends before the output head, adapters included."""
+    inner = _unwrap(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
+    """Return the output head's weight [V, H].
+
+    Raises:
+        ConfigError: the logits are more than the hidden states times a weight, which nothing here computes.
+    """
+    inner = _unwrap(model)
+    name, head = type(inner).__name__, inner.get_output_embeddings()
+    problems = []
+    if type(head) is not torch.nn.Linear:
+        problems.append(
+            f"model: the output head of {name} is a {type(head).__name__}, not a plain linear layer; "
+            "leave it out of LoRA's target modules and of quantisation."
+        )
+    elif head.bias is not None:
+        problems.append(f"model: the output head of {name} has a bias, which is not supported; use another model.")
+    settings = inner.config.get_text_config().to_dict()
+    for setting, neutral in LOGIT_SETTINGS.items():
+        if settings.get(setting, neutral) not in (neutral, None):
+            problems.append(
+                f"model: {name} has {setting}={settings[setting]}, which changes its logits and is not supported; "
+                "use another model."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return cast(torch.nn.Linear, head).weight
+
+
+def packs_rows(model: PreTrainedModel) -> bool:
+    """Whether packing saves work under the model's attention implementation (`model.attention`)."""
+    return is_flash_attention_requested(model.config)
+
+
+def packed_states(backbone: nn.Module, sequences: Sequences) -> Float[Tensor, "N H"]:
+    """Return what `completion_hidden_states` returns, from one row that holds all rows behind each other.
+
+    Positions start anew with each row, by which transformers tells the rows apart: flash attention then computes each
+    by itself (varlen); other implementations build a mask of the whole length squared, which is right and slow.
+    """
+    real = sequences.attention_mask.bool()
+    positions = sequences.attention_mask.cumsum(1) - 1
+    hidden = backbone(
+        input_ids=sequences.input_ids[real][None], position_ids=positions[real][None], use_cache=False
+    ).last_hidden_state[0]  # [real tokens, H]
+    predicts = torch.zeros_like(real)
+    predicts[:, :-1] = sequences.completion_mask[:, 1:]
+    return hidden[predicts[real]]
+
+
+def can_share_prefixes(model: PreTrainedModel) -> bool:
+    """Whether all layers attend to everything before them, and no gradient checkpointing forbids a cache."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not (model.training and model.is_gradient_checkpointing)
+
+
+class KeptPrefixes:
+    """Keys and values of shared prefixes, from which rows continue; gradients pass through them."""
+
+    def __init__(self, backbone: nn.Module, prefixes: SharedPrefixes):
+        """Compute the prefixes [P, W], padded on the left, in one pass."""
+        real = prefixes.attention_mask
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        self.cache = backbone(
+            input_ids=prefixes.input_ids, attention_mask=real, position_ids=positions, use_cache=True
+        ).past_key_values
+        self.backbone, self.prefixes = backbone, prefixes
+
+    def states(self, rows: slice, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the final hidden states [B, L, H] of the batch's `rows`, padded on the right."""
+        of_row = self.prefixes.of_row[rows]
+        before = self.prefixes.attention_mask[of_row]
+        kept = ((layer.keys[of_row], layer.values[of_row]) for layer in self.cache.layers)
+        return self.backbone(
+            input_ids=input_ids,
+            attention_mask=torch.cat([before, attention_mask], dim=1),
+            position_ids=before.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=input_ids.device),
+            past_key_values=DynamicCache(kept),
+            use_cache=True,
+        ).last_hidden_state
+
+
+def _unwrap(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the causal LM inside a PEFT wrapper; its layers keep their adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]

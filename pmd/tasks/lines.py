@@ -1,0 +1,83 @@
+"""Reads JSON Lines files, plain or gzip: one dict per line, and one sentence per bad line.
+
+Bad content never raises. A loader collects the sentences of all its files and raises a single `ConfigError`.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: In a wrong file every line may be bad; nobody reads more than the first hundred errors.
+MAX_SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One JSON object and its place in a file."""
+
+    path: Path
+    number: int  # from 1
+    fields: dict[str, Any]
+
+    def problem(self, field: str, rule: str, remedy: str) -> str:
+        """Return an error about one field: file, line, field, value, rule, remedy."""
+        value = f"{field}={shorten(self.fields[field])}" if field in self.fields else f"{field} is missing"
+        return f"{self.path}:{self.number}: {value}: {rule}; {remedy}."
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """Return the value as JSON, cut to a length that fits a message."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def read_lines(path: Path) -> tuple[list[Line], list[str]]:
+    """Return every line that holds a JSON object, and one sentence for every other line. Blank lines are skipped."""
+    entries = list(iterate_lines(path))
+    return [e for e in entries if isinstance(e, Line)], [e for e in entries if isinstance(e, str)]
+
+
+def iterate_lines(path: Path) -> Iterator[Line | str]:
+    """Yield the lines one by one, each bad one as a sentence."""
+    found = False
+    try:
+        for number, raw in enumerate(_raw_lines(path), start=1):
+            if raw.strip():
+                found = True
+                yield _parse(path, number, raw)
+    except (OSError, EOFError, zlib.error) as error:
+        yield f"{path}: cannot be read ({error}); give a readable JSON Lines file, plain or gzip."
+    else:
+        if not found:
+            yield f"{path}: is empty; at least one line is needed."
+
+
+def _parse(path: Path, number: int, raw: bytes) -> Line | str:
+    try:
+        value = json.loads(
+            raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        )  # a byte order mark at the start is allowed
+    except (ValueError, RecursionError) as error:
+        return f"{path}:{number}: not valid JSON ({error}); write one JSON object per line."
+    if not isinstance(value, dict):
+        return f"{path}:{number}: {shorten(value)} is not a JSON object; write {{...}} on each line."
+    return Line(path, number, value)
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    if path.suffix == ".gz":
+        with gzip.open(path, "rb") as packed:
+            yield from packed
+    else:
+        with path.open("rb") as plain:
+            yield from plain
+
+
+def cap_problems(problems: Sequence[str]) -> list[str]:
+    """Return the problems; of more than a hundred, the first hundred and a count of the others."""
+    left_out = len(problems) - MAX_SHOWN
+    return list(problems) if left_out <= 0 else [*problems[:MAX_SHOWN], f"... and {left_out} more."]

@@ -1,0 +1,19 @@
+"""Prompt formats: the tiny world's language, and chat templates for real models."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pmd.tasks.prompts.base import PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_prompts(name: Literal["words", "chat"], tokenizer: "PreTrainedTokenizerBase") -> PromptFormat:
+    """Return the prompt format that `model.prompts` names."""
+    if name == "words":
+        from pmd.tasks.prompts.words import WordPrompts
+
+        return WordPrompts(tokenizer)
+    from pmd.tasks.prompts.chat import ChatPrompts
+
+    return ChatPrompts(tokenizer)

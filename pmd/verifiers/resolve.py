@@ -1,0 +1,99 @@
+"""Finds the verifier that a task names, and checks before a run that it can be used.
+
+A verifier takes a task and the text of a completion, and returns a verdict. Its feedback is shown to the model and must
+never contain the expected answer.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from typing import Literal, cast
+
+from pmd.errors import ConfigError
+from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
+from pmd.types import Task, Verdict
+
+Verifier = Callable[[Task, str], Verdict]
+SandboxChoice = Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"]
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def find_verifier(name: str) -> Verifier:
+    """Return the verifier of that name; its module is imported on first use."""
+    match name:
+        case "mcq":
+            from pmd.verifiers.mcq import verify_mcq as found
+        case "exact":
+            from pmd.verifiers.exact import verify_exact as found
+        case "math":
+            from pmd.verifiers.math import verify_math as found
+        case "tool_use":
+            from pmd.verifiers.tool_use import verify_tool_use as found
+        case "code":
+            from pmd.verifiers.code import verify_code as found
+        case "boxes":
+            from pmd.verifiers.boxes import verify_boxes as found
+        case _:
+            return load_custom_verifier(name)
+    return found
+
+
+@functools.cache
+def load_custom_verifier(path: str) -> Verifier:
+    """Return the function at a dotted path, or the one instance of the class there, created without arguments."""
+    module_name, _, attribute = path.rpartition(".")
+    found = getattr(importlib.import_module(module_name), attribute)
+    return cast(Verifier, found() if inspect.isclass(found) else found)
+
+
+def describe_verifier_problem(name: str) -> str | None:
+    """Return why a verifier of that name cannot be used, or None."""
+    if name == "code":
+        return _describe_sandbox_problem()
+    if name in NAMED_VERIFIERS:
+        return None
+    if not CLASS_PATH.fullmatch(name):
+        known = ", ".join(NAMED_VERIFIERS)
+        return f"verifier={name}: must be {known} or a class path such as package.module.Class; name one of them."
+    try:
+        found = load_custom_verifier(name)
+    except (Exception, SystemExit) as error:  # an import runs the user's code, which may raise anything
+        return f"verifier={name}: cannot be loaded ({type(error).__name__}: {error}); check the path and PYTHONPATH."
+    if not callable(found):
+        return f"verifier={name}: must take (task, completion); name a function, or a class with __call__."
+    return None
+
+
+def prepare_verifiers(tasks: Iterable[Task], sandbox_level: SandboxChoice) -> list[str]:
+    """Check the verifiers of all tasks and set the sandbox level; return lines to print at the start of a run.
+
+    Raises:
+        ConfigError: naming every verifier that cannot be used.
+    """
+    names = sorted({task.verifier for task in tasks})
+    if "code" in names:
+        from pmd.verifiers.code import choose_sandbox_level
+
+        choose_sandbox_level(None if sandbox_level == "strongest" else sandbox_level)
+    problems = [problem for name in names if (problem := describe_verifier_problem(name))]
+    if problems:
+        raise ConfigError(problems)
+    if "code" not in names:
+        return []
+    from pmd.verifiers.code import sandbox
+
+    return [sandbox().describe()]
+
+
+def _describe_sandbox_problem() -> str | None:
+    from pmd.verifiers.code import sandbox
+    from pmd.verifiers.sandbox.pool import SandboxUnavailable
+
+    try:
+        sandbox().describe()
+    except SandboxUnavailable as error:
+        return f"verifier=code: {error}."
+    return None

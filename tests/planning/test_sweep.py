@@ -1,0 +1,77 @@
+"""A real sweep with a run that works and one that diverges; then the same again, and a changed grid."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmd.cli import main
+
+GRID = """
+base: configs/tiny.yaml
+seeds: [5]
+settings:
+  trace_every: 0
+  trainer.max_epochs: 1
+  data.world.families: 4
+  data.world.train_per_family: 2
+  data.world.test_per_family: 2
+  verification.samples: 1
+  verification.final_samples: 2
+  verification.pass_at: [1, 2]
+blocks:
+  - arms:
+      PMD: {}
+      diverges: {settings: {optimizer.lr: 1.0e+38}}
+"""
+
+
+def sweep(grid: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pmd", "sweep", str(grid), "--out", str(out), "--jobs", "2"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("sweep")
+    grid = folder / "grid.yaml"
+    grid.write_text(GRID)
+    return grid, folder / "out", sweep(grid, folder / "out")
+
+
+def test_a_failed_run_is_kept_and_reported(swept):
+    _, out, done = swept
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "diverges, seed 5 ended with exit code 1" in " ".join(done.stdout.split())
+    assert "optimizer.lr" in (out / "diverges" / "seed-5.log").read_text()
+    rows = {row["label"]: row for row in json.loads((out / "sweep.json").read_text())}
+    assert rows["PMD"]["num_seeds"] == 1
+    assert rows["diverges"]["num_failed"] == 1
+    assert (out / "sweep.png").stat().st_size > 5_000
+    assert "| PMD |" in (out / "table.md").read_text()
+
+
+def test_the_base_row_is_the_policy_before_training(swept):
+    _, out, _ = swept
+    results = json.loads((out / "PMD" / "seed-5" / "results.json").read_text())
+    rows = {row["label"]: row for row in json.loads((out / "sweep.json").read_text())}
+    assert rows["base"]["quantities"]["avg"]["mean"] == results["phases"]["initial"]["avg"]
+    assert rows["PMD"]["quantities"]["avg"]["mean"] == results["phases"]["last"]["avg"]
+
+
+def test_finished_runs_are_not_repeated(swept):
+    grid, out, _ = swept
+    before = (out / "PMD" / "seed-5" / "results.json").stat().st_mtime_ns
+    again = sweep(grid, out)
+    assert "2 runs, 1 of them done" in again.stdout
+    assert (out / "PMD" / "seed-5" / "results.json").stat().st_mtime_ns == before
+
+
+def test_runs_of_another_configuration_are_refused(swept, capsys):
+    grid, out, _ = swept
+    changed = grid.with_name("changed.yaml")
+    changed.write_text(GRID.replace("max_epochs: 1", "max_epochs: 2"))
+    assert main(["sweep", str(changed), "--out", str(out)]) == 2
+    assert "made from another configuration" in capsys.readouterr().err

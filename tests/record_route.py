@@ -1,0 +1,75 @@
+"""Runs one epoch of the tiny world and prints, as JSON, the files of pmd whose code ran in each part of it.
+
+python tests/record_route.py RUN_DIR
+"""
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.trainer.call as calls
+
+import pmd
+from pmd.callbacks.memory import MemoryCallback
+from pmd.cli import main
+from pmd.module import PMDModule
+from pmd.rollouts.datamodule import RolloutStream
+
+ROOT = Path(pmd.__file__).parent
+FOUND: dict[str, set[str]] = {"training_step": set(), "batch": set(), "epoch_end": set(), "memory_callback": set()}
+
+
+def recorded(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `call`, with the files that run inside it noted under `part`."""
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        outer = sys.getprofile()
+
+        def note(frame: Any, event: str, value: object) -> None:
+            path = Path(frame.f_code.co_filename)
+            if event == "call" and path.is_relative_to(ROOT):
+                FOUND[part].add(path.relative_to(ROOT).as_posix())
+            if outer is not None:
+                outer(frame, event, value)
+
+        sys.setprofile(note)
+        threading.setprofile(note)
+        try:
+            return call(*arguments, **options)
+        finally:
+            sys.setprofile(outer)
+            threading.setprofile(None)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+def record(run_dir: str) -> None:
+    """Train for one epoch and note what runs."""
+    PMDModule.training_step = recorded("training_step", PMDModule.training_step)
+    MemoryCallback.on_train_epoch_end = recorded("memory_callback", MemoryCallback.on_train_epoch_end)
+    batches, hooks = RolloutStream.__iter__, calls._call_callback_hooks
+
+    def stream(self: RolloutStream) -> Any:
+        following = recorded("batch", batches(self).__next__)
+        while True:
+            try:
+                yield following()
+            except StopIteration:
+                return
+
+    def callback_hooks(trainer: Any, hook: str, *arguments: Any, **options: Any) -> Any:
+        call = recorded("epoch_end", hooks) if hook == "on_train_epoch_end" else hooks
+        return call(trainer, hook, *arguments, **options)
+
+    RolloutStream.__iter__ = stream
+    calls._call_callback_hooks = callback_hooks
+    small = ["--data.world.families=8", "--verification.final_samples=8", "--verification.samples=2"]
+    assert main(["fit", "--config", "configs/tiny.yaml", *small, "--trainer.max_epochs=1", "--run_dir", run_dir]) == 0
+
+
+if __name__ == "__main__":
+    record(sys.argv[1])
+    print(json.dumps({part: sorted(files) for part, files in FOUND.items()}))

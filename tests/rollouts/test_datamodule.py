@@ -1,0 +1,109 @@
+"""The stream of batches: each task once an epoch, prompts within their limits, no memory in the student's prompt."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from epochs import make_epoch, no_behaviours
+
+from pmd.cli.run import build
+from pmd.config.schema import (
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    RolloutsConfig,
+    RunConfig,
+    TinyWorldConfig,
+    VerificationConfig,
+)
+from pmd.engines.hf import HFEngine
+from pmd.errors import ConfigError
+from pmd.memory import evolve_memory
+from pmd.run_dir import RunDir
+from pmd.types import InsightChange
+
+WORLD = TinyWorldConfig(families=4, train_per_family=3, validation_per_family=1, test_per_family=1)
+
+
+def run_with(tmp_path, memory=None, **rollouts):
+    settings = {"tasks_per_step": 5, "group_size": 3, "max_new_tokens": 8} | rollouts
+    config = RunConfig(
+        model=ModelConfig(path="tiny"),
+        memory=memory or MemoryConfig(),
+        data=DataConfig(world=WORLD),
+        rollouts=RolloutsConfig(**settings),
+        verification=VerificationConfig(temperature=1.0, top_p=1.0),
+    )
+    return build(config, RunDir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_epoch_visits_every_task_once(tmp_path, updates):
+    data = run_with(tmp_path, updates_per_batch=updates).data
+    batches = list(data.epoch(0))
+    assert len(batches) == data.steps_per_epoch == 3 * updates
+    assert [batch.step for batch in batches] == list(range(3 * updates))
+    visited = [e.rollout.task_id for batch in batches for e in batch.examples]
+    assert sorted(visited) == sorted(task.task_id for task in data.tasks["train"] for _ in range(3))
+    # The cost of a rollout batch is logged once, so that the sum over steps is that of the run.
+    made = sum(len(e.completion_ids) for batch in batches for e in batch.examples)
+    assert sum(batch.metrics["rollout/num_tokens"] for batch in batches) == made
+    assert all(batch.metrics["time/rollout_s"] == 0 for batch in batches if batch.step % updates)
+
+
+@dataclass
+class Recorder:
+    """An engine that notes the prompts it is given."""
+
+    engine: HFEngine
+    prompts: list = field(default_factory=list)
+
+    def generate(self, requests, sampling, role="student"):
+        self.prompts += [request.prompt_ids for request in requests]
+        return self.engine.generate(requests, sampling, role)
+
+
+@pytest.mark.parametrize(("max_tokens", "max_lines"), [(6, 1), (768, 2)])
+def test_memory_in_an_evaluation_obeys_the_teachers_limits(tmp_path, max_tokens, max_lines):
+    run = run_with(tmp_path, memory=MemoryConfig(max_tokens=max_tokens))
+    tasks = {task.task_id: task for task in run.tasks["train"]}
+    rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
+    texts = ("strategy use zam red>gold", "strategy use teb red>gold")
+    changes = [InsightChange(r.task_id, "strategy", text, (r.rollout_id,)) for r in rollouts for text in texts]
+    evolve_memory(make_epoch(run.memory, tasks, rollouts, changes), run.memory, no_behaviours, 0)
+    recorder = Recorder(run.data.engine)
+    replace(run.evaluator, engine=recorder).memory_conditioned(run.tasks["train"], 1, run.memory)
+    strategy = run.module.tokenizer.convert_tokens_to_ids("strategy")
+    assert {prompt.count(strategy) for prompt in recorder.prompts} == {max_lines}
+
+
+def test_epochs_differ_in_order_and_in_draws_and_repeat_exactly(tmp_path):
+    data = run_with(tmp_path).data
+
+    def seen(epoch):
+        return [(e.rollout.task_id, e.rollout.completion.token_ids) for b in data.epoch(epoch) for e in b.examples]
+
+    assert seen(0) == seen(0)
+    assert [task for task, _ in seen(0)] != [task for task, _ in seen(1)]
+    assert dict(seen(0)) != dict(seen(1))
+
+
+def test_only_the_teachers_prompt_contains_memory(tmp_path):
+    run = run_with(tmp_path)
+    tasks = {task.task_id: task for task in run.tasks["train"]}
+    rollouts = [e.rollout for batch in run.data.epoch(0) for e in batch.examples]
+    changes = [InsightChange(r.task_id, "strategy", "strategy use zam red>gold", (r.rollout_id,)) for r in rollouts]
+    evolve_memory(make_epoch(run.memory, tasks, rollouts, changes), run.memory, no_behaviours, 0)
+    memory_word = run.module.tokenizer.convert_tokens_to_ids("memory")
+    shown = 0
+    for batch in run.data.epoch(1):
+        for example in batch.examples:
+            plain = tuple(run.data.prompts.student(tasks[example.rollout.task_id]))
+            assert example.rollout.prompt_ids == plain
+            assert memory_word not in example.rollout.prompt_ids
+            shown += bool(example.context.items) and memory_word in example.context.prompt_ids
+    assert shown == 36
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollouts.max_prompt_tokens=5 is exceeded by 20 of 20 tasks"):
+        run_with(tmp_path, max_prompt_tokens=5)

@@ -1,0 +1,118 @@
+"""Chat prompts: the student sees only the task, the teacher also sees what helps, nobody sees the hidden answer."""
+
+import pytest
+
+from pmd.config.schema import ModelConfig
+from pmd.pretrained import load_tokenizer
+from pmd.tasks.prompts.chat import ChatPrompts
+from pmd.tasks.prompts.parsing import ParsedInsight, strip_thinking
+from pmd.types import Completion, Message, Rollout, Task, Verdict
+
+TOKENIZER = load_tokenizer(ModelConfig(path="tiny_exam"))
+PROMPTS = ChatPrompts(TOKENIZER)
+TASK = Task(
+    "t", (Message("system", "Be brief."), Message("user", "Which gas is lightest?\nA: helium\nB: neon")), "mcq",
+    "train", answer="SECRET",
+)  # fmt: skip
+
+
+def decoded(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids)
+
+
+def rollout(number: int, correct: bool, text: str, feedback: str = "", status: str = "") -> Rollout:
+    verdict = Verdict(float(correct), correct, status or ("ok" if correct else "wrong_answer"), feedback)
+    return Rollout(f"r{number}", "g", "t", (), Completion((1,), (-1.0,), text, "stop", 0), verdict)
+
+
+def test_the_student_sees_only_the_tasks_messages():
+    expected = TOKENIZER.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TASK.question}],
+        add_generation_prompt=True, tokenize=True, return_dict=False,
+    )  # fmt: skip
+    assert PROMPTS.student(TASK) == list(expected)
+
+
+def test_the_teacher_without_extras_sees_what_the_student_sees():
+    assert PROMPTS.teacher(TASK, [], None, None) == PROMPTS.student(TASK)
+
+
+def test_the_teacher_sees_items_success_and_failure_without_thinking():
+    failed = rollout(0, False, "<think>hmm QQQ</think>I say neon", "neon is heavier")
+    shown = decoded(PROMPTS.teacher(TASK, ["mind the mass", "braces {stay}"], "<think>ZZZ</think>helium", failed))
+    for text in (
+        "Be brief.",
+        TASK.question,
+        "mind the mass",
+        "braces {stay}",
+        "helium",
+        "I say neon",
+        "neon is heavier",
+    ):
+        assert text in shown, text
+    for text in ("QQQ", "ZZZ", "SECRET"):
+        assert text not in shown, text
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>a</think>b", "b"),
+        ("<think>never closed", ""),
+        ("a<think>x</think>b<think>y", "ab"),
+        (" b ", "b"),
+        ("x</think>b", "b"),
+    ],
+)
+def test_thinking_is_stripped(text, left):
+    assert strip_thinking(text) == left
+
+
+def test_a_reflection_prompt_has_the_verdicts_but_not_the_answer():
+    group = [rollout(0, True, "helium it is"), rollout(1, False, "neon it is"), rollout(2, False, "neon it is")]
+    (ids,) = PROMPTS.reflection(TASK, group)
+    shown = decoded(ids)
+    assert shown.count("neon it is") == 1  # equal attempts are shown once
+    assert "helium it is" in shown
+    assert "mixed" in shown
+    assert "SECRET" not in shown
+
+
+def test_an_entirely_failed_group_is_reflected_on_only_with_feedback():
+    assert PROMPTS.reflection(TASK, [rollout(0, False, "neon")]) == []
+    assert len(PROMPTS.reflection(TASK, [rollout(0, False, "neon", "too heavy")])) == 1
+    assert PROMPTS.reflection(TASK, [rollout(0, False, "neon", "boom", "sandbox_error")]) == []
+
+
+GOOD = '{"kind": "strategy", "title": "Mass", "content": "Compare masses."}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"Here you are:\n```json\n{GOOD}\n```\nDone.",
+        f"<think>{{}}</think>{GOOD}",
+        f'{{"kind": "nonsense"}} {GOOD} {{"broken": ',
+        f"```json\n[1]\n```\nrather\n```json\n{GOOD}\n```",
+    ],
+)
+def test_well_formed_items_are_extracted(text):
+    assert PROMPTS.parse_reflection(text).items == [ParsedInsight("strategy", "Mass: Compare masses.")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "{",
+        '{"kind": "strategy"}',
+        '{"kind": "strategy", "title": 1, "content": "x"}',
+        "[" * 100_000,
+        '{"kind": "strategy", "title": "t", "content": "' + "x" * 5000 + '"}',
+        '{"kind": "order", "title": "a", "content": "b"}',
+    ],
+)
+def test_malformed_items_are_dropped(text):
+    assert PROMPTS.parse_reflection(text).items == []

@@ -1,0 +1,170 @@
+"""Optimizer steps under Lightning's trainer: warm-up, clipping, a gradient that is not finite, which weights move."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from examples import backward, gradient_of, take_steps, tiny_module, trained, varied_examples
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
+from pmd.errors import AlignmentError
+from pmd.module import PMDModule
+from pmd.scoring import teacher_part
+
+PMD = ObjectiveConfig(alpha="symmetric")
+#: Every way to have a teacher, by how the student is trained.
+TEACHERS = [(finetune, kind) for finetune in ("full", "lora") for kind in ("frozen", "ema", "live", "trust_region")]
+
+
+def copies(named: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in named.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Watch(Callback):
+    """Keeps what the optimizer used in each step, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.gradient_norms: list[float] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.rates += [group["lr"] for group in optimizer.param_groups]
+        gradients = [
+            p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        self.gradient_norms.append(torch.cat(gradients).norm().item() if gradients else 0.0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.weights.append(copies(dict(pl_module.named_parameters())))
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def watched(module: PMDModule, steps: int) -> Watch:
+    """Take steps on the same rollouts."""
+    watch = Watch()
+    take_steps(module, [varied_examples()] * steps, watch)
+    return watch
+
+
+def largest_move(module: PMDModule, before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max((after[name] - before[name]).abs().max().item() for name in trained(module))
+
+
+def test_the_learning_rate_warms_up_in_equal_steps_and_stays():
+    module = tiny_module(PMD, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4, weight_decay=0.0))
+    before = copies(trained(module))
+    watch = watched(module, 6)
+    assert watch.rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert largest_move(module, before, watch.weights[0]) == pytest.approx(
+        0.25e-3, rel=0.02
+    )  # AdamW's first is lr g / |g|
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_gradient_above_the_bound_is_clipped_and_logged_as_it_was(finetune):
+    module = tiny_module(PMD, optimizer=OptimizerConfig(max_grad_norm=1e-3, warmup_steps=0), finetune=finetune)
+    backward(module, varied_examples())
+    gradient = gradient_of(module)
+    assert gradient.norm() > 0.01
+    watch = watched(module, 1)
+    assert watch.gradient_norms == pytest.approx([1e-3], rel=1e-3)
+    assert watch.metrics[0]["student/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+    state, beta1 = module.trainer.optimizers[0].state, module.optimizer_config.beta1
+    first_moment = torch.cat([state[p]["exp_avg"].flatten() for p in trained(module).values() if p in state])
+    torch.testing.assert_close(first_moment, (1 - beta1) * 1e-3 * gradient / gradient.norm(), rtol=1e-3, atol=1e-8)
+
+
+def test_a_gradient_below_the_bound_is_left_alone():
+    module = tiny_module(PMD, optimizer=OptimizerConfig(max_grad_norm=1e6, warmup_steps=0))
+    watch = watched(module, 1)
+    assert watch.gradient_norms == pytest.approx([watch.metrics[0]["student/grad_norm"]], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step(finetune, value):
+    objective = ObjectiveConfig(policy_gradient=1.0, distillation=0.0)
+    module = tiny_module(objective, teacher=TeacherConfig(kind="ema", ema_rate=0.5), finetune=finetune)
+    before = copies(dict(module.named_parameters()))
+    list(trained(module).values())[-1].register_hook(lambda gradient: torch.full_like(gradient, value))
+    watch = Watch()
+    with pytest.raises(AlignmentError, match=r"gradient norm=\S+ at policy version 0; the step was not applied"):
+        take_steps(module, [varied_examples()] * 2, watch)
+    assert same(before, copies(dict(module.named_parameters())))
+    assert watch.rates == []  # the optimizer was never asked for a step
+    assert module.trainer.optimizers[0].state == {}
+    assert module.policy_version == 0
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_frozen_policy_counts_and_logs_its_steps_and_applies_none(finetune):
+    module = tiny_module(
+        replace(PMD, update_policy=False),
+        teacher=TeacherConfig(kind="ema", ema_rate=0.5),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1),
+        finetune=finetune,
+    )
+    before = copies(dict(module.named_parameters()))
+    watch = watched(module, 2)
+    assert same(before, watch.weights[-1])
+    assert (module.policy_version, module.trainer.global_step) == (0, 2)
+    assert all(metrics["student/grad_norm"] > 0 and metrics["loss/distillation"] > 0 for metrics in watch.metrics)
+
+
+@pytest.mark.parametrize(("finetune", "kind"), TEACHERS)
+def test_the_student_alone_is_trained_and_an_ema_teacher_follows_its_rule(finetune, kind):
+    """EMA: teacher <- (1 - rate) teacher + rate student. All other weights stay as they are, bit for bit."""
+    teacher = TeacherConfig(kind=kind, ema_rate=0.25, trust_region_rate=0.5)
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
+    objective = replace(PMD, kl_weight=0.1)
+    module = tiny_module(objective, teacher=teacher, optimizer=optimizer, finetune=finetune)
+    parameters, of_student = dict(module.named_parameters()), set(trained(module))
+    assert all((".student." in name) or name.startswith("policy.student.") for name in of_student)
+    before = copies(parameters)
+    watch = watched(module, 3)
+    assert set(trained(module)) == of_student
+    optimized = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(parameters[name]) for name in of_student}
+    assert all(parameters[name].grad is None for name in parameters if name not in of_student)
+
+    followers = {name for name in parameters if ".teacher." in name}
+    assert bool(followers) == (kind == "ema")
+    for previous, after in zip([before, *watch.weights], watch.weights, strict=False):
+        assert any(not torch.equal(after[name], previous[name]) for name in of_student)
+        for name in parameters.keys() - of_student:
+            expected = previous[name]
+            if name in followers:
+                expected = 0.75 * expected + 0.25 * after[name.replace(".teacher.", ".student.")]
+                torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+            else:
+                assert torch.equal(after[name], expected), name
+    if followers:
+        assert not same({n: before[n] for n in followers}, {n: watch.weights[-1][n] for n in followers})
+
+
+@pytest.mark.parametrize(("finetune", "kind"), TEACHERS)
+def test_the_teachers_scores_carry_no_gradient(finetune, kind):
+    module = tiny_module(PMD, teacher=TeacherConfig(kind=kind), finetune=finetune)
+    (micro_batch, terms), *_ = backward(module, varied_examples()).scored
+    assert not terms.teacher_logprobs.requires_grad
+    for role, weight in module.policy.teacher_mixture:
+        assert not teacher_part(module.policy, role, micro_batch.teacher, weight).hidden.requires_grad
+
+
+def test_the_policy_version_counts_the_steps_applied():
+    module = tiny_module(PMD)
+    watched(module, 3)
+    assert module.policy_version == 3
