@@ -1,7 +1,7 @@
 """Runs untrusted Python programs within limits; returns the bytes they wrote and how they ended.
 
 Threat model. The program is written by a model that is trained on the verdict, so it is treated as an attacker who
-wants a verdict it has not earned, more machine than it was given, or a way out. It may run any Python, load any
+wants a verdict it has not earned, more resources than it was given, or a way out. It may run any Python, load any
 library, call the kernel directly, and crash or hang wherever that helps it.
 
 It must not: see an expected output; forge its own verdict; read or write files of the host; reach any network; see,
@@ -23,7 +23,7 @@ How this is enforced:
   and the kernel kills the zygote with the supervisor and the child with the zygote.
 
 Out of scope: attacks on the kernel itself, timing side channels, and programs that compute the right answer in an
-unwanted way. Other users of the machine are as safe as they are from any unprivileged user.
+unwanted way. Other users of the machine are as safe as from any unprivileged user.
 
 Depends only on the standard library and the Linux kernel (5.13 for Landlock).
 """

@@ -1,6 +1,6 @@
 """The trainer's side of the sandbox: `Sandbox.run`, from any thread; it blocks while all workers are busy.
 
-A worker is a supervisor with its zygote. A worker that dies, hangs or answers nonsense is replaced and its run repeated
+A worker is a supervisor with its zygote. A worker that dies, hangs or returns garbage is replaced and its run repeated
 once; if that fails too, the outcome is `sandbox_error`, which says nothing about the program.
 """
 
@@ -56,7 +56,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended and what it wrote, as bytes: decoding is left to whoever compares them."""
+    """How a run ended and what it wrote, as bytes: decoding is left to the caller."""
 
     end: End
     stdout: bytes = b""
