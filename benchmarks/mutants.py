@@ -162,7 +162,7 @@ def call_changes(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
 
 
 def is_module(node: ast.AST) -> bool:
-    """Whether a function of a module is called, not a method."""
+    """Whether a name is a module, so that a call on it is not a method call."""
     return isinstance(node, ast.Name) and node.id in ("torch", "math", "np", "ast", "json")
 
 

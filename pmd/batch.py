@@ -280,7 +280,7 @@ def sharing_pays(groups: Sequence[Sequence[Pair]]) -> bool:
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group positions, longest first, so that rows x longest row stays within `max_tokens`."""
+    """Group positions, longest first, so that number of rows x longest row stays within `max_tokens`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
     longest = 0
@@ -337,7 +337,7 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def passes(lengths: Sequence[int], start: int = 0) -> list[tuple[slice, slice]]:
-    """Divide rows of `lengths`, the longest first, into (rows, columns) blocks wherever that saves enough padding."""
+    """Split rows of `lengths`, longest first, into (rows, columns) blocks where that saves enough padding."""
     longest, rest, saved = max(lengths), 0, {}
     for row in range(len(lengths) - 1, 0, -1):
         rest = max(rest, lengths[row])

@@ -22,7 +22,7 @@ from pmd.types import Role
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode: no dropout, and no gradient checkpointing, which would drop the key-value cache."""
+    """Keep a model in eval mode: no dropout, and no gradient checkpointing, which would drop the key-value cache."""
     was_training = model.training
     model.eval()
     try:

@@ -316,8 +316,8 @@ def preserve_trainer_state() -> Iterator[None]:
 def exempt_from_compilation(trained: nn.Module) -> None:
     """Keep the trainer's modules out of vLLM's compilation.
 
-    For architectures that vLLM takes from transformers (OLMo 3), it replaces the class's `__call__` with one
-    that compiles and reads an attribute that only vLLM's own instances have.
+    For architectures implemented by transformers (OLMo 3), vLLM replaces the class's `__call__` with one that compiles
+    and reads an attribute that only vLLM's own instances have.
     """
     for module in trained.modules():
         if type(module).__call__ is not nn.Module.__call__ and not hasattr(module, "do_not_compile"):

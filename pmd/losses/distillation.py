@@ -6,7 +6,7 @@
     alpha = "symmetric" (KL(T || S) + KL(S || T)) / 2
 
 The first three follow SDPO's release and TRL's SDPO loss; the symmetric KL is our choice. With `top_k`, the two are
-compared on the student's k likeliest tokens, and the rest of the mass is one tail bucket. Only the student gets
+compared on the student's k most likely tokens, and the rest of the mass is one tail bucket. Only the student gets
 gradients. `fused.py` computes the same numbers faster; `objective.implementation` chooses between the two.
 
 Deviation: the release and TRL compute the tail as log(1 - sum p), which in float32 cannot resolve a tail below 1e-7;
@@ -71,7 +71,7 @@ def token_terms(
 
     Args:
         alpha: in [0, 1], or "symmetric"; see the module's table.
-        top_k: size of the support, the student's likeliest tokens; None, or at least V, is the whole vocabulary.
+        top_k: size of the support, the student's most likely tokens; None, or at least V, is the whole vocabulary.
         tail: with top_k, add one bucket for the mass outside the support; False renormalises inside it.
         temperature: divides the logits of both policies.
         chunk_tokens: how many tokens' logits exist at once; None uses `chunk_size`.

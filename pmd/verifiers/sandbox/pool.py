@@ -121,7 +121,7 @@ class Worker:
             return reply, streams
 
     def close(self) -> None:
-        """Kill the supervisor, the zygote and whatever runs under them; wait until they have ended."""
+        """Kill the supervisor, the zygote and everything under them; wait until they have ended."""
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError):
