@@ -50,7 +50,7 @@ class Policy(nn.Module):
         return [("teacher", 1.0)]
 
     def resolve(self, role: Role) -> Role:
-        """Map the teacher to the role that holds its weights. A trust-region teacher generates as the reference."""
+        """Map the teacher to the role with its weights. A trust-region teacher generates as the reference policy."""
         if role != "teacher" or self.keeps_own_teacher:
             return role
         return "student" if self.kind == "live" else "reference"

@@ -120,7 +120,7 @@ class MemoryCallback(Callback):
         module.log_dict(figures, batch_size=1)
 
     def _figures(self, update: MemoryUpdate) -> dict[str, float]:
-        """Return the figures of this epoch's retrieval and update."""
+        """Return the metrics of this epoch's retrieval and update."""
         reflections = self.record.reflections
         figures: dict[str, float] = {
             "hit_rate": self.record.hit_rate,

@@ -163,7 +163,7 @@ class Sandbox:
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self._all: set[Worker] = set()
         for _ in range(self.num_workers):
-            self._idle.put(None)  # stands for a worker that is started on first use
+            self._idle.put(None)  # placeholder for a worker that is started on first use
         atexit.register(self.close)
 
     def describe(self) -> str:
@@ -220,7 +220,7 @@ class Sandbox:
             self._idle.put(None)
             raise
         self._all.add(worker)
-        if self._closed:  # while it started
+        if self._closed:  # closed while the worker started
             self._discard(worker)
             self._idle.put(None)
             raise SandboxUnavailable("the sandbox was closed")
