@@ -1,11 +1,11 @@
-"""Do audits find what is wrong in a memory? Wrong strategies and leaked answers are planted; the tiny run goes on.
+"""Do audits find errors in a memory? Plants wrong strategies and leaked answers, then trains the tiny model.
 
     python benchmarks/audit_tiny.py --out runs/planted
 
-For each family of the tiny world a strategy with a wrong rule is planted on one task, and on another a line that
-gives its answer away, through `memory.import_path`. The run is the whole loop with audits on. Printed at the end:
-precision and recall of retirement (an item is wrong if the world says so), how far usefulness separates true from
-false items, the gap to the placebo, internalized items by epoch, what became of the leaks.
+For each family of the tiny world, `memory.import_path` plants a strategy with a wrong rule on one task, and on another
+task a line that gives its answer away. The run is the whole loop with audits on. It prints the precision and recall of
+retirement (the world's rules are the ground truth), how well usefulness separates true from false items, the gap to
+the placebo, internalized items by epoch, and what happened to the leaks.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def plant(path: Path, seed: int) -> None:
                 second = writer.add_task(own[1])
                 insight = writer.add_insight(second, "strategy", f"leak {name}", policy_version=0)
                 leaks[insight] = solved_line(name, solution(rule, problem))
-        export_file(store, path)  # a store keeps no leak active; whoever hands a file over may have written one
+        export_file(store, path)  # a store quarantines leaks, but an imported file may contain them
         store.close()
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line in lines:
@@ -60,7 +60,7 @@ def plant(path: Path, seed: int) -> None:
 
 
 def truth(text: str, rules: dict[str, str]) -> bool | None:
-    """Say whether a line is true in this world; None where it is no such line."""
+    """Return whether a memory line is true in this world; None if it is not a memory line."""
     line = parse_line(text)
     if line is None:
         return None
@@ -74,7 +74,7 @@ def separation(true: list[float], false: list[float]) -> float:
 
 
 def figures(store: MemoryStore, rules: dict[str, str]) -> dict[str, object]:
-    """Compare what audits did with what the world says."""
+    """Compare the audits' decisions with the ground truth."""
     harmful = {row[0] for row in store.query("SELECT item_id FROM ops WHERE level = 1 AND reason LIKE 'audit: harm%'")}
     items = [item for item in store.insights(None) if item.status != "quarantined"]
     false = [item for item in items if truth(item.text, rules) is False]
@@ -113,9 +113,9 @@ def mean_lift(store: MemoryStore, rules: dict[str, str], value: bool) -> float:
 
 
 def main() -> None:
-    """Make the run unless it is there, then compare."""
+    """Run training unless the run directory exists, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="run directory to make; other options go to fit")
+    parser.add_argument("--out", type=Path, required=True, help="run directory to create; other options go to fit")
     parser.add_argument("--seed", type=int, default=0)
     arguments, overrides = parser.parse_known_args()
     if not arguments.out.exists():

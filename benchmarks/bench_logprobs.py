@@ -5,8 +5,8 @@
 
 From hidden states [N, H] of student and teacher and one frozen output head [V, H], both compute the loss and its
 gradient w.r.t. the student's hidden states (top-k support of the student, tail bucket). TRL's function receives the
-whole logits, as in its trainer; its division by the temperature, one more copy, is left out. Each measurement is a
-process of its own. `extra_mb` is the peak of its resident memory above that of the inputs, `cpu_s` the processor time
+whole logits, as in its trainer; its division by the temperature, one more copy, is left out. Each measurement runs in
+its own process. `extra_mb` is the peak of its resident memory above that of the inputs, `cpu_s` the processor time
 of forward and backward pass, which a busy machine distorts less than the wall clock.
 """
 

@@ -1,4 +1,4 @@
-"""What the memory costs against its size: retrieval latency, epoch update, recall of the index, file and process size.
+"""How the memory's cost grows with its size: retrieval latency, epoch update, index recall, file and process size.
 
     python benchmarks/bench_memory.py --sizes 1000 10000 100000 --json memory.json --plot memory.png
 
@@ -31,7 +31,7 @@ INSIGHTS_PER_TASK = 3
 
 
 class LookedUp:
-    """An embedder whose texts begin with the number of their vector."""
+    """An embedder that looks vectors up: each text begins with the number of its vector."""
 
     costly = False
 
@@ -88,7 +88,7 @@ def measure(size: int, arguments: argparse.Namespace, folder: Path) -> dict[str,
         clock, cpu_clock = time.perf_counter(), time.thread_time()
         retriever.retrieve(f"{size + new + n} query", seed=n)
         latencies.append(1e3 * (time.perf_counter() - clock))
-        cpu.append(1e3 * (time.thread_time() - cpu_clock))  # what a busy machine adds is not in it
+        cpu.append(1e3 * (time.thread_time() - cpu_clock))  # excludes delays on a busy machine
     result["query_p50_ms"], result["query_p99_ms"] = np.percentile(latencies, [50, 99])
     result["query_cpu_p50_ms"], result["query_cpu_p99_ms"] = np.percentile(cpu, [50, 99])
     queries = vectors[size + new :][:200]

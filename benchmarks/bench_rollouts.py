@@ -11,8 +11,8 @@ On a CPU the model is tiny. With a CUDA device,
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024 --part step
 
 use a Qwen3-8B with random weights (16 GB on disk). GPU figures: unmeasured. Measured on a busy 2-core Linux machine
-without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; with a tiny model the share of
-everything else is largest); 1.50 s per step with `--part step --tokens 64`.
+without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; a tiny model is the worst case
+for the engine's overhead); 1.50 s per step with `--part step --tokens 64`.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Mutation testing of the objective and of what feeds it: which small changes of the code does no test notice?
+"""Mutation testing of the objective and its inputs: which small code changes does no test notice?
 
     python benchmarks/mutants.py --count 300 --seed 0 --jobs 2 --out mutants.jsonl
 
 A seeded sample of mutants is drawn from the files in `TESTS`. Each is written into a copy of the package, never into
 the working tree, and the tests named there run against it until one fails. A mutant that hangs counts as killed.
-Results are appended to `--out` as they come; the same command goes on where it was ended. Docstrings, annotations,
+Results are appended to `--out` as they come; running the same command again continues. Docstrings, annotations,
 error messages, asserts, imports and decorators are left alone.
 """
 
@@ -34,7 +34,7 @@ LONG_STEPS = [
     f"{STEP}[long prompts, both share, small micro-batches]",
     f"{STEP}[long prompts, both share, mix with lora]",
 ]
-#: What is mutated, and the tests that should notice, the quickest first. What does not exist is left out.
+#: The files to mutate, and the tests that should notice, fastest first. Missing files are skipped.
 TESTS = {
     "pmd/losses/policy_gradient.py": ["tests/losses/test_policy_gradient.py", "tests/losses/test_loss.py"],
     "pmd/losses/reduce.py": ["tests/losses/test_loss.py"],
@@ -76,7 +76,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """What identifies the mutant as long as its file stays as it is."""
+        """Identifies the mutant as long as its file is unchanged."""
         content = (ROOT / self.file).read_bytes()
         return hashlib.sha256(f"{self}".encode() + content).hexdigest()[:16]
 
@@ -113,7 +113,7 @@ def changed(node: ast.AST, **fields: object) -> ast.AST:
 
 
 def expression_changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Yield (kind, what stands in its place) for one expression."""
+    """Yield (kind, replacement) for one expression."""
     match node:
         case ast.BinOp(left=left, right=right, op=op):
             if type(op) in SWAPS:
@@ -162,7 +162,7 @@ def call_changes(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
 
 
 def is_module(node: ast.AST) -> bool:
-    """Whether a function of a module is called, not a method."""
+    """Whether a name is a module, so that a call on it is not a method call."""
     return isinstance(node, ast.Name) and node.id in ("torch", "math", "np", "ast", "json")
 
 
@@ -172,7 +172,7 @@ def statement_can_go(node: ast.AST) -> bool:
         case ast.Expr(value=ast.Constant()):
             return False  # a docstring
         case ast.Expr(value=ast.Yield() | ast.YieldFrom()):
-            return False  # without it, the function may be no generator
+            return False  # without it, the function may no longer be a generator
         case ast.Expr() | ast.AugAssign() | ast.Raise() | ast.If(orelse=[]) | ast.Continue() | ast.Break():
             return True
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
@@ -181,7 +181,7 @@ def statement_can_go(node: ast.AST) -> bool:
 
 
 def mutable_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that may be changed: none of annotations, messages, asserts, imports, decorators, types."""
+    """Yield the nodes that may be changed: no annotations, messages, asserts, imports, decorators or types."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "bases"):
             continue
@@ -263,7 +263,7 @@ def tests_of(file: str) -> list[str]:
 
 
 def import_what_is_slow() -> None:
-    """Import third-party packages once: every test process is forked from this one. Nothing of pmd."""
+    """Import third-party packages once, because every test process is forked from this one; pmd is not imported."""
     import bitsandbytes  # noqa: F401
     import hypothesis  # noqa: F401
     import jaxtyping  # noqa: F401
@@ -299,7 +299,7 @@ def link_or_copy(source: str, destination: str) -> None:
 
 @dataclass
 class Process:
-    """A test process that runs."""
+    """A running test process."""
 
     mutant: Mutant | None  # None: the unchanged package
     folder: Path
@@ -319,7 +319,7 @@ def start(mutant: Mutant | None, tests: Sequence[str], timeout_s: float) -> Proc
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> int:
-    """Run pytest in this process, which has a group of its own; return its exit code."""
+    """Run pytest in this process, in its own process group; return the exit code."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
@@ -342,7 +342,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> int:
 
 
 def finished(process: Process) -> tuple[str, str, float] | None:
-    """Return (verdict, by what, seconds) if the process has ended or has had its time; its copy is deleted."""
+    """Return (verdict, by what, seconds) if the process has ended or timed out; delete its copy."""
     seconds = time.monotonic() - process.started
     pid, status = os.waitpid(process.pid, os.WNOHANG)
     if not pid:
@@ -431,7 +431,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="mutate only files whose path contains this")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="results, a JSON line each")
     parser.add_argument("--list-only", action="store_true", help="print the sample and its results so far")
-    parser.add_argument("--retry-survivors", action="store_true", help="test those again that survived")
+    parser.add_argument("--retry-survivors", action="store_true", help="test the survivors again")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     mutants, results = draw_sample(arguments.count, arguments.seed, arguments.only), read_results(arguments.out)

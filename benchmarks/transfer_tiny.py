@@ -1,13 +1,13 @@
-"""Does a memory help another model? Co-evolved memory against one built with a fixed policy, and against none.
+"""Does a memory help another model? Compares a co-evolved memory, one built with a fixed policy, and none.
 
     python -m pmd bootstrap --model tiny_large
     python benchmarks/transfer_tiny.py --out runs/transfer --model bootstrapped/tiny_large
 
 For each seed two runs of the shipped `tiny` model make and export a memory: the whole method, and the same with a fixed
 policy. Then the receiving model trains with an empty memory, and with each export at the start
-(`memory.import_path`), either writing on as usual or never written again (`memory.frozen`). Printed: memory-free
-avg@16 on held-out tasks after every second epoch (validation) and at the end (test), mean and standard error over
-the seeds, and the same of the differences within a seed. Runs that are there already are not repeated.
+(`memory.import_path`), which is either updated as usual or never written again (`memory.frozen`). Printed:
+memory-free avg@16 on held-out tasks after every second epoch (validation) and at the end (test), with mean and standard
+error over the seeds, and the same for the differences within a seed. Finished runs are not repeated.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def pmd(*arguments: str) -> None:
 
 
 def fit(run_dir: Path, seed: int, *arguments: str) -> None:
-    """Train unless it was done."""
+    """Train unless the run is finished."""
     if not (run_dir / "results.json").exists():
         pmd(
             "fit", "--config", "configs/tiny.yaml", *arguments, f"--seed_everything={seed}", f"--run_dir={run_dir}",
@@ -73,7 +73,7 @@ def mean_and_error(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Make the sources, then the receivers."""
+    """Train the sources, then the receivers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -101,7 +101,7 @@ def main() -> None:
         table.add_row(name, *(mean_and_error([run[column] for run in runs]) for column in columns))
     for name, runs in list(found.items())[1:]:  # runs of one seed share their world: the differences vary less
         pairs = list(zip(runs, found["empty"], strict=True))
-        table.add_row(f"{name} less empty", *(mean_and_error([a[c] - b[c] for a, b in pairs]) for c in columns))
+        table.add_row(f"{name} minus empty", *(mean_and_error([a[c] - b[c] for a, b in pairs]) for c in columns))
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""From verified rollouts to tensors: micro-batches, padding, packing, prompts that a group shares.
+"""Turns verified rollouts into tensors: micro-batches, padding, packing, and prompts shared within a group.
 
 A `Batch` holds the examples of one optimizer step. Its micro-batches hold at most a given number of tokens each, and
 their losses add up to the loss of the whole step, however it was split: every token's weight is fixed beforehand.
@@ -22,13 +22,13 @@ from pmd.types import Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, completion ids
 SIDES = ("student", "teacher")
-#: Rows are given to a model in several passes if that saves at least this many tokens of padding a pass.
+#: Rows are split into several forward passes if each extra pass saves at least this many padding tokens.
 MIN_SAVED_PADDING = 256
 #: Sharing pays if it saves at least this many tokens of a step (two passes cost more overhead than one) ...
 MIN_SAVED_TOKENS = 256
 #: ... and this share of them (keys and values are copied for every row).
 MIN_SAVED_SHARE = 0.25
-#: Each row has its own copy of its prefix's keys and values: this many such tokens take the memory of one computed.
+#: Each row has a copy of its prefix's keys and values; this many copied tokens take the memory of one computed token.
 TOKENS_PER_COPY = 8
 
 
@@ -54,13 +54,13 @@ class BatchLayout:
     pad_id: int
     no_context_weight: float  # distillation weight of rollouts whose teacher saw nothing extra
     reduction: Literal["token", "sequence"]
-    shared: frozenset[str] = frozenset()  # sides whose prompts are computed once a group, where it pays
+    shared: frozenset[str] = frozenset()  # sides whose prompts are computed once per group, where that pays off
     packs: bool = False  # whether rows are packed, without padding between them
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """Beginnings of P prompts, left-padded: [P, W]; row b of a batch continues prefix `of_row[b]`."""
+    """The shared beginnings of P prompts, left-padded: [P, W]; row b of a batch continues prefix `of_row[b]`."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -69,7 +69,7 @@ class SharedPrefixes:
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Padded prompts with completions: ids, what is not padding, and what is scored; all [B, L].
+    """Padded prompts with completions: ids, attention mask and completion mask; all [B, L].
 
     Rows are right-padded where there are prefixes or several passes.
     """
@@ -99,7 +99,7 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class CompletionTokens:
-    """What the objective needs to know of each completion token besides its scores; all [N], row after row."""
+    """What the objective needs for each completion token besides its scores; all [N], row after row."""
 
     sampling_logprobs: Tensor  # of the engine, in nats; NaN where it reported none
     policy_versions: Tensor  # of the weights that sampled the token
@@ -182,7 +182,7 @@ def _collate(
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The work of one forward pass: prefixes, each padded to the longest, then rows, each padded to the longest."""
+    """The size of one forward pass: prefixes padded to the longest prefix, then rows padded to the longest row."""
 
     prefixes: int
     prefix: int
@@ -212,7 +212,7 @@ class Row:
     """One row of a micro-batch."""
 
     rollout: int  # position among the step's rollouts
-    group: int  # number of its group within the micro-batch, from 0 without gaps
+    group: int  # index of its group within the micro-batch, from 0 without gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,16 +262,16 @@ class Splitter:
 
 
 def group_size(group: Sequence[Pair], shares: bool) -> Size:
-    """Return the work of one group's rollouts."""
+    """Return the size of the forward pass over one group's rollouts."""
     cut = common_length([prompt for prompt, _ in group]) if shares else 0
     lengths = [len(prompt) + len(completion) - cut for prompt, completion in group]
     return Size(1, cut, len(group), max(lengths), cut + sum(lengths))
 
 
 def sharing_pays(groups: Sequence[Sequence[Pair]]) -> bool:
-    """Whether enough of a step's tokens are saved if the rollouts of each group share what their prompts begin with.
+    """Whether sharing each group's common prompt prefix saves enough of the step's tokens.
 
-    False where a prompt has no common beginning: a model cannot compute an empty one.
+    False if a group has no common prefix: a model cannot compute an empty one.
     """
     cuts = [common_length([prompt for prompt, _ in group]) for group in groups]
     saved = sum((len(group) - 1) * cut for group, cut in zip(groups, cuts, strict=True))
@@ -280,7 +280,7 @@ def sharing_pays(groups: Sequence[Sequence[Pair]]) -> bool:
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group positions, longest first, so that rows x longest row stays within `max_tokens`."""
+    """Group positions, longest first, so that number of rows x longest row stays within `max_tokens`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
     longest = 0
@@ -307,10 +307,10 @@ def pad_sequences(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> S
 
 
 def pad_after_prefixes(pairs: Sequence[Pair], groups: Sequence[int], pad_id: int, device: torch.device) -> Sequences:
-    """Pad rows, with the common beginning of each group's prompts taken out.
+    """Pad rows after splitting off the common prefix of each group's prompts.
 
     Args:
-        groups: the number of each row's group, from 0 without gaps; the prompts of a group have a `common_length` > 0.
+        groups: each row's group index, from 0 without gaps; the prompts of a group have a `common_length` > 0.
     """
     members: list[list[Sequence[int]]] = [[] for _ in range(max(groups) + 1)]
     for (prompt, _), group in zip(pairs, groups, strict=True):
@@ -328,7 +328,7 @@ def pad_after_prefixes(pairs: Sequence[Pair], groups: Sequence[int], pad_id: int
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many ids all prompts begin with, short of a prompt's last one, which predicts the completion."""
+    """Return the length of the common prefix, excluding each prompt's last token, which predicts the completion."""
     common, first = min(len(prompt) for prompt in prompts) - 1, prompts[0]
     for prompt in prompts[1:]:
         if prompt[:common] != first[:common]:
@@ -337,7 +337,7 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def passes(lengths: Sequence[int], start: int = 0) -> list[tuple[slice, slice]]:
-    """Divide rows of `lengths`, the longest first, into (rows, columns) blocks wherever that saves enough padding."""
+    """Split rows of `lengths`, longest first, into (rows, columns) blocks where that saves enough padding."""
     longest, rest, saved = max(lengths), 0, {}
     for row in range(len(lengths) - 1, 0, -1):
         rest = max(rest, lengths[row])

@@ -1,9 +1,9 @@
-"""The LightningModule: student and teacher score the same rollouts, the objective compares them, one step is taken.
+"""The LightningModule: student and teacher score the same rollouts, the objective compares them, one step follows.
 
     loss = policy_gradient * PG + distillation * divergence(student, teacher) + kl_weight * KL(student || reference)
 
-Engines, prompts and the memory are elsewhere; a `Batch` brings verified rollouts with their teacher contexts.
-Optimisation is manual, so that the loss of a step is reduced once over all its micro-batches.
+Engines, prompts and memory live elsewhere; a `Batch` carries verified rollouts and their teacher contexts.
+Optimisation is manual, so that a step's loss is reduced once over all its micro-batches.
 """
 
 import time
@@ -67,7 +67,7 @@ def combined_loss(terms: TokenTerms, tokens: CompletionTokens, policy_version: i
         kl = weighted_sum(terms.per_token_reference_kl, weights)
         total, parts["loss/reference_kl"] = total + config.kl_weight * kl, kl.item()
     parts["loss/total"] = total.item()
-    if not total.requires_grad:  # no term is switched on: a zero that can still be differentiated
+    if not total.requires_grad:  # no term is switched on: return a zero that backward accepts
         total = total + 0.0 * student.sum()
     gap = (student.detach() - tokens.sampling_logprobs).abs()
     parts["sampling/missing_logprobs"] = float((~importance.known).sum())
@@ -76,7 +76,7 @@ def combined_loss(terms: TokenTerms, tokens: CompletionTokens, policy_version: i
 
 
 class PMDModule(LightningModule):
-    """Trains the student against its memory-conditioned teacher, by policy gradient, or by a mix of both."""
+    """Trains the student by distillation from its memory-conditioned teacher, by policy gradient, or by both."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
@@ -92,7 +92,7 @@ class PMDModule(LightningModule):
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
         self.policy_version = 0  # optimizer steps applied to the student
-        self.trace: StepTrace | None = None  # where the step's per-token record goes, if anyone wants it
+        self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -118,11 +118,11 @@ class PMDModule(LightningModule):
         self.log("reward", batch.metrics["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        """Copy the student into a frozen teacher that is due (`teacher.refresh_epochs`)."""
+        """Refresh a frozen teacher from the student if one is due (`teacher.refresh_epochs`)."""
         self.log("teacher/refreshed", float(self.policy.after_epoch(self.current_epoch)), batch_size=1)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Return the batch as it is: its tensors are made on the device, micro-batch by micro-batch."""
+        """Return the batch unchanged: tensors are created on the device, one micro-batch at a time."""
         return batch
 
     def configure_optimizers(self) -> Any:
@@ -139,21 +139,21 @@ class PMDModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": warmup}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained (and a teacher with weights of its own); the rest is loaded from model.path."""
+        """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path."""
         kept = self._own_state_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["policy_version"] = self.policy_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or teacher instead of loading a part of it."""
+        """Reject a checkpoint from a different model or teacher instead of loading part of it."""
         self.check_checkpoint(checkpoint)
         self.policy_version = checkpoint["policy_version"]
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Return if the checkpoint holds the tensors of this module, name by name and shape by shape.
+        """Check that the checkpoint holds exactly this module's tensors, by name and shape.
 
         Raises:
-            AlignmentError: it is of another model or teacher.
+            AlignmentError: it comes from a different model or teacher.
         """
         names, state = self._own_state_names(), self.state_dict()
         own = {name: state[name].shape for name in names}
@@ -166,11 +166,11 @@ class PMDModule(LightningModule):
             )
 
     def _layout(self, config: RunConfig) -> BatchLayout:
-        """Say how batches become tensors, as far as the models can take them so."""
+        """Return how batches become tensors, limited to what the models support."""
         wanted = {"off": (), "teacher": ("teacher",), "both": ("student", "teacher")}[config.rollouts.share_prefixes]
         with self.policy.weights("student") as model:
             packs, able = packs_rows(model), {"student": can_share_prefixes(model)}
-            with eval_mode(model):  # as the teacher scores
+            with eval_mode(model):  # the teacher scores in eval mode
                 able["teacher"] = can_share_prefixes(model)
         return BatchLayout(
             max_tokens=config.rollouts.micro_batch_tokens,
@@ -197,9 +197,9 @@ class PMDModule(LightningModule):
             )
 
     def _step(self, optimizer: torch.optim.Optimizer) -> float:
-        """Clip the gradient, refuse one that is not finite, and step; return its norm before clipping.
+        """Clip the gradient, raise if it is not finite, and step; return its norm before clipping.
 
-        A frozen policy drops its gradients first: the step is counted and changes nothing.
+        A frozen policy discards its gradients first, so the step counts but changes no weights.
         """
         with _Timer(self, "time/optimizer_s"):
             trainable = [p for group in optimizer.param_groups for p in group["params"]]
@@ -219,7 +219,7 @@ class PMDModule(LightningModule):
         return norm.item()
 
     def _metrics(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, float]:
-        """Join the step's losses with what the rollouts, the teacher's contexts and the clock say."""
+        """Combine the step's losses with the metrics of rollouts, teacher contexts and timing."""
         contexts = [example.context for example in batch.examples]
         shown = {
             "teacher/share_with_context": sum(c.shows_anything for c in contexts) / max(1, len(contexts)),

@@ -1,6 +1,6 @@
 """The policy in its three roles, student, teacher and reference: `with policy.weights("teacher") as model: ...`.
 
-Inside the `with`, the model computes as that role. Full fine-tuning keeps frozen copies; with LoRA all roles are
+Inside the `with`, the model acts as that role. Full fine-tuning keeps frozen copies; with LoRA all roles are
 adapters on one base (the reference policy is the base with adapters off), so no second copy of the weights exists.
 
 Deviation (our choice, the paper is silent): an EMA of LoRA factors A and B averages the factors, which is not the
@@ -22,7 +22,7 @@ from pmd.types import Role
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode: no dropout, and no gradient checkpointing, which would drop the key-value cache."""
+    """Keep a model in eval mode: no dropout, and no gradient checkpointing, which would drop the key-value cache."""
     was_training = model.training
     model.eval()
     try:
@@ -50,23 +50,23 @@ class Policy(nn.Module):
         return [("teacher", 1.0)]
 
     def resolve(self, role: Role) -> Role:
-        """Map the teacher to the role that holds its weights. A trust-region teacher writes as the reference policy."""
+        """Map the teacher to the role with its weights. A trust-region teacher generates as the reference policy."""
         if role != "teacher" or self.keeps_own_teacher:
             return role
         return "student" if self.kind == "live" else "reference"
 
     @contextmanager
     def weights(self, role: Role) -> Iterator[PreTrainedModel]:
-        """Yield the model that acts as `role`. The student comes in training mode, whatever it is wanted for."""
+        """Yield the model that acts as `role`. The student is always in training mode."""
         raise NotImplementedError
         yield
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (teacher, student) tensors that correspond."""
+        """Yield corresponding (teacher, student) tensors."""
         raise NotImplementedError
 
     def is_own_state(self, name: str) -> bool:
-        """Whether the tensor `name` of the state dict belongs in a checkpoint: it cannot be loaded again."""
+        """Whether the state dict's tensor `name` belongs in a checkpoint: it cannot be reloaded from `model.path`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class AdapterPolicy(Policy):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         lora = LoraConfig(
             r=config.lora_rank,
-            # PEFT says int and computes with any number; a whole one stays whole in the adapter's own file.
+            # PEFT's type is int, but any number works; a whole number is saved as an int in the adapter's config.
             lora_alpha=cast(int, config.lora_alpha if config.lora_alpha % 1 else int(config.lora_alpha)),
             lora_dropout=config.lora_dropout,
             target_modules="all-linear",
@@ -170,7 +170,7 @@ class AdapterPolicy(Policy):
                 yield teacher, parameters[name.replace(".teacher.", ".student.")]
 
     def is_own_state(self, name: str) -> bool:
-        """The adapters, and nothing of the base."""
+        """The adapters, not the base."""
         return ".student." in name or ".teacher." in name
 
     def _activate(self, adapter: str) -> None:
@@ -183,7 +183,7 @@ class AdapterPolicy(Policy):
 def make_policy(
     model: PreTrainedModel, config: ModelConfig, teacher: TeacherConfig, *, needs_reference: bool = False
 ) -> Policy:
-    """Wrap a loaded base model as `config.finetune` asks; `needs_reference` keeps the reference policy for a KL."""
+    """Wrap a loaded base model as `config.finetune` says; `needs_reference` keeps the reference policy for a KL."""
     if config.finetune == "full":
         return FullPolicy(model, teacher, needs_reference=needs_reference)
     return AdapterPolicy(model, config, teacher)

@@ -17,7 +17,7 @@ def resolve_model_path(path: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the policy's tokenizer; a missing padding token is the end-of-sequence token."""
+    """Load the policy's tokenizer; if it has no padding token, the end-of-sequence token is used."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.path))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -52,7 +52,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
 
 
 def _keep_packing(model: PreTrainedModel) -> None:
-    """Forbid the CPU path that repacks 4-bit weights in the first eval pass: gradients after it come out wrong."""
+    """Disable the CPU path that repacks 4-bit weights in the first eval pass: later gradients would be wrong."""
     from bitsandbytes.nn.modules import Linear4bit
 
     for layer in model.modules():

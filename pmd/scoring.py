@@ -1,9 +1,9 @@
-"""From token ids to per-token terms: the one scoring path of training, audits, parity check and notebook.
+"""Turns token ids into per-token terms: the one scoring path of training, audits, parity check and notebook.
 
     sequences --backbone--> hidden states [N, H] of the N completion tokens --head, losses/--> per-token terms [N]
 
-This is the one place where positions shift by one: the state before a token predicts it. Nothing of shape [B, L, V]
-ever exists. Padded rows, packed rows and prompts that a group shares give the same states.
+This is the one place where positions shift by one: the state before a token predicts it. No tensor of shape [B, L, V]
+is ever created. Padded rows, packed rows and shared prompts give the same states.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from pmd.losses.distillation import TeacherPart, TokenTerms
 from pmd.policy import Policy, eval_mode
 from pmd.types import PromptAndCompletion, Role
 
-#: How `score` compares unless told otherwise.
+#: The objective that `score` uses by default.
 DEFAULTS = ObjectiveConfig()
 IMPLEMENTATIONS = {"reference": distillation.token_terms, "fused": fused.token_terms}
-#: Settings under which some architectures scale or cap their logits, and the value that changes nothing.
+#: Settings with which some architectures scale or cap their logits, and the value that leaves them unchanged.
 LOGIT_SETTINGS = {
     "final_logit_softcapping": None,  # Gemma 2
     "logits_soft_cap": None,  # RecurrentGemma
@@ -47,10 +47,10 @@ def score(
     reference: Sequence[TeacherPart] = (),
     objective: ObjectiveConfig = DEFAULTS,
 ) -> TokenTerms:
-    """Score every completion token under `role`, and compare with teacher and reference policy where they are given.
+    """Score every completion token under `role`, and compare with teacher and reference policy if they are given.
 
-    With gradients the model computes as it trains: with dropout and gradient checkpointing, if it has them; without
-    gradients it is in eval mode.
+    With gradients enabled, the model runs in training mode, with any dropout and gradient checkpointing; otherwise it
+    runs in eval mode.
     """
     token_terms = IMPLEMENTATIONS[objective.implementation]
     with policy.weights(role) as model, nullcontext() if torch.is_grad_enabled() else eval_mode(model):
@@ -66,7 +66,7 @@ def score(
 
 @torch.no_grad()
 def teacher_part(policy: Policy, role: Role, sequences: Sequences, weight: float = 1.0) -> TeacherPart:
-    """Return the hidden states of `role`, for `score` to compare with; never with dropout, be it the student's own."""
+    """Return the hidden states of `role` for `score` to compare with; no dropout, even if `role` is the student."""
     with policy.weights(role) as model, eval_mode(model):
         return TeacherPart(completion_hidden_states(model, sequences), output_head(model), weight)
 
@@ -97,7 +97,7 @@ def completion_hidden_states(model: PreTrainedModel, sequences: Sequences) -> Fl
     Shared prefixes are computed once; rows are packed where the attention allows it, otherwise padded, pass by pass.
 
     Raises:
-        AlignmentError: a token to be scored is padding, or no real token stands before it.
+        AlignmentError: a token to be scored is padding, or has no real token before it.
     """
     real = sequences.attention_mask.bool()
     predictable = real & real.roll(1, dims=1)
@@ -133,7 +133,7 @@ def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
     """Return the output head's weight [V, H].
 
     Raises:
-        ConfigError: the logits are more than the hidden states times a weight, which nothing here computes.
+        ConfigError: the logits are not just the hidden states times a weight, which is all that is supported.
     """
     inner = _unwrap(model)
     name, head = type(inner).__name__, inner.get_output_embeddings()
@@ -163,10 +163,10 @@ def packs_rows(model: PreTrainedModel) -> bool:
 
 
 def packed_states(backbone: nn.Module, sequences: Sequences) -> Float[Tensor, "N H"]:
-    """Return what `completion_hidden_states` returns, from one row that holds all rows behind each other.
+    """Return what `completion_hidden_states` returns, with all rows concatenated into one.
 
-    Positions start anew with each row, by which transformers tells the rows apart: flash attention then computes each
-    by itself (varlen); other implementations build a mask of the whole length squared, which is right and slow.
+    Positions restart with each row, which is how transformers tells the rows apart. Flash attention then computes each
+    row by itself (varlen); other implementations build a full quadratic mask, which is correct but slow.
     """
     real = sequences.attention_mask.bool()
     positions = sequences.attention_mask.cumsum(1) - 1
@@ -179,14 +179,14 @@ def packed_states(backbone: nn.Module, sequences: Sequences) -> Float[Tensor, "N
 
 
 def can_share_prefixes(model: PreTrainedModel) -> bool:
-    """Whether all layers attend to everything before them, and no gradient checkpointing forbids a cache."""
+    """Whether all layers use full attention and gradient checkpointing does not rule out a cache."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return kinds == {"full_attention"} and not (model.training and model.is_gradient_checkpointing)
 
 
 class KeptPrefixes:
-    """Keys and values of shared prefixes, from which rows continue; gradients pass through them."""
+    """Keys and values of shared prefixes, which rows continue from; gradients flow through them."""
 
     def __init__(self, backbone: nn.Module, prefixes: SharedPrefixes):
         """Compute the prefixes [P, W], padded on the left, in one pass."""

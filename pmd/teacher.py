@@ -16,7 +16,7 @@ from pmd.types import MemoryItem, Rollout, Task
 
 @dataclass(frozen=True, slots=True)
 class TeacherContext:
-    """The teacher's prompt for one rollout, and what it shows beside the task."""
+    """The teacher's prompt for one rollout, and what it shows besides the task."""
 
     rollout_id: str
     prompt_ids: tuple[int, ...]
@@ -24,7 +24,7 @@ class TeacherContext:
     success: str | None = None  # text of the verified success shown, of a sibling or of an earlier epoch
     shows_failure: bool = False  # the rollout's own failure and feedback
     dropped: tuple[MemoryItem, ...] = ()  # memory items left out because the prompt was full
-    attempt_dropped: bool = False  # a success or failure was to be shown and made the prompt too long by itself
+    attempt_dropped: bool = False  # a success or failure was left out because it alone made the prompt too long
     memory_generation: int = 0
 
     @property
@@ -57,8 +57,8 @@ class ContextBuilder:
     ) -> list[TeacherContext]:
         """Return one context per rollout of the group, in the group's order.
 
-        `past_success` is a verified completion of the same task from an earlier epoch; it stands in where no sibling
-        succeeded. The rollout's own failure is shown only where no success can be.
+        `past_success` is a verified completion of the same task from an earlier epoch; it is used if no sibling
+        succeeded. The rollout's own failure is shown only if there is no success to show.
         """
         config, contexts = self.config, []
         for rollout in group:
@@ -75,13 +75,13 @@ class ContextBuilder:
         return contexts
 
     def memory_prompt(self, task: Task, items: Sequence[MemoryItem]) -> tuple[int, ...]:
-        """Return the prompt that shows memory and no attempt, within the bounds of the teacher's."""
+        """Return a prompt with memory but no attempt, within the teacher's length limits."""
         return self._fit(task, TeacherContext("", (), tuple(items)), None).prompt_ids
 
     def _fit(self, task: Task, wanted: TeacherContext, failure: Rollout | None) -> TeacherContext:
-        """Render the prompt; while it is too long drop the least similar memory item, at last success or failure.
+        """Render the prompt, dropping an attempt that is too long by itself, then the least similar memory items.
 
-        Whole items go, never tokens: a cut item can say the opposite of what it meant.
+        Items are dropped whole, never truncated: a truncated item can say the opposite of what it meant.
         """
         success, kept, too_long = wanted.success, list(wanted.items), False
         prompt_ids = without_memory = self.prompts.teacher(task, [], success, failure)

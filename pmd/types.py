@@ -39,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Something to solve whose solution a program can verify."""
+    """A problem whose solution a program can verify."""
 
     task_id: str  # unique in its data set, the same in every run
     messages: tuple[Message, ...]  # what the student sees; never any memory
@@ -58,11 +58,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class CaseCounts:
-    """How many tests of a program passed. A test that was not run, because others had failed, has not passed."""
+    """How many tests of a program passed. A test skipped because others failed counts as not passed."""
 
     num_tests: int
     num_passed: int
-    num_public: int = 0  # tests that whoever chooses among several programs may look at
+    num_public: int = 0  # tests that may be used to choose among several programs
     num_public_passed: int = 0
 
     @property
@@ -78,12 +78,12 @@ class CaseCounts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says of one completion."""
+    """What a verifier says about one completion."""
 
     reward: float
     correct: bool
     status: VerdictStatus
-    feedback: str = ""  # words for the model; never the expected answer
+    feedback: str = ""  # shown to the model; never the expected answer
     answer: str | None = None  # the answer extracted from the completion, None where there is none
     seconds: float = 0.0
     tests: CaseCounts | None = None  # of verifiers that run tests
@@ -124,7 +124,7 @@ class InsightChange:
     task_id: str
     kind: ItemKind
     text: str
-    rollout_ids: tuple[str, ...]  # the attempts it was learnt from
+    rollout_ids: tuple[str, ...]  # the attempts it was learned from
     action: InsightAction = "add"
     target_id: int | None = None  # the insight that is kept, edited or retired
 
@@ -138,6 +138,6 @@ class MemoryItem:
     kind: ItemKind
     text: str
     task_row: int | None  # of the store; None for behaviours, which belong to several tasks
-    task_id: str | None  # the train task it was learnt from
+    task_id: str | None  # the train task it was learned from
     similarity: float = 0.0  # of the query to the task (levels 0, 1) or to the behaviour, in [-1, 1]
-    score: float = 0.0  # by which it was ranked within its kind
+    score: float = 0.0  # what ranks it within its kind

@@ -1,1 +1,1 @@
-"""What happens around training steps and at epoch boundaries, one job a file."""
+"""Lightning callbacks around training steps and at epoch boundaries, one job per file."""

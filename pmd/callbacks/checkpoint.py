@@ -1,4 +1,4 @@
-"""Checkpoints that are written completely or not at all, and whose run directory can be moved."""
+"""Writes checkpoints atomically, and lets the run directory be moved."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""At the end of an epoch the memory is audited and updated; every checkpoint contains it.
+"""Audits and updates the memory at the end of each epoch, and saves it with every checkpoint.
 
 A frozen memory is written once, from the rollouts of the first epoch (our choice: the same rollouts and updates as
 every other method), and never again; a frozen memory that was imported is never written.
@@ -80,7 +80,7 @@ class MemoryCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the run directory's memory by the checkpoint's.
+        """Replace the run directory's memory with the checkpoint's.
 
         Raises:
             MemoryStoreError: the checkpoint is damaged; the run directory's memory stays as it is.
@@ -98,7 +98,7 @@ class MemoryCallback(Callback):
         return abstract(self.engine, clusters, self.prompts, self.reflection, key)
 
     def _audit(self, auditor: Auditor, trainer: Trainer, module: PMDModule) -> None:
-        """Have the teacher score attempts with and without the items that it was shown."""
+        """Have the teacher score attempts with and without the items it was shown."""
         started, groups = time.perf_counter(), []
         for group in self.record.groups.values():
             past = self.memory.past_success(group.task)
@@ -120,7 +120,7 @@ class MemoryCallback(Callback):
         module.log_dict(figures, batch_size=1)
 
     def _figures(self, update: MemoryUpdate) -> dict[str, float]:
-        """Return the figures of this epoch's retrieval and update."""
+        """Return the metrics of this epoch's retrieval and update."""
         reflections = self.record.reflections
         figures: dict[str, float] = {
             "hit_rate": self.record.hit_rate,

@@ -1,4 +1,4 @@
-"""At the end of an epoch the policy reflects on the epoch's verified rollouts."""
+"""Has the policy reflect on the epoch's verified rollouts when the epoch ends."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from pmd.types import Task
 
 
 class ReflectionCallback(Callback):
-    """Records each batch's rollouts, and at the epoch's end what they teach. Silent once a frozen memory is built."""
+    """Records each batch's rollouts and reflects on them at the end of the epoch, until a frozen memory is built."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ReflectionCallback(Callback):
                 self.record.num_memory_tokens += len(context.prompt_ids) - len(rollout.prompt_ids)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reflect, unless the memory is frozen and built."""
+        """Reflect, unless the memory is frozen and already built."""
         if not self.config.enabled or self.memory.is_closed(self.record.epoch):
             return
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from pmd.module import PMDModule
 class WeightSyncCallback(Callback):
     """Keeps the engine at the policy's version, and has the engine and the trainer take turns on the GPU.
 
-    An engine that was asked for another role's weights (by a reflection) loads the student's again when it generates.
+    If a reflection made the engine load another role's weights, it reloads the student's when it next generates.
     """
 
     def __init__(self, engine: Engine, updates_per_batch: int, parity: ParityCheck | None):
@@ -33,7 +33,7 @@ class WeightSyncCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Sync after the last step of a rollout batch, and after the run's last step, which may come before it."""
+        """Sync after the last step of a rollout batch, and after the run's last step, which may come earlier."""
         ends_run = trainer.global_step == trainer.max_steps or trainer.should_stop
         if ends_run or (batch.step + 1) % self.updates_per_batch == 0:
             pl_module.log_dict(self._sync(trainer, pl_module) | {"time/sleep_s": self._sleep_s}, batch_size=1)

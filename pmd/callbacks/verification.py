@@ -1,6 +1,6 @@
 """Held-out evaluation at epoch boundaries, without memory and, for comparison, with memory in the prompt.
 
-The gap between the two is what the memory holds and the policy has not internalized yet.
+The gap between the two is what memory provides and the policy has not internalized yet.
 """
 
 import time

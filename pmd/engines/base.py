@@ -1,4 +1,4 @@
-"""The `Engine` protocol: what the trainer needs from whatever generates completions.
+"""The `Engine` protocol: what the trainer needs from anything that generates completions.
 
 `HFEngine` (hf.py) generates with the training weights; engines with a copy of their own receive the weights in `sync`.
 Each request carries its own seed, so a completion depends on its prompt, its seed and the policy, never on the rest of

@@ -20,7 +20,7 @@ def check_engine(config: RunConfig) -> None:
     """Check that the selected engine can run here, before any weights load.
 
     Raises:
-        ConfigError: vLLM is missing or of an untested version.
+        ConfigError: vLLM is missing or its version is untested.
     """
     if config.rollouts.engine == "vllm":
         check_version()

@@ -1,4 +1,4 @@
-"""Checks that engine and trainer agree: after each sync both score a few fresh completions.
+"""Checks that engine and trainer agree: after each sync, both score a few fresh completions.
 
 The prompts are the same every time, so a prefix cache left over from earlier weights shows up as well.
 """

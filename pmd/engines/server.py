@@ -1,8 +1,8 @@
 """Generates completions with vLLM servers, on other GPUs or machines.
 
 At every sync the adapter is written to a folder that the servers can read, and loaded under a new name. A server that
-does not know a name (it was restarted) answers with an error, never with older weights, and cached prefixes belong to a
-name, so a stale answer is impossible.
+does not know a name (because it was restarted) returns an error, never a completion from older weights. Cached
+prefixes are tied to a name, so they cannot be stale either.
 
 Each request is handled by one thread at a time. If its server fails, the request goes back to the queue, where any
 server can pick it up.
@@ -35,7 +35,7 @@ MAX_BACKOFF_S = 30.0
 
 @dataclass(eq=False, slots=True)
 class GenerateCall:
-    """The state of one call of `generate`, shared by its worker threads. Requests are named by their position."""
+    """The state of one call of `generate`, shared by its worker threads. Requests are identified by position."""
 
     requests: Sequence[Request]
     sampling: Sampling
@@ -89,7 +89,7 @@ class VLLMServerEngine:
                 call.ended.set()
 
     def sync(self, policy_version: int) -> None:
-        """Load the student's adapter into every server that answers; the others load it when they are back."""
+        """Load the student's adapter into every server that answers; the others load it when they recover."""
         with self._lock:
             self.policy_version = policy_version
             self._load("student")
@@ -101,7 +101,7 @@ class VLLMServerEngine:
         """Do nothing: the servers have GPUs of their own."""
 
     def close(self) -> None:
-        """Abort a call of another thread, unload the adapters and remove their files; the servers keep running."""
+        """Abort a call in another thread, unload the adapters and remove their files; the servers keep running."""
         self._closed = True
         if self._call is not None:
             self._call.results.put(EngineError("the engine was closed while it generated."))
@@ -145,7 +145,7 @@ class VLLMServerEngine:
                 threading.Thread(target=self._work, args=(server, call), daemon=True).start()
 
     def _work(self, server: ServerClient, call: GenerateCall) -> None:
-        """Have `server` complete waiting requests until the call has ended; runs in a thread of its own."""
+        """Have `server` complete waiting requests until the call has ended; runs in its own thread."""
         while not call.ended.is_set():
             try:
                 position = call.waiting.get(timeout=0.1)
@@ -193,7 +193,7 @@ class VLLMServerEngine:
             pause_s = min(2 * pause_s, MAX_BACKOFF_S)
 
     def _next_result(self, call: GenerateCall) -> RawCompletion:
-        """Wait for a completion; raise once none can be expected any more."""
+        """Wait for a completion; raise if none can arrive any more."""
         while True:
             try:
                 result = call.results.get(timeout=1.0)

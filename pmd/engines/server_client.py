@@ -1,6 +1,6 @@
 """Talks to one vLLM server over HTTP, in token ids, with one connection per request.
 
-This file holds what depends on vLLM's HTTP interface; `vllm_runtime.py` starts the server.
+Everything that depends on vLLM's HTTP interface is here; `vllm_runtime.py` starts the server.
 """
 
 import http.client
@@ -18,11 +18,11 @@ from pmd.engines.vllm_runtime import RawCompletion
 from pmd.errors import EngineError
 
 BASE_MODEL = "base"  # the name under which a server offers its weights without an adapter
-CONTROL_TIMEOUT_S = 60.0  # for every request that generates nothing
+CONTROL_TIMEOUT_S = 60.0  # for requests that do not generate
 
 
 class ServerUnavailable(Exception):
-    """The server did not answer, or failed while answering: the request may be sent again."""
+    """The server did not answer, or failed while answering: the request may be retried."""
 
 
 class AdapterNotLoaded(Exception):
@@ -48,7 +48,7 @@ class ServerClient:
         return True
 
     def mark_down(self) -> None:
-        """Note that the server is down from now on, unless it already was; a good health check alone keeps the mark."""
+        """Mark the server as down from now on, unless it already was; a health check alone does not clear the mark."""
         self.down_since = self.down_since or time.monotonic()
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -61,7 +61,7 @@ class ServerClient:
         self.down_since = None
 
     def unload_adapter(self, name: str) -> None:
-        """Unload an adapter for good."""
+        """Unload an adapter permanently."""
         with self.adapter_lock:
             self.unloaded.add(name)
             self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, CONTROL_TIMEOUT_S)
@@ -78,7 +78,7 @@ class ServerClient:
         Raises:
             ServerUnavailable: no answer, or an empty or unfinished completion.
             AdapterNotLoaded: the server does not know `model`.
-            EngineError: the server refuses the request, and would refuse it again.
+            EngineError: the server refuses the request, so a retry is pointless.
         """
         payload = {
             "model": model,

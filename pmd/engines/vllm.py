@@ -1,7 +1,7 @@
 """Generates completions with vLLM in this process, which holds a copy of the weights.
 
-An adapter is loaded as it is, never merged into the base; with full fine-tuning all weights are reloaded. The prefix
-cache is emptied after every change of weights, or attention would read keys and values of earlier ones.
+An adapter is loaded separately, never merged into the base; with full fine-tuning all weights are reloaded. The prefix
+cache is emptied after every weight change; otherwise attention would use keys and values from the old weights.
 """
 
 import math
@@ -71,7 +71,7 @@ class VLLMEngine:
             self.runtime.sleep()
 
     def wake(self) -> None:
-        """Take the GPU back, with an empty KV cache."""
+        """Take back the GPU, with an empty KV cache."""
         with self._lock:
             self.runtime.wake()
 

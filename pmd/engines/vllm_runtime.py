@@ -301,7 +301,7 @@ def _describe(settings: EngineSettings) -> str:
 
 @contextmanager
 def preserve_trainer_state() -> Iterator[None]:
-    """Restore torch's random state, number of threads and default dtype, which vLLM changes for itself."""
+    """Restore torch's random state, number of threads and default dtype, which vLLM changes."""
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     with torch.random.fork_rng():
         try:
@@ -316,8 +316,8 @@ def preserve_trainer_state() -> Iterator[None]:
 def exempt_from_compilation(trained: nn.Module) -> None:
     """Keep the trainer's modules out of vLLM's compilation.
 
-    For architectures that vLLM takes from transformers (OLMo 3), it replaces the class's `__call__` by one that
-    compiles, and that reads an attribute which only instances made by vLLM have.
+    For architectures implemented by transformers (OLMo 3), vLLM replaces the class's `__call__` with one that compiles
+    and reads an attribute that only vLLM's own instances have.
     """
     for module in trained.modules():
         if type(module).__call__ is not nn.Module.__call__ and not hasattr(module, "do_not_compile"):

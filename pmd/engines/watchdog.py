@@ -2,7 +2,7 @@
 
 If the engine's steps return without progress, an EngineError is raised in the generating thread. If a step never
 returns (a hung kernel, a dead driver), no other thread can stop it, and an engine that shares the trainer's process
-cannot be restarted safely: the process exits, and the run can be resumed from its last checkpoint.
+cannot be restarted safely. The process then exits, and the run can be resumed from its last checkpoint.
 """
 
 import faulthandler

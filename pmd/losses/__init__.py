@@ -1,1 +1,1 @@
-"""What is minimised, as pure functions of tensors."""
+"""The training losses, as pure functions of tensors."""

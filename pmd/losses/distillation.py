@@ -1,16 +1,17 @@
 """How far the student is from its memory-conditioned teacher, token by token, in nats. The reference implementation.
 
-    alpha = 0           KL(T || S), forward: covers everything the teacher allows
-    alpha = 1           KL(S || T), reverse: settles on what the teacher prefers
+    alpha = 0           KL(T || S), forward: mode-covering
+    alpha = 1           KL(S || T), reverse: mode-seeking
     0 < alpha < 1       (1 - alpha) KL(S || M) + alpha KL(T || M),  M = (1 - alpha) S + alpha T
     alpha = "symmetric" (KL(T || S) + KL(S || T)) / 2
 
-The first three are the rule of SDPO's release and of TRL's SDPO loss; the symmetric KL is our choice. With `top_k`, the
-two are compared on the student's k likeliest tokens, and the rest of the mass is one tail bucket. Gradients reach the
-student alone. `fused.py` computes the same numbers faster; `objective.implementation` chooses between the two.
+The first three follow SDPO's release and TRL's SDPO loss; the symmetric KL is our choice. With `top_k`, the two are
+compared on the student's k most likely tokens, and the rest of the mass is one tail bucket. Only the student gets
+gradients. `fused.py` computes the same numbers faster; `objective.implementation` chooses between the two.
 
-Deviation: the release and TRL compute the tail as log(1 - sum p), which in float32 cannot see a tail below 1e-7; here
-it is the logsumexp of the tokens outside the support, exact however small. The two agree where both can be computed.
+Deviation: the release and TRL compute the tail as log(1 - sum p), which in float32 cannot resolve a tail below 1e-7;
+here it is the logsumexp of the tokens outside the support, exact however small. The two agree where both can be
+computed.
 """
 
 import math
@@ -40,7 +41,7 @@ class TeacherPart:
 
 @dataclass(frozen=True, slots=True)
 class TokenTerms:
-    """Per completion token, rollout after rollout; all [N], float32 (float64 if the hidden states are)."""
+    """Per-token results, rollout after rollout; all [N], float32 (float64 if the hidden states are)."""
 
     student_logprobs: Tensor  # of the sampled token; carries the gradient
     entropy: Tensor  # of the student; no gradient
@@ -70,10 +71,10 @@ def token_terms(
 
     Args:
         alpha: in [0, 1], or "symmetric"; see the module's table.
-        top_k: size of the support, the student's likeliest tokens; None, or at least V, is the whole vocabulary.
+        top_k: size of the support, the student's most likely tokens; None, or at least V, is the whole vocabulary.
         tail: with top_k, add one bucket for the mass outside the support; False renormalises inside it.
         temperature: divides the logits of both policies.
-        chunk_tokens: tokens whose logits exist at once; None takes `chunk_size`.
+        chunk_tokens: how many tokens' logits exist at once; None uses `chunk_size`.
 
     Raises:
         ValueError: alpha, top_k or temperature out of range; student, targets and teacher do not match.
@@ -117,7 +118,7 @@ def per_token_divergence(
     top_k: int | None = None,
     tail: bool = True,
 ) -> Float[Tensor, "*N"]:
-    """Return the divergence of two log-distributions over the last axis; the gradient reaches `student` alone.
+    """Return the divergence of two log-distributions over the last axis; only `student` gets a gradient.
 
     Raises:
         ValueError: alpha or top_k out of range.
@@ -142,7 +143,7 @@ def per_token_divergence(
 def kl(p: Float[Tensor, "*N V"], q: Float[Tensor, "*N V"]) -> Float[Tensor, "*N"]:
     """Return KL(p || q) = sum_j p_j (log p_j - log q_j) of log-distributions, with 0 log 0 = 0.
 
-    Infinite where q forbids what p allows, as it should be; never NaN, nor its gradient, where both forbid it.
+    Infinite if q is 0 where p is not. Where both are 0, neither the value nor the gradient is NaN.
     """
     return (p.exp() * torch.where(p > -torch.inf, p - q, 0.0)).sum(-1)
 
@@ -154,7 +155,7 @@ def on_support(logprobs: Float[Tensor, "*N V"], support: Int[Tensor, "*N K"], ta
         return inside - inside.logsumexp(-1, keepdim=True)
     outside = logprobs.scatter(-1, support, -torch.inf)
     possible = outside.detach().amax(-1, keepdim=True) > -torch.inf
-    # logsumexp over nothing but -inf has a NaN gradient, which the first `where` keeps out of the graph.
+    # logsumexp over only -inf has a NaN gradient, which the first `where` keeps out of the graph.
     rest = torch.where(possible, outside, 0.0).logsumexp(-1, keepdim=True)
     return torch.cat([inside, torch.where(possible, rest, -torch.inf)], dim=-1)
 
@@ -171,7 +172,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return half precision as float32, anything else as it is."""
+    """Convert half precision to float32; leave float32 and float64 alone."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -182,7 +183,7 @@ def chunk_size(device_type: str, vocabulary: int) -> int:
 
 
 def check_comparison(alpha: Alpha, top_k: int | None, temperature: float = 1.0) -> None:
-    """Refuse what has no meaning.
+    """Check that the settings of the comparison are in range.
 
     Raises:
         ValueError: alpha, top_k or temperature out of range.
@@ -196,7 +197,7 @@ def check_comparison(alpha: Alpha, top_k: int | None, temperature: float = 1.0) 
 
 
 def check_aligned(hidden: Tensor, head: Tensor, target_ids: Tensor, teacher: Sequence[TeacherPart]) -> None:
-    """Refuse scores that do not describe the same tokens or vocabulary.
+    """Check that student, targets and teacher share the same tokens and vocabulary.
 
     Raises:
         ValueError: student, targets and teacher do not match.
@@ -211,9 +212,9 @@ def check_aligned(hidden: Tensor, head: Tensor, target_ids: Tensor, teacher: Seq
 
 @dataclass(frozen=True, slots=True)
 class ImportanceWeights:
-    """What corrects each token for having been sampled by other weights, or by other arithmetic. No gradient."""
+    """Corrects for tokens sampled with other weights, or with other arithmetic. No gradient."""
 
-    old_logprobs: Float[Tensor, " N"]  # of the policy that sampled, as well as it is known
+    old_logprobs: Float[Tensor, " N"]  # of the sampling policy, as far as known
     tis: Float[Tensor, " N"]  # min(old / engine, cap); 0 where the engine reported nothing
     known: Bool[Tensor, " N"]
 
@@ -224,21 +225,21 @@ def importance_weights(
     on_policy: Bool[Tensor, " N"],
     tis_cap: float | None,
 ) -> ImportanceWeights:
-    """Compare the student with what sampled.
+    """Compare the student with the policy and engine that sampled.
 
     Two gaps are corrected. The policy may have moved since it sampled: `policy_ratio`, student / old policy. And the
-    engine's arithmetic differs from the trainer's: `tis`, old policy / engine (truncated importance sampling). The old
-    policy's log-probs are the student's own where the weights are still those that sampled; where they are not, the
-    engine's stand in, and one ratio covers both gaps (our choice: it needs no extra forward pass).
+    engine's arithmetic differs from the trainer's: `tis`, old policy / engine (truncated importance sampling). For
+    tokens sampled with the current weights, the old policy's log-probs are the student's own. For all others, the
+    engine's are used instead, and one ratio covers both gaps (our choice: it needs no extra forward pass).
 
     Args:
-        sampling_logprobs: the engine's; NaN where it reported none. Such a token is dropped: it never means certainty.
-        on_policy: tokens sampled by the very weights that are being trained.
+        sampling_logprobs: the engine's; NaN where it reported none. Such a token is dropped, not taken as certain.
+        on_policy: tokens sampled with the current weights.
         tis_cap: cap on old / engine; None turns the correction off.
     """
     student, sampling = student_logprobs.detach(), sampling_logprobs.detach()
     known = ~sampling.isnan()
-    # A dropped token is given the student's own log-prob: every ratio is 1 and finite, its weight of 0 removes it.
+    # A dropped token gets the student's own log-prob, so every ratio is 1 and finite; its weight of 0 removes it.
     sampling = torch.where(known, sampling, student)
     old = torch.where(on_policy, student, sampling)
     weight = torch.ones_like(old) if tis_cap is None else (old - sampling).exp().clamp(max=tis_cap)
@@ -248,7 +249,7 @@ def importance_weights(
 def policy_ratio(
     student_logprobs: Float[Tensor, " N"], old_logprobs: Float[Tensor, " N"], cap: float | None
 ) -> Float[Tensor, " N"]:
-    """Return min(student / old, cap) without gradient (SDPO's clip); ones where the cap is None."""
+    """Return min(student / old, cap) without gradient (SDPO's clip); ones if the cap is None."""
     if cap is None:
         return torch.ones_like(old_logprobs)
     return (student_logprobs.detach() - old_logprobs.detach()).exp().clamp(max=cap)

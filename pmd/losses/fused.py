@@ -1,18 +1,18 @@
-"""The same numbers as `distillation.py`, with the gradient written out by hand: faster, and in less memory.
+"""Computes the same numbers as `distillation.py` with a hand-written gradient: faster, and in less memory.
 
-Logits exist for one chunk of tokens at a time. What remains of a chunk once its logits are gone depends on what is
+Logits exist for one chunk of tokens at a time. What is kept of a chunk after its logits are gone depends on what is
 trained:
 
-    head frozen (LoRA)   the gradient w.r.t. each token's hidden state, [N, H], is taken while its logits exist, and the
-                         backward pass only scales it: three products with the head in all, as with whole logits. It is
-                         the divergence's gradient if there is a teacher, else the log-prob's; a loss that uses both
-                         has the log-probs' logits computed again.
-    head trained         its gradient is a sum over tokens that waits for the loss, so the student's logits are computed
-                         again in the backward pass; the teacher's too if the whole vocabulary is compared.
+    head frozen (LoRA)   the gradient w.r.t. each token's hidden state, [N, H], is computed while its logits exist, and
+                         the backward pass only scales it: three products with the head in total, as with whole logits.
+                         It is the divergence's gradient if there is a teacher, else the log-prob's; if the loss uses
+                         both, logits are recomputed for the log-probs.
+    head trained         its gradient is a sum over tokens that depends on the loss, so the student's logits are
+                         recomputed in the backward pass; the teacher's too if the whole vocabulary is compared.
 
-A chunk is as large as memory allows, for the sake of its products with the head: two tensors [chunk, V], of the student
-and of the teacher. What lies between the products is done block by block, in the processor's cache if it has one. The
-gradients (`Scoring.logit_gradient`) overwrite the student's logits, where autograd would keep eight tensors.
+Chunks are as large as memory allows, so that the products with the head are efficient: two tensors [chunk, V], one for
+the student and one for the teacher. Everything between the products runs block by block, to stay in a CPU's cache. The
+gradients (`Scoring.logit_gradient`) overwrite the student's logits; autograd would keep eight tensors.
 """
 
 import math
@@ -36,9 +36,9 @@ from pmd.losses.distillation import (
     on_support,
 )
 
-#: Into how many blocks a chunk is cut: a few MB each for a CPU's cache, few launches on a GPU.
+#: How many blocks a chunk is split into: a few MB each for a CPU's cache, few kernel launches on a GPU.
 BLOCKS = {"cpu": 32, "cuda": 4}
-#: Below this mass of the tail, a sum of float32 probabilities may have lost digits to underflow.
+#: Below this tail mass, a sum of float32 probabilities may have lost digits to underflow.
 FAINT_TAIL = 1e-20
 
 
@@ -71,7 +71,7 @@ def token_terms(
 
 
 def block_size(device_type: str, chunk_tokens: int) -> int:
-    """Return how many of a chunk's tokens are worked on at once between its products."""
+    """Return how many of a chunk's tokens are processed at once between the matrix products."""
     return math.ceil(chunk_tokens / BLOCKS.get(device_type, BLOCKS["cuda"]))
 
 
@@ -86,7 +86,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What is compared and how; constants to autograd. All methods work on the rows of one chunk or block."""
+    """What is compared and how; constant for autograd. All methods work on the rows of one chunk or block."""
 
     teacher: tuple[TeacherPart, ...]
     alpha: Alpha
@@ -126,9 +126,9 @@ class Scoring:
         return logits.sub_(total.log())
 
     def compare(self, student: Tensor, probs: Tensor, teacher: Tensor, teacher_probs: Tensor) -> Comparison:
-        """Compare log-probs [n, V], of which the probabilities are there too, on the support.
+        """Compare log-probs [n, V], given with their probabilities, on the support.
 
-        With a support, `probs` is left with the student's distribution outside it, given that the token lies there.
+        If there is a support, `probs` becomes the student's distribution conditioned on the tokens outside it.
         """
         support = likeliest(student, self.top_k)
         if support is not None:
@@ -165,8 +165,9 @@ class Scoring:
     def logit_gradient(self, student: Tensor, target: Tensor, comparison: Comparison | None) -> Tensor:
         """Return the gradient [n, V] of the divergence D, or of the target's log-prob, w.r.t. the student's logits z.
 
-        With u the gradient of D by log s: dD/dz_j = u_j - s_j sum(u) on the support. Outside it the tail's own share,
-        u_tail - s_tail sum(u), is spread as the student spreads the tail's mass, s_j / s_tail. Overwrites `student`.
+        With u the gradient of D w.r.t. log s: dD/dz_j = u_j - s_j sum(u) on the support. Outside it, the tail's share,
+        u_tail - s_tail sum(u), is divided in proportion to the student's probabilities, s_j / s_tail.
+        Overwrites `student`.
         """
         if comparison is None:
             return _target_gradient(student.exp_(), target)
@@ -212,7 +213,7 @@ class ChunkedTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, target_ids: Tensor, scoring: Scoring) -> tuple[Tensor, ...]:
-        """Score all chunks; with the head frozen, take the gradient w.r.t. the hidden states at once."""
+        """Score all chunks; if the head is frozen, also compute the gradient w.r.t. the hidden states."""
         ctx.set_materialize_grads(False)
         hidden_needs, head_needs = (scoring.wants_gradient and needed for needed in ctx.needs_input_grad[:2])
         ctx.hidden_gradient = torch.empty_like(hidden) if hidden_needs and not head_needs else None
@@ -238,7 +239,7 @@ class ChunkedTerms(torch.autograd.Function):
                 if ctx.hidden_gradient is not None:
                     student.copy_(scoring.logit_gradient_in_place(student, probs, target, comparison))
                 elif head_needs:
-                    # A comparison of the whole vocabulary is too large to keep: it is made again.
+                    # A comparison of the whole vocabulary is too large to keep; it is recomputed.
                     ctx.comparisons.append(comparison if comparison and comparison.on_support else None)
             if ctx.hidden_gradient is not None:
                 ctx.hidden_gradient[rows] = _product(student_logits, head) / scoring.temperature
@@ -250,7 +251,7 @@ class ChunkedTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Scale what was taken in the forward pass; compute logits again for the rest."""
+        """Scale the gradient from the forward pass; recompute logits for the rest."""
         hidden, head, target_ids = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
         logprob_gradient, divergence_gradient = gradients[0], gradients[2] if scoring.teacher else None
@@ -289,13 +290,13 @@ class ChunkedTerms(torch.autograd.Function):
 def entropy(logprobs: Tensor, probs: Tensor) -> Tensor:
     """Return the entropy [n] of each row, with 0 log 0 = 0."""
     entropies = -torch.bmm(probs[:, None], logprobs[:, :, None])[:, 0, 0]
-    if (forbids := entropies.isnan()).any():  # a product with the log of an impossible token's probability
+    if (forbids := entropies.isnan()).any():  # 0 * -inf, for a token with probability 0
         entropies[forbids] = torch.special.entr(probs[forbids]).sum(-1)
     return entropies
 
 
 def _memory(scoring: Scoring, hidden: Tensor, head: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return `count` tensors [chunk, V] and as many [block, V]: a CPU needs longer to get memory than to fill it."""
+    """Return `count` tensors [chunk, V] and as many [block, V]: on a CPU, allocating takes longer than filling."""
     chunk_tokens = min(scoring.chunk_tokens, len(hidden))
     dtype = at_least_float32(hidden[:0]).dtype
     chunk, scratch = (

@@ -21,7 +21,7 @@ def group_advantages(
     valid: Bool[Tensor, " B"] | None = None,
     epsilon: float = 1e-6,
 ) -> Float[Tensor, " B"]:
-    """Return reward minus the mean reward of the rollout's group; rollouts that are not valid count nowhere and get 0.
+    """Return reward minus the mean reward of the rollout's group; invalid rollouts are ignored and get 0.
 
     Args:
         group_index: which group a rollout belongs to, any integers.
@@ -53,7 +53,7 @@ def per_token_policy_loss(
 ) -> Float[Tensor, "*N"]:
     """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = student / old policy.
 
-    Where A < 0, the loss is bounded by -dual_clip A, so that a token the student now much prefers cannot dominate.
+    Where A < 0, the loss is bounded by -dual_clip A, so that a token that became much more likely cannot dominate.
     `old_logprobs` and `advantages` carry no gradient.
     """
     log_ratio = student_logprobs - old_logprobs.detach()

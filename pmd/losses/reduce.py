@@ -1,4 +1,4 @@
-"""One number from per-token values: sums under weights that were fixed once for the whole optimizer step.
+"""Reduces per-token values to one number: a sum with weights fixed once for the whole optimizer step.
 
 The weights of all tokens of a step add up to 1 (`token_weights`), so the losses and gradients of its micro-batches
 simply add up, however the step was split. A token whose value is dropped or masked later keeps its place in the

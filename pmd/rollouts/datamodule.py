@@ -38,7 +38,7 @@ class TaskBatch:
     tasks: Sequence[Task]
     epoch: int
     step: int  # of the run: its first optimizer step
-    key: str  # names the occasion: seeds and rollout ids are derived from it
+    key: str  # identifies the batch; seeds and rollout ids are derived from it
 
 
 class RolloutDataModule(LightningDataModule):
@@ -95,7 +95,7 @@ class RolloutDataModule(LightningDataModule):
         return batches
 
     def _generate_all(self, task_batches: Sequence[TaskBatch]) -> Iterator[RolloutGroups]:
-        """Yield the rollouts of each batch; with `rollouts.prefetch` the next ones are generated in the meantime."""
+        """Yield the rollouts of each batch; with `rollouts.prefetch` the next ones are generated meanwhile."""
         if not self.config.rollouts.prefetch:
             yield from map(self._generate, task_batches)
             return
@@ -117,7 +117,7 @@ class RolloutDataModule(LightningDataModule):
         return generate_rollouts(self.engine, prompts, config.group_size, sampling, batch.key, self.config.verifiers)
 
     def _training_batches(self, task_batch: TaskBatch, generated: RolloutGroups) -> Iterator[Batch]:
-        """Turn one rollout batch into a training batch for each of its optimizer steps, dividing the groups."""
+        """Divide one rollout batch, by group, into a training batch for each of its optimizer steps."""
         started = time.perf_counter()
         examples = [
             self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))
@@ -167,7 +167,7 @@ class RolloutStream(IterableDataset):
         trainer = self.data.trainer
         assert trainer is not None
         # This is a generator because on resume Lightning creates the iterator before it has counted the finished epoch.
-        # A run that trainer.max_steps or max_time ended within an epoch continues there when it is resumed.
+        # A run that trainer.max_steps or max_time stopped in the middle of an epoch resumes from there.
         num_done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         yield from self.data.epoch(trainer.current_epoch, num_done)
 

@@ -1,6 +1,6 @@
 """Generates rollouts: the engine completes prompts, and verifiers judge each completion as it arrives.
 
-Training and evaluation both use it. Slow verifiers run in threads of their own while the engine keeps generating.
+Training and evaluation both use it. Slow verifiers run in threads while the engine keeps generating.
 """
 
 import time
@@ -53,7 +53,7 @@ class Attempt:
         return f"{self.group_id}#{self.sample}"
 
     def rollout(self, completion: Completion, verdict: Verdict) -> Rollout:
-        """Return the attempt as it was made."""
+        """Return the finished attempt as a rollout."""
         return Rollout(self.rollout_id, self.group_id, self.task.task_id, self.prompt_ids, completion, verdict)
 
 
@@ -69,7 +69,7 @@ def generate_rollouts(
 
     Args:
         prompts: each task with the prompt's token ids.
-        key: names the occasion (run seed, epoch, step, ...); seeds and rollout ids are derived from it.
+        key: identifies this batch (run seed, epoch, step, ...); seeds and rollout ids are derived from it.
 
     Raises:
         EngineError: a completion is missing or empty, or arrived twice.

@@ -1,6 +1,6 @@
 """Loads the tasks of a run from the `data` section, split into train, validation and test. One file per data set.
 
-Held-out tasks never reach memory: `duplicated_task_ids` names the training tasks that repeat one.
+Held-out tasks never reach memory: `duplicated_task_ids` finds training tasks that duplicate one.
 """
 
 from datetime import date

@@ -24,7 +24,7 @@ TEST_SHARE = 0.1
 
 
 def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
-    """Return train and test tasks from two files, or from one file of which a seeded share is held out."""
+    """Return train and test tasks from two files, or from one file with a seeded share held out."""
     if config.path is None:
         return [], ["data.path=null: task `jsonl` reads a file; give its path."]
     train, problems = read_task_file(Path(config.path), "train")

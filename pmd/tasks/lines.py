@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: In a wrong file every line may be bad; nobody reads more than the first hundred errors.
+#: If it is the wrong file, every line may be bad; nobody reads more than a hundred errors.
 MAX_SHOWN = 100
 
 
@@ -78,6 +78,6 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 
 
 def cap_problems(problems: Sequence[str]) -> list[str]:
-    """Return the problems; of more than a hundred, the first hundred and a count of the others."""
+    """Return the problems; if there are more than a hundred, the first hundred and the number left out."""
     left_out = len(problems) - MAX_SHOWN
     return list(problems) if left_out <= 0 else [*problems[:MAX_SHOWN], f"... and {left_out} more."]

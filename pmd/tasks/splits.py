@@ -32,7 +32,7 @@ class DuplicateReport:
 
 
 def prompt_of(task: Task) -> str:
-    """Return the question with white space normalized; tasks that agree in it look the same to a student."""
+    """Return the question with white space normalized; tasks with the same result look the same to a student."""
     return " ".join(task.question.split())
 
 
@@ -42,7 +42,7 @@ def stem_of(task: Task) -> str:
 
 
 def find_duplicates(tasks: Iterable[Task]) -> DuplicateReport:
-    """Pair every train task with the held-out tasks that ask the same."""
+    """Pair every train task with the held-out tasks that ask the same question."""
     tasks = list(tasks)
     train = [task for task in tasks if task.split == "train"]
     held_out = list({task.task_id: task for task in tasks if task.split != "train"}.values())

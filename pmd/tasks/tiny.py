@@ -1,7 +1,7 @@
 """The tiny world as tasks, generated from a seed. No torch, no files.
 
 Training, validation and test puzzles of a family are distinct, and every family occurs in all three splits: evaluation
-measures whether a family was learnt, not whether a puzzle was memorized.
+measures whether a family was learned, not whether a puzzle was memorized.
 """
 
 from pmd.config.schema import TinyWorldConfig

@@ -1,7 +1,7 @@
 """Tool use: ToolAlpaca's questions in SDPO's format, from local files.
 
-Either a folder with `tooluse_train.jsonl` and `tooluse_test.jsonl` (plain or .gz), or a single file of which a seeded
-share is held out. Lines have `prompt` (the whole user message), `answer` (JSON text of the calls) and optionally `id`
+Either a folder with `tooluse_train.jsonl` and `tooluse_test.jsonl` (plain or .gz), or a single file with a seeded share
+held out. Lines have `prompt` (the whole user message), `answer` (JSON text of the calls) and optionally `id`
 and `system`.
 """
 

@@ -1,9 +1,9 @@
 """Verifier for programs: runs the completion's code block on every test; reward 1.0 only if all of them pass.
 
 `tests.scorer` selects which block is the program. `lcb` (LiveCodeBench, the default): the block between the last two
-fence lines. `sdpo`: the longest closed block. Both compare as LiveCodeBench does: outputs line by line, ignoring white
-space at the ends of lines and of the text, and two lines are also equal if their numbers are; returned values by
-Python's `==`.
+fence lines. `sdpo`: the longest closed block. Both compare as LiveCodeBench does: outputs line by line, ignoring
+leading and trailing white space of lines and text, where lines also match if their numbers are equal; returned values
+with Python's `==`.
 
 Deviations, all of them stricter: digits and white space must be ASCII; a returned value must be JSON (at the top level
 a tuple counts as a list, as upstream); an object that claims to equal everything equals nothing. Every test runs in a
@@ -26,7 +26,7 @@ from pmd.types import CaseCounts, Task, Verdict, VerdictStatus
 from pmd.verifiers.sandbox.pool import Level, Limits, Outcome, Sandbox
 
 BLANKS = " \t\r\n\v\f"
-#: No two parts can match the same digits, so matching is linear even if a program prints a million of them.
+#: No two parts can match the same digits, so matching takes linear time even on a million of them.
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 CLOSED_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 MIN_OUTPUT_BYTES = 1 << 20
@@ -167,7 +167,7 @@ def _same_number(ours: str, theirs: str) -> bool:
         return False
     try:
         return Decimal(ours) == Decimal(theirs)
-    except InvalidOperation:  # an exponent beyond any number
+    except InvalidOperation:  # the exponent is out of range
         return False
 
 

@@ -24,7 +24,7 @@ from pmd.verifiers.exact import tagged_answer
 
 DEADLINE_S = 10.0
 START_S = 120.0  # importing sympy on a loaded machine
-#: Only this much of the end is parsed: more than any final answer, because parsing time grows with length.
+#: Only this much of the end is parsed, because parsing time grows with length; it fits any final answer.
 MAX_CHARACTERS = 20_000
 
 

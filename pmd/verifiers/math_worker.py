@@ -19,7 +19,7 @@ from typing import Any
 from pmd.verifiers.sandbox import filesystem, kernel, landlock, seccomp
 
 MEMORY_BYTES = 4 << 30
-#: Delimiters of mathematics, or a word: either means that the text is not bare mathematics.
+#: Math delimiters, or a word: either means that the text is not bare mathematics.
 MARK_OR_WORD = re.compile(r"\$|\\boxed|\\[(\[]|(?<!\S)(?!(?:and|or)\b)[A-Za-z]{2,}(?!\S)")
 MAX_BARE = 1000  # characters
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")

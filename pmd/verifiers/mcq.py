@@ -1,6 +1,6 @@
 """Verifier for multiple choice, by SDPO's rule: the tagged text, stripped, must equal the correct letter.
 
-Deviation: SDPO gives no feedback. Here a completion whose tagged text is not an option is told the expected format; a
+Deviation: SDPO gives no feedback. Here, if the tagged text is not an option, the feedback states the expected format; a
 wrong letter still gets no feedback. The reward is always SDPO's.
 """
 

@@ -2,7 +2,7 @@
 
 Verifiers that only look at text are faster than handing work to a thread, so they run inside `submit`. The others run
 in threads. `submit` blocks while the backlog is full. A verification that misses its deadline gets status `error` and
-is counted; its thread is abandoned and replaced, because Python cannot end it. All threads are daemons, so neither
+is counted; its thread is abandoned and replaced, because Python cannot kill it. All threads are daemons, so neither
 Ctrl-C nor the end of the trainer waits for a hanging one; programs under test end with the sandbox, which ends with
 the process.
 """
@@ -39,7 +39,7 @@ def verify(task: Task, completion_text: str) -> Verdict:
     started = time.perf_counter()
     try:
         verdict = _checked(find_verifier(task.verifier)(task, completion_text))
-    except Exception as error:  # the one place that may swallow: a broken verifier must not end a run of many hours
+    except Exception as error:  # the one place that swallows errors: a broken verifier must not end a long run
         log.warning("verifier %s crashed on task %s: %s: %s", task.verifier, task.task_id, type(error).__name__, error)
         verdict = Verdict(0.0, False, "error")
     return replace(verdict, seconds=time.perf_counter() - started)
@@ -77,11 +77,11 @@ class Job:
     completion_text: str
     future: "Future[Verdict]" = field(default_factory=Future)
     deadline: float = float("inf")  # set when a thread starts it
-    thread: threading.Thread | None = None  # the one that runs it
+    thread: threading.Thread | None = None  # the thread that runs it
 
 
 class VerificationPool:
-    """Verifies in threads. As a context manager it waits on exit for what was submitted, or drops it on an error.
+    """Verifies in threads. As a context manager it waits for submitted work on exit, or drops it on an error.
 
     Raises (from `submit`):
         VerificationError: if too many verifications hang.
@@ -130,7 +130,7 @@ class VerificationPool:
         return job.future
 
     def close(self, *, drop: bool = False) -> None:
-        """Wait for what was submitted, or with `drop` cancel what has not started; accepts nothing afterwards."""
+        """Wait for submitted work, or with `drop` cancel what has not started; then accept nothing more."""
         if self._closed.is_set():
             return
         with self._change:

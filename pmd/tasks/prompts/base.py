@@ -16,7 +16,7 @@ class PromptFormat(Protocol):
     """Renders every prompt of a run and parses what the policy writes."""
 
     def student(self, task: Task) -> list[int]:
-        """Return the student's prompt: the task and nothing else, ever."""
+        """Return the student's prompt: always the task and nothing else."""
         ...
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
@@ -24,7 +24,7 @@ class PromptFormat(Protocol):
         ...
 
     def placebo(self, text: str) -> str:
-        """Return a memory line of the same length that says nothing about this line's task."""
+        """Return a memory line of the same length that carries no information about the task."""
         ...
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:

@@ -54,7 +54,7 @@ class ChatPrompts:
         wanted = len(self._tokens(text))
         words = self.text["placebo"].split()
         words *= 1 + wanted // len(words)
-        first, last = 1, len(words)  # binary search over the number of words, which the number of tokens grows with
+        first, last = 1, len(words)  # binary search: the token count grows with the word count
         while first < last:
             middle = (first + last) // 2
             first, last = (
@@ -66,7 +66,7 @@ class ChatPrompts:
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
-        """Return one prompt per group, or none for a group that failed entirely and got no feedback."""
+        """Return one prompt per group, or none if every attempt failed and none got feedback."""
         right = [r for r in rollouts if r.verdict.correct]
         wrong = [r for r in rollouts if r.verdict.scored and not r.verdict.correct]
         if not right and not any(r.verdict.feedback for r in wrong):

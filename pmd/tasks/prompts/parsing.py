@@ -1,4 +1,4 @@
-"""Parses a chat model's reflection into memory items. No text makes it raise, and its cost is bounded.
+"""Parses a chat model's reflection into memory items. It never raises, and its cost is bounded.
 
 It returns at most `MAX_ITEMS` items, each on one printable line, and drops malformed ones without affecting the others.
 It looks for, in this order: JSON objects in the last fence, JSON objects anywhere (a truncated array still yields its
@@ -14,7 +14,7 @@ from pmd.types import InsightAction, ItemKind
 
 KINDS: tuple[ItemKind, ...] = ("strategy", "lesson", "contrast")
 ACTIONS: tuple[InsightAction, ...] = ("add", "keep", "edit", "retire")
-MAX_ITEMS = 3  # of one output
+MAX_ITEMS = 3  # per output
 MAX_ITEM_CHARACTERS = 1200  # an item longer than this is a transcript, not an insight
 MAX_CHARACTERS = 40_000  # only the end of a longer output is parsed
 MAX_FAILURES = 200  # opening braces that may fail to parse

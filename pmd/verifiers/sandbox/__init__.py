@@ -1,8 +1,8 @@
 """Runs untrusted Python programs within limits; returns the bytes they wrote and how they ended.
 
 Threat model. The program is written by a model that is trained on the verdict, so it is treated as an attacker who
-wants a verdict it has not earned, more machine than it was given, or a way out. It may run any Python, load any
-library, call the kernel directly, and crash or hang wherever that helps it.
+wants a verdict it has not earned, more resources than it was given, or a way out. It may run any Python, load any
+library, call the kernel directly, and crash or hang whenever that helps it.
 
 It must not: see an expected output; forge its own verdict; read or write files of the host; reach any network; see,
 signal or trace another process; outlive its run; leave a file, shared memory or a process behind; use more time,
@@ -19,11 +19,11 @@ How this is enforced:
 - Level `bubblewrap`: the same with bubblewrap's namespaces, for hosts that allow namespaces only to bubblewrap.
 - Level `landlock`: the same without namespaces. Level `rlimits`: resource limits and whatever else the kernel offers;
   it does not stop an attacker and is used only if requested by name.
-- A zygote ends with its trainer, for whatever reason the trainer ends: the supervisor watches a pidfd of the trainer,
+- A zygote ends with its trainer, however the trainer ends: the supervisor watches a pidfd of the trainer,
   and the kernel kills the zygote with the supervisor and the child with the zygote.
 
 Out of scope: attacks on the kernel itself, timing side channels, and programs that compute the right answer in an
-unwanted way. Other users of the machine are as safe as they are from any unprivileged user.
+unwanted way. Other users of the machine are as safe as from any unprivileged user.
 
 Depends only on the standard library and the Linux kernel (5.13 for Landlock).
 """

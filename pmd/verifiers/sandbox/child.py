@@ -1,7 +1,7 @@
 """The child process: confines itself, then runs one program. It writes bytes to its pipes and never returns.
 
-None of the program runs before the child writes a byte to the `ready` pipe. A child that ends without this byte failed
-to confine itself, and a program cannot fake such a failure.
+No part of the program runs before the child writes a byte to the `ready` pipe. A child that ends without this byte
+failed to confine itself, and a program cannot fake such a failure.
 """
 
 import _multiprocessing

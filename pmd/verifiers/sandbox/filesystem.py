@@ -130,7 +130,7 @@ def _bind(path: str, base: str, *, devices: bool = False) -> None:
 
 
 def clear_writable(place: str) -> None:
-    """Remove what a run left in its writable directory. The run is over, so nothing changes meanwhile.
+    """Remove what a run left in its writable directory. The run is over, so nothing else changes it.
 
     The contents of a directory are moved to the top before it is removed, so neither depth nor path length matters.
     """

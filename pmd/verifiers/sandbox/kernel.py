@@ -1,4 +1,4 @@
-"""System calls that the sandbox needs and Python does not offer. All raise `OSError` on failure."""
+"""System calls that the sandbox needs and Python does not provide. All raise `OSError` on failure."""
 
 import ctypes
 import os

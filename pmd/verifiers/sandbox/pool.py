@@ -1,6 +1,6 @@
 """The trainer's side of the sandbox: `Sandbox.run`, from any thread; it blocks while all workers are busy.
 
-A worker is a supervisor with its zygote. A worker that dies, hangs or answers nonsense is replaced and its run repeated
+A worker is a supervisor with its zygote. A worker that dies, hangs or returns garbage is replaced and its run repeated
 once; if that fails too, the outcome is `sandbox_error`, which says nothing about the program.
 """
 
@@ -56,7 +56,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended and what it wrote, as bytes: decoding is left to whoever compares them."""
+    """How a run ended and what it wrote, as bytes: decoding is left to the caller."""
 
     end: End
     stdout: bytes = b""
@@ -121,7 +121,7 @@ class Worker:
             return reply, streams
 
     def close(self) -> None:
-        """Kill the supervisor, the zygote and whatever runs under them; wait until they have ended."""
+        """Kill the supervisor, the zygote and everything under them; wait until they have ended."""
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError):
@@ -163,7 +163,7 @@ class Sandbox:
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self._all: set[Worker] = set()
         for _ in range(self.num_workers):
-            self._idle.put(None)  # stands for a worker that is started on first use
+            self._idle.put(None)  # placeholder for a worker that is started on first use
         atexit.register(self.close)
 
     def describe(self) -> str:
@@ -220,7 +220,7 @@ class Sandbox:
             self._idle.put(None)
             raise
         self._all.add(worker)
-        if self._closed:  # while it started
+        if self._closed:  # closed while the worker started
             self._discard(worker)
             self._idle.put(None)
             raise SandboxUnavailable("the sandbox was closed")

@@ -12,7 +12,7 @@ import struct
 from typing import NamedTuple
 
 HELLO = struct.Struct("<II")  # 1 ready or 0 failed, length of the text that follows
-REQUEST = struct.Struct("<dIII")  # followed by the entry's name; the descriptors travel beside it
+REQUEST = struct.Struct("<dIII")  # followed by the entry's name; the descriptors are sent alongside
 REPLY = struct.Struct("<Biddi")
 KILL = b"K"  # sent by the trainer during a run: the program wrote too much
 ENDED, TIMED_OUT, NOT_STARTED = range(3)

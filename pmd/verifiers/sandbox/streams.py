@@ -1,4 +1,4 @@
-"""The pipes of one run, read by the trainer within a bound on bytes."""
+"""The pipes of one run, which the trainer reads up to a byte limit."""
 
 import contextlib
 import os

@@ -1,7 +1,7 @@
 """The process between trainer and zygote, freshly exec'd: it inherits no CUDA context, threads or descriptors.
 
 Started as `python -S -s -P -B -c ... LEVEL TRAINER_PID SITE_PACKAGES` with its socket as stdin. It sets up the level or
-reports why it cannot, forks the zygote, and kills it as soon as the trainer is gone for any reason.
+reports why it cannot, forks the zygote, and kills it as soon as the trainer is gone, however it ended.
 """
 
 import contextlib
