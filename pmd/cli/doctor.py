@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"{flag}={value} must be above 0.")
     if arguments.gpu_gb is None:
         loaded = load_checked("doctor", rest)
-    else:  # for another machine: what this one lacks does not matter
+    else:  # planning for another machine: packages missing here do not matter
         loaded = load_arguments("doctor", rest)
         if loaded.problems:
             raise ConfigError(loaded.problems)

@@ -20,7 +20,8 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
         if read_only:
             log = path.with_name(path.name + "-wal")
             has_log = log.exists() and log.stat().st_size > 0
-            # SQLite creates log files even for readers; where it cannot, the file alone must be the whole store.
+            # SQLite creates log files even for readers; where it cannot and there is no log, the file is the whole
+            # store.
             mode = "ro" if has_log or os.access(path.parent, os.W_OK) else "ro&immutable=1"
             db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA query_only=ON")
