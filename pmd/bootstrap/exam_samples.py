@@ -1,6 +1,6 @@
 """Training samples for the exam model: chats of noise with well-formed answers. No torch.
 
-Contexts are short at first, because they cost the most and are only read; their length then rises to 3,000 bytes.
+Contexts are short at first, because long ones cost the most and are only read; then their length rises to 3,000 bytes.
 """
 
 import random

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pmd.planning.bench import Measurement
 
 
-DESCRIPTION = """Measure training steps of a configuration, given in the same way as to `fit`.
+DESCRIPTION = """Measure training steps of a configuration, given the same way as for `fit`.
 
   python -m pmd bench --config configs/tiny.yaml --steps 5
   python -m pmd bench --config configs/qwen3_8b.yaml --random-init --prompt-tokens 512 --completion-tokens 1024

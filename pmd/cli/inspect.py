@@ -1,4 +1,4 @@
-"""`python -m pmd inspect step RUN`: shows the teacher's prompt for a rollout, and the tokens where it disagreed."""
+"""`python -m pmd inspect step RUN`: shows a rollout's teacher prompt, and the tokens where the teacher disagreed."""
 
 import argparse
 import math

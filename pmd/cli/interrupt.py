@@ -1,4 +1,4 @@
-"""Interrupted runs: Ctrl-C and SIGTERM both raise KeyboardInterrupt, and the run ends by saying how to resume it."""
+"""Interrupted runs: Ctrl-C and SIGTERM both raise KeyboardInterrupt, and the run prints how to resume it."""
 
 import signal
 import threading

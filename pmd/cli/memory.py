@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
     report = commands.add_parser("report", parents=[common], help="write one static page to look at in a browser")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the store")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html next to the store")
     audit = commands.add_parser("audit", parents=[common], help="what audits found: usefulness by level, best, worst")
     audit.add_argument("--limit", type=_count, default=10, metavar="N", help="items at each end; default 10")
     import_ = commands.add_parser("import", parents=[common], help="add an export to a store")

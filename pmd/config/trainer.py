@@ -62,7 +62,7 @@ OWN_TYPES: dict[str, Any] = {
     "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
     "max_time": str | dict[str, int] | None,
 }
-#: Numbers of devices and nodes, and all the ways in which Lightning lets you write one.
+#: Arguments that count devices and nodes, and all the values with which Lightning means one.
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}

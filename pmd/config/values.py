@@ -1,4 +1,4 @@
-"""Converts plain YAML values to typed sections; each value that does not fit becomes an error sentence.
+"""Converts plain YAML values to typed sections; each value that does not fit becomes an error message.
 
 The dataclasses of `schema.py` define what fits: types in their annotations, bounds in their metadata.
 """
@@ -31,7 +31,7 @@ def build_section(
     """Build a section from plain values; a bad value leaves the field at its default and adds a problem.
 
     Args:
-        prefix: the section's path for error sentences, with a trailing dot; empty at the top level.
+        prefix: the section's path in error messages, with a trailing dot; empty at the top level.
         extra: keys that the caller handles itself; used for suggestions only.
     """
     problems: list[str] = []

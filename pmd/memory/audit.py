@@ -25,7 +25,7 @@ Scorer = Callable[[Sequence[PromptAndCompletion], Role], list[list[float]]]
 
 MAX_TOKEN_LIFT = 5.0  # nats; a single token must not dominate a completion of hundreds
 MAX_ATTEMPTS = 2  # scored per outcome and group; the cost is items x attempts x 2
-MAX_SPAN = 40  # characters between the parts of an answer; with more, it has no span
+MAX_SPAN = 40  # characters between the parts of an answer; with more, the answer has no span
 
 
 @dataclass(frozen=True, slots=True)

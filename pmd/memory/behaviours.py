@@ -46,7 +46,7 @@ class Cluster:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the cluster must be abstracted: it is new, or its texts have changed."""
+        """Whether the cluster needs a new text: it is new, or its texts have changed."""
         return self.behaviour is None or self.behaviour.evidence_sha != self.evidence_sha
 
     @property

@@ -20,8 +20,7 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
         if read_only:
             log = path.with_name(path.name + "-wal")
             has_log = log.exists() and log.stat().st_size > 0
-            # SQLite creates log files even for readers; where it cannot and there is no log, the file is the whole
-            # store.
+            # SQLite creates log files even for readers; if it cannot, and there is no log, the file is the whole store.
             mode = "ro" if has_log or os.access(path.parent, os.W_OK) else "ro&immutable=1"
             db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA query_only=ON")
@@ -64,7 +63,7 @@ def is_blank(db: sqlite3.Connection) -> bool:
 
 
 def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
-    """Refuse a file that is damaged, no store, or of an unknown schema or another embedder; return the embedder."""
+    """Refuse damage, other kinds of files, unknown schema versions and other embedders; return the embedder."""
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]

@@ -93,7 +93,7 @@ class TaskIndex:
         self._save()
 
     def search(self, queries: np.ndarray, k: int, *, exact: bool | None = None) -> list[list[tuple[int, float]]]:
-        """Return for each query the k nearest tasks (fewer where there are fewer), nearest first, ties by id.
+        """Return for each query the k nearest tasks (fewer if there are fewer), nearest first, ties by id.
 
         Args:
             queries: unit vectors [n, D].

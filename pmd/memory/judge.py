@@ -4,8 +4,7 @@ An audit measures how much an item raised the teacher's log-probability of corre
 in one group (see `pmd.memory.audit`). It is stored as a row of `audits`, updates the item's usefulness, and may change
 its status. Items with the same kind and text share their evidence, because the teacher sees only the text.
 
-A lift counts as nonzero if it is beyond `memory.audit_margin` by two standard errors (our choice; the paper has no
-audits):
+A lift counts only if it exceeds `memory.audit_margin` by two standard errors (our choice; the paper has no audits):
 
 - harmful: lowers correct attempts, or raises wrong ones more than correct ones. Retired for good.
 - leaking: separates correct from wrong attempts only at the tokens of the answer. Quarantined.

@@ -23,10 +23,10 @@ from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, vector_
 from pmd.types import InsightChange, MemoryItem, Rollout, Task
 
 INSIGHT_KINDS = ("strategy", "lesson", "contrast")
-FEEDBACK_CHARS = 200  # of feedback, to tell failures without an answer apart
-SHORT_ANSWER_CHARS = 2  # a letter or digit often occurs by chance; it leaks only if announced
-TEST_CHARS = 2_000  # compared of each value in a test; some are megabytes, and no model is shown more
-COPIED_WORDS = 8  # in a row, from a solution or test but not the task, count as a quotation
+FEEDBACK_CHARS = 200  # of the feedback that identifies a failure without an answer
+SHORT_ANSWER_CHARS = 2  # answers this short occur by chance, so they leak only if announced
+TEST_CHARS = 2_000  # of each test value that are compared; some are megabytes, and no model is shown more
+COPIED_WORDS = 8  # this many words in a row, in a solution or test but not in the task, are a quotation
 _ANNOUNCED = re.compile(r"(?:answer|option|choice|correct|result)\W+(?:(?:is|was|are|be|to|of|one)\W+){0,3}$")
 
 

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One item as it was in two generations; None where it did not exist."""
+    """One item as it was in two generations; None if it did not exist."""
 
     level: int
     item_id: int
