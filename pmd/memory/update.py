@@ -1,8 +1,8 @@
 """Writes to the memory: decides what is stored, merged as a duplicate, quarantined as a leak, or retired at a cap.
 
-`with open_writer(store) as writer:` is one update: everything written inside it is committed together with generation +
-1, or not at all. Only training tasks are ever written. All choices depend on stored values and ids only, so two builds
-from the same data are identical.
+`with open_writer(store) as writer:` is one update: everything written inside it, and the incremented generation, is
+committed together or not at all. Only training tasks are ever written. All choices depend only on stored values and
+ids, so two builds from the same data are identical.
 """
 
 import hashlib
