@@ -86,7 +86,7 @@ class RunDir:
         return path
 
     def read_metrics(self) -> list[dict[str, str]]:
-        """Return the rows of metrics.csv, none if there is no file; skip rows that a killed run left incomplete."""
+        """Return the whole rows of metrics.csv, without those that a kill left incomplete; none if there is no file."""
         if not self.metrics.is_file():
             return []
         with self.metrics.open(newline="", encoding="utf-8", errors="replace") as file:
