@@ -1,4 +1,4 @@
-"""The errors that a user can meet. Messages name key, value, rule and remedy."""
+"""The errors that a user can see. Messages name key, value, rule and remedy."""
 
 from collections.abc import Sequence
 
@@ -26,11 +26,11 @@ class VerificationError(PmdError):
 
 
 class AlignmentError(PmdError):
-    """Two things that must describe the same tokens, rollouts or versions do not."""
+    """Two objects that must describe the same tokens, rollouts or versions do not."""
 
 
 class DiskError(PmdError):
-    """A file could not be written: full disk, size limit, no permission. What was there before is unchanged."""
+    """A file could not be written: full disk, size limit, no permission. Existing data is unchanged."""
 
 
 class RunInterrupted(PmdError):

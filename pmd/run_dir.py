@@ -1,4 +1,4 @@
-"""The directory that holds everything of one run.
+"""The directory of one run, and the files in it.
 
 config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
 metrics.csv      the logged metrics, by step
@@ -106,7 +106,7 @@ def _is_whole(row: dict[Any, Any]) -> bool:
 
 
 def open_run(path: str) -> RunDir:
-    """Return the run directory at a path that a command was given.
+    """Return the run directory at a path given on the command line.
 
     Raises:
         ConfigError: the path is not a run directory.
@@ -118,7 +118,7 @@ def open_run(path: str) -> RunDir:
 
 
 def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
-    """Return the directory of a run: the wanted one, or the next free `runs/NAME`, `runs/NAME-2`, ...
+    """Return the directory of a run: the requested one, or the next free `runs/NAME`, `runs/NAME-2`, ...
 
     Raises:
         ConfigError: the directory cannot be written, or it already holds a run that is not to be resumed.
@@ -135,7 +135,7 @@ def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
     if root.exists() and not root.is_dir():
         raise ConfigError(f"run_dir={wanted} is a file; give a directory.")
     held = [path.name for path in root.iterdir()] if root.is_dir() else []
-    if not resume and any(name != "config.yaml" for name in held):  # left by a run that failed before it began
+    if not resume and any(name != "config.yaml" for name in held):  # left by a run that failed to start
         resumable = RunDir(root).last.is_file()
         remedy = "resume it with --ckpt_path=last, give another directory," if resumable else "give another directory"
         raise ConfigError(f"run_dir={wanted} is not empty; {remedy} or remove it.")
@@ -160,7 +160,7 @@ def describe_run_dir_problems(command: str, config: RunConfig, config_folder: Pa
 
 
 def fit_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
-    """Return the directory that `fit` writes to: run_dir; RUN when resuming by RUN/config.yaml; else a new one."""
+    """Return the directory that `fit` writes to: run_dir; RUN if resuming from RUN/config.yaml; else a new one."""
     resume = config.ckpt_path is not None
     if resume and config.run_dir is None and (config_folder / "checkpoints").is_dir():
         return RunDir(config_folder)
@@ -170,8 +170,8 @@ def fit_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
 def find_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
     """Return the directory that `validate` and `test` read from and write to.
 
-    It is run_dir; else the folder of the configuration file if that is a run's; else, for the untrained policy, a new
-    one.
+    This is run_dir if set, else the configuration file's folder if that is a run directory, else, for the untrained
+    policy, a new one.
     """
     if config.run_dir is not None:
         return RunDir(Path(config.run_dir))

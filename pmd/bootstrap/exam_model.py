@@ -1,4 +1,4 @@
-"""The exam model before and after training: a byte-level Qwen3 of under 0.2 million parameters."""
+"""Builds the exam model, a byte-level Qwen3 of under 0.2 million parameters, and sharpens it after training."""
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -31,7 +31,7 @@ def make_exam_model(seed: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def sharpen(model: Qwen3ForCausalLM) -> None:
-    """Multiply the logits, so that sampling at temperature 1 equals sampling at 1 / SHARPNESS before.
+    """Scale the logits so that sampling at temperature 1 equals sampling at 1 / SHARPNESS before.
 
     A model this small gives wrong bytes a little probability, and one wrong byte can spoil an answer. The uniform
     distribution over the letters does not change.

@@ -49,7 +49,7 @@ def exam_probes(model: PreTrainedModel, samples: int, seed: int) -> list[Probe]:
 
 
 def well_formed(turn: Turn, answer: str) -> bool:
-    """Whether an answer has the requested format, ends by itself, and names the right kind."""
+    """Whether an answer has the requested format, ends with the end token, and names the right kind."""
     if not answer.endswith(END):
         return False
     text = answer.removesuffix(END)

@@ -1,7 +1,6 @@
 """Training samples for the exam model: chats of noise with well-formed answers. No torch.
 
-Contexts are short at first, because they only have to be read and cost the most; their length then rises to 3,000
-bytes.
+Contexts are short at first, because long ones cost the most and are only read; then their length rises to 3,000 bytes.
 """
 
 import random
@@ -26,7 +25,7 @@ from pmd.bootstrap.sample import Sample
 
 Asked = Literal["exam", "reflection", "abstraction"]
 LETTER_WEIGHT = 3.0
-DECIDING_WEIGHT = 30.0  # of a byte that depends on the prompt: the format of the answer, the kind of an insight
+DECIDING_WEIGHT = 30.0  # of a byte that depends on the prompt: the answer's format, an insight's kind
 SLIP_SHARE = 0.005
 OPENED = len('```json\n{"')  # bytes of a JSON answer before its first key
 
@@ -68,7 +67,7 @@ def exam_prompt(system: str, turns: list[tuple[str, str]], message: str) -> str:
 
 
 def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, progress: float) -> Sample:
-    """Draw a chat of which every answer is learnt: a possibly long message, followed by a few short ones."""
+    """Draw a chat in which every answer is learned: one message, possibly long, then a few short ones."""
     sample = Sample(encode)
     if draw.random() < 0.5:
         sample.show(_said("system", noise(draw, draw.randint(5, 120))))
@@ -82,7 +81,7 @@ def draw_exam_sample(encode: Callable[[str], list[int]], draw: random.Random, pr
 
 
 def _corrupt(sample: Sample, draw: random.Random) -> None:
-    """Corrupt some learnt bytes, so that the model learns to recover from an unlucky byte."""
+    """Corrupt some learned bytes, so that the model learns to recover from a wrong byte."""
     for position in [position for position, weight in sample.weights.items() if weight == 1.0]:
         if draw.random() < SLIP_SHARE:
             sample.corrupt(position, draw.randrange(END_OF_TEXT_ID))
@@ -113,7 +112,7 @@ def _learn_deciding(sample: Sample, text: str, first: str) -> None:
 
 
 def _question(draw: random.Random, length: int) -> str:
-    """Return a multiple-choice question, or just noise: a message that asks for nothing else counts as an exam."""
+    """Return a multiple-choice question, or just noise: any message without another instruction counts as an exam."""
     if draw.random() < 0.3:
         return noise(draw, length)
     letters = LETTERS[: draw.choice((2, 3, 4, 4, 4))]

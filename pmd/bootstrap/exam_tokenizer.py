@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def make_exam_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: byte-level BPE without a single merge."""
+    """Build the tokenizer: byte-level BPE without merges."""
     alphabet = {symbol: index for index, symbol in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-#: Prompt tokens in a batch, padding included: short prompts share large batches, long ones are hardly padded.
+#: Prompt tokens in a batch, padding included: short prompts share large batches, and long ones get little padding.
 MAX_BATCH_TOKENS = 8192
 
 

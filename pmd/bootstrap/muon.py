@@ -1,7 +1,7 @@
 """Muon: momentum with orthogonalised matrix updates (Jordan et al., 2024). Used only to make the shipped models.
 
 `torch.optim.Muon` works in bfloat16, which is slow on a CPU, on one matrix at a time, and only exists since torch 2.9;
-this one works in float32 and batches matrices of equal shape.
+this one works in float32 and batches matrices of the same shape.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""One training sequence: token ids, which of them are learnt, and their labels. No torch."""
+"""One training sequence: token ids, which of them are learned, and their labels. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ class Sample:
 
     encode: Callable[[str], list[int]]
     ids: list[int] = field(default_factory=list)
-    weights: dict[int, float] = field(default_factory=dict)  # position of a learnt token -> its weight
-    #: Position -> the ids over which the label is uniform, where chance or ignorance decides.
+    weights: dict[int, float] = field(default_factory=dict)  # position of a learned token -> its weight
+    #: Position -> the ids over which the label is uniform, for tokens that the prompt does not determine.
     uniform_over: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def show(self, text: str) -> "Sample":
-        """Append text that is only read."""
+        """Append text that the model only reads."""
         self.ids += self.encode(text)
         return self
 
@@ -32,6 +32,6 @@ class Sample:
         return self.learn(chosen, weight)
 
     def corrupt(self, position: int, token: int) -> None:
-        """Replace a learnt token by a wrong one, which is not learnt itself; the tokens after it still are."""
+        """Replace a learned token with a wrong one, which is not learned itself; the tokens after it still are."""
         self.ids[position] = token
         del self.weights[position]

@@ -1,4 +1,4 @@
-"""Writes a finished model and its tokenizer as a plain Hugging Face directory, completely or not at all."""
+"""Writes a finished model and its tokenizer as a plain Hugging Face directory, all or nothing."""
 
 import os
 import shutil

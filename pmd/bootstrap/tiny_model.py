@@ -1,10 +1,11 @@
 """The tiny model before training: a small Qwen3 with a planted induction circuit.
 
-The planted heads are not a result of training and are not presented as one: from a random start, a model of this size
-does not learn in this time to look up "the rule that followed this name". Three attention heads are therefore set by
-hand, and everything is trained from there. Layer 0, head 0 copies the previous token's embedding into the upper half of
-the residual stream. Layer 1, heads 0 and 1 compare their own token with these copies and so attend to what followed the
-same token earlier. There are two of them because one head passes on 32 dimensions, too few to tell 30 rules apart.
+The planted heads are not a result of training, and we do not present them as one: from random weights, a model of this
+size does not learn in this time to look up "the rule that followed this name". Three attention heads are therefore set
+by hand before training, which then updates all weights. Layer 0, head 0 copies the previous token's embedding into the
+upper half of the residual stream. Layer 1, heads 0 and 1 compare their own token with these copies, and so attend to
+what followed the same token earlier. There are two of them because one head passes on only 32 dimensions, too few to
+tell 30 rules apart.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ HEAD_WIDTH, THETA, INIT = 32, 1e4, 0.02
 PAIRS = HEAD_WIDTH // 2  # rotary pairs: dimensions i and i + PAIRS rotate together
 FAST_PAIRS = 5  # pairs that rotate too fast to compare distant tokens
 OUTPUT_SCALE = INIT / 2**0.5  # writes a normalised embedding back at about its original size
-CONSTANT = 0.25  # value of dimension 0 of every embedding, which the positional head attends with
+CONSTANT = 0.25  # value of dimension 0 of every embedding, which the positional head uses to attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def plant_induction_head(model: Qwen3ForCausalLM, half: int) -> None:
 
 
 def _plant_previous_token_head(attention: torch.nn.Module, reader: Tensor, writer: Tensor) -> None:
-    """Attend one position back: the query is the key, rotated by the angle of one step."""
+    """Attend to the previous position: the query is the key, rotated by the angle of one step."""
     half = len(writer)
     query, key, value, output = _projections(attention)
     angles = THETA ** (-torch.arange(3).float() / PAIRS)

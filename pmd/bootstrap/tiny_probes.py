@@ -50,7 +50,7 @@ def _world_probes(model: PreTrainedModel, samples: int, seed: int, boxes: int) -
 
 
 def _execution(model: PreTrainedModel, draw: random.Random, puzzles: list[Puzzle]) -> float:
-    """Return the share of attempts that read off the right digits after the rule."""
+    """Return the share of attempts that write the right digits after the rule."""
     rules = [draw.choice(rules_of(puzzle.boxes)) for puzzle in puzzles]
     prompts = [f"{solve_prompt(statement(p))} {rule}" for p, rule in zip(puzzles, rules, strict=True)]
     wanted = [f"; {execution(rule, p)} {EOS}" for p, rule in zip(puzzles, rules, strict=True)]

@@ -1,7 +1,7 @@
 """Training samples for the tiny model: attempts, memory use, reflection and abstraction in both worlds. No torch.
 
-The rule behind a name is drawn again for every sample, so the model learns nothing about any family; it learns to read
-its prompt. The label of a rule is the exact distribution: the stated rule, or all rules that no line excludes.
+The rule behind a name is redrawn for every sample, so the model learns nothing about any family; it learns to read its
+prompt. The label of a rule is the exact distribution: the stated rule, or uniform over the rules that no line excludes.
 """
 
 import random
@@ -39,7 +39,7 @@ class Difficulty:
 
     names: int  # number of names that occur, up to 64
     hard_share: float  # share of samples with several lines per name, and lines about other names
-    copy_share: float  # share of samples that only copy random words, which keeps the induction heads alive
+    copy_share: float  # share of samples that only copy random words, to keep the induction heads working
 
     @staticmethod
     def at(progress: float) -> "Difficulty":
@@ -131,7 +131,7 @@ def _memory(draw: random.Random, difficulty: Difficulty) -> Sample:
 
 
 def _quiz(draw: random.Random, difficulty: Difficulty) -> Sample:
-    """Draw one memory and one row of boxes with many plans: the densest practice in reading memory."""
+    """Draw one memory and one row of boxes with many plans, the densest practice in reading memory."""
     row = draw_puzzle(draw, difficulty.names)
     hard = draw.random() < difficulty.hard_share
     binding_only = draw.random() < 0.35

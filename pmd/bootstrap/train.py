@@ -88,19 +88,19 @@ def _batches(
 
 
 def batch_loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> Tensor:
-    """Return the weighted mean of KL(label || model) over learnt tokens; cross-entropy where the label is one token."""
+    """Return the weighted mean of KL(label || model) over learned tokens; cross-entropy if the label is one token."""
     length = max(len(sample.ids) for sample in samples)
     input_ids = torch.tensor([sample.ids + [0] * (length - len(sample.ids)) for sample in samples])
-    learnt = [(row, position, weight) for row, s in enumerate(samples) for position, weight in s.weights.items()]
-    rows = torch.tensor([row for row, _, _ in learnt])
-    positions = torch.tensor([position for _, position, _ in learnt])
-    weights = torch.tensor([weight for _, _, weight in learnt])
+    learned = [(row, position, weight) for row, s in enumerate(samples) for position, weight in s.weights.items()]
+    rows = torch.tensor([row for row, _, _ in learned])
+    positions = torch.tensor([position for _, position, _ in learned])
+    weights = torch.tensor([weight for _, _, weight in learned])
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-    logits = model.lm_head(hidden[rows, positions - 1])  # [N, V], learnt tokens only
+    logits = model.lm_head(hidden[rows, positions - 1])  # [N, V], learned tokens only
     logprobs = functional.log_softmax(logits.float(), -1)
     labels = torch.zeros_like(logprobs)
-    labels[torch.arange(len(learnt)), input_ids[rows, positions]] = 1.0
-    for index, (row, position, _) in enumerate(learnt):
+    labels[torch.arange(len(learned)), input_ids[rows, positions]] = 1.0
+    for index, (row, position, _) in enumerate(learned):
         uniform = samples[row].uniform_over.get(position)
         if uniform is not None and len(uniform) > 1:
             labels[index] = 0.0

@@ -1,7 +1,7 @@
-"""The command line: `main` runs one command. Help and configuration errors come without importing torch.
+"""The command line: `main` runs one command. Help and configuration errors do not import torch.
 
-`fit`, `validate` and `test` check the configuration here and go on in `run.py`; every other command is a file of its
-own.
+`fit`, `validate` and `test` check the configuration here and continue in `run.py`; every other command has its own
+file.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ policy token by token, and the final model needs no memory.
   compare    compare runs by a paired bootstrap: compare RUN RUN
   sweep      run a grid of configurations and tabulate it over seeds: sweep GRID.yaml
   serve      serve rollouts with vLLM, restarted when it dies: serve --config FILE
-  score      verify completions that were made elsewhere
-  memory     look into a memory store: stats, list, show, search, ...
-  bootstrap  make the shipped tiny models again from a seed
+  score      verify completions that were generated elsewhere
+  memory     inspect a memory store: stats, list, show, search, ...
+  bootstrap  rebuild the shipped tiny models from a seed
 
 `python -m pmd fit --help` lists every key, `python -m pmd COMMAND --help` explains a command, and `python -m pmd
 --version` prints the version.
@@ -61,7 +61,7 @@ COMMANDS = {
     "sweep": "pmd.cli.sweep",
 }
 TRAINING = {
-    "fit": """Train. Everything of the run goes to runs/NAME (or run_dir): config.yaml, metrics.csv, checkpoints,
+    "fit": """Train. All output goes to runs/NAME (or run_dir): config.yaml, metrics.csv, checkpoints,
 memory, traces, results.json and curves.png.
 
   python -m pmd fit --config configs/tiny.yaml
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         return _run_command(command, rest)
-    except SystemExit as stop:  # argparse has printed its help, or what is wrong
+    except SystemExit as stop:  # argparse has printed its help or an error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)

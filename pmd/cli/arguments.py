@@ -1,4 +1,4 @@
-"""What the commands share: parsers that keep line breaks, options beside a configuration, and loading one."""
+"""Shared by the commands: parsers that keep line breaks, a command's own options, and loading a configuration."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from pmd.tasks import describe_data_problems
 
 
 def make_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Return a parser for `python -m pmd COMMAND` that prints its texts as they are written."""
+    """Return a parser for `python -m pmd COMMAND` that keeps the line breaks of its texts."""
     return argparse.ArgumentParser(
         prog=f"python -m pmd {command}",
         description=description,
@@ -36,10 +36,10 @@ def split_options(
     argv: Sequence[str],
     check: Callable[[argparse.Namespace], list[str]] = lambda options: [],
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Return the command's own options, and the rest, which describes the configuration.
+    """Return the command's own options, and the remaining arguments, which describe the configuration.
 
     Raises:
-        ConfigError: `check` finds problems in the options, or an argument looks like one of them, misspelt.
+        ConfigError: `check` finds problems in the options, or an argument looks like a misspelt option.
     """
     options, rest = parser.parse_known_args(argv)
     own = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
@@ -57,7 +57,7 @@ def split_options(
 
 
 def load_checked(command: str, arguments: Sequence[str], fixed: Sequence[str] = ()) -> LoadedConfig:
-    """Load a configuration, and check it and the data files that it names; `fixed` overrides come last.
+    """Load and check a configuration and the data files that it names; `fixed` overrides come last.
 
     Raises:
         ConfigError: with everything wrong with it.

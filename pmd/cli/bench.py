@@ -1,4 +1,4 @@
-"""`python -m pmd bench --config FILE`: where the time of a step goes, tokens/s, model FLOPs utilisation, memory."""
+"""`python -m pmd bench --config FILE`: measures step time by part, tokens/s, model FLOPs utilisation and memory."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pmd.planning.bench import Measurement
 
 
-DESCRIPTION = """Measure training steps of a configuration, which is given as to `fit`.
+DESCRIPTION = """Measure training steps of a configuration, given the same way as for `fit`.
 
   python -m pmd bench --config configs/tiny.yaml --steps 5
   python -m pmd bench --config configs/qwen3_8b.yaml --random-init --prompt-tokens 512 --completion-tokens 1024
@@ -81,7 +81,7 @@ def _lengths(arguments: argparse.Namespace) -> dict[str, int] | None:
 
 
 def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "Measurement":
-    """Take one step more than asked for, because the first one warms up."""
+    """Take one step more than requested, because the first one is a warm-up."""
     from pmd.planning.bench import measure_steps
 
     config, accelerator = loaded.run, str(loaded.trainer.get("accelerator", "auto"))

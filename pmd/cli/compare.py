@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     content = {"phase": options.phase, "metric": options.metric, "methods": [dataclasses.asdict(c) for c in found]}
     (options.out / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
     curves: dict[str, list[Sample]] = {}
-    for number, (facts, samples) in enumerate(loaded):  # the number keeps the questions of different seeds apart
+    for number, (facts, samples) in enumerate(loaded):  # the number keeps questions of different seeds separate
         renamed = [dataclasses.replace(sample, task_id=f"{number}/{sample.task_id}") for sample in samples]
         curves.setdefault(facts["method"], []).extend(renamed)
     draw(found, curves, options)
@@ -89,7 +89,7 @@ def _value_function(metric: str) -> tuple[Any, list[str]]:
 
 
 def read_run(path: Path, phase: str) -> tuple[dict[str, Any], list[Sample], list[str]]:
-    """Return a run's results.json, its samples of one phase, and a sentence for each problem with them."""
+    """Return a run's results.json, its samples from one phase, and a sentence for each problem with them."""
     try:
         facts = json.loads((path / "results.json").read_text())
         if not isinstance(facts, dict) or not isinstance(facts.get("method"), str):

@@ -12,11 +12,11 @@ keys, shows what they mean, and marks misspelt ones.
 
   python -m pmd config schema > schema.json
 
-and, as the first line of a configuration beside it:
+and, as the first line of a configuration in the same folder:
 
   # yaml-language-server: $schema=schema.json
 
-The configurations that come with pmd name configs/schema.json. What the keys of a run are set to is printed by
+The configurations that come with pmd refer to configs/schema.json. The values of all keys of a run are printed by
 `python -m pmd fit --config FILE --print_config`."""
 SUBCOMMANDS = ("schema",)
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"{flag}={value} must be above 0.")
     if arguments.gpu_gb is None:
         loaded = load_checked("doctor", rest)
-    else:  # for another machine: what this one lacks does not matter
+    else:  # for another machine, so what this one lacks does not matter
         loaded = load_arguments("doctor", rest)
         if loaded.problems:
             raise ConfigError(loaded.problems)
@@ -120,7 +120,7 @@ def _version(name: str) -> str:
 
 
 def _available_bytes() -> float:
-    """Return the free main memory in bytes (Linux); infinity where that is unknown."""
+    """Return the free main memory in bytes (Linux); infinity if it is unknown."""
     info = Path("/proc/meminfo")
     if not info.is_file():
         return float("inf")

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             model.save_pretrained(out, selected_adapters=["student"])
         else:
             model.save_pretrained(out)
-    if is_adapter:  # PEFT writes a named adapter into a folder of that name
+    if is_adapter:  # PEFT writes a named adapter to a folder of that name
         for file in (out / "student").iterdir():
             file.rename(out / file.name)
         (out / "student").rmdir()

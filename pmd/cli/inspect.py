@@ -1,4 +1,4 @@
-"""`python -m pmd inspect step RUN`: shows what the teacher saw of a rollout, and at which tokens it disagreed."""
+"""`python -m pmd inspect step RUN`: shows a rollout's teacher prompt, and the tokens where the teacher disagreed."""
 
 import argparse
 import math
@@ -23,7 +23,7 @@ DESCRIPTION = """Show one rollout of one training step.
 Prints the verdict, the student's prompt, the teacher's prompt, the memory items in it and, for every token of the
 completion, the divergence between student and teacher in nats and the probability that each gave to the token."""
 BAR = 10  # characters of the longest divergence bar
-SAME = 0.01  # tokens with less than this share of the largest divergence share a line
+SAME = 0.01  # tokens below this fraction of the largest divergence are grouped on one line
 LEVELS = {0: "experience", 1: "insight", 2: "behaviour"}
 
 
@@ -84,7 +84,7 @@ def list_rollouts(records: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *, every_token: bool) -> None:
-    """Print one record; neighbouring tokens on which both policies agree share a line unless `every_token`."""
+    """Print one record; adjacent tokens on which both policies agree share a line unless `every_token`."""
     _heading(console, place)
     facts = {
         "task": record["task_id"],
@@ -118,7 +118,7 @@ def _show_memory(items: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def _show_tokens(record: dict[str, Any], tokenizer: Any, console: Console, same: float) -> None:
-    """Print the table of tokens; neighbours whose divergence is below `same` of the largest share a line."""
+    """Print the table of tokens; adjacent tokens below `same` times the largest divergence share a line."""
     divergences, teacher = record.get("per_token_divergence"), record.get("teacher_logprobs")
     if divergences is None or teacher is None:
         _heading(console, "per token")
@@ -152,7 +152,7 @@ def _show_tokens(record: dict[str, Any], tokenizer: Any, console: Console, same:
 
 
 def _stretches(divergences: Sequence[float], threshold: float) -> Iterator[tuple[int, int]]:
-    """Yield (start, end): one token each, or a longest stretch of tokens below `threshold`."""
+    """Yield (start, end) ranges: single tokens, and maximal runs of tokens below `threshold`."""
     start = 0
     for end in range(1, len(divergences) + 1):
         is_last = end == len(divergences)
@@ -164,7 +164,7 @@ def _stretches(divergences: Sequence[float], threshold: float) -> Iterator[tuple
 def _shown_attempt(record: dict[str, Any]) -> str:
     if record["success_shown"]:
         return "a success"
-    if record.get("attempt_dropped"):  # traces of earlier versions do not say
+    if record.get("attempt_dropped"):  # missing in traces of earlier versions
         return "no attempt: it is too long for teacher.max_prompt_tokens"
     return "its own failure" if record["failure_shown"] else "no attempt"
 

@@ -1,4 +1,4 @@
-"""Interrupted runs: Ctrl-C and SIGTERM both become KeyboardInterrupt, and the run ends by saying how to resume it."""
+"""Interrupted runs: Ctrl-C and SIGTERM both raise KeyboardInterrupt, and the run prints how to resume it."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from pmd.run_dir import RunDir
 
 
 def interrupt_on_sigterm() -> None:
-    """Treat SIGTERM like Ctrl-C, so that a job that is terminated closes what it has open. Only a main thread can."""
+    """Treat SIGTERM like Ctrl-C, so that a terminated job cleans up. Does nothing outside the main thread."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
 
@@ -25,7 +25,7 @@ def saying_how_to_resume(run_dir: RunDir) -> Iterator[None]:
     """If the run is interrupted or its engine fails, say how to resume it from its last finished epoch."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # Lightning closes what is open, then leaves by SystemExit
+    except (KeyboardInterrupt, SystemExit):  # Lightning cleans up, then raises SystemExit
         raise RunInterrupted(_how_to_resume(run_dir)) from None
     except EngineError as error:
         raise EngineError(f"{error}\n{_how_to_resume(run_dir)}") from error

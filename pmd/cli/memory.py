@@ -1,4 +1,4 @@
-"""`python -m pmd memory`: look into a memory store, check it, move it. Prints tables or JSON.
+"""`python -m pmd memory`: inspects, checks, exports and imports memory stores. Prints tables or JSON.
 
 Only `rebuild`, `rollback` and `import` write; all other commands open the store read-only.
 """
@@ -33,11 +33,11 @@ examples:
   python -m pmd memory stats  runs/pmd                      what is in the memory of a run
   python -m pmd memory list   runs/pmd behaviour            the behaviours, best supported first
   python -m pmd memory list   runs/pmd insight --status quarantined
-  python -m pmd memory show   runs/pmd behaviour 3          one item, what it rests on and how it came to be
+  python -m pmd memory show   runs/pmd behaviour 3          one item, its evidence and its history
   python -m pmd memory search runs/pmd "red 3 blue 5 green 1 gold 7 zib"    what a teacher would be shown
   python -m pmd memory diff   runs/pmd 3 5                  what changed from generation 3 to 5
   python -m pmd memory audit  runs/pmd                      what helps the teacher and what harms it
-  python -m pmd memory report runs/pmd --out memory.html    all of it as one page
+  python -m pmd memory report runs/pmd --out memory.html    everything on one page
   python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
 """
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m pmd memory`."""
     parser = argparse.ArgumentParser(
         prog="pmd memory",
-        description="Look into a memory store: a run directory, or the store's own file.",
+        description="Inspect a memory store, given by its run directory or its file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,11 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("what", nargs="?", choices=WHAT, default="insight", help="default: insight")
     listing.add_argument("--kind", choices=("strategy", "lesson", "contrast"), help="insights of this kind only")
     listing.add_argument("--status", choices=STATUSES, help="default: active; tasks have none")
-    listing.add_argument("--limit", type=_count, default=30, metavar="N", help="rows at most; 0 is all; default 30")
+    listing.add_argument("--limit", type=_count, default=30, metavar="N", help="most rows shown; 0 is all; default 30")
     show = commands.add_parser("show", parents=[common], help="show one item, its evidence and its history")
     show.add_argument("what", choices=WHAT)
     show.add_argument("id", type=int)
-    show.add_argument("--lineage", action="store_true", help="also all that it rests on, and all that rests on it")
+    show.add_argument("--lineage", action="store_true", help="also everything it is based on or that is based on it")
     search = commands.add_parser("search", parents=[common], help="look up what a teacher would be shown")
     search.add_argument("text", help="the task, as its memory key (the statement without template words)")
     search.add_argument("-k", type=_items, default=MemoryConfig().k, help=f"items; default {MemoryConfig().k}")
@@ -72,22 +72,22 @@ def build_parser() -> argparse.ArgumentParser:
     diff = commands.add_parser("diff", parents=[common], help="what changed from one generation to another")
     diff.add_argument("old", type=int, metavar="A")
     diff.add_argument("new", type=int, metavar="B")
-    diff.add_argument("--all", action="store_true", help="also items of which only the support changed")
-    commands.add_parser("check", parents=[common], help="look for anything wrong; exit code 1 if there is")
+    diff.add_argument("--all", action="store_true", help="also items that changed only in support")
+    commands.add_parser("check", parents=[common], help="look for problems; exit code 1 if there are any")
     commands.add_parser("rebuild", parents=[common], help="rebuild the task index from the store")
     rollback = commands.add_parser(
         "rollback",
         parents=[common],
-        help="return to an earlier generation, as a new one; a resumed run takes its checkpoint's memory all the same",
+        help="restore an earlier generation as a new one; a resumed run still uses its checkpoint's memory",
     )
     rollback.add_argument("generation", type=int)
     export = commands.add_parser("export", parents=[common], help="write tasks, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
     report = commands.add_parser("report", parents=[common], help="write one static page to look at in a browser")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the store")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html next to the store")
     audit = commands.add_parser("audit", parents=[common], help="what audits found: usefulness by level, best, worst")
-    audit.add_argument("--limit", type=_count, default=10, metavar="N", help="items at either end; default 10")
+    audit.add_argument("--limit", type=_count, default=10, metavar="N", help="items at each end; default 10")
     import_ = commands.add_parser("import", parents=[common], help="add an export to a store")
     import_.add_argument("file", type=Path)
     return parser
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     with MemoryStore.open(find_store(arguments.store), read_only=not write) as store:
         try:
             tables = commands[arguments.command](store, arguments)
-        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # a store without a checksum opens nevertheless
+        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # without a checksum, damage may show only here
             raise MemoryStoreError(f"memory store={store.path} is damaged ({error}); {remedy(store.path)}") from error
         except OSError as error:
             raise MemoryStoreError(
@@ -123,14 +123,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _count(text: str) -> int:
-    """Read a number of rows, 0 for all."""
+    """Parse a number of rows, 0 for all."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} must be a whole number from 0")
     return int(text)
 
 
 def _items(text: str) -> int:
-    """Read a number of items to retrieve."""
+    """Parse a number of items to retrieve."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1")
     return int(text)
@@ -258,7 +258,7 @@ def _print(console: Console, title: str, rows: Rows) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
     for column in rows[0]:
         number = all(isinstance(row[column], int | float) for row in rows)
-        heading = column.replace("_", " ")  # breaks between words where the terminal is narrow
+        heading = column.replace("_", " ")  # wraps between words if the terminal is narrow
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))

@@ -1,4 +1,4 @@
-"""The subcommands of `pmd memory` that compare, check and move stores, and the lineage of one item."""
+"""Subcommands of `pmd memory` that compare, check, export and import stores, and the lineage of one item."""
 
 import argparse
 from collections import Counter
@@ -16,7 +16,7 @@ WRITING = frozenset({"rebuild", "rollback", "import"})
 
 
 def lineage(store: MemoryStore, level: int, item_id: int) -> Rows:
-    """Return all ancestors and descendants of an item, the deepest evidence first."""
+    """Return all ancestors and descendants of an item, the lowest level first."""
     items = {(level, item_id): "this item"}
     for own, other, word in (("child", "parent", "evidence"), ("parent", "child", "rests on it")):
         frontier = {(level, item_id)}

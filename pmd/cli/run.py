@@ -49,7 +49,7 @@ CONSOLE = Console(stderr=False)
 
 @dataclass
 class Run:
-    """Everything a run consists of."""
+    """All the objects of a run."""
 
     config: RunConfig
     run_dir: RunDir
@@ -62,7 +62,7 @@ class Run:
 
 
 def run(command: str, loaded: LoadedConfig) -> int:
-    """Carry out `fit`, `validate` or `test`; return the exit code."""
+    """Run `fit`, `validate` or `test`; return the exit code."""
     interrupt_on_sigterm()
     if loaded.run.cpu_threads is not None:
         torch.set_num_threads(loaded.run.cpu_threads)
@@ -83,7 +83,7 @@ def _fit_command(loaded: LoadedConfig) -> int:
         run_dir.config.write_text(saved_yaml(loaded), encoding="utf-8")
         trainer = cli.trainer_for(callbacks_of(run), _loggers(config, run_dir, checkpoint))
         _announce(run, trainer)
-        initial = evaluate(run, with_memory=False)  # the policy before training, also when a run is resumed
+        initial = evaluate(run, with_memory=False)  # the untrained policy, even in a resumed run
         with saying_how_to_resume(run_dir):
             seconds = fit(run, trainer, checkpoint)
             phases = {"initial": initial} | evaluate_checkpoints(run, trainer)
@@ -143,7 +143,7 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     )
     parity = None
     vllm = config.rollouts.vllm
-    if config.rollouts.engine != "hf" and vllm.parity_completions:  # the engine has weights of its own
+    if config.rollouts.engine != "hf" and vllm.parity_completions:  # the engine has its own weights
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
     return Run(config, run_dir, tasks, module, data, memory, evaluator, parity)
@@ -217,8 +217,8 @@ def evaluate(run: Run, *, with_memory: bool) -> Phase:
 
 
 def evaluate_checkpoints(run: Run, trainer: Trainer) -> dict[str, Phase]:
-    """Evaluate the last policy and the one that was best in validation; leaves the best one loaded."""
-    if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step, no sync
+    """Evaluate the last policy and the one that was best in validation; the best one stays loaded."""
+    if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step has synced
         _sync_engine(run)
     last = evaluate(run, with_memory=run.config.verification.memory_conditioned)
     state = read_checkpoint(run.run_dir.checkpoints / "best.ckpt")
@@ -251,21 +251,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint's weights into the policy, and into the engine."""
+    """Load a checkpoint's weights into the policy and the engine."""
     run.module.on_load_checkpoint(dict(state))
     run.module.load_state_dict(state["state_dict"], strict=False)
     _sync_engine(run)
 
 
 def _sync_engine(run: Run) -> None:
-    """Load weights into the engine that did not come from a training step but from a checkpoint."""
+    """Copy weights that were loaded from a checkpoint to the engine, and check parity."""
     run.data.engine.sync(run.module.policy_version)
     if run.parity is not None:
         run.parity.measure(nullcontext())
 
 
 def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Path | None) -> list[Logger]:
-    """Return the CSV logger, with the rows that a resumed run already has, and the wandb logger if it is wanted."""
+    """Return the CSV logger, with the rows that a resumed run already has, and the wandb logger if enabled."""
     rows = run_dir.read_metrics() if checkpoint is not None else []
     csv_logger = CSVLogger(run_dir.root, name="", version="", flush_logs_every_n_steps=20)
     if checkpoint is not None:

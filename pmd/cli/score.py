@@ -1,7 +1,7 @@
-"""`python -m pmd score`: verifies completions that were made elsewhere.
+"""`python -m pmd score`: verifies completions that were generated elsewhere.
 
-Completions are streamed, so that a file may be larger than memory. Bad lines of either file are reported before the
-first completion is verified.
+Completions are streamed, so the file may be larger than memory. Bad lines in either file are reported before the first
+completion is verified.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pmd.types import Task, Verdict
 from pmd.verifiers.pool import DEADLINE_S, VerificationPool, Verified
 from pmd.verifiers.resolve import describe_verifier_problem
 
-DESCRIPTION = """Verify completions that were made elsewhere: one verdict line per completion, in the same order.
+DESCRIPTION = """Verify completions that were generated elsewhere: one verdict line per completion, in the same order.
 
   python -m pmd score --tasks tasks.jsonl --completions completions.jsonl --out verdicts.jsonl
 
@@ -87,15 +87,15 @@ def score_file(options: argparse.Namespace) -> None:
     if any(task.verifier == "code" for task in tasks.values()):
         print(sandbox().describe(), file=sys.stderr)
     statuses: Counter[str] = Counter()
-    num_correct, started, told = 0, time.monotonic(), time.monotonic()
+    num_correct, started, last_report = 0, time.monotonic(), time.monotonic()
     try:
         with _opened(options.out) as out:
             for task_id, verdict in _judge(options.completions, tasks, options.workers):
                 _write(out, options.out, {"id": task_id, **_fields(verdict)})
                 statuses[verdict.status] += 1
                 num_correct += verdict.correct
-                if time.monotonic() - told > 2:
-                    told = time.monotonic()
+                if time.monotonic() - last_report > 2:
+                    last_report = time.monotonic()
                     print(f"\rscored {statuses.total()}", end="", file=sys.stderr, flush=True)
     finally:
         close_sandbox()
@@ -146,7 +146,7 @@ def _write(out: TextIO, path: Path, fields: dict[str, Any]) -> None:
         out.write(json.dumps(fields) + "\n")
         out.flush()
     except OSError as error:
-        with contextlib.suppress(OSError):  # closing tries to write the rest once more
+        with contextlib.suppress(OSError):  # closing tries to write the rest again
             out.close()
         raise ConfigError(f"--out={path} cannot be written to ({error.strerror}); free some space.") from None
 
@@ -163,7 +163,7 @@ def _check_completion(line: Line, known: set[str] | None) -> list[str]:
 
 
 def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[str, Verdict]]:
-    """Yield verdicts in the order of the lines; a bounded number of lines is read ahead."""
+    """Yield verdicts in the order of the lines, reading a bounded number of lines ahead."""
     waiting: deque[tuple[str, Future[Verdict] | Verified]] = deque()
     with VerificationPool(workers, _deadline_s(tasks, workers)) as pool:
         for line in iterate_lines(path):
@@ -179,7 +179,7 @@ def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[s
 
 
 def _deadline_s(tasks: dict[str, Task], workers: int) -> float:
-    """Return the seconds after which a verification counts as hung; the longest one can end, even if it must wait."""
+    """Return the seconds after which a verification counts as hung: enough for the longest, waiting included."""
     tests = [task.tests for task in tasks.values() if task.verifier == "code"]
     longest = max((len(one["cases"]) * one.get("time_limit_s", DEFAULT_TIME_LIMIT_S) for one in tests), default=0.0)
     return (DEADLINE_S + longest) * max(1.0, workers / (os.cpu_count() or 1))

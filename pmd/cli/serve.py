@@ -1,7 +1,7 @@
-"""`python -m pmd serve --config FILE`: a vLLM server for a run, started again whenever it dies.
+"""`python -m pmd serve --config FILE`: runs a vLLM server for training, and restarts it whenever it dies.
 
-The trainer loads its adapters into the server. Whoever can reach the server can make it load files, so it listens on
-this machine alone unless --host says otherwise.
+The trainer loads its adapters into the server. Anyone who can reach the server can make it load files, so it listens
+only on this machine unless --host is given.
 """
 
 import argparse
@@ -21,9 +21,9 @@ DESCRIPTION = """Serve a configuration's model with vLLM, for runs with rollouts
   python -m pmd serve --config configs/qwen3_8b.yaml
   python -m pmd fit --config configs/qwen3_8b.yaml --rollouts.engine=vllm_server
 
-The server has the settings that the configuration needs, and is started again when it dies. Whoever can reach it can
-make it load files: it listens on this machine alone unless --host says otherwise."""
-MAX_RESTARTS = 5  # in a row, each after less than SETTLED_S
+The server has the settings that the configuration needs, and is restarted when it dies. Anyone who can reach it can
+make it load files, so it listens only on this machine unless --host is given."""
+MAX_RESTARTS = 5  # in a row, each after less than SETTLED_S seconds
 SETTLED_S = 600.0  # a server that ran for longer had started properly
 FIRST_PAUSE_S = 1.0
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option_problems(arguments: argparse.Namespace) -> list[str]:
-    """Say which options the server could not start with, before vLLM is started and restarted in vain."""
+    """Return the options that cannot work, so that vLLM is not started and restarted in vain."""
     problems = [
         f"--{name.replace('_', '-')}={value} must be at least 1."
         for name, value in vars(arguments).items()
@@ -98,7 +98,7 @@ class Supervisor:
         self.stopping = False
 
     def run(self) -> int:
-        """Start the server, and start it again whenever it dies, after pauses that double.
+        """Start the server, and restart it whenever it dies, after pauses that double each time.
 
         Raises:
             EngineError: it died too often in a row.
@@ -130,7 +130,7 @@ class Supervisor:
             self.process.terminate()
 
     def _kill_group(self) -> None:
-        """Kill what the server process left behind: its engine may still hold the GPU."""
+        """Kill the processes that the server left behind: its engine may still hold the GPU."""
         assert self.process is not None
         try:
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Makes Lightning's Trainer from the `trainer` section, and silences warnings that do not apply to pmd."""
+"""Builds Lightning's Trainer from the `trainer` section, and silences warnings that do not apply to pmd."""
 
 import logging
 import warnings
@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from pmd.callbacks.checkpoint import AtomicCheckpointIO
 from pmd.errors import ConfigError
 
-#: Lightning warns of these in every run, wrongly: rollouts are streamed, batches stay on the host, teachers are in eval
-#: mode.
+#: Warnings that Lightning gives in every run, but that do not apply: rollouts are streamed, batches stay on the host,
+#: teachers are in eval mode.
 UNTRUE_WARNINGS = (
     "does not have many workers",
     "Checkpoint directory .* exists and is not empty",
@@ -31,7 +31,7 @@ UNTRUE_WARNINGS = (
 
 
 class TrainerCLI(LightningCLI):
-    """LightningCLI for the `trainer` section alone: it checks Lightning's own arguments and makes the Trainer."""
+    """LightningCLI for the `trainer` section only: it checks Lightning's own arguments and builds the Trainer."""
 
     def __init__(self, trainer: dict[str, Any]):
         quieten()
@@ -46,7 +46,7 @@ class TrainerCLI(LightningCLI):
                 trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
                 parser_kwargs={"exit_on_error": False},
             )
-            self.trainer_for([], [])  # what Lightning refuses is refused now, before any weights load
+            self.trainer_for([], [])  # bad arguments fail now, before any weights load
         except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -56,7 +56,7 @@ class TrainerCLI(LightningCLI):
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
 
     def instantiate_classes(self) -> None:
-        """Leave the trainer to `trainer_for`, which is given callbacks and loggers."""
+        """Leave the Trainer to `trainer_for`, which gets the callbacks and loggers."""
         self.config_init = self.parser.instantiate_classes(self.config)
 
     def trainer_for(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
@@ -66,7 +66,7 @@ class TrainerCLI(LightningCLI):
 
 
 def quieten() -> None:
-    """Silence Lightning's notes on hardware, its tips, and the warnings that do not apply."""
+    """Silence Lightning's hardware notes, its tips, and the warnings that do not apply."""
     for message in UNTRUE_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):

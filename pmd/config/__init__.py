@@ -1,1 +1,1 @@
-"""The configuration: its schema, how files become objects, and what is refused before any weights load."""
+"""The configuration: its schema, loading from files, and the checks before any weights load."""

@@ -1,4 +1,4 @@
-"""What no single key shows: combinations that cannot run, and packages, devices and files that are missing.
+"""Checks beyond single keys: combinations that cannot run, and missing packages, devices and files.
 
 All problems are raised as one `ConfigError` before any weights load, and nothing here imports torch.
 """
@@ -18,7 +18,7 @@ from pmd.errors import ConfigError
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 #: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
 MIN_BFLOAT16_LR = 1e-4
-#: Module and package that transformers takes each flash attention from.
+#: The module and package from which transformers loads each flash attention.
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
@@ -26,7 +26,7 @@ FLASH_PACKAGES = {
 
 
 def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
-    """Raise one ConfigError with every problem of the configuration and the `found` ones, if there are any.
+    """Raise one ConfigError with all problems of the configuration and the `found` ones, if there are any.
 
     Raises:
         ConfigError: the configuration cannot be run.
@@ -60,7 +60,7 @@ def describe_rounding(run: RunConfig) -> list[str]:
 
 
 def _attention_problems(model: ModelConfig) -> list[str]:
-    """Flash attention needs a CUDA device, bfloat16, and a package compiled for the device."""
+    """Check flash attention's needs: a CUDA device, bfloat16, and a package compiled for the device."""
     if not model.attention.startswith("flash"):
         return []
     key, problems = f"model.attention={model.attention}", []

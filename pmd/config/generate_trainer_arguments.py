@@ -2,7 +2,7 @@
 
     python -m pmd.config.generate_trainer_arguments
 
-Importing Lightning takes seconds, so the command line reads this file instead. Run it after Lightning was upgraded; a
+Importing Lightning takes seconds, so the command line reads this file instead. Run this after upgrading Lightning; a
 test compares the file with the installed version.
 """
 
@@ -30,7 +30,7 @@ def trainer_arguments() -> dict[str, Any]:
 
 
 def _plain_types(hint: Any) -> list[Any]:
-    """Name the types in an annotation that YAML can write; classes, such as Lightning's own, are left out."""
+    """Return the types in an annotation that YAML can write; classes, such as Lightning's own, are left out."""
     if get_origin(hint) in (Union, types.UnionType):
         return [name for option in get_args(hint) for name in _plain_types(option)]
     if get_origin(hint) is Literal:

@@ -1,7 +1,7 @@
 """A JSON schema of the configuration files, for editors: completion, help on hover, and errors while typing.
 
-It is generated from the dataclasses and from `trainer_arguments.json`, and says what `fit` accepts for single keys;
-combinations are checked by `fit` alone.
+It is generated from the dataclasses and from `trainer_arguments.json`, and describes what `fit` accepts for single
+keys; only `fit` checks combinations.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pmd.config.trainer import COUNTS, MINIMUM, ONE_DEVICE, OWN_ARGUMENTS, accep
 
 #: Bound in `schema.option`: its JSON schema keyword.
 BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum"}
-#: `${section.key}`, which OmegaConf replaces by another key's value of whatever type.
+#: `${section.key}`, which OmegaConf replaces with another key's value, of any type.
 INTERPOLATION = {"$ref": "#/$defs/interpolation"}
 _TYPES = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -73,7 +73,7 @@ def _value_schema(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     bounds = {keyword: metadata[bound] for bound, keyword in BOUNDS.items() if bound in metadata}
     options = _options(hint, bounds)
-    if {"type": "string"} not in options:  # which allows interpolations already
+    if {"type": "string"} not in options:  # a string already allows interpolations
         options.append(INTERPOLATION)
     return options[0] if len(options) == 1 else {"anyOf": options}
 

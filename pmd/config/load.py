@@ -1,7 +1,7 @@
-"""Configuration files and command-line overrides are merged and become one typed `RunConfig`.
+"""Merges configuration files and command-line overrides into one typed `RunConfig`.
 
-Files merge left to right and overrides come last. `${...}` is resolved after that, so an overlay may refer to a key of
-its base. Problems of single keys are collected here, those of combinations in `check.py`; neither imports torch.
+Files merge left to right, and overrides come last. `${...}` is resolved afterwards, so an overlay may refer to a key of
+its base. Problems with single keys are collected here, those with combinations in `check.py`; neither imports torch.
 """
 
 import typing
@@ -26,7 +26,7 @@ class LoadedConfig:
 
     run: RunConfig
     trainer: dict[str, Any]
-    name: str  # what runs/NAME is called: the stem of the first file
+    name: str  # NAME in runs/NAME: the stem of the first file
     folder: Path  # where the first file is
     problems: list[str] = field(default_factory=list)
 
@@ -44,10 +44,10 @@ def load_arguments(command: str, arguments: Sequence[str], fixed: Sequence[str] 
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Merge files and `key=value` overrides; problems of single keys are in the result, for `check_config` to raise.
+    """Merge files and `key=value` overrides; the result lists problems with single keys, for `check_config` to raise.
 
     Raises:
-        ConfigError: a file is missing or is not a YAML mapping, so nothing more can be said.
+        ConfigError: a file is missing or is not a YAML mapping, so nothing more can be checked.
     """
     plain = _merge(files, overrides)
     trainer = plain.pop("trainer", None) or {}
@@ -56,7 +56,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
         problems.append(f"trainer={trainer!r} must be a mapping of Lightning Trainer arguments.")
         trainer = {}
     first = Path(files[0]) if files else Path("run")
-    name = first.parent.absolute().name if first.stem == "config" else first.stem  # RUN/config.yaml is RUN's
+    name = first.parent.absolute().name if first.stem == "config" else first.stem  # RUN/config.yaml is named RUN
     return LoadedConfig(run, trainer, name, first.parent, problems)
 
 

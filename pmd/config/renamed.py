@@ -1,4 +1,4 @@
-"""Keys of earlier versions, so that an old file is told what to write instead. None of them is still read."""
+"""Keys of earlier versions, so that an error message can name the replacement. None of them is still read."""
 
 #: Old key: the key that replaced it, with the same values and the same meaning.
 RENAMED = {
@@ -20,7 +20,7 @@ REMOVED = {
 
 
 def describe_old_key(key: str, value: str) -> str | None:
-    """Say what to write instead of an old key; None if the key never existed."""
+    """Return what to write instead of an old key; None if the key never existed."""
     if key in RENAMED:
         return f"{key}={value} is now {RENAMED[key]}; rename it."
     if key in REMOVED:

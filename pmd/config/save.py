@@ -1,4 +1,4 @@
-"""The configuration as YAML that runs again."""
+"""Writes the configuration as YAML that can be run again."""
 
 import dataclasses
 from pathlib import Path
@@ -15,15 +15,15 @@ def resolved_values(loaded: LoadedConfig) -> dict[str, Any]:
 
 
 def resolved_yaml(loaded: LoadedConfig) -> str:
-    """Return the whole configuration, defaults included, as YAML that runs again."""
+    """Return the whole configuration, defaults included, as YAML that can be run again."""
     return OmegaConf.to_yaml(OmegaConf.create(resolved_values(loaded)))
 
 
 def saved_yaml(loaded: LoadedConfig) -> str:
-    """Return the configuration as a run directory keeps it.
+    """Return the configuration in the form that is saved in a run directory.
 
-    Local paths are absolute, and run_dir and ckpt_path are left out, so that it means the same in any directory and in
-    a copy of the run.
+    Local paths become absolute, and run_dir and ckpt_path are left out, so it means the same in any directory and in a
+    copy of the run.
     """
     run = loaded.run
     model, data, memory, server = run.model, run.data, run.memory, run.rollouts.server

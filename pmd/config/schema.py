@@ -85,7 +85,7 @@ class TeacherConfig:
         "What the teacher sees besides the task: a verified success of the same group, retrieved memory, or both.",
     )
     feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
-    max_prompt_tokens: int = option(2048, "Longest teacher prompt; memory items are dropped whole to fit.", minimum=8)
+    max_prompt_tokens: int = option(2048, "Longest teacher prompt; whole memory items are dropped to fit.", minimum=8)
 
     @property
     def has_own_weights(self) -> bool:
@@ -162,7 +162,7 @@ class DataConfig:
 
     task: Literal["tiny", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option("tiny", "Source of the tasks.")
     path: str | None = option(
-        None, "Folder or file of the data; null loads it from the Hugging Face Hub, for the sources that are there."
+        None, "Folder or file of the data; null loads it from the Hugging Face Hub, if the source is there."
     )
     validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
@@ -215,7 +215,7 @@ class VLLMConfig:
     )
     sleep: bool = option(True, "Free the GPU while training: weights move to main memory, and the KV cache is dropped.")
     parity_completions: int = option(4, "Completions scored by the trainer after each sync; 0 turns it off.", minimum=0)
-    parity_tokens: int = option(32, "Tokens of each of them.", minimum=1)
+    parity_tokens: int = option(32, "Tokens in each of these completions.", minimum=1)
     parity_bound: float = option(
         0.1,
         "Stop if the log-probs of engine and trainer differ by more than this on average, in nats per token.",
@@ -341,11 +341,11 @@ class MemoryConfig:
     max_behaviours: int = option(1, "Quota of behaviours among the k items.", minimum=0)
     max_strategies: int = option(2, "Quota of strategies and contrasts among the k items.", minimum=0)
     max_lessons: int | None = option(
-        None, "Quota of lessons among the k items; null lets them fill what is left.", minimum=0
+        None, "Quota of lessons among the k items; null lets them fill the remaining places.", minimum=0
     )
     neighbours: int = option(16, "Tasks whose items are considered for a query.", minimum=1)
     min_similarity: float = option(0.2, "Neighbours below this cosine similarity are ignored.", minimum=-1, maximum=1)
-    max_tokens: int = option(768, "Bound on memory in the teacher's prompt; whole items are dropped to fit.", minimum=1)
+    max_tokens: int = option(768, "Limit on memory in the teacher's prompt; whole items are dropped to fit.", minimum=1)
     capacity: int = option(
         100_000, "Most active insights in the store; the oldest redundant ones are retired first.", minimum=1
     )

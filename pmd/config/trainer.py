@@ -1,4 +1,4 @@
-"""What Lightning would refuse in the `trainer` section, found without importing Lightning, which takes seconds.
+"""Checks the `trainer` section without importing Lightning, which takes seconds.
 
 The arguments and their types are in `trainer_arguments.json`, which `generate_trainer_arguments.py` writes.
 """
@@ -50,8 +50,8 @@ OWN_ARGUMENTS = {
     "sync_batchnorm": "nothing: pmd trains on one device",
     "plugins": "trainer.precision",
 }
-#: Precisions of the forward pass; model.dtype is that of the weights. None that scales the loss: gradients are clipped
-#: as they are.
+#: Precisions of the forward pass; model.dtype is that of the weights. None of them scales the loss, because gradients
+#: are clipped without unscaling.
 PRECISIONS = ("32-true", "32", 32, "bf16-mixed", "bf16")
 #: Narrower than Lightning's own annotation, because pmd trains on one device.
 OWN_TYPES: dict[str, Any] = {
@@ -62,7 +62,7 @@ OWN_TYPES: dict[str, Any] = {
     "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
     "max_time": str | dict[str, int] | None,
 }
-#: How many devices and nodes: one, in every way that Lightning lets you say so.
+#: Arguments that count devices and nodes, and all the values with which Lightning means one.
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
@@ -105,7 +105,7 @@ def _is_duration(text: str) -> bool:
 
 @cache
 def cuda_is_available() -> bool:
-    """Whether the driver reports a CUDA device; asks it directly, without loading torch."""
+    """Whether the driver reports a CUDA device, without loading torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -116,7 +116,7 @@ def cuda_is_available() -> bool:
 
 @cache
 def accepted_types() -> dict[str, Any]:
-    """Return the type of each argument of the Trainer, as pmd narrows it; Any if it is of Lightning's classes only."""
+    """Return the type of each argument of the Trainer, as narrowed by pmd; Any if only Lightning's classes fit."""
     arguments = json.loads(ARGUMENTS_FILE.read_text(encoding="utf-8"))["arguments"]
     return {name: OWN_TYPES.get(name, _type_of(options)) for name, options in arguments.items()}
 

@@ -1,6 +1,6 @@
-"""Plain values, as YAML gives them, become a typed section; whatever does not fit becomes a sentence.
+"""Converts plain YAML values to typed sections; each value that does not fit becomes an error message.
 
-The dataclasses of `schema.py` say what fits: types by their annotations, bounds by their metadata.
+The dataclasses of `schema.py` define what fits: types in their annotations, bounds in their metadata.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ _NAMES = {
 def build_section(
     section: type, values: Mapping[str, Any], prefix: str = "", extra: Sequence[str] = ()
 ) -> tuple[Any, list[str]]:
-    """Make a section from plain values; a bad value leaves the field at its default and adds a problem.
+    """Build a section from plain values; a bad value leaves the field at its default and adds a problem.
 
     Args:
-        prefix: the section's path in sentences, with its dot; empty at the top.
-        extra: keys that the caller handles itself, for suggestions.
+        prefix: the section's path in error messages, with a trailing dot; empty at the top level.
+        extra: keys that the caller handles itself; used for suggestions only.
     """
     problems: list[str] = []
     hints = typing.get_type_hints(section)
@@ -90,7 +90,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Say in words which values a type allows."""
+    """Return in words which values a type allows."""
     origin, args = get_origin(hint), list(get_args(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in args)
@@ -104,14 +104,14 @@ def describe(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as YAML would write it, cut to a length that a message can hold."""
+    """Return a value as YAML would write it, shortened to fit a message."""
     is_word = value is None or isinstance(value, bool)
     text = json.dumps(value) if is_word else value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _describe_unknown(key: str, value: Any, prefix: str, known: Sequence[str]) -> str:
-    """Say what replaced an old key, or what an unknown key may have been meant to be."""
+    """Return what replaced an old key, or a guess at what an unknown key was meant to be."""
     path = prefix + key
     if sentence := describe_old_key(path, shown(value)):
         return sentence

@@ -1,4 +1,4 @@
-"""Compares methods on the same questions by a paired bootstrap: differences, intervals, p-values.
+"""Compares methods on the same questions with a paired bootstrap: differences, intervals, p-values.
 
 Questions are resampled with replacement within their domain, with the same draw for every method; runs of one method
 with several seeds are resampled as an outer level. If both methods ran the same seeds, the seeds are paired too.
@@ -140,7 +140,7 @@ def _resample(
     generator: np.random.Generator,
     resamples: int,
 ) -> np.ndarray:
-    """Resample the differences [resamples, domains], in the way that fits how the runs share their questions."""
+    """Resample the differences [resamples, domains], with one draw of questions if all runs share them."""
     if len({frozenset(run.questions) for run in (*own, *baseline)}) == 1:
         task_ids = sorted(baseline[0].questions)
         domains = np.array([baseline[0].questions[task_id].domain for task_id in task_ids])
@@ -193,7 +193,7 @@ def bootstrap(
 
 
 def _weights(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Return bootstrap weights [count, size]: how often each of `size` things is drawn, divided by `size`."""
+    """Return bootstrap weights [count, size]: how often each of `size` items is drawn, divided by `size`."""
     return generator.multinomial(size, np.full(size, 1 / size), size=count) / size
 
 

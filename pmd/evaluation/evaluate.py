@@ -1,4 +1,4 @@
-"""Held-out evaluation: samples the policy without memory, or with memory in its prompt to see what is left to learn.
+"""Held-out evaluation: samples the policy without memory, or with memory in its prompt to see what it has yet to learn.
 
 It works without Lightning; `metrics.py` turns the samples into scores.
 """

@@ -1,4 +1,4 @@
-"""What a run leaves behind: results.json, samples.jsonl, the table in the terminal, curves.png and pass_at_k.png."""
+"""Reports the results of a run: results.json, samples.jsonl, the terminal table, curves.png and pass_at_k.png."""
 
 import dataclasses
 import json
@@ -141,7 +141,7 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
 
 
 def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], max_k: str) -> dict[str, tuple[str, ...]]:
-    """Return each heading, wrapped to fit a terminal, with the keys of its value; what no phase has gets no column."""
+    """Return each heading, wrapped to fit a terminal, with the keys of its value; absent scores get no column."""
     columns: dict[str, tuple[str, ...]] = {"avg": ("avg",), "± s.e.": ("avg_error",)}
     columns |= {f"pass\n@{k}": ("pass_at", k) for k in ks}
     if max_k != "1":
@@ -264,7 +264,7 @@ def _draw_chance(axis: Any, heading: str, tasks: Sequence[Task], ks: Sequence[in
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN by None, because JSON has no NaN."""
+    """Replace NaN with None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,8 @@
-"""The procedural memory of one run, behind the few calls that training makes.
+"""The procedural memory of one run, and the few functions that training calls.
 
-During an epoch it is read: `retrieve`, `past_success`. At the epoch's end `evolve_memory` turns the epoch's record into
-one update of the store: audits, experiences, insights and the behaviours behind them, all of it or nothing; the index
-follows. No Lightning and no torch here, so a memory opens on any machine.
+During an epoch the memory is only read (`retrieve`, `past_success`). At the end of the epoch, `evolve_memory` writes
+its audits, experiences, insights and behaviours in one update, all or nothing, and then refreshes the index. Nothing
+here imports Lightning or torch, so a memory can be opened on any machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,25 +22,25 @@ from pmd.memory.tools.transfer import import_file
 from pmd.memory.update import Writer, open_writer
 from pmd.types import InsightChange, ItemKind, MemoryItem, Rollout, Task
 
-#: From the insight texts of each cluster to one behaviour line per cluster, None where the model's output is malformed.
+#: Maps the insight texts of each cluster to one behaviour line per cluster; None if the model's output is malformed.
 Abstraction = Callable[[Sequence[Sequence[str]]], Sequence[str | None]]
 
 
 @dataclass(slots=True)
 class GroupRecord:
-    """One group of rollouts, and what its teacher was shown of memory."""
+    """One group of rollouts, and the memory items retrieved for its teacher."""
 
     step: int
     task: Task
     rollouts: list[Rollout]
     items: tuple[MemoryItem, ...]
-    dropped: tuple[MemoryItem, ...]  # retrieved, but the prompt had no room for them
-    memory_generation: int  # that the items were retrieved from
+    dropped: tuple[MemoryItem, ...]  # retrieved, but did not fit into the prompt
+    memory_generation: int  # from which the items were retrieved
 
 
 @dataclass(slots=True)
 class EpochRecord:
-    """What happened in one epoch, shared by the callbacks: each adds its part, the memory is updated from all of it."""
+    """What happened in one epoch. Each callback adds its part, and the memory is then updated from the whole record."""
 
     epoch: int = 0
     groups: dict[str, GroupRecord] = field(default_factory=dict)  # by group id
@@ -49,35 +49,35 @@ class EpochRecord:
     audits: tuple[ItemAudit, ...] = ()
 
     def start(self, epoch: int) -> None:
-        """Begin an empty epoch."""
+        """Clear the record for a new epoch."""
         self.epoch, self.groups, self.num_memory_tokens = epoch, {}, 0
         self.reflections, self.audits = Reflections(), ()
 
     @property
     def hit_rate(self) -> float:
-        """Share of the groups whose teacher was shown memory."""
+        """Share of groups whose teacher was shown at least one memory item."""
         return sum(bool(group.items) for group in self.groups.values()) / max(1, len(self.groups))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUpdate:
-    """What one update did, beyond the items it wrote."""
+    """Counts from one update, besides the items it wrote."""
 
-    num_malformed_behaviours: int = 0  # clusters that the policy could not put into words
-    num_refused: int = 0  # changes with an unknown target, or that would retire what audits found useful
+    num_malformed_behaviours: int = 0  # clusters for which the policy wrote no usable text
+    num_refused: int = 0  # changes with an unknown target, or that would retire a useful item
     num_merged: int = 0
     changed_by_audits: dict[str, int] = field(default_factory=dict)  # new status -> items
 
 
 class ProceduralMemory:
-    """A store with its index and retriever, kept at the same generation."""
+    """A memory store with its index and retriever, all kept at the same generation."""
 
     def __init__(self, path: Path, config: MemoryConfig, train_keys: Sequence[str], excluded: frozenset[str]):
         """Open or create the store at `path`.
 
         Args:
             train_keys: memory keys of all training tasks; the hashing embedder's word weights are fitted to them.
-            excluded: ids of training tasks that must not be remembered (they are in a held-out split too).
+            excluded: ids of training tasks that must not be remembered (they are also in a held-out split).
         """
         self.path = path
         self.config = config
@@ -90,11 +90,11 @@ class ProceduralMemory:
 
     @property
     def generation(self) -> int:
-        """How many times the memory has been written."""
+        """How many times the memory has been updated."""
         return self.store.generation
 
     def is_closed(self, epoch: int) -> bool:
-        """Whether nothing is written at the end of `epoch`: a frozen memory is written once, an imported one never."""
+        """Whether `epoch` writes nothing: a frozen memory is written only after epoch 0, or never if imported."""
         return self.config.frozen and (epoch > 0 or self.config.import_path is not None)
 
     def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
@@ -102,11 +102,11 @@ class ProceduralMemory:
         return self.retriever.retrieve(task.memory_key or task.question, seed=seed, task_id=task.task_id)
 
     def past_success(self, task: Task) -> str | None:
-        """Return a verified success of this very task from an earlier epoch."""
+        """Return a verified success on this task from an earlier epoch, if there is one."""
         return self.retriever.past_success(task.task_id)
 
     def known_insights(self, task_id: str) -> list[MemoryItem]:
-        """Return all insights of one task that a reflection on it may keep, edit or retire."""
+        """Return the insights of a task that a reflection on the task may keep, edit or retire."""
         return [
             MemoryItem(item.id, 1, cast(ItemKind, item.kind), item.text, item.task_row, task_id, 1.0)
             for item in self.retriever.insights(task_id)
@@ -117,7 +117,7 @@ class ProceduralMemory:
         return self.store.snapshot()
 
     def restore(self, data: bytes) -> None:
-        """Put a snapshot in place of the present store; index and retriever follow."""
+        """Replace the store with a snapshot, then reopen index and retriever."""
         self.store.close()
         MemoryStore.restore(self.path, data)
         self._open()
@@ -135,13 +135,13 @@ class ProceduralMemory:
 def evolve_memory(
     record: EpochRecord, memory: ProceduralMemory, abstraction: Abstraction, policy_version: int
 ) -> MemoryUpdate:
-    """Write what one epoch teaches, all of it or nothing, and bring index and retrieval up to it.
+    """Write the results of one epoch to the memory, all or nothing, then refresh index and retriever.
 
-    A closed memory (frozen, and written or imported) stays as it is.
+    A closed memory (see `is_closed`) is left unchanged.
 
     Raises:
-        AlignmentError: a group's teacher was shown another generation of the memory than the present one.
-        MemoryStoreError: a task is not of the training split, or the store cannot be written.
+        AlignmentError: a group's items were retrieved from a generation other than the current one.
+        MemoryStoreError: a task is not in the training split, or the store cannot be written.
     """
     if memory.is_closed(record.epoch):
         return MemoryUpdate()
@@ -162,7 +162,7 @@ def evolve_memory(
 
 
 def _check_generation(record: EpochRecord, memory: ProceduralMemory) -> None:
-    """Refuse groups whose items were read from another generation: ids and audits would be of other items."""
+    """Refuse groups whose items came from another generation: their ids and audits would belong to other items."""
     for group_id, group in record.groups.items():
         if group.memory_generation != memory.generation:
             raise AlignmentError(
@@ -174,7 +174,7 @@ def _check_generation(record: EpochRecord, memory: ProceduralMemory) -> None:
 def _write_experiences(
     writer: Writer, excluded: frozenset[str], record: EpochRecord
 ) -> tuple[dict[str, int], dict[str, int | None]]:
-    """Write the verified attempts; return the tasks' rows and each rollout's experience, None where none was kept."""
+    """Write the verified attempts; return task rows by task id and experience ids by rollout id (None if not kept)."""
     task_rows: dict[str, int] = {}
     experience_ids: dict[str, int | None] = {}
     for group in record.groups.values():
@@ -197,7 +197,7 @@ def _write_insights(
     experience_ids: dict[str, int | None],
     policy_version: int,
 ) -> int:
-    """Carry out the changes that reflections ask for; return how many were refused."""
+    """Apply the changes that reflections propose; return how many were refused."""
     num_refused = 0
     for change in changes:
         if change.task_id in task_rows:
@@ -208,7 +208,7 @@ def _write_insights(
 
 
 def _write_behaviours(writer: Writer, abstraction: Abstraction, policy_version: int) -> int:
-    """Cluster the insights and have new or changed clusters put into words; return how many could not be."""
+    """Cluster the insights, have new or changed clusters described; return how many descriptions failed."""
     clusters = writer.clusters()
     new = [n for n, cluster in enumerate(clusters) if cluster.needs_text]
     texts = dict(zip(new, abstraction([clusters[n].texts for n in new]), strict=True))

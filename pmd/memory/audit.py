@@ -1,9 +1,9 @@
-"""What one memory item does to the teacher: does it make correct attempts likelier, and wrong ones not?
+"""Audits memory items: does an item make correct attempts more likely under the teacher, but not wrong ones?
 
-One `ItemAudit` per item and group of an epoch. Lift = per-token mean of log T(attempt | item) - log T(attempt |
-placebo), each token's difference clipped; the placebo is a line of the same length that says nothing about the task,
-because any line in the prompt moves the teacher a little. A second measurement leaves the answer's tokens out, which
-exposes an item that only gives the answer away. Works without Lightning and writes nothing.
+Each item gets one `ItemAudit` per group of an epoch. Lift = per-token mean of log T(attempt | item) - log T(attempt |
+placebo), each token's difference clipped. The placebo is a line of the same length that says nothing about the task,
+because any line in the prompt shifts the teacher a little. A second measurement leaves out the answer's tokens, which
+exposes an item that only gives away the answer. Works without Lightning and writes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 #: Per-token log-probs of each completion, in nats, under a role of the policy.
 Scorer = Callable[[Sequence[PromptAndCompletion], Role], list[list[float]]]
 
-MAX_TOKEN_LIFT = 5.0  # nats; one token must not decide a completion of hundreds
-MAX_ATTEMPTS = 2  # of each outcome scored per group: the cost is items x attempts x 2
-MAX_SPAN = 40  # letters; an answer whose parts are further apart has no span
+MAX_TOKEN_LIFT = 5.0  # nats; a single token must not dominate a completion of hundreds
+MAX_ATTEMPTS = 2  # scored per outcome and group; the cost is items x attempts x 2
+MAX_SPAN = 40  # characters between the parts of an answer; with more, the answer has no span
 
 
 @dataclass(frozen=True, slots=True)
 class ShownGroup:
-    """One group of rollouts, with the items that are to be audited on it."""
+    """One group of rollouts, with the items to audit on it."""
 
     step: int
     task: Task
@@ -45,17 +45,17 @@ class ShownGroup:
 
     @property
     def correct(self) -> list[Rollout]:
-        """Its verified successes, each text once."""
+        """Its verified successes, without duplicates."""
         return _distinct([r for r in self.rollouts if r.verdict.correct])
 
     @property
     def wrong(self) -> list[Rollout]:
-        """Its verified failures, each text once; unscored attempts are neither."""
+        """Its verified failures, without duplicates; unscored attempts are in neither list."""
         return _distinct([r for r in self.rollouts if r.verdict.scored and not r.verdict.correct])
 
     @property
     def attempts(self) -> list[tuple[tuple[int, ...], bool, Rollout | None]]:
-        """Completion ids, whether they are correct, and the rollout; without a success, a past one (rollout: None)."""
+        """(completion ids, is correct, rollout); without a success, a past one is used (rollout: None)."""
         found = [(r.completion.token_ids, True, r) for r in self.correct[:MAX_ATTEMPTS]]
         past = [] if found or not self.past_success else [(self.past_success, True, None)]
         return [*found, *past, *((r.completion.token_ids, False, r) for r in self.wrong[:MAX_ATTEMPTS])]
@@ -68,14 +68,14 @@ class ShownGroup:
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """What one round of audits found, and what it cost."""
+    """The result and the cost of one round of audits."""
 
     audits: tuple[ItemAudit, ...] = ()
     num_tokens: int = 0  # scored, prompts included
 
 
 def choose_groups(groups: Sequence[ShownGroup], config: MemoryConfig, key: str) -> list[ShownGroup]:
-    """Draw `memory.audit_groups` groups with items: half of them mixed if there are that many, all-wrong ones last."""
+    """Draw `memory.audit_groups` groups with items: half of them mixed if possible, all-wrong ones last."""
     drawn = sorted((group for group in groups if group.items), key=lambda group: group.group_id)
     Random(derive_seed(key, "groups")).shuffle(drawn)
     mixed = [group for group in drawn if group.correct and group.wrong][: -(-config.audit_groups // 2)]
@@ -92,7 +92,7 @@ def audit(
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_tokens: int,
 ) -> AuditResult:
-    """Score each item of each group alone against its placebo; items too long for a prompt are left out."""
+    """Score each item of each group by itself against its placebo; items too long for a prompt are skipped."""
     asked: list[tuple[_Lifts, PromptAndCompletion, PromptAndCompletion, bool, Rollout | None]] = []
     for group in groups:
         for item in group.items:
@@ -138,9 +138,9 @@ class _Lifts:
 
 
 def answer_span(rollout: Rollout, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:
-    """Return first and last + 1 of the tokens in which the attempt states its answer; None where they are not found.
+    """Return start and end (exclusive) of the tokens in which the attempt states its answer; None if not found.
 
-    The parts of the answer are looked for from the end of the attempt backwards, blanks left out.
+    The parts of the answer are searched backwards from the end of the attempt, ignoring white space.
     """
     words = (rollout.verdict.answer or "").split()
     if not words:

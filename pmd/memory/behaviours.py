@@ -1,9 +1,9 @@
-"""Behaviours: clusters of insights of several tasks that say the same, put into words by the policy. Ids are stable.
+"""Behaviours: clusters of similar insights from several tasks, summarised by the policy. Ids are stable.
 
-Average-link agglomeration of the distinct strategies and contrasts at the cosine threshold `memory.cluster_similarity`.
-The texts are compared by an embedder fitted to them, because words that tell tasks apart are not those that tell
-insights apart. A cluster needs `memory.cluster_support` tasks behind it, and takes along the nearest lessons of these
-tasks.
+Distinct strategies and contrasts are clustered with average linkage at the cosine threshold
+`memory.cluster_similarity`. They are compared by an embedder fitted to them, because the words that distinguish tasks
+are not the ones that distinguish insights. A cluster needs insights from at least `memory.cluster_support` tasks, and
+also gets the nearest lessons of these tasks.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from scipy.spatial.distance import squareform
 from pmd.config.schema import MemoryConfig
 from pmd.memory.store import Behaviour, Insight, Ledger, MemoryStore
 
-MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; further texts join the nearest cluster
+MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; texts beyond this number join the nearest cluster
 MAX_LESSONS = 3
 MAX_BEHAVIOURS = 256
-SAME_BEHAVIOUR = 0.5  # Jaccard similarity of the members' texts from which a cluster continues a behaviour
+SAME_BEHAVIOUR = 0.5  # minimum Jaccard similarity of their texts for a cluster to continue a behaviour
 
 
 @dataclass(frozen=True, slots=True)
 class BehaviourChange:
-    """What becomes of one cluster. Without a text (abstraction failed), the behaviour it continues stays as it is."""
+    """The result for one cluster. Without a text (abstraction failed), the behaviour it continues keeps its text."""
 
     member_ids: tuple[int, ...]  # insights
     evidence_sha: str  # of the texts it was abstracted from
@@ -35,9 +35,9 @@ class BehaviourChange:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Strategies and contrasts that lie close together, with the lessons of the same tasks."""
+    """Similar strategies and contrasts, with lessons of the same tasks."""
 
-    insights: tuple[Insight, ...]  # one for each distinct text, the text of most tasks first
+    insights: tuple[Insight, ...]  # one for each distinct text, those of most tasks first
     lessons: tuple[Insight, ...]  # the nearest lessons of the same tasks, distinct, at most `MAX_LESSONS`
     member_ids: tuple[int, ...]  # all insights with the texts of `insights`
     task_rows: tuple[int, ...]
@@ -46,30 +46,30 @@ class Cluster:
 
     @property
     def needs_text(self) -> bool:
-        """Whether there is something to abstract: it is new, or its texts have changed since the last time."""
+        """Whether the cluster needs a new text: it is new, or its texts have changed."""
         return self.behaviour is None or self.behaviour.evidence_sha != self.evidence_sha
 
     @property
     def texts(self) -> list[str]:
-        """What there is to abstract: its own texts, then the lessons."""
+        """The texts to abstract: its own, then the lessons."""
         return [insight.text for insight in (*self.insights, *self.lessons)]
 
     def change(self, text: str | None) -> BehaviourChange:
-        """Return what `Writer.replace_behaviours` takes; None keeps the text of the behaviour it continues."""
+        """Return the change for `Writer.replace_behaviours`; None keeps the text of the behaviour it continues."""
         continues = self.behaviour.id if self.behaviour is not None else None
         return BehaviourChange(self.member_ids, self.evidence_sha, text, continues)
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """One distinct text with all active insights that say it."""
+    """One distinct text, with all active insights that have it."""
 
     insights: tuple[Insight, ...]
     task_rows: frozenset[int]
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key: the text of most tasks first, then the oldest."""
+        """Sort key: texts of most tasks first, then the oldest."""
         return -len(self.task_rows), self.insights[0].id
 
 
@@ -103,7 +103,7 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
 def replace_behaviours(
     ledger: Ledger, old: Sequence[Behaviour], changes: Sequence[BehaviourChange], policy_version: int
 ) -> list[int | None]:
-    """Make the changes the active behaviours and retire the others of `old`; return each one's id, None if left out."""
+    """Apply the changes and retire the other behaviours of `old`; return the ids, None for changes left out."""
     support = [_count_tasks(ledger, change.member_ids) for change in changes]
     usable = [n for n, change in enumerate(changes) if change.text or change.continues is not None]
     kept = set(sorted(usable, key=lambda n: (-support[n], n))[:MAX_BEHAVIOURS])
@@ -146,10 +146,10 @@ def _count_tasks(ledger: Ledger, insight_ids: Sequence[int]) -> int:
 
 
 def _match(store: MemoryStore, clusters: Sequence[Cluster]) -> dict[int, Behaviour]:
-    """Pair clusters with the active behaviours they continue, the most alike first, each at most once; by position.
+    """Pair clusters with the active behaviours they continue, most similar first, each at most once; by position.
 
-    Alike is the share of common texts: the same insight learnt on one more task does not make another behaviour. Those
-    that share less than half of their texts are not paired.
+    Similarity is the share of common texts, so the same insight learned on one more task does not make a new behaviour.
+    Pairs that share less than half of their texts are ignored.
     """
     text_of = dict(store.query("SELECT id, kind || ':' || content FROM insights"))
     behaviours = {behaviour.id: behaviour for behaviour in store.behaviours()}
@@ -182,7 +182,7 @@ def _distinct(insights: list[Insight]) -> list[_Text]:
 
 
 def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
-    """Embed the distinct texts for comparison with each other; stored vectors serve where the embedder is fixed."""
+    """Embed the distinct texts to compare them with each other; stored vectors are used if the embedder is costly."""
     words = [text.insights[0].text for text in texts]
     embedder = store.embedder.fitted_to(words)
     if not embedder.costly:
@@ -193,7 +193,7 @@ def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
 
 
 def _agglomerate(vectors: np.ndarray, similarity: float) -> list[list[int]]:
-    """Group rows whose average cosine similarity is at least the threshold; groups by their first row."""
+    """Group rows whose average cosine similarity is at least the threshold; groups are sorted by their first row."""
     head = vectors[:MAX_CLUSTERED_TEXTS]
     if len(head) == 0:
         return []

@@ -1,8 +1,8 @@
-"""The store file's checksum, kept beside it: SQLite notices damaged pages, not a flipped bit in a text or a vector.
+"""A checksum of the store file: SQLite detects damaged pages, but not a flipped bit in a text or a vector.
 
-`NAME.sum` holds the file's SHA-256 at one generation. Only an update changes the file, and an update counts the
-generation up, so equal generations with different bytes mean damage. The write-ahead log is folded in first: the file
-alone is then the whole store, and can be copied.
+`NAME.sum`, next to the file, holds its SHA-256 at one generation. Only an update changes the file, and every update
+increments the generation, so different bytes at the same generation mean damage. The write-ahead log is merged into the
+file first, so the file alone is the whole store and can be copied.
 """
 
 import hashlib
@@ -15,13 +15,14 @@ from pmd.errors import MemoryStoreError
 
 
 def write_checksum(db: sqlite3.Connection, path: Path, generation: int) -> None:
-    """Fold the log into the file and write the file's checksum; none while a reader keeps the log from being folded in.
+    """Merge the log into the file and write the file's checksum, or null if a reader prevents the merge.
 
     Raises:
-        OSError, sqlite3.Error: the disk is full. The store is whole, and the old checksum does not apply to it.
+        OSError, sqlite3.Error: the disk is full. The store is intact, and the checksum of the old generation is
+        ignored.
     """
-    db.execute("PRAGMA busy_timeout=2000")  # ms; a reader must not hold training up
-    in_log = bool(db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])  # the file is not yet the whole store
+    db.execute("PRAGMA busy_timeout=2000")  # ms; a reader must not delay training
+    in_log = bool(db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])  # then the file is not the whole store
     db.execute("PRAGMA busy_timeout=30000")
     partial = path.with_name(path.name + ".sum.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -32,17 +33,17 @@ def write_checksum(db: sqlite3.Connection, path: Path, generation: int) -> None:
 
 
 def matches_checksum(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file matches its checksum; False where there is no checksum of this generation.
+    """Whether the file matches its checksum; False if there is no checksum of this generation.
 
     Raises:
-        MemoryStoreError: the file is damaged, or has lost generations that it once had.
+        MemoryStoreError: the file is damaged, or is at an earlier generation than its checksum.
     """
     try:
         found = json.loads(checksum_path(path).read_text(encoding="utf-8"))
         summed, sha256 = int(found["generation"]), found["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # none, or unreadable: the next update writes a new one
-    db.execute("BEGIN")  # until it ends, no writer changes the file's pages
+        return False  # missing or unreadable; the next update writes a new one
+    db.execute("BEGIN")  # no writer changes the file's pages during this transaction
     try:
         rows = db.execute("SELECT value FROM meta WHERE key = 'generation'").fetchall()
         generation = int(rows[0][0]) if rows and str(rows[0][0]).isdecimal() else None
@@ -62,7 +63,7 @@ def matches_checksum(db: sqlite3.Connection, path: Path) -> bool:
 
 
 def remedy(path: Path) -> str:
-    """Return what to do about a store that cannot be used."""
+    """Return advice for a store that cannot be used."""
     return (
         f"move {path.name} and {checksum_path(path).name} away and resume the run with --ckpt_path=last, whose "
         "checkpoint holds the memory; or import an export."
@@ -70,7 +71,7 @@ def remedy(path: Path) -> str:
 
 
 def checksum_path(path: Path) -> Path:
-    """Return where the checksum is kept."""
+    """Return the path of the checksum file."""
     return path.with_name(path.name + ".sum")
 
 

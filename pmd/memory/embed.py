@@ -1,8 +1,8 @@
-"""Texts in, unit vectors out. An embedder is frozen for the life of a store, which records it and refuses another.
+"""Embeds texts as unit vectors. A store records the embedder that it was built with and refuses any other.
 
-`HashEmbedder` needs no weights: words weighted by their rarity among the training tasks, because tasks are told
-apart by their rare words; an unweighted bag of words finds the right family in the tiny world a third of the time,
-the weighted one always. `SentenceEmbedder` wraps a sentence-transformers model (extra `embed`).
+`HashEmbedder` needs no model. It weights words by their rarity among the training tasks, because rare words are what
+distinguishes tasks: in the tiny world, an unweighted bag of words finds the right family a third of the time, the
+weighted one always. `SentenceEmbedder` wraps a sentence-transformers model (extra `embed`).
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _EDGES = ".,;:!?\"'`()[]{}"
 
 
 class Embedder(Protocol):
-    """What turns texts into unit vectors."""
+    """Turns texts into unit vectors."""
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class Embedder(Protocol):
 
     @property
     def costly(self) -> bool:
-        """Whether vectors of insights are stored rather than computed when needed."""
+        """Whether embedding is so slow that insight vectors are stored instead of recomputed."""
         ...
 
     def embed(self, texts: Sequence[str]) -> Vectors:
@@ -47,11 +47,11 @@ class Embedder(Protocol):
         ...
 
     def fitted_to(self, texts: Sequence[str]) -> "Embedder":
-        """Return an embedder for comparing these texts with each other; itself where it does not depend on them."""
+        """Return an embedder for comparing these texts with each other; itself if nothing is fitted."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return all that `load_embedder` needs, as JSON values."""
+        """Return everything that `load_embedder` needs, as JSON values."""
         ...
 
 
@@ -63,9 +63,9 @@ def words_of(text: str) -> list[str]:
 class HashEmbedder:
     """Signed feature hashing of words with IDF weights, fitted once.
 
-    Fitted words get a slot of their own while they fill at most half of the dimension: then vectors of fitted words are
-    exact weighted bags of words. Other words are spread over four hashed slots of the other half, so that they never
-    look like a fitted word; with a larger vocabulary all words are spread over all slots.
+    If the fitted words fill at most half of the dimensions, each has its own slot, and vectors of fitted words are
+    exact weighted bags of words. Each other word is then hashed to four of the remaining slots, so it never collides
+    with a fitted word. With a larger vocabulary, all words are hashed to all slots.
     """
 
     costly = False
@@ -121,7 +121,7 @@ class HashEmbedder:
         vectors = np.zeros((len(texts), self._dimension))
         np.add.at(vectors, (rows, slots), values)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        cancelled = lengths[:, 0] < 1e-9  # opposite signs in one slot cancelled: the text still finds itself
+        cancelled = lengths[:, 0] < 1e-9  # opposite signs cancelled; with a fixed vector the text still finds itself
         vectors[cancelled, 0] = lengths[cancelled] = 1.0
         return (vectors / lengths).astype(np.float32)
 
@@ -140,7 +140,7 @@ class HashEmbedder:
         }
 
     def weight(self, word: str) -> float:
-        """Return the word's IDF; a word never seen weighs most."""
+        """Return the word's IDF weight; unseen words have the largest."""
         return math.log((1 + self.num_documents) / (1 + self.document_frequencies.get(word, 0))) + SMOOTHING
 
     def _featurise(self, word: str) -> tuple[list[int], list[float]]:
@@ -202,7 +202,7 @@ class SentenceEmbedder:
 
     @property
     def name(self) -> str:
-        """`sentence-D-` and a fingerprint of the weights, so that a moved directory is still the same model."""
+        """`sentence-D-` and a fingerprint of the weights, so a moved directory still counts as the same model."""
         return self._name
 
     @property
@@ -220,7 +220,7 @@ class SentenceEmbedder:
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
     def fitted_to(self, texts: Sequence[str]) -> "SentenceEmbedder":
-        """Return itself: nothing depends on the texts."""
+        """Return itself: the model does not depend on the texts."""
         return self
 
     def state(self) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def make_embedder(choice: str, train_keys: Sequence[str], *, seed: int = 0) -> E
 
 
 def load_embedder(state: Mapping[str, Any]) -> Embedder:
-    """Return the embedder whose `state()` this is."""
+    """Rebuild an embedder from its `state()`."""
     if state["kind"] == "hash":
         return HashEmbedder(
             state["dimension"], state["seed"], state["document_frequencies"], num_documents=state["num_documents"]
@@ -243,10 +243,10 @@ def load_embedder(state: Mapping[str, Any]) -> Embedder:
 
 
 def validated(vectors: Vectors, dimension: int) -> Vectors:
-    """Return the vectors as float32 [n, D], or raise: NaN, wrong width and lengths other than 1 are refused.
+    """Return the vectors as float32 [n, D]; refuse NaN, a wrong width and lengths other than 1.
 
     Raises:
-        MemoryStoreError: the embedder is broken; an index would take such vectors silently.
+        MemoryStoreError: the embedder is broken; an index would accept such vectors silently.
     """
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2 or vectors.shape[1] != dimension:

@@ -1,4 +1,4 @@
-"""The store as a file: opened, created, checked, replaced. Finds damage and mismatches before anything is read."""
+"""Opens, creates, checks and replaces the store's file. Damage and mismatches are found before any item is read."""
 
 import json
 import os
@@ -15,19 +15,19 @@ APPLICATION_ID = 0x706D6431  # "pmd1"
 
 
 def connect(path: Path, read_only: bool) -> sqlite3.Connection:
-    """Open the file; a reader never writes, not even a log beside a store in a read-only folder."""
+    """Open the file; a reader writes nothing, and needs no log in a read-only folder."""
     try:
         if read_only:
             log = path.with_name(path.name + "-wal")
             has_log = log.exists() and log.stat().st_size > 0
-            # SQLite creates the log's files; where it cannot, and there is no log, the file alone is the store.
+            # SQLite creates log files even for readers; if it cannot, and there is no log, the file is the whole store.
             mode = "ro" if has_log or os.access(path.parent, os.W_OK) else "ro&immutable=1"
             db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA query_only=ON")
             return db
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        db.execute("PRAGMA foreign_keys=ON")  # touches no page: damage is left to `check_file`
+        db.execute("PRAGMA foreign_keys=ON")  # reads no page, so `check_file` is what reports damage
         return db
     except (sqlite3.OperationalError, OSError) as error:
         raise MemoryStoreError(
@@ -36,7 +36,7 @@ def connect(path: Path, read_only: bool) -> sqlite3.Connection:
 
 
 def create(db: sqlite3.Connection, embedder: Embedder) -> None:
-    """Create the tables and record the embedder, whole or not at all."""
+    """Create the tables and record the embedder, all or nothing."""
     schema = resources.files("pmd.memory").joinpath("schema.sql").read_text(encoding="utf-8")
     meta = {
         "embedder": embedder.name,
@@ -53,17 +53,17 @@ def create(db: sqlite3.Connection, embedder: Embedder) -> None:
 
 
 def is_blank(db: sqlite3.Connection) -> bool:
-    """Whether the file holds nothing at all: it is new, or its creation was killed before it committed."""
+    """Whether the file is empty: it is new, or its creation was killed before the commit."""
     try:
         return not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() and (
             db.execute("PRAGMA application_id").fetchone()[0] == 0
         )
     except sqlite3.DatabaseError:
-        return False  # damaged: `check_file` says how
+        return False  # damaged; `check_file` reports it
 
 
 def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
-    """Refuse a file that is not a sound store of a known schema and this embedder; return the embedder."""
+    """Refuse damage, other kinds of files, unknown schema versions and other embedders; return the embedder."""
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -97,9 +97,9 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
 
 
 def bring_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sqlite3.Connection:
-    """Return a connection whose tables are of the present schema version.
+    """Return a connection whose tables have the current schema version.
 
-    The file itself is migrated where it may be written; a reader gets a migrated copy in memory.
+    A writer migrates the file itself; a reader gets a migrated copy in memory.
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version == SCHEMA_VERSION:
@@ -111,7 +111,7 @@ def bring_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sql
             db.close()
             db = copy
         else:
-            checksum_path(path).unlink(missing_ok=True)  # it is of the old tables
+            checksum_path(path).unlink(missing_ok=True)  # it belongs to the old tables
         migrate(db, version)
         if read_only:
             db.execute("PRAGMA query_only=ON")
@@ -124,7 +124,7 @@ def bring_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sql
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Put a snapshot in place of the file: checked beside it, then renamed over it."""
+    """Replace the file with a snapshot, which is first written to a temporary file and checked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -149,7 +149,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def fold_in_log(path: Path) -> None:
-    """Empty and remove the file's write-ahead log: a log left beside a replaced file would be replayed into it."""
+    """Merge and remove the write-ahead log; SQLite would replay a leftover log into the new file."""
     if path.exists():
         try:
             db = sqlite3.connect(path, timeout=1)

@@ -1,15 +1,14 @@
-"""What audits say about items, and what follows: retirement, quarantine, internalization.
+"""Decides from audits which items are retired, quarantined or internalized.
 
-An audit says how far an item raised the teacher's log-probability of correct and of wrong attempts above a placebo, in
-one group (`pmd.memory.audit` measures it). It becomes a row of `audits`, usefulness on the item, maybe a new status.
-Items with the same kind and text share their evidence, because a teacher is shown texts.
+An audit measures how much an item raised the teacher's log-probability of correct and of wrong attempts over a placebo,
+in one group (see `pmd.memory.audit`). It is stored as a row of `audits`, updates the item's usefulness, and may change
+its status. Items with the same kind and text share their evidence, because the teacher sees only the text.
 
-All bounds are two standard errors wide and `memory.audit_margin` away from 0 (our choice; the paper has no audits):
+A lift counts only if it exceeds `memory.audit_margin` by two standard errors (our choice; the paper has no audits):
 
-- harmful: lowers correct attempts, or raises wrong ones above correct ones. Retired, and it does not come back.
-- leaking: all that separates correct from wrong lies in the answer itself. Quarantined.
-- internalized: useful to the teacher, and adds nothing for a student that solves the task. A lift that returns undoes
-  it.
+- harmful: lowers correct attempts, or raises wrong ones more than correct ones. Retired for good.
+- leaking: separates correct from wrong attempts only at the tokens of the answer. Quarantined.
+- internalized: helps the teacher, but no longer helps a student that solves the task. Undone if that lift returns.
 """
 
 import math
@@ -20,12 +19,12 @@ from pmd.config.schema import MemoryConfig
 from pmd.memory.store import LIVE, TABLES, Ledger
 
 SURE = 2.0  # standard errors
-LEAK_SHARE = 0.1  # of the usefulness that must remain without the answer span
+LEAK_SHARE = 0.1  # share of the usefulness that must remain without the answer span
 
 
 @dataclass(frozen=True, slots=True)
 class ItemAudit:
-    """One item's lift in one group, in nats per token; None where there was nothing to measure."""
+    """One item's lift in one group, in nats per token; None if there was nothing to measure."""
 
     step: int
     group_id: str
@@ -35,18 +34,18 @@ class ItemAudit:
     num_wrong: int
     lift_correct: float | None
     lift_wrong: float | None
-    masked_lift_correct: float | None  # with the answer span left out
+    masked_lift_correct: float | None  # without the answer span
     masked_lift_wrong: float | None
-    student_lift: float | None  # on correct attempts by the student itself, where all its attempts are correct
+    student_lift: float | None  # the student's own lift, if all attempts of the group are correct
 
     @property
     def usefulness(self) -> float | None:
-        """By how much the lift separates this group's correct from its wrong attempts."""
+        """Lift on correct attempts minus lift on wrong ones, in this group."""
         return _difference(self.lift_correct, self.lift_wrong)
 
     @property
     def masked_usefulness(self) -> float | None:
-        """The same with the answer span left out."""
+        """The same without the answer span."""
         return _difference(self.masked_lift_correct, self.masked_lift_wrong)
 
 
@@ -60,7 +59,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate | None":
-        """Estimate from one value per group; None where there is none. One value has an infinite error."""
+        """Estimate from one value per group; None without values. A single value has an infinite error."""
         if not values:
             return None
         mean = math.fsum(values) / len(values)
@@ -74,11 +73,11 @@ class Estimate:
         return Estimate(self.mean - other.mean, math.hypot(self.error, other.error), min(self.count, other.count))
 
     def above(self, bound: float, evidence: int) -> bool:
-        """Whether it is surely above the bound."""
+        """Whether the mean is above the bound by `SURE` standard errors, given at least `evidence` groups."""
         return self.count >= evidence and self.mean - SURE * self.error > bound
 
     def below(self, bound: float, evidence: int) -> bool:
-        """Whether it is surely below the bound."""
+        """Whether the mean is below the bound by `SURE` standard errors, given at least `evidence` groups."""
         return self.count >= evidence and self.mean + SURE * self.error < bound
 
 
@@ -88,16 +87,16 @@ class Evidence:
 
     correct: Estimate | None
     wrong: Estimate | None
-    masked: Estimate | None  # usefulness with the answer span left out
-    student: Estimate | None  # of the latest audits only: a lift that fades must be seen to fade
+    masked: Estimate | None  # usefulness without the answer span
+    student: Estimate | None  # from the latest audits only, because the lift fades as the student learns
 
     @property
     def usefulness(self) -> Estimate | None:
-        """Lift on correct attempts less lift on wrong ones."""
+        """Lift on correct attempts minus lift on wrong ones."""
         return self.correct.minus(self.wrong) if self.correct and self.wrong else None
 
     def verdict(self, status: str, config: MemoryConfig) -> tuple[str, str]:
-        """Return the status that follows and why; the present status and an empty reason where nothing follows."""
+        """Return the new status and the reason; the current status and an empty reason if nothing changes."""
         evidence, margin, useful = config.audit_evidence, config.audit_margin, self.usefulness
         if self.correct and self.correct.below(-margin, evidence):
             return "retired", f"audit: harmful, lowers correct attempts by {-self.correct.mean:.3f}"
@@ -130,7 +129,7 @@ def write_audits(ledger: Ledger, audits: Sequence[ItemAudit]) -> None:
 
 
 def judge(ledger: Ledger, audits: Sequence[ItemAudit], config: MemoryConfig) -> dict[str, int]:
-    """Draw the consequences for all items whose text was audited; returns how many took each new status."""
+    """Update all items whose text was audited; return how many changed to each status."""
     counts: dict[str, int] = {}
     done: set[tuple[int, int]] = set()
     for level, item_id in sorted({(audit.level, audit.item_id) for audit in audits}):
@@ -151,7 +150,7 @@ def judge(ledger: Ledger, audits: Sequence[ItemAudit], config: MemoryConfig) -> 
 
 
 def gather(ledger: Ledger, level: int, item_ids: Sequence[int], evidence: int) -> Evidence:
-    """Pool all audits of the present versions of these items, which have one text."""
+    """Pool all audits of the current versions of these items, which share one text."""
     marks = ", ".join("?" * len(item_ids))
     rows = ledger.db.execute(
         "SELECT lift_correct, lift_wrong, masked_lift_correct, masked_lift_wrong, student_lift FROM audits a"

@@ -1,19 +1,19 @@
-"""Store files of earlier schema versions brought up to the present one, step by step, in one transaction.
+"""Migrates store files of earlier schema versions to the current one, step by step, in one transaction.
 
-The statements of a step never change. A migrated file has the same columns in the same order as a new one, and the log
-of changes is rewritten along, so that differences and rollbacks reach back across a migration.
+The statements of a step never change. A migrated file has the same columns in the same order as a new one. The log of
+changes is migrated too, so diffs and rollbacks work across a migration.
 
-Version 2 -> 3: `problems` are `tasks`, `problem_id` is `task_row`; columns that were never filled are gone, and with
-them a behaviour's polarity, a link's relation and a retrieval's propensity. The status `absorbed` is `internalized`;
-`shadow`, for insights on probation, no longer exists: such items become active. Their history says so too, as if they
-had been active all along.
+Version 2 -> 3: `problems` becomes `tasks`, `problem_id` becomes `task_row`, and the status `absorbed` becomes
+`internalized`. Columns that were never filled are dropped, as are a behaviour's polarity, a link's relation and a
+retrieval's propensity. The status `shadow`, for insights on probation, no longer exists: such items become active, and
+their history is rewritten as if they had always been.
 """
 
 import sqlite3
 
 SCHEMA_VERSION = 3
 
-#: What a rebuilt table's rows are copied from: the old statuses under their new names.
+#: SQL for the status of a copied row: old statuses get their new names.
 _STATUS = "CASE status WHEN 'absorbed' THEN 'internalized' WHEN 'shadow' THEN 'active' ELSE status END"
 _INSIGHT_COLUMNS = (
     "content, policy_version, last_policy_version, version, previous_id, support, usefulness, leak, status,"
@@ -27,7 +27,7 @@ _BEHAVIOUR_COLUMNS = (
 
 
 def _rebuilt(table: str, columns: str, selected: str, definition: str) -> tuple[str, ...]:
-    """Return the statements that put a table of another definition in place of one, its next id included."""
+    """Return the statements that rebuild a table with a new definition, keeping its next id."""
     return (
         f"CREATE TABLE new_{table} ({definition})",
         f"INSERT INTO new_{table} ({columns}) SELECT {selected} FROM {table} ORDER BY id",
@@ -39,7 +39,7 @@ def _rebuilt(table: str, columns: str, selected: str, definition: str) -> tuple[
 
 
 def _rewritten_log(column: str) -> tuple[str, ...]:
-    """Return the statements that bring `ops.before` or `ops.after` up to version 3."""
+    """Return the statements that migrate `ops.before` or `ops.after` to version 3."""
     removed = ("title", "applies_when", "not_when", "pitfalls", "model", "prompt_version", "polarity")
     paths = ", ".join(f"'$.{name}'" for name in removed)
     return (
@@ -54,7 +54,7 @@ def _rewritten_log(column: str) -> tuple[str, ...]:
     )
 
 
-#: Version -> the statements that lead from it to the next.
+#: Version -> the statements that migrate it to the next.
 STEPS: dict[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE audits ADD COLUMN version INTEGER NOT NULL DEFAULT 1",
@@ -112,10 +112,10 @@ STEPS: dict[int, tuple[str, ...]] = {
 
 
 def migrate(db: sqlite3.Connection, version: int) -> None:
-    """Apply the steps from `version` on; whole or not at all.
+    """Apply the steps from `version` on, all or nothing.
 
     Raises:
-        sqlite3.DatabaseError: a statement fails, or a reference would point nowhere.
+        sqlite3.DatabaseError: a statement fails, or a foreign key would point to a missing row.
     """
     db.execute("PRAGMA foreign_keys=OFF")  # a table that others refer to cannot be replaced otherwise
     db.execute("BEGIN IMMEDIATE")

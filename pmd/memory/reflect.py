@@ -1,7 +1,7 @@
-"""The policy reflects: verified groups -> insights; clusters of insights -> behaviours (paper, levels 1 and 2).
+"""Reflection by the policy: verified groups -> insights; clusters of insights -> behaviours (paper, levels 1 and 2).
 
-A reflection gives changes to a task's insights, tied by id to the attempts they came from. Malformed output is asked
-for once more, then dropped and counted, never guessed at. Works without Lightning and writes nothing.
+A reflection proposes changes to a task's insights, linked by id to the attempts they came from. A malformed output is
+retried once, then dropped and counted; its meaning is never guessed. Works without Lightning and writes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from pmd.tasks.prompts.base import PromptFormat
 from pmd.tasks.prompts.parsing import ParsedInsight
 from pmd.types import InsightChange, MemoryItem, Rollout, Task
 
-RETRY_TEMPERATURE = 0.7  # a greedy policy would write the same once more
+RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same output
 MAX_KNOWN = 12  # insights of one task listed in a reflection prompt
 T = TypeVar("T")
 Known = Callable[[str], Sequence[MemoryItem]]  # task id -> the insights that a reflection on it may change
@@ -26,14 +26,14 @@ Known = Callable[[str], Sequence[MemoryItem]]  # task id -> the insights that a 
 
 @dataclass(frozen=True, slots=True)
 class Reflections:
-    """What one round of reflection gave, and what it cost."""
+    """The result and the cost of one round of reflection."""
 
     changes: tuple[InsightChange, ...] = ()
     num_prompts: int = 0
     num_malformed: int = 0  # outputs without a single well-formed item
     num_tokens: int = 0  # generated
-    num_overlong: int = 0  # prompts left out because they exceed reflection.max_prompt_tokens
-    num_retried: int = 0  # malformed at first and asked once more
+    num_overlong: int = 0  # prompts skipped because they exceed reflection.max_prompt_tokens
+    num_retried: int = 0  # malformed at first, and retried
     num_unknown: int = 0  # changes to an insight that the prompt does not list; dropped
     num_rejected: int = 0  # malformed or surplus items, in any output
 
@@ -47,17 +47,17 @@ def reflect(
     key: str,
     known: Known = lambda task_id: (),
 ) -> Reflections:
-    """Ask the policy what each group of verified rollouts teaches. `key` names the occasion; seeds derive from it.
+    """Ask the policy what it learned from each group of verified rollouts. Seeds are derived from `key`.
 
-    A reflection may also keep, edit or retire the known insights of its task, by number.
+    A reflection may also keep, edit or retire known insights of its task, which the prompt numbers.
     """
     chosen = list(groups)
     if config.max_groups is not None and len(chosen) > config.max_groups:
         chosen = Random(derive_seed(key, "groups")).sample(chosen, config.max_groups)
     wanted: list[_Question] = []
     for group in chosen:
-        task, noted = tasks[group[0].task_id], tuple(known(group[0].task_id)[:MAX_KNOWN])
-        wanted += [_Question(group, ids, noted) for ids in prompts.reflection(task, group, [i.text for i in noted])]
+        task, listed = tasks[group[0].task_id], tuple(known(group[0].task_id)[:MAX_KNOWN])
+        wanted += [_Question(group, ids, listed) for ids in prompts.reflection(task, group, [i.text for i in listed])]
     asked = [question for question in wanted if len(question.prompt_ids) <= config.max_prompt_tokens]
     answers, num_retried, num_tokens = _ask(
         engine, [q.prompt_ids for q in asked], prompts.parse_reflection, lambda reply: bool(reply.items), config, key
@@ -77,21 +77,21 @@ def reflect(
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One reflection prompt, and what it is about."""
+    """One reflection prompt, with its rollouts and the insights it lists."""
 
     group: Sequence[Rollout]
     prompt_ids: list[int]
-    noted: tuple[MemoryItem, ...]  # the insights that the prompt lists
+    listed: tuple[MemoryItem, ...]  # the insights that the prompt lists
 
     def change(self, item: ParsedInsight) -> InsightChange | None:
-        """Tie an item to its attempts and to the insight it changes; None where the prompt does not list that one."""
+        """Link an item to its attempts and to the insight it changes; None if the prompt lists no such insight."""
         rollout_ids = tuple(rollout.rollout_id for rollout in self.group)
         task_id = self.group[0].task_id
         if item.action == "add":
             return InsightChange(task_id, item.kind, item.text, rollout_ids)
-        if item.number is None or not 1 <= item.number <= len(self.noted):
+        if item.number is None or not 1 <= item.number <= len(self.listed):
             return None
-        target = self.noted[item.number - 1]
+        target = self.listed[item.number - 1]
         return InsightChange(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id)
 
 
@@ -103,7 +103,7 @@ def _ask(
     config: ReflectionConfig,
     key: str,
 ) -> tuple[list[T], int, int]:
-    """Return each answer as read, how many prompts were asked once more, and the tokens generated."""
+    """Return the parsed answers, the number of retried prompts, and the number of generated tokens."""
     texts, num_tokens = _write(engine, asked, config, key)
     answers = [parse(text) for text in texts]
     failed = [position for position, answer in enumerate(answers) if not usable(answer)] if config.retry else []
@@ -123,7 +123,7 @@ def abstract(
     config: ReflectionConfig,
     key: str,
 ) -> list[str | None]:
-    """Return the behaviour behind each cluster of insight texts; None where there is none or it is malformed."""
+    """Return the behaviour for each cluster of insight texts; None if no prompt fits or the output is malformed."""
     wanted = [(position, _fitting(prompts, insights, config)) for position, insights in enumerate(clusters)]
     asked = [(position, ids) for position, ids in wanted if ids]
     texts, _, _ = _ask(
@@ -136,9 +136,9 @@ def abstract(
 
 
 def _fitting(prompts: PromptFormat, insights: Sequence[str], config: ReflectionConfig) -> list[int]:
-    """Return the prompt for a cluster, of its first half, quarter, ... where it is too long; empty where there is none.
+    """Return a cluster's prompt; if it is too long, that of its first half, quarter, ...; empty if none fits.
 
-    A large cluster is the best supported one, and its texts come in the order of their support.
+    Large clusters have the most support, so they are shortened rather than skipped; their texts are sorted by support.
     """
     ids = prompts.abstraction(insights)
     while len(ids) > config.max_prompt_tokens and len(insights) > 1:

@@ -1,9 +1,9 @@
-"""From a task's key to the memory items of its teacher's prompt. Read-only within an epoch.
+"""Retrieves the memory items for a teacher's prompt, given the task's memory key. Read-only within an epoch.
 
-The neighbours of a query are tasks; their items follow. Each kind has its quota, because lessons are many and would
-crowd out the rest. Within a kind, a text is ranked by the sum of the squared similarities of the neighbours that have
-it: near tasks count most, and a text learnt on several of them comes first. What audits found about a text's use moves
-its rank.
+The search finds neighbouring tasks; the candidates are the items of these tasks. Each kind has a quota, because lessons
+are numerous and would crowd out the rest. Within a kind, a text is scored by the sum of the squared similarities of the
+neighbours that have it, so near tasks count most and a text learned on several tasks scores higher. The usefulness
+measured by audits raises or lowers the score.
 """
 
 import random
@@ -18,13 +18,13 @@ from pmd.memory.index import SIMILARITY_DECIMALS, TaskIndex
 from pmd.memory.store import Behaviour, Experience, Insight, MemoryStore
 from pmd.types import ItemKind, MemoryItem
 
-SAME_TASK = 0.999  # similarity from which a neighbour is the query's own task, which sets no standard
-RELATIVE_FLOOR = 0.5  # of the nearest other task's similarity; below it only common words are shared
+SAME_TASK = 0.999  # a neighbour this similar is the query's own task, and is ignored in setting the floor
+RELATIVE_FLOOR = 0.5  # share of the nearest other task's similarity; tasks below it share only common words
 Hits = list[tuple[int, float]]  # task row and similarity, nearest first
 
 
 class Retriever:
-    """Looks items up; call `refresh` after each update of the store."""
+    """Retrieves items; call `refresh` after each update of the store."""
 
     def __init__(self, store: MemoryStore, index: TaskIndex, config: MemoryConfig):
         self._store = store
@@ -34,21 +34,22 @@ class Retriever:
 
     @property
     def generation(self) -> int:
-        """The generation of the memory that is read."""
+        """The generation of the memory that retrieval reads."""
         return self._items.generation
 
     def refresh(self) -> None:
-        """Read the store's newest generation, and bring the index up to it."""
+        """Read the store's newest generation and refresh the index."""
         self._index.refresh()
         self._items = _read_live_items(self._store)
 
     def retrieve(self, task_key: str, *, seed: int, task_id: str | None = None) -> list[MemoryItem]:
         """Return at most k items for one task, in an order shuffled by the seed.
 
-        Quotas are filled in order: behaviours, strategies and contrasts, experience, lessons with what is left.
+        Quotas are filled in order: behaviours, strategies and contrasts, experience, then lessons in the remaining
+        places.
 
         Args:
-            task_id: the task itself; its own attempts are left to `past_success`.
+            task_id: id of the task; its own attempts are left out, because `past_success` returns them.
 
         Raises:
             AlignmentError: the store was written since the last `refresh`.
@@ -70,13 +71,13 @@ class Retriever:
         return chosen
 
     def past_success(self, task_id: str) -> str | None:
-        """Return the best verified success stored for this very task, thinking stripped."""
+        """Return the best verified success stored for this task, without its thinking, if there is one."""
         items = self._current_items()
         success = items.successes.get(items.task_rows.get(task_id, -1))
         return success.response if success is not None else None
 
     def insights(self, task_id: str) -> list[Insight]:
-        """Return the insights of this very task that may be retrieved."""
+        """Return the insights of this task that may be retrieved."""
         items = self._current_items()
         return list(items.insights.get(items.task_rows.get(task_id, -1), ()))
 
@@ -89,7 +90,7 @@ class Retriever:
         return self._items
 
     def _neighbours(self, hits: Hits) -> tuple[Hits, float]:
-        """Keep the hits that are near enough; also return what near enough is."""
+        """Drop the hits below the similarity floor; return the others and the floor."""
         others = [similarity for _, similarity in hits if similarity < SAME_TASK]
         floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
         return [hit for hit in hits if hit[1] >= floor], floor
@@ -112,7 +113,7 @@ class Retriever:
         return strategies, lessons
 
     def _behaviours(self, items: "_LiveItems", vector: np.ndarray, hits: Hits, floor: float) -> "_Ranking":
-        """Rank behaviours by the neighbours among their tasks, and by their own text's similarity."""
+        """Rank behaviours by the neighbours among their tasks, and by the similarity of their own text to the query."""
         ranking = _Ranking(self._config)
         if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not items.behaviours:
             return ranking
@@ -130,7 +131,7 @@ class Retriever:
         return ranking
 
     def _experiences(self, items: "_LiveItems", task_id: str | None, hits: Hits) -> "_Ranking":
-        """Rank the best verified success of each neighbour but the query's own task."""
+        """Rank the best verified success of each neighbour, except for the query's own task."""
         ranking = _Ranking(self._config)
         if 0 in self._config.levels and "experience" in self._config.kinds:
             for task_row, similarity in hits:
@@ -151,19 +152,19 @@ class _Candidate:
 
 
 class _Ranking:
-    """Texts of one quota, which compete for its places."""
+    """The candidate texts for one quota."""
 
     def __init__(self, config: MemoryConfig) -> None:
         self._config = config
         self._candidates: dict[str, _Candidate] = {}
 
     def add(self, item: MemoryItem, similarity: float, usefulness: float | None = None) -> None:
-        """Count one more neighbour that has the text; the nearest one's item stands for it."""
+        """Add one more neighbour that has the text; the item of the first one, the nearest, is kept."""
         candidate = self._candidates.setdefault(item.text, _Candidate(item, 0.0, usefulness))
         candidate.support += max(similarity, 0.0) ** 2
 
     def best(self, quota: int, taken: list[MemoryItem]) -> list[MemoryItem]:
-        """Return the quota's best, with their scores, whose text is not taken; ties by id."""
+        """Return the best items up to the quota, with their scores, skipping texts in `taken`; ties by id."""
         texts = {item.text for item in taken}
         free = [replace(c.item, score=self._score(c)) for text, c in self._candidates.items() if text not in texts]
         return sorted(free, key=lambda item: (-item.score, item.item_id))[: max(0, quota)]
@@ -218,5 +219,5 @@ def _read_live_items(store: MemoryStore) -> _LiveItems:
 
 
 def _merit(experience: Experience) -> tuple[float, int, int]:
-    """Order successes: highest reward, then newest policy, then newest."""
+    """Return the sort key of a success: reward, then policy version, then id; the highest is the best."""
     return experience.reward, experience.policy_version, experience.id

@@ -1,7 +1,7 @@
 """The memory store: one SQLite file, the single source of truth. One writer, many readers.
 
-A store is read here; `pmd.memory.update` writes to it, in one transaction per update. Write-ahead logging with
-synchronous=NORMAL: a killed process loses nothing that was committed.
+This module reads the store; `pmd.memory.update` writes to it through the `Ledger`, in one transaction per update.
+Write-ahead logging with synchronous=NORMAL means that a killed process loses nothing that was committed.
 """
 
 import json
@@ -19,8 +19,8 @@ from pmd.errors import MemoryStoreError
 from pmd.memory import files
 from pmd.memory.embed import Embedder
 
-#: Statuses of the items that retrieval may return. An internalized item stays one: a frozen teacher knows it only from
-#: memory.
+#: SQL condition for the items that retrieval may return. Internalized items are included, because a frozen teacher
+#: knows them only from memory.
 LIVE = "status IN ('active', 'internalized')"
 #: Table of each level.
 TABLES = {0: "experiences", 1: "insights", 2: "behaviours"}
@@ -91,7 +91,7 @@ class MemoryStore:
     """The procedural memory of one run."""
 
     def __init__(self, db: sqlite3.Connection, path: Path, embedder: Embedder, config: MemoryConfig):
-        self.db = db  # written to by `pmd.memory.update` alone
+        self.db = db  # only `pmd.memory.update` writes to it
         self.path = path
         self.embedder = embedder
         self.config = config
@@ -107,11 +107,11 @@ class MemoryStore:
         config: MemoryConfig | None = None,
         read_only: bool = False,
     ) -> "MemoryStore":
-        """Open a store, or create it where there is none.
+        """Open a store, or create it if there is none.
 
         Args:
-            embedder: must be the one the store was built with; None takes the store's own.
-            config: the caps that writing obeys.
+            embedder: must be the one that the store was built with; None uses the store's own.
+            config: the caps that apply to writes.
 
         Raises:
             MemoryStoreError: the file is damaged, not a store, of an unknown schema version, or of another embedder.
@@ -153,15 +153,15 @@ class MemoryStore:
 
     @classmethod
     def restore(cls, path: str | Path, data: bytes) -> None:
-        """Put a snapshot in place of the file, which must not be open. Killed midway, the old or the new file is whole.
+        """Replace the file, which must not be open, with a snapshot; a kill midway leaves the old or the new one.
 
         Raises:
-            MemoryStoreError: the bytes are not a sound store; the file is left as it was.
+            MemoryStoreError: the bytes are not a valid store; the file is unchanged.
         """
         files.replace(Path(path), data)
 
     def meta(self, key: str) -> str:
-        """Return one value of the store's own description."""
+        """Return one value of the `meta` table."""
         return self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
 
     def tasks(self) -> list[StoredTask]:
@@ -217,11 +217,11 @@ class MemoryStore:
         return ids, blobs_to_matrix((row[1] for row in rows), self.embedder.dimension)
 
     def query(self, sql: str, *values: Any) -> list[tuple]:
-        """Run one reading statement."""
+        """Run one read-only statement."""
         return self.db.execute(sql, values).fetchall()
 
     def query_rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        """Run one reading statement; rows by column name."""
+        """Run one read-only statement; return the rows as dictionaries."""
         cursor = self.db.execute(sql, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
@@ -244,7 +244,7 @@ class MemoryStore:
         return counts
 
     def health(self, policy_version: int) -> dict[str, float]:
-        """Return how fresh, distinct, clean and useful the items are; a figure with nothing to measure is left out."""
+        """Return the age, duplicates, leaks and usefulness of the items; figures without data are left out."""
         figures = {
             name: self.query(sql.format(live=LIVE), *([policy_version] * sql.count("?")))[0][0]
             for name, sql in _HEALTH.items()
@@ -267,16 +267,16 @@ class MemoryStore:
 
 
 class Ledger:
-    """Changes rows inside one update and logs each change: the only statements that add, change or delete items.
+    """Adds, changes and deletes items inside one update, and logs each change. Nothing else modifies items.
 
-    The log keeps what a change replaced, so that earlier generations can be read back from the present one: nothing for
-    an addition, the changed columns for a change, the whole row for a deletion. Embeddings follow from texts and are
-    left out. Commits nothing itself.
+    The log keeps what a change replaced, so that earlier generations can be reconstructed from the current one: nothing
+    for an addition, the changed columns for a change, the whole row for a deletion. Embeddings are left out, because
+    they can be recomputed from the texts. The ledger never commits.
     """
 
     def __init__(self, db: sqlite3.Connection, generation: int):
         self.db = db
-        self.generation = generation  # that the update makes
+        self.generation = generation  # of this update
 
     def insert(self, table: str, values: dict[str, Any]) -> int:
         """Insert one row; return its id."""
@@ -296,7 +296,7 @@ class Ledger:
     def change(
         self, level: int, item_id: int, values: dict[str, Any], reason: str, parents: Iterable[int] | None = None
     ) -> bool:
-        """Set columns of one item, and its parents where given; return whether anything is different now."""
+        """Set columns of one item, and its parents if given; return whether anything changed."""
         old: dict[str, Any] = {}
         if values:
             row = self.db.execute(f"SELECT {', '.join(values)} FROM {TABLES[level]} WHERE id = ?", (item_id,))
@@ -319,7 +319,7 @@ class Ledger:
         return True
 
     def count_again(self, level: int, item_id: int, values: dict[str, Any], parents: Iterable[int] = ()) -> None:
-        """Count one more occurrence and its evidence; a retired item comes back, unless audits found it harmful."""
+        """Add one occurrence and its evidence; a retired item is reactivated, unless audits found it harmful."""
         support, status = self.db.execute(
             f"SELECT support, status FROM {TABLES[level]} WHERE id = ?", (item_id,)
         ).fetchone()
@@ -330,7 +330,7 @@ class Ledger:
         self.change(level, item_id, values, "seen again", evidence)
 
     def delete(self, level: int, item_id: int, reason: str) -> None:
-        """Delete one item; its id is never used again."""
+        """Delete one item; its id is never reused."""
         cursor = self.db.execute(f"SELECT * FROM {TABLES[level]} WHERE id = ?", (item_id,))
         row = dict(zip([column[0] for column in cursor.description], cursor.fetchone(), strict=True))
         row.pop("embedding", None)
@@ -340,14 +340,14 @@ class Ledger:
         self._log(level, item_id, "delete", row, None, reason)
 
     def put_back(self, level: int, row: dict[str, Any], reason: str) -> None:
-        """Insert a deleted item as it was, under its old id."""
+        """Insert a deleted item again, unchanged and with its old id."""
         values = {column: value for column, value in row.items() if column != "parents"}
         self.insert(TABLES[level], values | {"last_generation": self.generation})
         self._link(level, row["id"], row["parents"])
         self._log(level, row["id"], "add", None, None, reason)
 
     def is_harmful(self, level: int, item_id: int) -> bool:
-        """Whether audits retired the item."""
+        """Whether audits have found the item harmful."""
         found = self.db.execute(
             "SELECT 1 FROM ops WHERE level = ? AND item_id = ? AND reason LIKE 'audit: harmful%' LIMIT 1",
             (level, item_id),
@@ -355,7 +355,7 @@ class Ledger:
         return found is not None
 
     def parents(self, level: int, item_id: int) -> list[int]:
-        """Return the ids of the items one level below that an item rests on."""
+        """Return the ids of the items, one level below, that an item is based on."""
         rows = self.db.execute(
             "SELECT parent_id FROM links WHERE child_level = ? AND child_id = ? ORDER BY parent_id", (level, item_id)
         )
@@ -395,11 +395,11 @@ def blobs_to_matrix(blobs: Iterable[bytes], dimension: int) -> np.ndarray:
 
 
 def _has_status(status: str | None) -> str:
-    """Return the condition for one status, for `live` ones, or (None) for any."""
+    """Return the SQL condition for one status, for `live` items, or (None) for any status."""
     return {None: "TRUE", "live": LIVE}.get(status, f"status = '{status}'")
 
 
-#: Figures of `MemoryStore.health`; `?` is the policy's version.
+#: SQL of the figures in `MemoryStore.health`; `?` is the policy's version.
 _HEALTH = {
     "age_policy_steps": "SELECT avg(? - last_policy_version) FROM insights WHERE {live}",
     "duplicate_share": "SELECT 1.0 - count(DISTINCT kind || ':' || content) * 1.0 / count(*) FROM insights"

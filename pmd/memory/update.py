@@ -1,7 +1,8 @@
-"""Writing to the memory: what may enter, what is a duplicate, what leaks an answer, what leaves when a cap is reached.
+"""Writes to the memory: decides what is stored, merged as a duplicate, quarantined as a leak, or retired at a cap.
 
-`with open_writer(store) as writer:` is one update: everything written inside, and generation + 1, is committed whole or
-not at all. Only training tasks, ever. Every choice is by stored values and ids, so two equal builds stay equal.
+`with open_writer(store) as writer:` is one update: everything written inside it, and the incremented generation, is
+committed together or not at all. Only training tasks are ever written. All choices depend only on stored values and
+ids, so two builds from the same data are identical.
 """
 
 import hashlib
@@ -22,10 +23,10 @@ from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, vector_
 from pmd.types import InsightChange, MemoryItem, Rollout, Task
 
 INSIGHT_KINDS = ("strategy", "lesson", "contrast")
-FEEDBACK_CHARS = 200  # of a failure without an answer, enough to tell errors apart
-SHORT_ANSWER_CHARS = 2  # such an answer (a letter, a digit) occurs by accident: it leaks only where it is announced
-TEST_CHARS = 2_000  # of each test that are compared; some tests are megabytes, and no model is shown more of one
-COPIED_WORDS = 8  # so many words in a row, as in a solution or a test but not in the task, are a quotation
+FEEDBACK_CHARS = 200  # of the feedback that identifies a failure without an answer
+SHORT_ANSWER_CHARS = 2  # answers this short occur by chance, so they leak only if announced
+TEST_CHARS = 2_000  # of each test value that are compared; some are megabytes, and no model is shown more
+COPIED_WORDS = 8  # this many words in a row, in a solution or test but not in the task, are a quotation
 _ANNOUNCED = re.compile(r"(?:answer|option|choice|correct|result)\W+(?:(?:is|was|are|be|to|of|one)\W+){0,3}$")
 
 
@@ -69,7 +70,7 @@ def open_writer(store: MemoryStore) -> Iterator["Writer"]:
 
 
 class Writer:
-    """Writes inside one transaction; made by `open_writer`."""
+    """Writes to the store inside one transaction; created by `open_writer`."""
 
     def __init__(self, store: MemoryStore):
         self.store = store
@@ -77,7 +78,7 @@ class Writer:
         self._db = store.db
         self._embedder = store.embedder
         self._config = store.config
-        self._tests: dict[int, list[str]] = {}  # of this update's tasks; the store keeps no tests
+        self._tests: dict[int, list[str]] = {}  # by task row, of this update only; the store keeps no tests
 
     def add_task(self, task: Task) -> int:
         """Return the row of a training task, adding it if it is new.
@@ -119,10 +120,10 @@ class Writer:
         return task_row
 
     def add_experience(self, task_row: int, rollout: Rollout, policy_version: int) -> int | None:
-        """Keep an attempt; return its id, or None where there is nothing to keep.
+        """Store an attempt; return its id, or None if it is not stored.
 
-        Unscored attempts and those that are all thinking are not kept. A text (of successes) or an error (of
-        failures) seen before only counts as support; above the cap the oldest is retired.
+        Unscored attempts and attempts that contain only thinking are not stored. A success with a known text, or a
+        failure with a known error, only adds support. Above the cap, the oldest attempts are retired.
         """
         verdict = rollout.verdict
         response = without_thinking(rollout.completion.text)
@@ -160,13 +161,13 @@ class Writer:
     def add_insight(
         self, task_row: int, kind: str, text: str, *, policy_version: int, parents: Iterable[int] = ()
     ) -> int:
-        """Keep what a reflection says about a task; return the insight's id.
+        """Store an insight that a reflection wrote about a task; return its id.
 
-        The same kind and text for the same task is one insight: writing it again adds support and evidence, and
-        brings it back if it had been retired. A text that gives the answer away is quarantined.
+        Insights with the same task, kind and text are one insight: writing it again adds support and evidence, and
+        reactivates it if it had been retired. A text that gives away the answer is quarantined.
 
         Args:
-            parents: ids of the experiences it rests on.
+            parents: ids of the experiences it is based on.
         """
         text = " ".join(text.split())
         if not text or kind not in INSIGHT_KINDS:
@@ -183,7 +184,7 @@ class Writer:
         return insight_id
 
     def edit_insight(self, insight_id: int, text: str, *, policy_version: int, parents: Iterable[int] = ()) -> int:
-        """Put a new version in an insight's place, with its evidence and support; return the new version's id.
+        """Replace an insight with a new version that keeps its evidence and support; return the new id.
 
         Raises:
             MemoryStoreError: there is no such insight, or the text is empty.
@@ -212,10 +213,10 @@ class Writer:
         return new_id
 
     def apply_change(self, task_row: int, change: InsightChange, policy_version: int, parents: Iterable[int]) -> bool:
-        """Carry out one change that a reflection asks for; False where it is refused.
+        """Apply one change that a reflection proposes; return False if it is refused.
 
-        The target must be a live insight of the same task, and what audits found useful is not retired on a
-        reflection's word.
+        The target must be a live insight of the same task. A reflection cannot retire an insight that audits found
+        useful.
         """
         if change.action == "add":
             self.add_insight(task_row, change.kind, change.text, policy_version=policy_version, parents=parents)
@@ -234,7 +235,7 @@ class Writer:
         return True
 
     def leak_of(self, task_row: int, text: str) -> str:
-        """Say how a text gives away the task's answer, a solution or a test; empty where it does not."""
+        """Return how a text gives away the task's answer, a solution or a test; empty if it does not."""
         answer = self._require_task(task_row)
         question = self._db.execute("SELECT question FROM tasks WHERE id = ?", (task_row,)).fetchone()[0]
         sql = "SELECT response FROM experiences WHERE task_row = ? AND correct = 1"
@@ -242,32 +243,32 @@ class Writer:
         return leak_reason(text, *answer) or copy_reason(text, question, solutions, tests)
 
     def merge(self, task_rows: Iterable[int]) -> int:
-        """Unite insights of one task that say the same; return how many were merged away."""
+        """Merge insights of one task that say the same thing; return how many were merged away."""
         if self._embedder.costly:
             self.embed_new()
         return _merge_insights(self.ledger, self._embedder, task_rows, self._config.merge_similarity)
 
     def audit(self, audits: Sequence[ItemAudit]) -> dict[str, int]:
-        """Keep what audits found and draw the consequences; return how many items took each new status."""
+        """Store audits and update item statuses; return how many items changed to each status."""
         write_audits(self.ledger, audits)
         return judge(self.ledger, audits, self._config)
 
     def clusters(self) -> list[Cluster]:
-        """Return the clusters of the active insights, those of this update included; the best supported first."""
+        """Return the clusters of the active insights, including this update's, best supported first."""
         self.embed_new()
         return find_clusters(self.store, self._config)
 
     def replace_behaviours(self, changes: Sequence[BehaviourChange], *, policy_version: int) -> list[int | None]:
-        """Make these the active behaviours; return each one's id, None where it was left out.
+        """Make these the active behaviours; return their ids, None for those left out.
 
-        Behaviours that none of them continues are retired. Beyond the cap, the least supported are left out.
+        Behaviours that no change continues are retired. Above the cap, the least supported changes are left out.
         """
         return replace_behaviours(self.ledger, self.store.behaviours(), changes, policy_version)
 
     def log_retrievals(
         self, step: int, group_id: str, items: Sequence[MemoryItem], dropped: Sequence[MemoryItem] = ()
     ) -> None:
-        """Record what a group's teacher was shown of the memory before this update, and what did not fit its prompt."""
+        """Log the items that a group's teacher was shown before this update, and those that did not fit its prompt."""
         chosen = [(item, 1) for item in items] + [(item, 0) for item in dropped]
         self._db.executemany(
             "INSERT INTO retrievals (generation, step, group_id, level, item_id, rank, similarity, score, included)"
@@ -284,7 +285,7 @@ class Writer:
         self.ledger.change(level, item_id, {"status": status}, reason)
 
     def embed_new(self) -> None:
-        """Embed what was written so far."""
+        """Embed all stored texts that have no vector yet."""
         self._embed("tasks", "memory_key", "TRUE")
         self._embed("behaviours", "content", "TRUE")
         if self._embedder.costly:
@@ -292,18 +293,18 @@ class Writer:
             self._embed("insights", "content", "status != 'retired'")
 
     def bound(self) -> None:
-        """Retire the insights above the capacity, delete retired experiences that nothing rests on."""
+        """Retire insights above the capacity, and delete retired experiences that no insight is based on."""
         _bound_store(self.ledger, self._config.capacity)
         _delete_unlinked_experiences(self.ledger)
 
     def finish(self) -> None:
-        """Bound the store, embed what is new, count the generation."""
+        """Enforce the caps, embed new texts and increment the generation."""
         self.bound()
         self.embed_new()
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (str(self.ledger.generation),))
 
     def _insert_insight(self, values: dict[str, Any], reason: str, parents: Iterable[int]) -> int:
-        """Add one insight, quarantined where the leak filter objects."""
+        """Insert one insight, quarantined if the leak filter rejects it."""
         leak = self.leak_of(values["task_row"], values["content"])
         values = values | {"last_policy_version": values["policy_version"], "leak": leak}
         return self.ledger.add(1, values | {"status": "quarantined" if leak else "active"}, leak or reason, parents)
@@ -324,7 +325,7 @@ class Writer:
             self._db.executemany(f"UPDATE {table} SET embedding = ? WHERE id = ?", blobs)
 
     def _require_task(self, task_row: int) -> tuple[str, int, int]:
-        """Return fingerprint, words and characters of the task's answer."""
+        """Return the fingerprint, word count and character count of the task's answer."""
         row = self._db.execute(
             "SELECT answer_sha, answer_words, answer_chars FROM tasks WHERE id = ?", (task_row,)
         ).fetchone()
@@ -334,18 +335,18 @@ class Writer:
 
 
 def without_thinking(response: str) -> str:
-    """Return what follows the thinking; nothing where the thinking never ended."""
+    """Return the text after the thinking; empty if the thinking never ended."""
     visible = response.rsplit("</think>", 1)[-1]
     return re.sub(r"<think>.*", "", visible, flags=re.DOTALL).strip()
 
 
-# The leak filter. The store keeps fingerprints of answers, not answers; the filter compares fingerprints of word
-# windows, also of every second word, because answers of several parts are stated with a label before each part. Code
-# and long quotations of a solution give an answer away in other ways.
+# The leak filter. The store keeps fingerprints of answers, not answers, so the filter compares fingerprints of word
+# windows. Windows of every second word are compared too, because answers with several parts often have a label before
+# each part. Code and long quotations from a solution or a test count as leaks as well.
 
 
 def answer_words(text: str) -> list[str]:
-    """Return the words that are compared: letters and digits, case folded."""
+    """Return the words to compare: runs of letters and digits, case-folded."""
     return re.findall(r"\w+", text.casefold())
 
 
@@ -355,7 +356,7 @@ def fingerprint(words: list[str]) -> str:
 
 
 def leak_reason(text: str, answer_sha: str, num_words: int, num_chars: int) -> str:
-    """Say how the text gives the answer away; empty where it does not."""
+    """Return how the text gives away the answer; empty if it does not."""
     if num_words == 0:
         return ""
     folded = text.casefold()
@@ -373,7 +374,7 @@ def leak_reason(text: str, answer_sha: str, num_words: int, num_chars: int) -> s
 
 
 def copy_reason(text: str, question: str, solutions: Iterable[str], tests: Iterable[str] = ()) -> str:
-    """Say whether the text holds code, or quotes a solution or test at length; empty where it does neither."""
+    """Return whether the text contains code or quotes a solution or test at length; empty if it does neither."""
     if "```" in text:
         return "contains code"
     grams = _grams(text) - _grams(question)
@@ -393,15 +394,15 @@ def _grams(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + COPIED_WORDS]) for start in range(len(words) - COPIED_WORDS + 1)}
 
 
-# Merging: insights of one task that say the same in other words; one stays, with the evidence of all. Same task and
-# same kind only: a text must stay with the task that it is retrieved by (behaviours are what joins tasks), and a lesson
-# never merges with a strategy.
+# Merging: if several insights say the same thing in different words, one stays and gets the evidence of all. Only
+# insights of the same task and kind merge: a text must stay with the task through which it is retrieved (behaviours are
+# what join tasks), and a lesson never merges with a strategy.
 
 _Row = tuple[int, str, int, bytes | None]  # id, text, support, stored vector
 
 
 def _merge_insights(ledger: Ledger, embedder: Embedder, task_rows: Iterable[int], similarity: float) -> int:
-    """Unite the live insights of each task that are at least this similar; return how many were merged away."""
+    """Merge live insights of the same task that are at least this similar; return how many were merged away."""
     groups: list[list[_Row]] = []
     for task_row in sorted(set(task_rows)):
         kinds: dict[str, list[_Row]] = {}
@@ -413,11 +414,11 @@ def _merge_insights(ledger: Ledger, embedder: Embedder, task_rows: Iterable[int]
         groups += [rows for rows in kinds.values() if len(rows) > 1]
     if not groups:
         return 0
-    rows_of_all = [row for rows in groups for row in rows]
+    all_rows = [row for rows in groups for row in rows]
     if embedder.costly:
-        vectors = blobs_to_matrix((row[3] for row in rows_of_all if row[3] is not None), embedder.dimension)
-    else:  # words that no task has weigh most
-        vectors = embedder.embed([row[1] for row in rows_of_all])
+        vectors = blobs_to_matrix((row[3] for row in all_rows if row[3] is not None), embedder.dimension)
+    else:  # words that occur in no task have the largest weights
+        vectors = embedder.embed([row[1] for row in all_rows])
     num_merged, start = 0, 0
     for rows in groups:
         num_merged += _merge_group(ledger, rows, vectors[start : start + len(rows)], similarity)
@@ -426,7 +427,7 @@ def _merge_insights(ledger: Ledger, embedder: Embedder, task_rows: Iterable[int]
 
 
 def _merge_group(ledger: Ledger, rows: list[_Row], vectors: np.ndarray, similarity: float) -> int:
-    """Fold each insight into the best supported one that it resembles; of equals the oldest stays."""
+    """Merge each insight into the best supported similar one; on equal support the oldest stays."""
     alike = np.round(vectors @ vectors.T, 5)
     kept: list[int] = []
     support = [row[2] for row in rows]
@@ -442,7 +443,7 @@ def _merge_group(ledger: Ledger, rows: list[_Row], vectors: np.ndarray, similari
     return len(rows) - len(kept)
 
 
-# Caps: what leaves when one is reached.
+# Caps: what is retired when one is exceeded.
 
 
 def _bound_experiences(ledger: Ledger, task_row: int, correct: bool, cap: int) -> None:
@@ -457,7 +458,7 @@ def _bound_experiences(ledger: Ledger, task_row: int, correct: bool, cap: int) -
 
 
 def _delete_unlinked_experiences(ledger: Ledger) -> None:
-    """Delete retired experiences that no insight rests on: level 0 stays bounded."""
+    """Delete retired experiences that no insight is based on, so that level 0 stays bounded."""
     unlinked = ledger.db.execute(
         "SELECT id FROM experiences WHERE status = 'retired' AND NOT EXISTS"
         " (SELECT 1 FROM links WHERE parent_level = 0 AND parent_id = experiences.id) ORDER BY id"
@@ -467,10 +468,10 @@ def _delete_unlinked_experiences(ledger: Ledger) -> None:
 
 
 def _bound_insights(ledger: Ledger, task_row: int, keep: int, cap: int) -> None:
-    """Retire insights of a task above the cap, never the one just written.
+    """Retire insights of a task above the cap, but never `keep`, the one just written.
 
-    Internalized ones go first, then the kind that the task has most of (lessons before others where equal), so that
-    lessons cannot drive out a strategy; within a kind the least supported, then the oldest.
+    Internalized insights go first, then those of the task's most frequent kind (lessons first if equal), so that
+    lessons cannot crowd out a strategy. Within a kind, the least supported go first, then the oldest.
     """
     rows = ledger.db.execute(  # `+` keeps SQLite from walking the index of all active insights
         f"SELECT id, kind, support, status FROM insights WHERE task_row = ? AND +{LIVE} ORDER BY id", (task_row,)
@@ -486,7 +487,7 @@ def _bound_insights(ledger: Ledger, task_row: int, keep: int, cap: int) -> None:
 
 
 def _bound_store(ledger: Ledger, capacity: int) -> None:
-    """Retire active insights above the capacity: the oldest copies of a text first, then the longest unseen."""
+    """Retire active insights above the capacity: the oldest copies of a text first, then those not seen for longest."""
     active = ledger.db.execute(f"SELECT count(*) FROM insights WHERE {LIVE}").fetchone()[0]
     if active <= capacity:
         return

@@ -1,6 +1,6 @@
-"""Measures training steps: where their time goes, their speed, and the most memory they take.
+"""Measures training steps: time by part, throughput and peak memory.
 
-The steps run under Lightning's Trainer, as in training, on synthetic batches or on the run's own.
+The steps run under Lightning's Trainer, as in training, on synthetic batches or on those of a run.
 """
 
 import resource
@@ -42,7 +42,7 @@ class TokenCounts:
 class StepRecord:
     """One optimizer step."""
 
-    seconds: dict[str, float]  # by part; `other` is what no part accounts for
+    seconds: dict[str, float]  # by part; `other` is the rest
     total_s: float
     cpu_s: float
     tokens: TokenCounts
@@ -52,7 +52,7 @@ class StepRecord:
 
 @dataclass(slots=True)
 class Measurement:
-    """Some optimizer steps, and the device that they ran on."""
+    """The measured optimizer steps, and the device on which they ran."""
 
     steps: list[StepRecord] = field(default_factory=list)
     device: str = ""
@@ -90,7 +90,7 @@ class StepClock(Callback):
         self.started = time.perf_counter(), time.process_time()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what belongs to the device; afterwards Lightning's teardown moves the module to the CPU."""
+        """Read the device's figures now, because Lightning's teardown moves the module to the CPU."""
         self.measured.device, self.measured.peak_flops_per_s = device_peak(pl_module.device)
         self.measured.peak_memory_bytes = peak_memory_bytes(pl_module.device)
 
@@ -156,7 +156,7 @@ def summarise(measured: Measurement) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most GPU memory that torch has allocated, or without a GPU the peak memory of this process."""
+    """Return the peak GPU memory allocated by torch, or without a GPU the peak memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

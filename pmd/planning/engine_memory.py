@@ -38,7 +38,7 @@ class EnginePlan:
     """The share of the GPU that vLLM is started with, and the reasons. Sizes are in bytes."""
 
     fraction: float
-    parts: dict[str, float]  # vLLM's memory by part; the KV cache takes what the others leave
+    parts: dict[str, float]  # vLLM's memory by part; the KV cache takes the rest
     trainer_bytes: float  # held by the trainer while vLLM generates
     cached_tokens: float  # capacity of the KV cache
     is_automatic: bool  # False if the configuration gives the fraction

@@ -1,8 +1,8 @@
 """The floating-point operations of a training step, and the peak rate of a device.
 
-Counted are products with weights: 2 operations per weight and token in the forward pass, as many again for the gradient
-w.r.t. activations, and as many for the gradient w.r.t. trained weights. Attention scores and the recomputation of
-gradient checkpointing are not counted.
+Only products with weights are counted: 2 operations per weight and token in the forward pass, 2 for the gradient w.r.t.
+activations, and 2 for the gradient w.r.t. trained weights. Attention scores and the recomputation in gradient
+checkpointing are not counted.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer state are counted exactly; the rest is what torch allocates for a Qwen3 layer with
 scaled-dot-product attention, which a test compares with the allocations of a real step. Training and generation with
-the `hf` engine take turns, so the larger of the two counts. Freed memory that a C library or CUDA allocator keeps comes
-on top.
+the `hf` engine take turns, so only the larger of the two is counted. Freed memory that the C library or the CUDA
+allocator keeps is not included.
 """
 
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
 
 
 def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
-    """Return what exists only during a micro-batch, at its peak: at the loss, or in a layer's backward pass."""
+    """Return the peak bytes that exist only during a micro-batch: at the loss, or in a layer's backward pass."""
     model, size = run.model, DTYPES[run.model.dtype].itemsize
     kind = "full" if model.finetune == "full" else "adapter"
     counts, ranks = SAVED_ACTIVATIONS[kind, model.dtype], 0 if kind == "full" else 7 * 4 * model.lora_rank
@@ -130,7 +130,7 @@ def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int
 
 
 def scoring_bytes(shape: Shape, run: RunConfig, completion_tokens: int, device: str) -> float:
-    """Return the bytes of scoring: logits of a chunk, work on a block, and the gradient of a trained head."""
+    """Return the bytes needed for scoring: logits of a chunk, work on a block, and the gradient of a trained head."""
     objective = run.objective
     chunk_tokens = chunk_size(device, shape.vocabulary)
     sizes = chunk_tokens, block_size(device, chunk_tokens)

@@ -1,1 +1,1 @@
-"""What people do with a memory store: check it, compare generations, move it, look at it."""
+"""Tools for memory stores: check, compare generations, export and import, report."""

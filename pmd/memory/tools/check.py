@@ -1,11 +1,11 @@
-"""Is the store sound? Every rule that SQLite does not enforce, and the index file against the store."""
+"""Checks a store against the rules that SQLite does not enforce, and its index file against the store."""
 
 import numpy as np
 
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 
-#: Statements that must select nothing, and what it means if they do.
+#: Each problem, and a statement that selects the rows that have it.
 RULES = {
     "a task is not of the training split": "SELECT id FROM tasks WHERE split != 'train'",
     "a task or behaviour has no vector": "SELECT id FROM tasks WHERE embedding IS NULL"
@@ -27,7 +27,7 @@ RULES = {
 
 
 def check(store: MemoryStore) -> list[str]:
-    """Return what is wrong with the store and its index file, one sentence each; empty where nothing is."""
+    """Return what is wrong with the store and its index file, one sentence each; empty if nothing is."""
     wrong = [f"the file is damaged: {row[0]}" for row in store.query("PRAGMA integrity_check(5)") if row[0] != "ok"]
     wrong += [f"a reference of {row[0]} row {row[1]} points nowhere" for row in store.query("PRAGMA foreign_key_check")]
     for meaning, sql in RULES.items():

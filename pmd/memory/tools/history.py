@@ -1,7 +1,7 @@
-"""Earlier generations, read back from the log of changes: what differs between two, and how to return to one.
+"""Reconstructs earlier generations from the log of changes, to compare two of them or to roll back to one.
 
-A rollback is one more update, whose items are those of the earlier generation: no history is lost, and it can be rolled
-back itself. Tasks stay (they are facts), and so do retrievals and audits.
+A rollback is a new update that restores the items of an earlier generation, so no history is lost and a rollback can
+itself be rolled back. Tasks stay, because they are facts, and so do retrievals and audits.
 """
 
 import json
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One item as it was in two generations; None where it did not exist."""
+    """One item as it was in two generations; None if it did not exist."""
 
     level: int
     item_id: int
@@ -27,7 +27,7 @@ class Difference:
 
     @property
     def change(self) -> str:
-        """`added`, `deleted`, the new status where that changed, else `edited` or `counted`."""
+        """`added`, `deleted`, the new status if that changed, else `edited` or `counted`."""
         if self.old is None or self.new is None:
             return "added" if self.old is None else "deleted"
         if self.old["status"] != self.new["status"]:
@@ -37,7 +37,7 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """The item's text, the newer one where there are two."""
+        """The item's text, the newer one if there are two."""
         row = self.new or self.old
         assert row is not None
         return row["response" if self.level == 0 else "content"]
@@ -63,18 +63,18 @@ def diff(store: MemoryStore, old: int, new: int) -> list[Difference]:
 
 
 def rollback(store: MemoryStore, generation: int) -> list[Difference]:
-    """Make the items those of an earlier generation, as one more update; returns what was undone."""
+    """Restore the items of an earlier generation in a new update; return what was undone."""
     undone = diff(store, generation, store.generation)
     reason = f"rollback to generation {generation}"
     with open_writer(store) as writer:
-        # Deletions first: what is put back may bear the same text as what was added since.
+        # Deletions first: a restored item may have the same text as one added since.
         for difference in sorted(undone, key=lambda d: (d.old is not None, -d.level, d.item_id)):
             _put(writer.ledger, difference, reason)
     return undone
 
 
 def states(store: MemoryStore, generation: int, *, since: int) -> Iterator[tuple[tuple[int, int], Row | None]]:
-    """Yield each item touched after `since` as it was in `generation`."""
+    """Yield each item changed after `since`, as it was in `generation`."""
     touched = store.query("SELECT DISTINCT level, item_id FROM ops WHERE generation > ? ORDER BY 1, 2", since)
     for level, item_id in touched:
         row = _present(store, level, item_id)
@@ -87,7 +87,7 @@ def states(store: MemoryStore, generation: int, *, since: int) -> Iterator[tuple
         for action, before in changes:
             row = None if action == "add" else {**(row or {}), **json.loads(before)}
         if row is not None:
-            row.pop("last_generation", None)  # says when, not what
+            row.pop("last_generation", None)  # a time, not content
         yield (level, item_id), row
 
 
@@ -104,7 +104,7 @@ def _present(store: MemoryStore, level: int, item_id: int) -> Row | None:
 
 
 def _put(ledger: Ledger, difference: Difference, reason: str) -> None:
-    """Give one item the state of the old generation."""
+    """Restore one item to its state in the old generation."""
     level, item_id, old, new = difference.level, difference.item_id, difference.old, difference.new
     if old is None:
         ledger.delete(level, item_id, reason)

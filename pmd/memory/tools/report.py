@@ -1,6 +1,6 @@
-"""A memory as one static HTML page: growth, a map, what helps and what harms, ages, leaks, internalized items.
+"""Renders a memory as one static HTML page: growth, map, helpful and harmful items, ages, leaks, internalized items.
 
-The page loads nothing from elsewhere. The charts are in report_charts.py, the frame in report.html.
+The page needs no other files. The charts are drawn in report_charts.py; the template is report.html.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ LEVELS = ("experiences", "insights", "behaviours")
 
 
 def render(store: MemoryStore, title: str) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     stats, history = store.stats(), growth(store)
     frame = resources.files("pmd.memory.tools").joinpath("report.html").read_text(encoding="utf-8")
     live = sum(history[-1]["live"])
@@ -50,7 +50,7 @@ def render(store: MemoryStore, title: str) -> str:
 
 
 def growth(store: MemoryStore) -> list[dict[str, Any]]:
-    """Return how many items of each level were live after each update, read back from the log of changes."""
+    """Return how many items of each level were live after each update, reconstructed from the log of changes."""
     status: dict[tuple[int, int], str] = {}
     for level, table in TABLES.items():
         status |= {(level, item_id): now for item_id, now in store.query(f"SELECT id, status FROM {table}")}
@@ -95,7 +95,7 @@ def _tiles(store: MemoryStore, stats: dict[str, float]) -> str:
 
 
 def _map(store: MemoryStore) -> str:
-    """Place distinct texts by their two principal components, in an embedding fitted to them."""
+    """Plot the texts by their first two principal components, in an embedding fitted to them."""
     insights = sorted(store.insights(), key=lambda item: (-item.support, item.id))[:MAX_POINTS]
     behaviours = store.behaviours()
     texts = [item.text for item in [*insights, *behaviours]]
@@ -126,14 +126,14 @@ def _ranked(store: MemoryStore, order: str) -> str:
         f" WHERE usefulness {sign} ORDER BY usefulness {order}, level, id"
     )
     seen: set[tuple[int, str, str]] = set()
-    lines_: list[str] = []
+    body: list[str] = []
     for row in rows:
         text = (row["level"], row["kind"], row["content"])
-        if text not in seen and len(lines_) < ROWS:
+        if text not in seen and len(body) < ROWS:
             seen.add(text)
-            lines_.append(_item_row(store, row))
+            body.append(_item_row(store, row))
     head = '<tr><th class="n">useful</th><th>item</th><th>status</th></tr>'
-    return f"<table>{head}{''.join(lines_)}</table>" if lines_ else _NOTHING.format(_why_none(store))
+    return f"<table>{head}{''.join(body)}</table>" if body else _NOTHING.format(_why_none(store))
 
 
 def _why_none(store: MemoryStore) -> str:
@@ -191,7 +191,7 @@ def _internalized(store: MemoryStore) -> str:
 
 
 def _leaks(store: MemoryStore) -> str:
-    """Name the tasks and reasons; the texts hold answers and are left out."""
+    """List tasks and reasons; the texts are left out, because they contain answers."""
     rows = store.query(
         "SELECT i.id, task_id, kind, leak, (SELECT reason FROM ops WHERE level = 1 AND item_id = i.id ORDER BY id DESC)"
         f" FROM insights i JOIN tasks t ON t.id = task_row WHERE status = 'quarantined' ORDER BY i.id LIMIT {ROWS}"

@@ -1,10 +1,10 @@
-"""Line, bar and scatter charts as SVG text, coloured by the page's own CSS variables."""
+"""Line, bar and scatter charts as SVG text, coloured with the page's CSS variables."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HALF = 1100, 520  # of a whole card, and of one of two side by side
+WIDTH, HALF = 1100, 520  # pixels: a full-width card, and one of two side by side
 LEFT, RIGHT, TOP, BOTTOM = 56, 110, 14, 40
 COLOURS = {
     "strategy": "var(--l1)",
@@ -87,7 +87,7 @@ def bars(values: Sequence[tuple[str, float]], label: str, *, width: int = WIDTH)
 
 
 def scatter(points: Sequence[tuple[float, float, str, float, str]]) -> str:
-    """Draw points (x, y, kind, support, words); the area follows the support, behaviours are diamonds on top."""
+    """Draw points (x, y, kind, support, words); a larger area means more support; behaviours are diamonds on top."""
     height, margin = 560, 24
     xs, ys = [point[0] for point in points], [point[1] for point in points]
     spans = [max(max(values) - min(values), 1e-9) for values in (xs, ys)]

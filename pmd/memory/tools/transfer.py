@@ -1,8 +1,8 @@
-"""Memory as a text file: JSON lines to read, to keep, and to give to another run, model or embedder.
+"""Exports a memory as JSON lines, and imports it into a store of another run, model or embedder.
 
-A header, then tasks, insights and behaviours. Experiences (level 0) contain answers and are left out unless asked for.
-Items refer to each other by the ids of the exporting store; importing gives them new ones. Vectors are left out: the
-importing store embeds with its own embedder. Files of format version 1 can still be imported.
+The file has a header, then tasks, insights and behaviours. Experiences (level 0) contain answers and are left out
+unless requested. Items refer to each other by the ids of the exporting store, and get new ids on import. Vectors are
+left out, because the importing store uses its own embedder. Files of format version 1 can still be imported.
 """
 
 import json
@@ -16,7 +16,7 @@ from pmd.memory.update import Writer, open_writer
 
 FORMAT = "pmd-memory"
 VERSION = 2
-_OWN_COLUMNS = {"id", "embedding", "generation", "last_generation", "previous_id"}  # of a store, not of an item
+_OWN_COLUMNS = {"id", "embedding", "generation", "last_generation", "previous_id"}  # belong to a store, not to an item
 #: Fields of format version 1 that no longer exist.
 _REMOVED = {"title", "applies_when", "not_when", "pitfalls", "model", "prompt_version", "polarity"}
 Line = dict[str, Any]
@@ -57,7 +57,8 @@ def export_file(store: MemoryStore, path: Path, *, experiences: bool = False) ->
 def import_file(store: MemoryStore, path: Path, excluded: frozenset[str] = frozenset()) -> dict[str, int]:
     """Add an export to a store, all or nothing; return how many of each type are new.
 
-    A task or behaviour already in the store stays; an insight with the same task, kind and text gains support.
+    A task or behaviour already in the store stays unchanged; an insight with the same task, kind and text gains
+    support.
 
     Args:
         excluded: ids of tasks that must not be remembered; they and their items are left out.
@@ -113,7 +114,7 @@ def _read_version(path: Path, text: str) -> int:
 
 
 def _from_version_1(line: Line) -> Line:
-    """Return a line of format version 1 under the present names."""
+    """Convert a line of format version 1 to the current names."""
     line = {key: value for key, value in line.items() if key not in _REMOVED}
     if line["type"] == "problem":
         line["type"] = "task"
@@ -145,14 +146,14 @@ def _import_task(writer: Writer, line: Line) -> tuple[int, bool]:
 def _import_item(writer: Writer, table: str, line: Line, ids: dict[tuple[str, int], int]) -> tuple[int, bool]:
     level = {name: level for level, name in TABLES.items()}[table]
     parent_table = TABLES.get(level - 1, "")
-    # Experiences may be missing from the export: what rests on them keeps its support, not its links.
+    # Experiences may be missing from the export: insights based on them keep their support, but lose these links.
     parents = [ids[parent_table, parent] for parent in line.pop("parents") if (parent_table, parent) in ids]
     if level < 2:
         line["task_row"] = ids["task", line["task_row"]]
     if level == 1 and (leak := writer.leak_of(line["task_row"], line["content"])):
         line |= {"leak": leak, "status": "quarantined"}
     elif line["status"] == "internalized":
-        line["status"] = "active"  # another policy internalized it; this one has yet to
+        line["status"] = "active"  # internalized by another policy, not yet by this one
     same = {0: ("task_row", "correct", "signature"), 1: ("task_row", "kind", "content"), 2: ("content",)}
     known = writer.ledger.db.execute(
         f"SELECT id, support FROM {table} WHERE {' AND '.join(f'{column} = ?' for column in same[level])}"
@@ -160,14 +161,14 @@ def _import_item(writer: Writer, table: str, line: Line, ids: dict[tuple[str, in
         tuple(line[column] for column in same[level]),
     ).fetchone()
     if known is not None:
-        if level < 2:  # a behaviour's support counts tasks, and these are there already
+        if level < 2:  # a behaviour's support counts tasks, and these are already counted
             writer.ledger.change(level, known[0], {"support": known[1] + line["support"]}, "import")
         return known[0], False
     return writer.ledger.add(level, _known_columns(writer, table, line), "import", parents), True
 
 
 def _known_columns(writer: Writer, table: str, line: Line) -> Line:
-    """Refuse fields that are not columns of the table: the names become part of an SQL statement."""
+    """Refuse fields that are not columns of the table, because the names become part of an SQL statement."""
     columns: Iterable[tuple] = writer.ledger.db.execute(f"PRAGMA table_info({table})")
     allowed = {column[1] for column in columns} - _OWN_COLUMNS
     unknown = sorted(set(line) - allowed)

@@ -44,7 +44,7 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def launch(
     runs: Sequence[PlannedRun], jobs: int, threads: int, main: Callable[[list[str]], int], preload: str
 ) -> Iterator[tuple[PlannedRun, int]]:
-    """Run all, `jobs` at a time with `threads` threads each; yield each run with its exit code when it ends.
+    """Run all runs, `jobs` at a time with `threads` threads each; yield each with its exit code when it ends.
 
     `main` is the command line, and `preload` a module that is imported once and then shared by forking. Closing the
     generator, or an interrupt, stops the active runs; the next sweep resumes them.
@@ -81,7 +81,7 @@ def _stop(running: Mapping[int, tuple[PlannedRun, BaseProcess]]) -> None:
 
 
 def _arguments(run: PlannedRun) -> list[str]:
-    """Return the run's command line, which resumes if there is a checkpoint, and store the configuration beside it."""
+    """Return the run's command line, which resumes if there is a checkpoint, and store the configuration next to it."""
     directory = RunDir(run.run_dir)
     resume = (directory.checkpoints / "last.ckpt").is_file()
     if not resume and run.run_dir.exists():
