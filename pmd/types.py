@@ -13,6 +13,8 @@ Role = Literal["student", "teacher", "reference"]  # which weights of the policy
 PromptAndCompletion = tuple[tuple[int, ...], tuple[int, ...]]  # token ids
 Level = Literal[0, 1, 2]
 ItemKind = Literal["experience", "strategy", "lesson", "contrast", "behaviour"]
+#: Kinds of insights (level 1); the other two kinds are levels of their own.
+INSIGHT_KINDS: tuple[ItemKind, ...] = ("strategy", "lesson", "contrast")
 InsightAction = Literal["add", "keep", "edit", "retire"]
 VerdictStatus = Literal[
     "ok",

@@ -20,6 +20,7 @@ from pmd.memory.checksum import remedy
 from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
+from pmd.types import INSIGHT_KINDS
 
 Rows = list[dict[str, Any]]
 STORE_IN_RUN = Path("memory") / "memory.sqlite"
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("stats", parents=[common], help="count what the store holds")
     listing = commands.add_parser("list", parents=[common], help="list items of one level, best supported first")
     listing.add_argument("what", nargs="?", choices=WHAT, default="insight", help="default: insight")
-    listing.add_argument("--kind", choices=("strategy", "lesson", "contrast"), help="insights of this kind only")
+    listing.add_argument("--kind", choices=INSIGHT_KINDS, help="insights of this kind only")
     listing.add_argument("--status", choices=STATUSES, help="default: active; tasks have none")
     listing.add_argument("--limit", type=_count, default=30, metavar="N", help="most rows shown; 0 is all; default 30")
     show = commands.add_parser("show", parents=[common], help="show one item, its evidence and its history")

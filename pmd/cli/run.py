@@ -85,9 +85,9 @@ def _fit_command(loaded: LoadedConfig) -> int:
         _announce(run, trainer)
         initial = evaluate(run, with_memory=False)  # the untrained policy, even in a resumed run
         with saying_how_to_resume(run_dir):
-            seconds = fit(run, trainer, checkpoint)
+            trained = fit(run, trainer, checkpoint)
             phases = {"initial": initial} | evaluate_checkpoints(run, trainer)
-        report(run, trainer, phases, seconds)
+        report(run, phases, trained)
     return 0
 
 
@@ -143,7 +143,7 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     )
     parity = None
     vllm = config.rollouts.vllm
-    if config.rollouts.engine != "hf" and vllm.parity_completions:  # the engine has its own weights
+    if config.rollouts.engine in ("vllm", "vllm_server") and vllm.parity_completions:  # engines with their own weights
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
     return Run(config, run_dir, tasks, module, data, memory, evaluator, parity)
@@ -195,14 +195,15 @@ def _checkpoint(run_dir: RunDir, name: str, monitor: str | None) -> MovableCheck
     )
 
 
-def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> float:
-    """Train from a checkpoint or from the start; return the seconds it took."""
+def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
+    """Train from a checkpoint or from the start; return the run's rollouts and updates, and the seconds it took now."""
     started = time.perf_counter()
     trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
     seconds = time.perf_counter() - started
     for logger in trainer.loggers:
         logger.finalize("success")
-    return seconds
+    rollouts = trainer.current_epoch * len(run.tasks["train"]) * run.config.rollouts.group_size
+    return {"rollouts": rollouts, "updates": run.module.policy_version, "fit_s": seconds}
 
 
 def evaluate(run: Run, *, with_memory: bool) -> Phase:
@@ -228,17 +229,10 @@ def evaluate_checkpoints(run: Run, trainer: Trainer) -> dict[str, Phase]:
     return {"last": last, "best": evaluate(run, with_memory=False)}
 
 
-def report(run: Run, trainer: Trainer, phases: Mapping[str, Phase], seconds: float) -> None:
+def report(run: Run, phases: Mapping[str, Phase], trained: Mapping[str, float]) -> None:
     """Write results.json, samples.jsonl and curves.png; print the table."""
     config, run_dir = run.config, run.run_dir
-    facts = {
-        "method": config.method,
-        "seed": config.seed_everything,
-        "rollouts": trainer.current_epoch * len(run.tasks["train"]) * config.rollouts.group_size,
-        "updates": run.module.policy_version,
-        "fit_s": seconds,
-        "totals": sum_costs(run_dir),
-    }
+    facts = {"method": config.method, "seed": config.seed_everything, **trained, "totals": sum_costs(run_dir)}
     results = write_results(run_dir, facts | evaluation_facts(config, run.tasks["test"]), phases)
     draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
     print_table(results, results["chance"], CONSOLE)

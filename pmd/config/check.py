@@ -154,10 +154,10 @@ def _engine_problems(run: RunConfig) -> list[str]:
             f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device "
             "that trains; use vllm_server, or prefetch=false."
         )
-    if run.rollouts.engine == "hf":
-        return problems
     if run.rollouts.engine == "vllm_server":
         return _server_problems(run)
+    if run.rollouts.engine != "vllm":
+        return problems
     package = find_spec("vllm")
     if package is None or package.origin is None:
         problems.append("rollouts.engine=vllm needs vLLM; pip install 'pmd[gpu]' (README, \"vLLM\"), or use hf.")

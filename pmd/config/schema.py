@@ -7,6 +7,8 @@ Every field has a default, one sentence of help and, if it has any, bounds. `val
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pmd.types import ItemKind
+
 
 def option(
     default: Any, help: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
@@ -335,7 +337,7 @@ class MemoryConfig:
     levels: list[Literal[0, 1, 2]] = option(
         [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
     )
-    kinds: list[Literal["experience", "strategy", "lesson", "contrast", "behaviour"]] = option(
+    kinds: list[ItemKind] = option(
         ["experience", "strategy", "lesson", "contrast", "behaviour"], "Kinds that retrieval may return."
     )
     max_behaviours: int = option(1, "Quota of behaviours among the k items.", minimum=0)

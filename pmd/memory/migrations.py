@@ -76,7 +76,7 @@ STEPS: dict[int, tuple[str, ...]] = {
             f"id, task_row, kind, {_INSIGHT_COLUMNS}",
             f"id, problem_id, kind, {_INSIGHT_COLUMNS.replace('status', _STATUS)}",
             "id INTEGER PRIMARY KEY AUTOINCREMENT, task_row INTEGER NOT NULL REFERENCES tasks (id),"
-            " kind TEXT NOT NULL CHECK (kind IN ('strategy', 'lesson', 'contrast')), content TEXT NOT NULL,"
+            " kind TEXT NOT NULL, content TEXT NOT NULL,"
             " policy_version INTEGER NOT NULL, last_policy_version INTEGER NOT NULL,"
             " version INTEGER NOT NULL DEFAULT 1, previous_id INTEGER REFERENCES insights (id),"
             " support INTEGER NOT NULL DEFAULT 1, usefulness REAL, leak TEXT NOT NULL DEFAULT '',"

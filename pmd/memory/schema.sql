@@ -48,7 +48,7 @@ CREATE TABLE experiences (
 CREATE TABLE insights (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     task_row INTEGER NOT NULL REFERENCES tasks (id),
-    kind TEXT NOT NULL CHECK (kind IN ('strategy', 'lesson', 'contrast')),
+    kind TEXT NOT NULL,
     content TEXT NOT NULL,
     policy_version INTEGER NOT NULL,       -- of the reflection that first wrote it
     last_policy_version INTEGER NOT NULL,  -- of the latest reflection that wrote it again

@@ -18,6 +18,7 @@ from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files
 from pmd.memory.embed import Embedder
+from pmd.types import INSIGHT_KINDS
 
 #: SQL condition for the items that retrieval may return. Internalized items are included, because a frozen teacher
 #: knows them only from memory.
@@ -231,7 +232,7 @@ class MemoryStore:
         counts: dict[str, float] = {"generation": self.generation, "tasks": self._count("tasks")}
         for table in TABLES.values():
             counts[table] = self._count(f"{table} WHERE status = 'active'")
-        for kind in ("strategy", "lesson", "contrast"):
+        for kind in INSIGHT_KINDS:
             counts[f"kind_{kind}"] = self._count(f"insights WHERE status = 'active' AND kind = '{kind}'")
         for status in ("internalized", "retired", "quarantined"):
             counts[f"insights_{status}"] = self._count(f"insights WHERE status = '{status}'")

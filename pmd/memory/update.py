@@ -20,9 +20,8 @@ from pmd.memory.checksum import write_checksum
 from pmd.memory.embed import Embedder, validated
 from pmd.memory.judge import ItemAudit, judge, write_audits
 from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, vector_blob
-from pmd.types import InsightChange, MemoryItem, Rollout, Task
+from pmd.types import INSIGHT_KINDS, InsightChange, MemoryItem, Rollout, Task
 
-INSIGHT_KINDS = ("strategy", "lesson", "contrast")
 FEEDBACK_CHARS = 200  # of the feedback that identifies a failure without an answer
 SHORT_ANSWER_CHARS = 2  # answers this short occur by chance, so they leak only if announced
 TEST_CHARS = 2_000  # of each test value that are compared; some are megabytes, and no model is shown more

@@ -87,6 +87,8 @@ def test_a_copied_run_remembers_its_best_epoch(tmp_path):
     assert len(scores) == 3
     assert best["global_step"] == 1 - max(scores[1:])[1]
     assert (run_dir / "checkpoints" / "best.ckpt").read_bytes() == before
+    assert best["policy_version"] < 4  # the best checkpoint is evaluated last, and is not what the run ends with
+    assert json.loads((copy / "results.json").read_text())["updates"] == 4
 
 
 def test_a_run_that_ended_within_an_epoch_goes_on_where_it_stopped(tmp_path):

@@ -97,16 +97,16 @@ def scatter(points: Sequence[tuple[float, float, str, float, str]]) -> str:
         px = margin + (WIDTH - 2 * margin) * (x - min(xs)) / spans[0]
         py = height - margin - (height - 2 * margin) * (y - min(ys)) / spans[1]
         size = 3.5 + 7 * math.sqrt(support / largest)
-        title = f"<title>{escape(words)}</title>"
+        title, colour = f"<title>{escape(words)}</title>", COLOURS.get(kind, "var(--l1)")
         if kind == "behaviour":
             parts.append(
                 f'<rect x="{px - size / 2:.1f}" y="{py - size / 2:.1f}" width="{size:.1f}" height="{size:.1f}"'
-                f' transform="rotate(45 {px:.1f} {py:.1f})" fill="{COLOURS[kind]}" stroke="var(--card)">{title}</rect>'
+                f' transform="rotate(45 {px:.1f} {py:.1f})" fill="{colour}" stroke="var(--card)">{title}</rect>'
             )
         else:
             parts.append(
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{size:.1f}" fill="{COLOURS[kind]}" fill-opacity=".45"'
-                f' stroke="{COLOURS[kind]}" stroke-opacity=".8">{title}</circle>'
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{size:.1f}" fill="{colour}" fill-opacity=".45"'
+                f' stroke="{colour}" stroke-opacity=".8">{title}</circle>'
             )
     present = [kind for kind in COLOURS if any(point[2] == kind for point in points)]
     key = "".join(f'<li><i style="background:{COLOURS[kind]}"></i>{kind}</li>' for kind in present)

@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-from pmd.types import InsightAction, ItemKind
+from pmd.types import INSIGHT_KINDS, InsightAction, ItemKind
 
-KINDS: tuple[ItemKind, ...] = ("strategy", "lesson", "contrast")
 ACTIONS: tuple[InsightAction, ...] = ("add", "keep", "edit", "retire")
 MAX_ITEMS = 3  # per output
 MAX_ITEM_CHARACTERS = 1200  # an item longer than this is a transcript, not an insight
@@ -63,9 +62,9 @@ def _reflected(item: dict[str, Any]) -> ParsedInsight | None:
     if action in ("keep", "retire"):
         return ParsedInsight("strategy", "", cast(InsightAction, action), number)
     line = _line(item)
-    if line is None or (action == "add" and kind not in KINDS):
+    if line is None or (action == "add" and kind not in INSIGHT_KINDS):
         return None
-    kept = cast(ItemKind, kind if kind in KINDS else "strategy")
+    kept = cast(ItemKind, kind if kind in INSIGHT_KINDS else "strategy")
     return ParsedInsight(kept, line, cast(InsightAction, action), number if action == "edit" else None)
 
 

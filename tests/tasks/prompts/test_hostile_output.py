@@ -11,8 +11,8 @@ from pmd.memory import ProceduralMemory, evolve_memory
 from pmd.memory.reflect import abstract, reflect
 from pmd.memory.tools.check import check
 from pmd.tasks.prompts.base import PromptFormat
-from pmd.tasks.prompts.parsing import ACTIONS, KINDS, MAX_ITEM_CHARACTERS, MAX_ITEMS, parse_items, parse_line
-from pmd.types import Completion, Message, Rollout, Task, Verdict
+from pmd.tasks.prompts.parsing import ACTIONS, MAX_ITEM_CHARACTERS, MAX_ITEMS, parse_items, parse_line
+from pmd.types import INSIGHT_KINDS, Completion, Message, Rollout, Task, Verdict
 
 ANSWER = "sodium chloride"
 TASKS = {
@@ -56,7 +56,11 @@ HOSTILE = (
 
 def damaged(draw: random.Random) -> str:
     """Return a good output, of words of its own, with a few characters cut, doubled or replaced."""
-    fields = {"kind": draw.choice(KINDS), "title": f"Units {draw.randrange(500)}", "content": "Check them first."}
+    fields = {
+        "kind": draw.choice(INSIGHT_KINDS),
+        "title": f"Units {draw.randrange(500)}",
+        "content": "Check them first.",
+    }
     fields |= {"action": draw.choice(ACTIONS), "insight": draw.randint(-2, 9)}
     text = draw.choice(["```json\n%s\n```", "%s", "<think>%s", "[%s", "%s]", "%s and %s"])
     text = text.replace("%s", json.dumps(fields))
