@@ -121,7 +121,7 @@ def spoil(line_number: int, **fields):
         (lambda lines: [lines[0], lines[-1]], ":2 is not a line|no insight"),
         (spoil(1, split="test"), "split=test; memory keeps train only"),
         (spoil(1, **{"id) VALUES (1); --": 1}), ":2 is not a line .*unknown field"),
-        (spoil(200, kind="spell"), "could not be written .*CHECK"),
+        (spoil(200, kind="spell"), ":201 is not a line .*kind='spell' must be one of strategy"),
         (spoil(200, task_row=10**9), ":201 is not a line"),
         (spoil(200, type="meta"), ":201 is not a line"),
     ],

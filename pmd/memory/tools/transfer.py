@@ -13,6 +13,7 @@ from typing import Any
 from pmd.errors import MemoryStoreError
 from pmd.memory.store import LIVE, TABLES, MemoryStore
 from pmd.memory.update import Writer, open_writer
+from pmd.types import INSIGHT_KINDS
 
 FORMAT = "pmd-memory"
 VERSION = 2
@@ -150,6 +151,8 @@ def _import_item(writer: Writer, table: str, line: Line, ids: dict[tuple[str, in
     parents = [ids[parent_table, parent] for parent in line.pop("parents") if (parent_table, parent) in ids]
     if level < 2:
         line["task_row"] = ids["task", line["task_row"]]
+    if level == 1 and line["kind"] not in INSIGHT_KINDS:
+        raise ValueError(f"kind={line['kind']!r} must be one of {', '.join(INSIGHT_KINDS)}")
     if level == 1 and (leak := writer.leak_of(line["task_row"], line["content"])):
         line |= {"leak": leak, "status": "quarantined"}
     elif line["status"] == "internalized":

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from pmd.tasks.prompts.parsing import (
     ACTIONS,
-    KINDS,
     MAX_ITEM_CHARACTERS,
     MAX_ITEMS,
     ParsedInsight,
     parse_items,
     parse_line,
 )
+from pmd.types import INSIGHT_KINDS
 
 GOOD = '{"kind": "lesson", "title": "Units", "content": "Check them."}'
 ITEM = ParsedInsight("lesson", "Units: Check them.")
@@ -68,7 +68,7 @@ def check_bounds(text: str) -> list[ParsedInsight]:
     assert num_rejected >= 0
     for item in items:
         assert item.action in ACTIONS
-        assert item.kind in KINDS
+        assert item.kind in INSIGHT_KINDS
         assert len(item.text) <= MAX_ITEM_CHARACTERS
         assert item.text.isprintable()
         item.text.encode("utf-8")
@@ -86,7 +86,7 @@ JSON = st.recursive(
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
-        "kind": st.sampled_from([*KINDS, "spell"]) | JSON,
+        "kind": st.sampled_from([*INSIGHT_KINDS, "spell"]) | JSON,
         "action": st.sampled_from([*ACTIONS, "KEEP ", "sudo"]) | JSON,
         "insight": st.integers(-3, 9) | JSON,
         "title": st.text(max_size=30) | JSON,
@@ -120,7 +120,7 @@ def test_many_nearly_well_formed_objects_are_parsed_within_bounds():
 
     for _ in range(10_000):
         fields = {
-            "kind": value(*KINDS, "spell"),
+            "kind": value(*INSIGHT_KINDS, "spell"),
             "action": value(*ACTIONS, "KEEP ", "sudo"),
             "insight": value(*range(-3, 10)),
             "title": value("Units", "a\nb", "title: x"),
