@@ -46,7 +46,8 @@ TESTS = {
         *("tests/losses/test_implementations.py", "tests/test_scoring.py", *SHORT_STEPS),
     ],
     "pmd/scoring.py": [
-        *("tests/test_scoring.py", "tests/test_prefixes.py", *SHORT_STEPS, *LONG_STEPS),
+        *("tests/test_scoring.py", "tests/test_prefixes.py", "tests/memory/test_audit.py"),
+        *(*SHORT_STEPS, *LONG_STEPS),
         *("tests/test_module.py", "tests/test_training_step.py"),
     ],
     "pmd/batch.py": [
@@ -55,7 +56,7 @@ TESTS = {
     "pmd/teacher.py": ["tests/test_teacher.py"],
     "pmd/memory/update.py": [
         *("tests/memory/test_update.py", "tests/memory/test_evolve.py", "tests/memory/test_behaviours.py"),
-        *("tests/memory/test_store.py", "tests/memory/test_reflect.py"),
+        *("tests/memory/test_judge.py", "tests/memory/test_store.py", "tests/memory/test_reflect.py"),
     ],
 }
 MEMORY_LIMIT = 16 * 2**30  # bytes of address space for one test process

@@ -146,8 +146,7 @@ class Scoring:
         if faint.any():
             exact = on_support(logprobs[faint], support[faint], tail=True)[:, -1:]
             log_rest[faint], rest[faint] = exact, 1.0
-            outside = (logprobs[faint] - exact).exp().nan_to_num(0.0, posinf=0.0)
-            probs[faint] = outside.scatter(-1, support[faint], 0.0)
+            probs[faint] = (logprobs[faint] - exact).exp().nan_to_num(0.0, posinf=0.0)
         probs.div_(rest)
         return torch.cat([inside, log_rest], dim=-1)
 

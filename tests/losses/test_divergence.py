@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pmd.losses import fused
 from pmd.losses.distillation import at_least_float32, per_token_divergence
 
 S, T = [0.5, 0.5], [0.25, 0.75]
@@ -136,8 +137,47 @@ def test_impossible_tokens():
     assert from_logits(student, forbids, alpha=1.0).item() == math.inf
 
 
-@pytest.mark.parametrize(("alpha", "top_k"), [(1.5, None), (-0.1, None), ("forward", None), (0.5, 0)])
-def test_values_without_meaning_are_refused(alpha, top_k):
+def test_a_token_that_only_the_teacher_allows_counts_in_the_mixture():
+    """S = (1/2, 1/2, 0), T = (1/4, 1/4, 1/2), M = (3/8, 3/8, 1/4)."""
+    student = torch.tensor([[[0.0, 0.0, -math.inf]]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[[0.25, 0.25, 0.5]]], dtype=torch.float64).log()
+    value = from_logits(student, teacher, alpha=0.5)
+    expected = 0.5 * math.log(0.5 / 0.375) + 0.5 * (0.5 * math.log(0.25 / 0.375) + 0.5 * math.log(0.5 / 0.25))
+    assert value.item() == pytest.approx(expected)
+    value.sum().backward()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_token_that_both_forbid_gives_no_nan(alpha):
+    student = torch.tensor([[[0.3, 0.0, -math.inf]]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[[0.0, 0.5, -math.inf]]], dtype=torch.float64)
+    value = from_logits(student, teacher, alpha=alpha)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "top_k", "message"),
+    [
+        (1.5, None, "alpha=1.5 must lie in"),
+        (-0.1, None, "alpha=-0.1 must lie in"),
+        (0.5, 0, "top_k=0 must be at least 1"),
+    ],
+)
+def test_values_without_meaning_are_refused(alpha, top_k, message):
     logits = torch.zeros(1, 1, 3)
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match=message):
         from_logits(logits, logits, alpha=alpha, top_k=top_k)
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises((ValueError, TypeError)):  # the latter where types are checked, as in this suite
+        from_logits(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), alpha="forward")
+
+
+def test_an_impossible_token_has_no_entropy():
+    logprobs = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], dtype=torch.float64).log()
+    expected = [math.log(2), 1.5 * math.log(2)]
+    assert fused.entropy(logprobs, logprobs.exp()).tolist() == pytest.approx(expected)
