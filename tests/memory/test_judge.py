@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from memory_world import make_rollout
 
 from pmd.config.schema import TinyWorldConfig
 from pmd.memory.index import TaskIndex
@@ -141,3 +142,19 @@ def test_near_duplicates_become_one_with_all_evidence(open_store):
         assert writer.merge([1]) == 1
     rows = store.query("SELECT id, status, support FROM insights ORDER BY id")
     assert rows == [(one, "active", 2), (two, "retired", 0), (lesson, "active", 1)]
+
+
+def test_the_better_supported_of_two_stays_and_equal_vectors_meet_the_highest_threshold(open_store):
+    store = open_store(merge_similarity=1.0)
+    first = one_insight(store, "check the units and then add")
+    second = one_insight(store, "then add and check the units")  # the same words: similarity 1
+    with open_writer(store) as writer:
+        parents = [writer.add_experience(1, make_rollout(text=text), 0) for text in ("tried", "tried again")]
+        for text, parent in zip(("check the units and then add", "then add and check the units"), parents, strict=True):
+            writer.add_insight(1, "strategy", text, policy_version=0, parents=[parent])
+        writer.add_insight(1, "strategy", "then add and check the units", policy_version=0)
+        assert writer.merge([1]) == 1
+    rows = store.query("SELECT id, status, support FROM insights ORDER BY id")
+    assert rows == [(first, "retired", 0), (second, "active", 5)]
+    children = "SELECT parent_id FROM links WHERE child_level = 1 AND child_id = ? ORDER BY parent_id"
+    assert store.query(children, second) == [(parent,) for parent in parents]

@@ -43,6 +43,13 @@ def test_a_task_is_added_once_and_its_id_names_one_text(open_store):
         one_task(store, key="something else")
 
 
+def test_a_task_without_a_memory_key_is_looked_up_by_its_question(open_store):
+    store = open_store()
+    with open_writer(store) as writer:
+        writer.add_task(Task("t", (Message("user", "which gate"),), "exact", "train", answer="left"))
+    assert [task.memory_key for task in store.tasks()] == ["which gate"]
+
+
 def test_successes_are_distinct_and_the_oldest_leaves(open_store):
     store = open_store(experiences_per_task=2)
     task_row = one_task(store)
@@ -106,6 +113,15 @@ def test_lessons_do_not_drive_out_a_strategy(open_store):
         for n in range(5):
             writer.add_insight(task_row, "lesson", f"not {n}", policy_version=0)
     assert [insight.text for insight in store.insights()] == ["do", "not 3", "not 4"]
+
+
+def test_the_cap_never_retires_the_insight_just_written(open_store):
+    store = open_store(insights_per_task=2)
+    task_row = one_task(store)
+    with open_writer(store) as writer:
+        for text in ("do this", "do this", "do that", "do that", "do the other"):
+            writer.add_insight(task_row, "strategy", text, policy_version=0)
+    assert [insight.text for insight in store.insights()] == ["do that", "do the other"]
 
 
 def test_a_retired_insight_comes_back_and_ids_are_never_reused(open_store):
@@ -251,6 +267,17 @@ def test_a_solution_is_not_quoted(open_store):
         writer.add_insight(task_row, "strategy", f"Do this: {solution}.", policy_version=0)
         writer.add_insight(task_row, "strategy", "Keep a running total.", policy_version=0)
     assert [insight.leak for insight in store.insights(None)] == ["quotes a solution", ""]
+
+
+@pytest.mark.parametrize(("num_words", "leaks"), [(1, ""), (7, ""), (8, "quotes a solution")])
+def test_eight_words_in_a_row_are_a_quotation(open_store, num_words, leaks):
+    store = open_store()
+    solution = "read n then the numbers, keep a running total and print it at the end"
+    with open_writer(store) as writer:
+        task_row = writer.add_task(program(STDIN))
+        writer.add_experience(task_row, make_rollout("t", solution), 0)
+        writer.add_insight(task_row, "strategy", " ".join(solution.split()[-num_words:]), policy_version=0)
+    assert [insight.leak for insight in store.insights(None)] == [leaks]
 
 
 def test_an_edit_is_filtered_like_an_addition(open_store):
