@@ -133,6 +133,17 @@ def test_changes_reach_only_insights_of_their_own_task(open_store):
     assert (status(store, mine), status(store, theirs)) == ("retired", "retired")
 
 
+def test_a_reflection_cannot_retire_what_audits_found_useful(open_store):
+    store = open_store()
+    useful, unknown = one_insight(store), one_insight(store, "try the window")
+    audit_in(store, *(lifts(useful, 0.5, 0.0) for _ in range(3)))
+    with open_writer(store) as writer:
+        retire = InsightChange("t", "strategy", "", (), "retire", useful)
+        assert not writer.apply_change(1, retire, 1, ())
+        assert writer.apply_change(1, replace(retire, target_id=unknown), 1, ())
+    assert (status(store, useful), status(store, unknown)) == ("active", "retired")
+
+
 def test_near_duplicates_become_one_with_all_evidence(open_store):
     store = open_store()
     one = one_insight(store, "check the units of every term before adding")

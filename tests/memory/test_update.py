@@ -280,6 +280,32 @@ def test_eight_words_in_a_row_are_a_quotation(open_store, num_words, leaks):
     assert [insight.leak for insight in store.insights(None)] == [leaks]
 
 
+def test_an_edit_carries_the_evidence_over_and_retires_the_old_text(open_store):
+    store = open_store()
+    task_row = one_task(store)
+    with open_writer(store) as writer:
+        one, two, three = (writer.add_experience(task_row, make_rollout(text=text), 0) for text in "abc")
+        old = writer.add_insight(task_row, "strategy", "Add.", policy_version=0, parents=[one])
+        known = writer.add_insight(task_row, "strategy", "Add all.", policy_version=0, parents=[two])
+        assert writer.edit_insight(old, " Add  all. ", policy_version=1, parents=[three]) == known
+        new = writer.edit_insight(known, "Add all of them.", policy_version=2)
+    rows = store.query("SELECT id, status, version, previous_id, support FROM insights ORDER BY id")
+    assert [row[:2] for row in rows] == [(old, "retired"), (known, "retired"), (new, "active")]
+    assert rows[2] == (new, "active", 2, known, 2)
+    parents = "SELECT parent_id FROM links WHERE child_level = 1 AND child_id = ? ORDER BY parent_id"
+    assert store.query(parents, known) == store.query(parents, new) == [(one,), (two,), (three,)]
+
+
+@pytest.mark.parametrize(("insight_id", "text"), [(1, "  "), (99, "Add.")])
+def test_an_edit_needs_an_insight_and_a_text(open_store, insight_id, text):
+    store = open_store()
+    task_row = one_task(store)
+    with open_writer(store) as writer:
+        assert writer.add_insight(task_row, "strategy", "Add.", policy_version=0) == 1
+        with pytest.raises(MemoryStoreError, match=f"insight={insight_id} cannot become"):
+            writer.edit_insight(insight_id, text, policy_version=1)
+
+
 def test_an_edit_is_filtered_like_an_addition(open_store):
     store = open_store()
     with open_writer(store) as writer:
