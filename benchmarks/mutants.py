@@ -5,7 +5,7 @@
 A seeded sample of mutants is drawn from the files in `TESTS`. Each is written into a copy of the package, never into
 the working tree, and the tests named there run against it until one fails. A mutant that hangs counts as killed.
 Results are appended to `--out` as they come; running the same command again continues. Docstrings, annotations,
-error messages, asserts, imports and decorators are left alone.
+error messages, asserts, imports and decorators are left alone. `MUTANTS.md` has a verdict on each that survived.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import pytest
 from memory_world import make_rollout
 
 from pmd.config.schema import TinyWorldConfig
+from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
 from pmd.memory.retrieve import Retriever
@@ -169,3 +170,18 @@ def test_the_better_supported_of_two_stays_and_equal_vectors_meet_the_highest_th
     assert rows == [(first, "retired", 0), (second, "active", 5)]
     children = "SELECT parent_id FROM links WHERE child_level = 1 AND child_id = ? ORDER BY parent_id"
     assert store.query(children, second) == [(parent,) for parent in parents]
+
+
+class StoredVectors(HashEmbedder):
+    """Merging compares the vectors in the store, as with an embedder that takes long."""
+
+    costly = True
+
+
+def test_insights_just_written_are_merged_by_stored_vectors(open_store):
+    store = open_store(embedder=StoredVectors(64))
+    one = one_insight(store, "check the units and then add")
+    with open_writer(store) as writer:
+        two = writer.add_insight(1, "strategy", "then add and check the units", policy_version=0)
+        assert writer.merge([1]) == 1
+    assert (status(store, one), status(store, two)) == ("active", "retired")
