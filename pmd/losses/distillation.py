@@ -47,9 +47,7 @@ class TokenTerms:
     entropy: Tensor  # of the student; no gradient
     per_token_divergence: Tensor | None = None  # from the teacher; carries the gradient; None without a teacher
     teacher_logprobs: Tensor | None = None  # of the sampled token; no gradient
-    per_token_reference_kl: Tensor | None = (
-        None  # KL(student || reference); carries the gradient; None if not asked for
-    )
+    per_token_reference_kl: Tensor | None = None  # KL(student || reference); carries the gradient; None if not asked
 
 
 def token_terms(
