@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("pmd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pmd")
 
-#: Files that take 15 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
+#: Files that take 10 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
 LONG = [
-    "test_programs.py", "test_prediction.py", "test_runs.py", "test_sweep.py", "test_damage.py", "test_loop.py",
-    "test_server_failures.py", "test_route.py", "test_trainer_ends.py", "test_shipped.py", "test_import.py",
-    "test_zoo.py",
+    "test_programs.py", "test_prediction.py", "test_runs.py", "test_damage.py", "test_trainer_ends.py", "test_sweep.py",
+    "test_shipped.py", "test_training_steps.py", "test_loop.py", "test_zoo.py", "test_server_failures.py",
+    "test_import.py", "test_route.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py",
 ]  # fmt: skip
 
 

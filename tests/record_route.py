@@ -19,6 +19,7 @@ from pmd.module import PMDModule
 from pmd.rollouts.datamodule import RolloutStream
 
 ROOT = Path(pmd.__file__).parent
+#: The files of all packages, by part: what runs at every call must be quick.
 FOUND: dict[str, set[str]] = {"training_step": set(), "batch": set(), "epoch_end": set(), "memory_callback": set()}
 
 
@@ -29,9 +30,8 @@ def recorded(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         outer = sys.getprofile()
 
         def note(frame: Any, event: str, value: object) -> None:
-            path = Path(frame.f_code.co_filename)
-            if event == "call" and path.is_relative_to(ROOT):
-                FOUND[part].add(path.relative_to(ROOT).as_posix())
+            if event == "call":
+                FOUND[part].add(frame.f_code.co_filename)
             if outer is not None:
                 outer(frame, event, value)
 
@@ -70,6 +70,12 @@ def record(run_dir: str) -> None:
     assert main(["fit", "--config", "configs/tiny.yaml", *small, "--trainer.max_epochs=1", "--run_dir", run_dir]) == 0
 
 
+def files_of_pmd(files: set[str]) -> list[str]:
+    """Return the files that belong to the package, relative to its folder."""
+    paths = [Path(file) for file in files]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT))
+
+
 if __name__ == "__main__":
     record(sys.argv[1])
-    print(json.dumps({part: sorted(files) for part, files in FOUND.items()}))
+    print(json.dumps({part: files_of_pmd(files) for part, files in FOUND.items()}))
