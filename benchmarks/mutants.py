@@ -342,15 +342,15 @@ def run_tests(folder: Path, tests: Sequence[str]) -> int:
     return code
 
 
-def finished(process: Process) -> tuple[str, str, float] | None:
-    """Return (verdict, by what, seconds) if the process has ended or timed out; delete its copy."""
+def finished(process: Process) -> tuple[str, str, float, float] | None:
+    """Return (verdict, by what, seconds, CPU seconds) if the process has ended or timed out; delete its copy."""
     seconds = time.monotonic() - process.started
-    pid, status = os.waitpid(process.pid, os.WNOHANG)
+    pid, status, used = os.wait4(process.pid, os.WNOHANG)
     if not pid:
         if seconds < process.timeout_s:
             return None
         os.killpg(process.pid, signal.SIGKILL)
-        os.waitpid(process.pid, 0)
+        _, _, used = os.wait4(process.pid, 0)
         verdict, by = "killed", f"timeout of {process.timeout_s:.0f} s"
     else:
         code = os.waitstatus_to_exitcode(status)
@@ -360,7 +360,7 @@ def finished(process: Process) -> tuple[str, str, float] | None:
         if code in (4, 5):
             raise SystemExit(f"pytest could not run the tests: {read_log(process.folder)[-5:]}")
     shutil.rmtree(process.folder, ignore_errors=True)
-    return verdict, by if verdict == "killed" else "", seconds
+    return verdict, by if verdict == "killed" else "", seconds, used.ru_utime + used.ru_stime
 
 
 def read_log(folder: Path) -> list[str]:
@@ -398,8 +398,9 @@ def run_all(mutants: Sequence[Mutant], jobs: int, out: Path) -> None:
             running.remove(process)
             done += 1
             assert process.mutant is not None
-            verdict, by, seconds = result
+            verdict, by, seconds, cpu_seconds = result
             record = {"key": process.mutant.key, "verdict": verdict, "by": by, "seconds": round(seconds, 1)}
+            record |= {"cpu_seconds": round(cpu_seconds, 1)}
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record | asdict(process.mutant)) + "\n")
             print(f"[{done}/{len(mutants)}] {verdict:8} {seconds:5.1f} s  {process.mutant}  {by}", flush=True)
