@@ -138,6 +138,11 @@ class Batch:
             chosen = [(self.examples[row.rollout], weights[row.rollout]) for row in rows]
             yield _collate([e for e, _ in chosen], [weight for _, weight in chosen], padded, layout)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with its completion, the student's or the teacher's."""
+        return max(sum(map(len, _pair(example, side))) for example in self.examples for side in SIDES)
+
     def _groups(self) -> list[list[int]]:
         """Return the positions of each group's rollouts."""
         groups: dict[str, list[int]] = {}

@@ -29,6 +29,10 @@ class AlignmentError(PmdError):
     """Two objects that must describe the same tokens, rollouts or versions do not."""
 
 
+class TrainingError(PmdError):
+    """Training cannot go on: memory runs out, steps are not finite, or the policy has collapsed."""
+
+
 class DiskError(PmdError):
     """A file could not be written: full disk, size limit, no permission. Existing data is unchanged."""
 

@@ -6,10 +6,12 @@ Engines, prompts and memory live elsewhere; a `Batch` carries verified rollouts 
 Optimisation is manual, so that a step's loss is reduced once over all its micro-batches.
 """
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, cast
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
 from pmd.config.schema import ObjectiveConfig, RunConfig
-from pmd.errors import AlignmentError
+from pmd.errors import AlignmentError, TrainingError
 from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
 from pmd.losses.policy_gradient import per_token_policy_loss
 from pmd.losses.reduce import weighted_sum
@@ -28,6 +30,8 @@ from pmd.pretrained import load_base, load_tokenizer
 from pmd.scoring import can_share_prefixes, packs_rows, score, teacher_part
 from pmd.seeds import derive_seed
 from pmd.trace import StepTrace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +96,26 @@ class PMDModule(LightningModule):
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
         self.policy_version = 0  # optimizer steps applied to the student
+        self.num_skipped = 0  # steps in a row, up to the latest, whose losses or gradient were not finite
         self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on all rollouts of `batch`."""
-        torch.manual_seed(derive_seed(self.seed, "dropout", batch.step))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        self.seconds.clear()
+        totals = self._accumulate_in_memory(batch, optimizer)
+        grad_norm = self._step(batch, optimizer, totals)
+        skipped = {"student/skipped_step": float(self.num_skipped > 0)}
+        self.log_dict(self._metrics(batch, totals) | skipped | {"student/grad_norm": grad_norm}, batch_size=1)
+        self.log("loss", totals["loss/total"], prog_bar=True, logger=False, batch_size=1)
+        self.log("reward", batch.metrics["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
+
+    def _accumulate(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Leave the gradient of the step's loss in the weights; return the loss's parts."""
+        torch.manual_seed(derive_seed(self.seed, "dropout", batch.step))
         optimizer.zero_grad()
         totals = defaultdict[str, float](float)
-        self.seconds.clear()
         for micro_batch in batch.micro_batches(self.layout, self.device):
             terms = self._score(micro_batch)
             loss = combined_loss(terms, micro_batch.tokens, self.policy_version, self.objective)
@@ -112,10 +126,7 @@ class PMDModule(LightningModule):
             totals["student/entropy"] += float((terms.entropy * micro_batch.tokens.token_weights).sum())
             if self.trace is not None:
                 self.trace.add(micro_batch, terms)
-        grad_norm = self._step(optimizer)
-        self.log_dict(self._metrics(batch, totals) | {"student/grad_norm": grad_norm}, batch_size=1)
-        self.log("loss", totals["loss/total"], prog_bar=True, logger=False, batch_size=1)
-        self.log("reward", batch.metrics["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
+        return totals
 
     def on_train_epoch_end(self) -> None:
         """Refresh a frozen teacher from the student if one is due (`teacher.refresh_epochs`)."""
@@ -196,27 +207,70 @@ class PMDModule(LightningModule):
                 self.policy, micro_batch.student, teacher=teacher, reference=reference, objective=self.objective
             )
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> float:
-        """Clip the gradient, raise if it is not finite, and step; return its norm before clipping.
+    def _accumulate_in_memory(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Accumulate the gradient; where memory runs out, begin again with micro-batches of half the size.
 
-        A frozen policy discards its gradients first, so the step counts but changes no weights.
+        Raises:
+            TrainingError: memory runs out although each rollout has a micro-batch of its own.
+        """
+        while True:
+            try:
+                return self._accumulate(batch, optimizer)
+            except torch.OutOfMemoryError as error:
+                cause = str(error).splitlines()[0]
+            optimizer.zero_grad()  # outside of `except`: the error would keep the tensors of the failed pass alive
+            if self.trace is not None:
+                self.trace.records.clear()
+            self._halve_micro_batches(batch, cause)
+
+    def _halve_micro_batches(self, batch: Batch, cause: str) -> None:
+        """Use micro-batches of half the size from now on, as long as the run goes on."""
+        tokens, longest = self.layout.max_tokens, batch.longest_sequence
+        if tokens <= longest:
+            raise TrainingError(
+                f"out of memory at step {batch.step} on a single rollout of {longest} tokens ({cause}); use "
+                "model.gradient_checkpointing: true, fewer rollouts.max_new_tokens or teacher.max_prompt_tokens, or a "
+                "smaller rollouts.vllm.memory_fraction."
+            )
+        self.layout = replace(self.layout, max_tokens=max(tokens // 2, longest))
+        log.warning(
+            "step %d: out of memory; from here on, rollouts.micro_batch_tokens is %d instead of %d.",
+            *(batch.step, self.layout.max_tokens, tokens),
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, totals: Mapping[str, float]) -> float:
+        """Clip the gradient and step; return the gradient's norm before clipping.
+
+        A step whose losses or gradient are not finite is skipped, and its rollouts are kept in a trace. Such a step
+        counts but changes no weights, as do the steps of a frozen policy: without gradients, AdamW does nothing.
         """
         with _Timer(self, "time/optimizer_s"):
             trainable = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise AlignmentError(
-                    f"gradient norm={norm.item()} at policy version {self.policy_version}; the step was not applied: "
-                    "resume from checkpoints/last.ckpt with a lower optimizer.lr."
-                )
-            if not self.objective.update_policy:
+            norm = torch.nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm).item()
+            checked = {name: value for name, value in totals.items() if name.startswith("loss/")}
+            infinite = [name for name, value in (checked | {"gradient norm": norm}).items() if not isfinite(value)]
+            if infinite or not self.objective.update_policy:
                 optimizer.zero_grad()
             optimizer.step()
             cast(Any, self.lr_schedulers()).step()
-        if self.objective.update_policy:
+        self.num_skipped = self.num_skipped + 1 if infinite else 0
+        if infinite:
+            self._keep_trace(batch)
+            log.warning("step %d is skipped, because not finite: %s", batch.step, ", ".join(infinite))
+        elif self.objective.update_policy:
             self.policy_version += 1
             self.policy.after_step()
-        return norm.item()
+        return norm
+
+    def _keep_trace(self, batch: Batch) -> None:
+        """Make a trace of this step, whether or not one was due."""
+        self.trace = StepTrace(batch)
+        torch.manual_seed(derive_seed(self.seed, "dropout", batch.step))
+        with torch.no_grad():
+            for micro_batch in batch.micro_batches(self.layout, self.device):
+                self.trace.add(micro_batch, self._score(micro_batch))
 
     def _metrics(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, float]:
         """Combine the step's losses with the metrics of rollouts, teacher contexts and timing."""

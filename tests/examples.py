@@ -141,10 +141,15 @@ def gradient_of(module: PMDModule) -> Tensor:
 
 def take_steps(module: PMDModule, batches: Sequence[Sequence[Example]], *callbacks: Callback) -> Trainer:
     """Take one optimizer step on each batch of examples under Lightning's trainer, as a run does."""
-    made = [Batch(tuple(rows), 0, step, {"rollout/reward": 0.5}) for step, rows in enumerate(batches)]
+    metrics = {"rollout/reward": 0.5, "rollout/mean_length": 5.0}
+    return fit_batches(module, [Batch(tuple(rows), 0, step, metrics) for step, rows in enumerate(batches)], *callbacks)
+
+
+def fit_batches(module: PMDModule, batches: Sequence[Batch], *callbacks: Callback) -> Trainer:
+    """Take one optimizer step on each batch."""
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(made, batch_size=None))
+    trainer.fit(module, DataLoader(list(batches), batch_size=None))
     return trainer

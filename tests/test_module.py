@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from examples import backward, gradient_of, take_steps, tiny_module, trained, va
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from pmd.callbacks.trace import TraceCallback
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
-from pmd.errors import AlignmentError
+from pmd.errors import TrainingError
 from pmd.module import PMDModule
 from pmd.scoring import teacher_part
+from pmd.trace import read_trace, trace_path
 
 PMD = ObjectiveConfig(alpha="symmetric")
 #: Every way to have a teacher, by how the student is trained.
@@ -95,18 +98,78 @@ def test_a_gradient_below_the_bound_is_left_alone():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-def test_a_gradient_that_is_not_finite_is_refused_before_the_step(finetune, value):
+def test_a_step_whose_gradient_is_not_finite_is_skipped(finetune, value, caplog):
+    """The steps before and after it are those of a run that never saw it, but for the warm-up, which goes on."""
     objective = ObjectiveConfig(policy_gradient=1.0, distillation=0.0)
-    module = tiny_module(objective, teacher=TeacherConfig(kind="ema", ema_rate=0.5), finetune=finetune)
-    before = copies(dict(module.named_parameters()))
-    list(trained(module).values())[-1].register_hook(lambda gradient: torch.full_like(gradient, value))
-    watch = Watch()
-    with pytest.raises(AlignmentError, match=r"gradient norm=\S+ at policy version 0; the step was not applied"):
-        take_steps(module, [varied_examples()] * 2, watch)
-    assert same(before, copies(dict(module.named_parameters())))
-    assert watch.rates == []  # the optimizer was never asked for a step
-    assert module.trainer.optimizers[0].state == {}
-    assert module.policy_version == 0
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
+
+    def trained_on(hook, steps):
+        module = tiny_module(objective, teacher=TeacherConfig(kind="ema"), finetune=finetune, optimizer=optimizer)
+        module.layout = replace(module.layout, max_tokens=10_000)  # one micro-batch a step, so one call of the hook
+        list(trained(module).values())[-1].register_hook(hook)
+        return module, watched(module, steps)
+
+    calls = count()
+    module, watch = trained_on(lambda gradient: torch.full_like(gradient, value) if next(calls) == 1 else gradient, 3)
+    _, undisturbed = trained_on(lambda gradient: gradient, 2)
+    assert [metrics["student/skipped_step"] for metrics in watch.metrics] == [0.0, 1.0, 0.0]
+    assert same(watch.weights[1], watch.weights[0])
+    assert same(watch.weights[0], undisturbed.weights[0])
+    assert same(watch.weights[2], undisturbed.weights[1])
+    assert (module.policy_version, module.trainer.global_step, module.num_skipped) == (2, 3, 0)
+    assert "step 1 is skipped, because not finite: gradient norm" in caplog.text
+
+
+def test_the_rollouts_of_a_skipped_step_are_kept(tmp_path):
+    module = tiny_module(PMD)
+    list(trained(module).values())[-1].register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+    examples = varied_examples()
+    take_steps(module, [examples], TraceCallback(tmp_path, every=0))
+    records = list(read_trace(trace_path(tmp_path, 0)))
+    assert sorted(r["rollout_id"] for r in records) == sorted(e.rollout.rollout_id for e in examples)
+    assert all(len(r["per_token_divergence"]) == len(r["completion_ids"]) for r in records)
+
+
+class Starved(PMDModule):
+    """Runs out of memory in the middle of every step whose micro-batches hold more tokens than it has room for."""
+
+    room = 0
+
+    def _score(self, micro_batch):
+        longest = max(sequences.input_ids.shape[1] for sequences in (micro_batch.student, micro_batch.teacher))
+        self.num_passes += 1
+        if self.num_passes % 2 == 0 and len(micro_batch.examples) * longest > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super()._score(micro_batch)
+
+
+def starved(room: int) -> Starved:
+    module = tiny_module(PMD, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0))
+    module.__class__, module.room, module.num_passes = Starved, room, 0
+    module.layout = replace(module.layout, max_tokens=400)
+    return module
+
+
+def test_micro_batches_shrink_where_memory_runs_out(caplog, tmp_path):
+    """The gradient that the failed pass left is dropped: the step is that of smaller micro-batches from the start."""
+    short, plenty = starved(room=110), starved(room=10_000)
+    plenty.layout = replace(plenty.layout, max_tokens=100)
+    trace = TraceCallback(tmp_path, every=1)
+    watch, expected = Watch(), Watch()
+    take_steps(short, [varied_examples(16)] * 2, watch, trace)
+    take_steps(plenty, [varied_examples(16)] * 2, expected)
+    assert same(watch.weights[-1], expected.weights[-1])
+    assert short.layout.max_tokens == 100
+    assert [record.message.split(";")[0] for record in caplog.records if "memory" in record.message] == [
+        "step 0: out of memory"
+    ] * 2
+    assert "from here on, rollouts.micro_batch_tokens is 100 instead of 200" in caplog.text
+    assert len(list(read_trace(trace_path(tmp_path, 0)))) == 16
+
+
+def test_a_single_rollout_that_does_not_fit_ends_the_run():
+    with pytest.raises(TrainingError, match=r"out of memory at step 0 on a single rollout of \d+ tokens \(CUDA"):
+        take_steps(starved(room=1), [varied_examples(16)])
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])

@@ -1,4 +1,4 @@
-"""Keeps the per-token record of every n-th step, for `pmd inspect step`."""
+"""Keeps the per-token record of every n-th step, and of every skipped one, for `pmd inspect step`."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from pmd.trace import StepTrace
 
 
 class TraceCallback(Callback):
-    """Has the module record every `every`-th step, and writes the record to the run directory."""
+    """Has the module record every `every`-th step (0: none), and writes its records to the run directory.
+
+    The module makes a record on its own where it skips a step.
+    """
 
     def __init__(self, folder: Path, every: int):
         self.folder = folder
@@ -19,7 +22,8 @@ class TraceCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Ask for a record if the step is due."""
         assert isinstance(pl_module, PMDModule)
-        pl_module.trace = StepTrace(batch) if batch.step % self.every == 0 else None
+        is_due = self.every > 0 and batch.step % self.every == 0
+        pl_module.trace = StepTrace(batch) if is_due else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pmd.errors import EngineError, RunInterrupted
+from pmd.errors import EngineError, RunInterrupted, TrainingError
 from pmd.run_dir import RunDir
 
 
@@ -22,13 +22,13 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def saying_how_to_resume(run_dir: RunDir) -> Iterator[None]:
-    """If the run is interrupted or its engine fails, say how to resume it from its last finished epoch."""
+    """If the run is interrupted, or its engine or training fails, say how to resume it from its last finished epoch."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Lightning cleans up, then raises SystemExit
         raise RunInterrupted(_how_to_resume(run_dir)) from None
-    except EngineError as error:
-        raise EngineError(f"{error}\n{_how_to_resume(run_dir)}") from error
+    except (EngineError, TrainingError) as error:
+        raise type(error)(f"{error}\n{_how_to_resume(run_dir)}") from error
 
 
 def _how_to_resume(run_dir: RunDir) -> str:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
 from pmd.callbacks.checkpoint import MovableCheckpoint
+from pmd.callbacks.health import HealthCallback
 from pmd.callbacks.memory import Auditor, MemoryCallback
 from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
@@ -160,7 +161,7 @@ def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
 
 
 def callbacks_of(run: Run) -> list[Callback]:
-    """Return the callbacks in the order of the epoch calendar: verify, reflect, update memory, sync, trace, save."""
+    """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look, save."""
     config, engine, prompts = run.config, run.data.engine, run.data.prompts
     callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
     if run.memory is not None:
@@ -175,8 +176,8 @@ def callbacks_of(run: Run) -> list[Callback]:
             MemoryCallback(record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor)
         )
     callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, run.parity))
-    if config.trace_every:
-        callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
+    callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
+    callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     # Two, because ModelCheckpoint(save_last=True) writes `last` only in epochs in which it writes `best`.
     best = _checkpoint(run.run_dir, "best", monitor="verify/avg")
     return [*callbacks, best, _checkpoint(run.run_dir, "last", monitor=None)]

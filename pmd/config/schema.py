@@ -390,6 +390,9 @@ class RunConfig:
         "off", "Also log to Weights & Biases (needs the extra `wandb`)."
     )
     trace_every: int = option(1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0)
+    stop_on_collapse: bool = option(
+        False, "End the run when the policy has collapsed; false only warns of it (docs/evaluation.md)."
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
