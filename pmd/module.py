@@ -95,6 +95,7 @@ class PMDModule(LightningModule):
         base = load_base(config.model)
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
+        self.updates_per_batch = config.rollouts.updates_per_batch
         self.policy_version = 0  # optimizer steps applied to the student
         self.num_skipped = 0  # steps in a row, up to the latest, whose losses or gradient were not finite
         self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
@@ -261,7 +262,8 @@ class PMDModule(LightningModule):
             log.warning("step %d is skipped, because not finite: %s", batch.step, ", ".join(infinite))
         elif self.objective.update_policy:
             self.policy_version += 1
-            self.policy.after_step()
+            if (batch.step + 1) % self.updates_per_batch == 0:
+                self.policy.after_rollout_batch()
         return norm
 
     def _keep_trace(self, batch: Batch) -> None:

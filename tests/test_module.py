@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from pmd.callbacks.trace import TraceCallback
-from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
+from pmd.config.schema import ObjectiveConfig, OptimizerConfig, RolloutsConfig, TeacherConfig
 from pmd.errors import TrainingError
 from pmd.module import PMDModule
 from pmd.scoring import teacher_part
@@ -216,6 +216,21 @@ def test_the_student_alone_is_trained_and_an_ema_teacher_follows_its_rule(finetu
                 assert torch.equal(after[name], expected), name
     if followers:
         assert not same({n: before[n] for n in followers}, {n: watch.weights[-1][n] for n in followers})
+
+
+def test_an_ema_teacher_moves_once_per_rollout_batch():
+    optimizer, rollouts = OptimizerConfig(lr=1e-2, warmup_steps=0), RolloutsConfig(updates_per_batch=2)
+    teacher = TeacherConfig(kind="ema", ema_rate=0.25)
+    module = tiny_module(PMD, teacher=teacher, optimizer=optimizer, rollouts=rollouts, finetune="lora")
+    name = next(name for name, _ in module.named_parameters() if ".teacher." in name and "lora_B" in name)
+    before = copies(dict(module.named_parameters()))[name]
+    watch = watched(module, 4)
+    weights = [after[name] for after in watch.weights]
+    assert torch.equal(weights[0], before)
+    for moved, previous, step in ((weights[1], before, 1), (weights[3], weights[1], 3)):
+        student = watch.weights[step][name.replace(".teacher.", ".student.")]
+        torch.testing.assert_close(moved, 0.75 * previous + 0.25 * student)
+    assert torch.equal(weights[2], weights[1])
 
 
 @pytest.mark.parametrize(("finetune", "kind"), TEACHERS)

@@ -54,7 +54,7 @@ def distil(policy: Policy, rate: float = 0.5) -> None:
             if parameter.grad is not None:
                 parameter -= rate * parameter.grad
                 parameter.grad = None
-    policy.after_step()
+    policy.after_rollout_batch()
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])

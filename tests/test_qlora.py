@@ -71,7 +71,7 @@ def test_distillation_moves_the_student_and_the_teacher_as_its_kind_says(checkpo
                     assert torch.isfinite(parameter.grad).all()
                     parameter -= 5.0 * parameter.grad
                     parameter.grad = None
-        policy.after_step()
+        policy.after_rollout_batch()
     assert not torch.equal(hidden_of(policy, "student"), before)
     assert torch.equal(hidden_of(policy, "reference"), before)
     assert torch.equal(hidden_of(policy, "teacher"), before) == (kind == "frozen")

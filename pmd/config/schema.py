@@ -75,7 +75,7 @@ class TeacherConfig:
     )
     ema_rate: float = option(
         0.05,
-        "With kind `ema`: weight of the student in the average, applied after each optimizer step.",
+        "With kind `ema`: weight of the student in the average, which moves once per rollout batch.",
         above=0,
         maximum=1,
     )

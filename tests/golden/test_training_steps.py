@@ -212,7 +212,7 @@ def test_a_step_computes_what_was_recorded(name):
             module.objective = replace(module.objective, implementation="reference")
             assert_repeats(module, build_batch(batch), outputs)
     if "after_step" in outputs:
-        module.policy.after_step()
+        module.policy.after_rollout_batch()
         assert_close({key: p.data for key, p in roles(module)[1].items()}, outputs["after_step"], TOLERANCE)
 
 
