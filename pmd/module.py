@@ -7,11 +7,11 @@ Optimisation is manual, so that a step's loss is reduced once over all its micro
 """
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
-from pmd.config.schema import ObjectiveConfig, RunConfig
+from pmd.config.schema import ObjectiveConfig, OptimizerConfig, RunConfig
 from pmd.errors import AlignmentError, TrainingError
 from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
 from pmd.losses.policy_gradient import per_token_policy_loss
@@ -77,6 +77,16 @@ def combined_loss(terms: TokenTerms, tokens: CompletionTokens, policy_version: i
     parts["sampling/missing_logprobs"] = float((~importance.known).sum())
     parts["sampling/engine_gap"] = float(weighted_sum(torch.where(importance.known, gap, 0.0), weights))
     return Loss(total, parts)
+
+
+def rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Return what the learning rate is multiplied by in `step`, counted from 0, of a run of `num_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+    return 1.0 - progress if config.schedule == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
 
 
 class PMDModule(LightningModule):
@@ -138,17 +148,16 @@ class PMDModule(LightningModule):
         return batch
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over the trainable weights, with a linear warm-up to a constant rate."""
+        """Return AdamW over the trainable weights, with a linear warm-up and the schedule after it."""
         config = self.optimizer_config
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         adamw: Any = torch.optim.AdamW
         if config.kind == "adamw_8bit_paged":
             from bitsandbytes.optim.adamw import PagedAdamW8bit as adamw
         optimizer = adamw(trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-        warmup = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": warmup}
+        num_steps = 0 if config.schedule == "constant" else int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, config, num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path."""
@@ -251,7 +260,7 @@ class PMDModule(LightningModule):
             trainable = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm).item()
             checked = {name: value for name, value in totals.items() if name.startswith("loss/")}
-            infinite = [name for name, value in (checked | {"gradient norm": norm}).items() if not isfinite(value)]
+            infinite = [name for name, value in (checked | {"gradient norm": norm}).items() if not math.isfinite(value)]
             if infinite or not self.objective.update_policy:
                 optimizer.zero_grad()
             optimizer.step()

@@ -96,6 +96,16 @@ def test_a_gradient_below_the_bound_is_left_alone():
     assert watch.gradient_norms == pytest.approx([watch.metrics[0]["student/grad_norm"]], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1.0, 1.0, 0.85355339, 0.5, 0.14644661])],
+)
+def test_a_schedule_falls_to_zero_over_the_rest_of_the_run(schedule, expected):
+    """Two steps of warm-up, then four steps from the full rate towards 0, which comes right after the last one."""
+    module = tiny_module(PMD, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2, schedule=schedule))
+    assert watched(module, 6).rates == pytest.approx([1e-3 * factor for factor in expected])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 def test_a_step_whose_gradient_is_not_finite_is_skipped(finetune, value, caplog):

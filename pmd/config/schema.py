@@ -48,7 +48,7 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with a linear warm-up to a constant learning rate (SDPO's recipe)."""
+    """AdamW with a linear warm-up; the default is SDPO's recipe, a constant rate after it."""
 
     kind: Literal["adamw", "adamw_8bit_paged"] = option(
         "adamw",
@@ -59,6 +59,9 @@ class OptimizerConfig:
     beta1: float = option(0.9, "AdamW's first decay rate.", minimum=0, maximum=1)
     beta2: float = option(0.999, "AdamW's second decay rate.", minimum=0, maximum=1)
     warmup_steps: int = option(0, "Optimizer steps over which the learning rate rises from 0.", minimum=0)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "The learning rate after warm-up; `linear` and `cosine` fall to 0 at the last step of the run."
+    )
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
 
 
