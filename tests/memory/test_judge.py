@@ -158,6 +158,7 @@ def test_near_duplicates_become_one_with_all_evidence(open_store):
 
 def test_the_better_supported_of_two_stays_and_equal_vectors_meet_the_highest_threshold(open_store):
     store = open_store(merge_similarity=1.0)
+    other = one_insight(store, "an unrelated rule stands here first")
     first = one_insight(store, "check the units and then add")
     second = one_insight(store, "then add and check the units")  # the same words: similarity 1
     with open_writer(store) as writer:
@@ -167,7 +168,7 @@ def test_the_better_supported_of_two_stays_and_equal_vectors_meet_the_highest_th
         writer.add_insight(1, "strategy", "then add and check the units", policy_version=0)
         assert writer.merge([1]) == 1
     rows = store.query("SELECT id, status, support FROM insights ORDER BY id")
-    assert rows == [(first, "retired", 0), (second, "active", 5)]
+    assert rows == [(other, "active", 1), (first, "retired", 0), (second, "active", 5)]
     children = "SELECT parent_id FROM links WHERE child_level = 1 AND child_id = ? ORDER BY parent_id"
     assert store.query(children, second) == [(parent,) for parent in parents]
 
