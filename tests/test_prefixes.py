@@ -72,6 +72,16 @@ def test_every_way_equals_rows_computed_one_by_one_with_gradient(way, sliding):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()  # the model's norms are float32
 
 
+def test_a_rollout_of_a_group_of_one_has_a_prefix_of_its_own():
+    model, draw = small_model(), random.Random(1)
+    shared, alone = ids(draw, 9), ids(draw, 6)
+    pairs = [(shared, ids(draw, 5)), (shared, ids(draw, 3)), (alone, ids(draw, 2))]
+    sequences = pad_after_prefixes(pairs, [0, 0, 1], 0, CPU)
+    assert sequences.prefixes.attention_mask.sum(1).tolist() == [8, 5]
+    computed = completion_hidden_states(model, sequences)
+    torch.testing.assert_close(computed, one_by_one(model, pairs))
+
+
 def test_packing_needs_an_attention_that_gains_from_it():
     model = small_model()
     assert not packs_rows(model)

@@ -4,12 +4,12 @@ import jaxtyping
 import pytest
 import torch
 from examples import small_qwen
-from transformers import Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from pmd.batch import Sequences
-from pmd.errors import AlignmentError
+from pmd.errors import AlignmentError, ConfigError
 from pmd.losses.distillation import TeacherPart, per_token_divergence
-from pmd.scoring import IMPLEMENTATIONS, completion_hidden_states, output_head
+from pmd.scoring import IMPLEMENTATIONS, can_share_prefixes, completion_hidden_states, output_head
 
 N, H, V = 11, 6, 50
 ALPHAS = [0.0, 0.4, 1.0, "symmetric"]
@@ -128,3 +128,25 @@ def test_what_does_not_match_is_refused(token_terms):
         token_terms(hidden, head, targets, [TeacherPart(hidden[1:], head, 1.0)])
     with pytest.raises(ValueError, match="a teacher of 49 tokens for a student of 50"):
         token_terms(hidden, head, targets, [TeacherPart(hidden, head[1:], 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("setting", "neutral", "other"),
+    [
+        ("final_logit_softcapping", None, 30.0), ("logits_soft_cap", None, 30.0), ("logit_scale", 1.0, 0.0625),
+        ("logits_scaling", 1.0, 8.0), ("lm_head_multiplier", 1.0, 2.0),
+    ],
+)  # fmt: skip
+def test_settings_that_change_the_logits_are_refused(setting, neutral, other):
+    model = small_model()
+    setattr(model.config, setting, neutral)
+    assert output_head(model).shape == (V, 16)
+    setattr(model.config, setting, other)
+    with pytest.raises(ConfigError, match=f"{setting}={other}, which changes its logits"):
+        output_head(model)
+
+
+def test_a_model_that_names_no_kinds_of_layers_has_full_attention():
+    config = LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    assert not hasattr(config, "layer_types")
+    assert can_share_prefixes(LlamaForCausalLM(config).eval())

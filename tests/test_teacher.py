@@ -56,6 +56,11 @@ def test_a_success_of_a_sibling_never_ones_own():
     assert [read(c) for c in others] == ["<answer0>question"] * 2
 
 
+def test_one_thing_to_show_is_enough():
+    shown = {"items": (item(1),)}, {"success": "yes"}, {"shows_failure": True}
+    assert [TeacherContext("r", (), **one).shows_anything for one in (*shown, {})] == [True, True, True, False]
+
+
 def test_two_successes_show_each_other():
     first, second = build([rollout(0, True), rollout(1, True)], context="sibling")
     assert (first.success, second.success) == ("answer1", "answer0")

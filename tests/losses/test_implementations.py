@@ -98,6 +98,16 @@ def test_both_give_the_same_numbers(
     assert_equal(one, other, TOLERANCES[dtype])
 
 
+def test_both_take_hidden_states_that_are_finer_than_the_head():
+    """As with adapters in float32 on a base in bfloat16: the product is computed in the head's dtype."""
+    tensors = draw_tensors(2, (6, 5, 30), 1, 1.0, torch.bfloat16)
+    fine = tensors | {"hidden": tensors["hidden"].float()}
+    one, other = (compute(module.token_terms, fine, False, alpha=0.5) for module in (fused, distillation))
+    assert_equal(one, other, TOLERANCES[torch.bfloat16])
+    terms, _ = compute(distillation.token_terms, tensors, False, alpha=0.5)
+    torch.testing.assert_close(one[0].student_logprobs, terms.student_logprobs)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, "symmetric"])
 @pytest.mark.parametrize("top_k", [None, 2, 6])
 @pytest.mark.parametrize("trains_head", [False, True])

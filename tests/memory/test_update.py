@@ -74,6 +74,16 @@ def test_failures_are_distinct_by_error(open_store):
     ]  # fmt: skip
 
 
+def test_the_first_200_characters_of_the_feedback_tell_failures_apart(open_store):
+    store = open_store()
+    task_row = one_task(store)
+    with open_writer(store) as writer:
+        for feedback in ("." * 199 + "a", "." * 199 + "b", "." * 200 + "a", "." * 200 + "b"):
+            rollout = make_rollout(text="w", correct=False, feedback=feedback, status="format")
+            writer.add_experience(task_row, rollout, 0)
+    assert [e.support for e in store.experiences()] == [1, 1, 2]
+
+
 @pytest.mark.parametrize(
     "rollout", [make_rollout(status="sandbox_error", correct=False), make_rollout(text="<think> on and on"),
                 make_rollout(text="  ")]
@@ -113,6 +123,15 @@ def test_lessons_do_not_drive_out_a_strategy(open_store):
         for n in range(5):
             writer.add_insight(task_row, "lesson", f"not {n}", policy_version=0)
     assert [insight.text for insight in store.insights()] == ["do", "not 3", "not 4"]
+
+
+def test_of_kinds_that_are_as_frequent_the_lesson_goes_first(open_store):
+    store = open_store(insights_per_task=2)
+    task_row = one_task(store)
+    with open_writer(store) as writer:
+        for kind in ("strategy", "lesson", "lesson", "contrast"):  # the lesson has the most support
+            writer.add_insight(task_row, kind, f"the {kind}", policy_version=0)
+    assert [insight.text for insight in store.insights()] == ["the strategy", "the contrast"]
 
 
 def test_the_cap_never_retires_the_insight_just_written(open_store):
