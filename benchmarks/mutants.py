@@ -40,20 +40,11 @@ TESTS = {
     "pmd/losses/reduce.py": ["tests/losses/test_loss.py"],
     "pmd/losses/distillation.py": [
         *("tests/losses/test_loss.py", "tests/losses/test_divergence.py"),
-        *(
-            "tests/losses/test_implementations.py",
-            "tests/losses/test_divergence.py",
-            "tests/test_scoring.py",
-            *SHORT_STEPS,
-        ),
+        *("tests/losses/test_implementations.py", "tests/test_scoring.py", *SHORT_STEPS),
     ],
     "pmd/losses/fused.py": [
-        *(
-            "tests/losses/test_implementations.py",
-            "tests/losses/test_divergence.py",
-            "tests/test_scoring.py",
-            *SHORT_STEPS,
-        ),
+        *("tests/losses/test_implementations.py", "tests/losses/test_divergence.py"),
+        *("tests/test_scoring.py", *SHORT_STEPS),
     ],
     "pmd/scoring.py": [
         *("tests/test_scoring.py", "tests/test_prefixes.py", "tests/memory/test_audit.py"),
