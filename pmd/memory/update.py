@@ -20,6 +20,7 @@ from pmd.memory.checksum import write_checksum
 from pmd.memory.embed import Embedder, validated
 from pmd.memory.judge import ItemAudit, judge, write_audits
 from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, vector_blob
+from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import INSIGHT_KINDS, InsightChange, MemoryItem, Rollout, Task
 
 FEEDBACK_CHARS = 200  # of the feedback that identifies a failure without an answer
@@ -125,7 +126,8 @@ class Writer:
         failure with a known error, only adds support. Above the cap, the oldest attempts are retired.
         """
         verdict = rollout.verdict
-        response = without_thinking(rollout.completion.text)
+        text = rollout.completion.text
+        response = strip_thinking(text) if MARK.search(text) else text.strip()
         if not verdict.scored or not response:
             return None
         self._require_task(task_row)
@@ -331,12 +333,6 @@ class Writer:
         if row is None:
             raise MemoryStoreError(f"task_row={task_row} is not in the store; call add_task first.")
         return row
-
-
-def without_thinking(response: str) -> str:
-    """Return the text after the thinking; empty if the thinking never ended."""
-    visible = response.rsplit("</think>", 1)[-1]
-    return re.sub(r"<think>.*", "", visible, flags=re.DOTALL).strip()
 
 
 # The leak filter. The store keeps fingerprints of answers, not answers, so the filter compares fingerprints of word
