@@ -151,6 +151,8 @@ def _check_expected(line: Line, verifier: str) -> Sequence[str]:
         case "tool_use" if not _is_calls(answer):
             rule = "must be the JSON text of a list of {Action: name, Action_Input: JSON text}"
             return [line.problem("answer", rule, "write the expected calls")]
+        case "tool_use" if (tests or {}).get("reading", "sdpo") not in ("sdpo", "strict"):
+            return [line.problem("tests", "reading must be sdpo or strict", "write one of them, or leave tests out")]
     return []
 
 

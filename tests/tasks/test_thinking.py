@@ -1,7 +1,7 @@
 """Thinking is removed in one place, and no verifier, prompt or memory sees it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmd.tasks.thinking import MARK, strip_thinking
@@ -51,6 +51,7 @@ def test_what_is_left_without_thinking(text, left):
 PIECES = st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", GPT_OSS, "<|channel|>analysis<|message|>", "a "])
 
 
+@settings(max_examples=60)
 @given(st.lists(PIECES, max_size=8).map("".join))
 def test_no_mark_survives_and_unmarked_text_stays(text):
     left = strip_thinking(text)

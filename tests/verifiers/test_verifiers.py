@@ -234,6 +234,8 @@ INVALID = {
     "status": Verdict(1.0, True, "fine"),  # type: ignore[arg-type]
     "feedback": Verdict(1.0, True, "ok", None),  # type: ignore[arg-type]
     "answer": Verdict(1.0, True, "ok", answer=3),  # type: ignore[arg-type]
+    "half a character in the feedback": Verdict(0.0, False, "wrong_answer", feedback="printed \udcff"),
+    "half a character in the answer": Verdict(1.0, True, "ok", answer="\ud83d"),
 }
 
 

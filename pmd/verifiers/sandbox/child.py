@@ -38,6 +38,8 @@ RESULT, READY, RULESET = 3, 4, 5
 RESERVED_BYTES = 640 << 20
 STACK_BYTES, FILE_BYTES, NUM_FILES, NUM_THREADS = 120 << 20, 16 << 20, 128, 256
 RECURSION_LIMIT = 50_000
+#: Of an integer that is read or printed, as LiveCodeBench's grader allows.
+MAX_INT_DIGITS = 50_000
 #: Garbage collection threshold of the youngest generation; Python's default of 700 makes programs with many objects
 #: five times slower.
 GC_THRESHOLD = 50_000
@@ -77,6 +79,7 @@ def prepare(packages: str) -> int:
     sys.path_importer_cache.clear()
     sys.argv[:] = [FILE_NAME]
     sys.setrecursionlimit(RECURSION_LIMIT)
+    sys.set_int_max_str_digits(MAX_INT_DIGITS)
     os.environ.clear()
     os.putenv("OPENBLAS_NUM_THREADS", "1")  # visible to C only; one thread per core would use up the CPU limit
     _multiprocessing.SemLock = ThreadSemLock  # type: ignore[misc]
