@@ -48,7 +48,9 @@ def test_what_is_left_without_thinking(text, left):
     assert bool(MARK.search(text)) or left == text.strip()
 
 
-PIECES = st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", GPT_OSS, "<|channel|>analysis<|message|>", "a "])
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "[THINK]", "[/THINK]", GPT_OSS, "<|channel|>analysis<|message|>", "a "]
+)
 
 
 @settings(max_examples=60)
@@ -65,7 +67,7 @@ def task(verifier, answer, tests=None):
 
 ADD = {"kind": "stdin", "cases": [{"input": "1 2", "output": "3"}]}
 RIGHT, WRONG = "```python\nprint(3)\n```", "```python\nprint(4) # and much longer\n```"
-CALL, OTHER_CALL = ("Action: {}\nAction Input: {{}}".format(name) for name in ("go", "stay"))
+CALL, OTHER_CALL = (f"Action: {name}\nAction Input: {{}}" for name in ("go", "stay"))
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ def test_whatever_the_reference_accepts_is_right(text):
 def test_an_optional_call_may_be_made_in_any_form():
     expected = ONE, (OPTIONAL + "log", {"x": 1})
     assert verify(task(*expected), f"Now Action: find\n{INPUT}").correct
-    assert verify(task(*expected), f"Now Action: find\n{INPUT}\nand Action: log\nAction Input: {{\"x\": 1}}").correct
-    assert not verify(task(*expected), f"Now Action: find\n{INPUT}\nand Action: log\nAction Input: {{\"x\": 2}}").correct
+    assert verify(task(*expected), f'Now Action: find\n{INPUT}\nand Action: log\nAction Input: {{"x": 1}}').correct
+    assert not verify(task(*expected), f'Now Action: find\n{INPUT}\nand Action: log\nAction Input: {{"x": 2}}').correct
     assert not verify(task(*expected), f"Now Action: find\n{INPUT}\nand Action: log\nAction: log").correct
 
 
@@ -174,9 +174,10 @@ def test_every_real_answer_passes_and_no_other_does(data_folder, tmp_path):
 def test_the_reading_is_checked(tmp_path):
     line = {"id": "t", "prompt": "p", "verifier": "tool_use", "answer": "[]", "tests": {"reading": "loose"}}
     (tmp_path / "t.jsonl").write_text(json.dumps(line))
-    assert "reading must be sdpo or strict" in describe_data_problems(
-        DataConfig(task="jsonl", path=str(tmp_path / "t.jsonl"))
-    )[0]
+    assert (
+        "reading must be sdpo or strict"
+        in describe_data_problems(DataConfig(task="jsonl", path=str(tmp_path / "t.jsonl")))[0]
+    )
 
 
 def test_one_file_is_split(data_folder):
