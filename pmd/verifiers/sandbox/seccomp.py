@@ -11,13 +11,14 @@ import struct
 
 PID = 0xFFFF_FFF1  # placeholder for the child's own pid, replaced by `with_pid`
 ALLOW, KILL, DENY, ABSENT = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+PRETEND = 0x00050000  # return 0 and do nothing
 LOAD, JUMP_IF_EQUAL, JUMP_IF_SET, JUMP_IF_AT_LEAST, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE_THREAD = 0x00010000
 
 #: name: (x86_64, aarch64); None where the architecture has no such call. The most frequent calls come first.
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    "read": (0, 63), "write": (1, 64), "futex": (202, 98), "mmap": (9, 222), "munmap": (11, 215), "brk": (12, 214),
+    "read": (0, 63), "write": (1, 64), "futex": (202, 98), "munmap": (11, 215), "brk": (12, 214),
     "lseek": (8, 62), "fstat": (5, 80), "close": (3, 57), "openat": (257, 56), "newfstatat": (262, 79),
     "mprotect": (10, 226), "madvise": (28, 233), "mremap": (25, 216), "rt_sigprocmask": (14, 135),
     "rt_sigaction": (13, 134), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "clock_gettime": (228, 113),
@@ -32,15 +33,14 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "getdents": (78, None), "getdents64": (217, 61), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None),
     "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
     "symlink": (88, None), "symlinkat": (266, 36), "truncate": (76, 45), "ftruncate": (77, 46), "fsync": (74, 82),
-    "fdatasync": (75, 83), "fallocate": (285, 47), "flock": (73, 32), "umask": (95, 166), "fadvise64": (221, 223),
+    "fdatasync": (75, 83), "fallocate": (285, 47), "umask": (95, 166), "fadvise64": (221, 223),
     "statfs": (137, 43), "fstatfs": (138, 44), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
     "close_range": (436, 436), "pipe": (22, None), "pipe2": (293, 59), "select": (23, None), "pselect6": (270, 72),
     "poll": (7, None), "ppoll": (271, 73), "epoll_create": (213, None), "epoll_create1": (291, 20),
     "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22), "eventfd2": (290, 19),
     "recvfrom": (45, 207), "shutdown": (48, 210), "getsockname": (51, 204), "getpeername": (52, 205),
     "getsockopt": (55, 209), "getitimer": (36, 102), "setitimer": (38, 103), "alarm": (37, None), "pause": (34, None),
-    "timer_create": (222, 107), "timer_settime": (223, 110), "timer_gettime": (224, 108),
-    "timer_getoverrun": (225, 109), "timer_delete": (226, 111), "timerfd_create": (283, 85),
+    "timerfd_create": (283, 85),
     "timerfd_settime": (286, 86), "timerfd_gettime": (287, 87),
     "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133), "getpid": (39, 172),
     "gettid": (186, 178), "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176),
@@ -59,10 +59,16 @@ IF_EQUAL: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
     "prlimit64": ((302, 261), 0, (0, PID)),
     "prctl": ((157, 167), 0, (3, 15, 16, 23)),  # dumpable?, name, bounding set?
     "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # is it a terminal?, pending, blocking
-    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),  # not: owner and signal of a file, pipe size, leases
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 5, 1030)),  # not: owner and signal of a file, pipe size, leases
     "socketpair": ((53, 199), 0, (1,)),  # AF_UNIX
     "sendto": ((44, 206), 4, (0,)),  # no address
 }
+#: Locks succeed without any being taken. A program is the only process that sees its own files, and on files of the host
+#: a lock would block the host, and tell one program about another. `fcntl`: F_SETLK, F_SETLKW.
+FLOCK, FCNTL, SET_LOCKS = (73, 32), (72, 25), (6, 7)
+#: `mmap`, its flags, and the pair that is refused: pages of anonymous shared memory outlive their mapping and count
+#: towards no limit (see mappings.py).
+MMAP, MMAP_FLAGS, MAP_SHARED, MAP_ANONYMOUS = (9, 222), 3, 0x01, 0x20
 #: name: (numbers, index of the mode argument): set-user-id, set-group-id and sticky bits are refused.
 MODES: dict[str, tuple[tuple[int, int | None], int]] = {
     "chmod": ((90, None), 1),
@@ -88,12 +94,23 @@ def build_filter(machine: str, *, own_root: bool = False) -> bytes:
     code = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if machine == "x86_64":  # the x32 calls share the architecture and have this bit set
         code += [(JUMP_IF_AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, DENY)]
+    code += [
+        (JUMP_IF_EQUAL, 0, 5, MMAP[column]),
+        (LOAD, 0, 0, 16 + 8 * MMAP_FLAGS),
+        (JUMP_IF_SET, 0, 2, MAP_ANONYMOUS),
+        (JUMP_IF_SET, 0, 1, MAP_SHARED),
+        (RETURN, 0, 0, DENY),
+        (RETURN, 0, 0, ALLOW),
+    ]
     for numbers in (*ALLOWED.values(), *(OWN_FILES.values() if own_root else ())):
         number = numbers[column]
         if number is not None:
             code += [(JUMP_IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    code += [(JUMP_IF_EQUAL, 0, 1, FLOCK[column]), (RETURN, 0, 0, PRETEND)]
+    pretended = [step for value in SET_LOCKS for step in ((JUMP_IF_EQUAL, 0, 1, value), (RETURN, 0, 0, PRETEND))]
     for numbers, argument, values in IF_EQUAL.values():
         tests = [step for value in values for step in ((JUMP_IF_EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW))]
+        tests += pretended if numbers == FCNTL else []
         code += [(JUMP_IF_EQUAL, 0, len(tests) + 2, numbers[column]), (LOAD, 0, 0, 16 + 8 * argument), *tests]
         code += [(RETURN, 0, 0, DENY)]
     for numbers, argument in MODES.values() if own_root else ():
