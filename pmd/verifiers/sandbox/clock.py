@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from pmd.verifiers.sandbox.protocol import STARVED, TIMED_OUT, max_wall_s
+from pmd.verifiers.sandbox.protocol import STARVED, TIMED_OUT
 
 #: A program may take this many times its limit if it sleeps or waits for anything but a CPU, a slow disk for example.
 IDLE_FACTOR = 2.0
@@ -28,17 +28,17 @@ class Used:
     waited_s: float  # by the thread that waited most, for a CPU to run on
 
 
-def end_of(used: Used, limit_s: float) -> int | None:
+def end_of(used: Used, limit_s: float, longest_s: float) -> int | None:
     """Return how the program must end now, or None if it may go on."""
     if used.cpu_s >= limit_s or used.wall_s - used.waited_s >= IDLE_FACTOR * limit_s:
         return TIMED_OUT
-    return STARVED if used.wall_s >= max_wall_s(limit_s) else None
+    return STARVED if used.wall_s >= longest_s else None
 
 
-def pause_s(used: Used, limit_s: float) -> float:
+def pause_s(used: Used, limit_s: float, longest_s: float) -> float:
     """Return for how long the clock need not be read."""
     idle_s = IDLE_FACTOR * limit_s - (used.wall_s - used.waited_s)
-    return max(SHORTEST_S, SHARE * min(limit_s - used.cpu_s, idle_s, max_wall_s(limit_s) - used.wall_s))
+    return max(SHORTEST_S, SHARE * min(limit_s - used.cpu_s, idle_s, longest_s - used.wall_s))
 
 
 class Clock:
@@ -68,9 +68,13 @@ class Clock:
     def _waited_s(self) -> float:
         longest_ns = 0
         if self._proc is not None:
-            with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended, or this kernel does not count
+            with contextlib.suppress(
+                OSError, ValueError, IndexError
+            ):  # it has just ended, or this kernel does not count
                 for thread in _names(self._threads, self._proc):
-                    longest_ns = max(longest_ns, int(_read(f"{self._threads}/{thread}/schedstat", self._proc).split()[1]))
+                    longest_ns = max(
+                        longest_ns, int(_read(f"{self._threads}/{thread}/schedstat", self._proc).split()[1])
+                    )
         return longest_ns / 1e9
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 from pmd.verifiers.sandbox import filesystem, protocol
 from pmd.verifiers.sandbox.gate import Gate
-from pmd.verifiers.sandbox.protocol import Limits, Reply, Request, max_wall_s
+from pmd.verifiers.sandbox.protocol import Limits, Reply, Request
 from pmd.verifiers.sandbox.streams import Streams
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "rlimits"]
@@ -112,10 +112,10 @@ class Worker:
             code, payload = protocol.memory_file(program.code), protocol.memory_file(program.payload)
             files = protocol.Files(code, payload, *streams.writers)
             cpu_s = math.ceil(limits.time_s) + 1
-            longest_s = max_wall_s(limits.time_s) + grace_s
+            longest_s = limits.longest_s + grace_s
             self.peer.settimeout(longest_s)
             try:
-                request = Request(limits.time_s, limits.memory_mb, cpu_s, program.entry, files)
+                request = Request(limits.time_s, limits.longest_s, limits.memory_mb, cpu_s, program.entry, files)
                 protocol.send_request(self.peer, request)
             finally:
                 for descriptor in files:

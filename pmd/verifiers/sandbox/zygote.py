@@ -1,7 +1,7 @@
 """The zygote: serves one request at a time by forking a confined child, and reports how the child ended.
 
 It is single-threaded and has imported the common modules once, so a run costs only a fork. It waits for the child on a
-pidfd, never for the end of a pipe, and kills it when its time is up, at the trainer's request, or if the trainer is gone.
+pidfd, never for the end of a pipe, and kills it when its time is up, when the trainer asks, or if the trainer is gone.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
         child.main(request, stdin, ready_writer, confinement, offsets)
     for descriptor in {stdin, ready_writer, *request.files}:
         os.close(descriptor)
-    watched = _watch(pid, ready, request.time_s, peer, confinement.proc)
+    watched = _watch(pid, ready, request, peer, confinement.proc)
     os.close(ready)
     if watched is None:
         return None
@@ -70,7 +70,7 @@ class Watched(NamedTuple):
     wall_s: float
 
 
-def _watch(pid: int, ready: int, time_s: float, peer: socket.socket, proc: int | None) -> Watched | None:
+def _watch(pid: int, ready: int, request: Request, peer: socket.socket, proc: int | None) -> Watched | None:
     """Wait for the child and kill it if it must end; return None if the trainer is gone or the child does not die.
 
     Its time starts with the child's byte on `ready`; without that byte the program has not started.
@@ -92,10 +92,10 @@ def _watch(pid: int, ready: int, time_s: float, peer: socket.socket, proc: int |
                 break
             if clock:
                 used = clock.read()
-                if (due := end_of(used, time_s)) is not None:
+                if (due := end_of(used, request.time_s, request.longest_s)) is not None:
                     end = due
                     break
-                left_s = pause_s(used, time_s)
+                left_s = pause_s(used, request.time_s, request.longest_s)
         wall_s = time.monotonic() - (clock.started if clock else created)
         if process not in events:
             os.kill(pid, signal.SIGKILL)

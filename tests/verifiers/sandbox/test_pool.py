@@ -133,7 +133,7 @@ def test_a_hung_worker_is_counted_and_replaced():
     sandbox.run(ADD, b"1 2", Limits())
     for pid in own_processes() - before:
         os.kill(pid, signal.SIGSTOP)
-    outcome = sandbox.run(ADD, b"1 2", Limits(time_s=0.3))
+    outcome = sandbox.run(ADD, b"1 2", Limits(time_s=0.3, busy_s=0.3))
     assert (outcome.end, outcome.stdout) == ("finished", b"3\n")
     assert sandbox.num_hung == 1
     sandbox.close()
