@@ -83,7 +83,7 @@ def hidden_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> f
     Other special tokens spell text that verifiers read, such as `<answer>` or `<think>`, and must stay. A turn token is
     one spelled `<|like this|>`, or one that the chat template writes around plain messages.
     """
-    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     special = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     chat = _plain_chat(tokenizer)

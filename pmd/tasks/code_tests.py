@@ -12,8 +12,8 @@ from typing import Any
 
 DEFAULT_TIME_LIMIT_S = 6.0
 DEFAULT_MEMORY_MB = 512
-#: Integers may have this many digits in tests, programs and their results, as in LiveCodeBench's grader; Python stops at
-#: 4,300. The limit of this process is raised once, and not if it is already higher, or switched off (0).
+#: Integers may have this many digits in tests, programs and their results, as in LiveCodeBench's grader; Python stops
+#: at 4,300. The limit of this process is raised here, unless it is already higher, or switched off (0).
 MAX_INT_DIGITS = 50_000
 if 0 < sys.get_int_max_str_digits() < MAX_INT_DIGITS:
     sys.set_int_max_str_digits(MAX_INT_DIGITS)

@@ -1,7 +1,7 @@
 """The child process: confines itself, then runs one program. It writes bytes to its pipes and never returns.
 
-No part of the program runs before the child writes to the `ready` pipe: a byte, then its process id as /proc knows it. A
-child that ends without this byte failed to confine itself, and a program cannot fake such a failure.
+No part of the program runs before the child writes to the `ready` pipe: a byte, then its process id as /proc knows it.
+A child that ends without this byte failed to confine itself, and a program cannot fake such a failure.
 """
 
 import _multiprocessing

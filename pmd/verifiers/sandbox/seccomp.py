@@ -2,8 +2,9 @@
 
 A call that is not listed fails with EPERM. A program can create threads but no processes, execute nothing, and open no
 sockets (except a Unix pair, for event loops); it can ask about, signal, trace or adopt no other process, and create no
-namespace, key, timer, shared memory, System V or io_uring object. Landlock governs files. Calls that Landlock cannot govern (chown, xattr) are not
-listed; modes and times of files can be set only where everything but the program's own files is on read-only mounts.
+namespace, key, timer, shared memory, System V or io_uring object. Landlock governs files. Calls that Landlock cannot
+govern (chown, xattr) are not listed; modes and times of files can be set only where everything but the program's own
+files is on read-only mounts.
 """
 
 import errno

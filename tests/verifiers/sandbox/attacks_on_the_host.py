@@ -21,7 +21,8 @@ PROGRAMS = {
         "import fcntl, os", "fcntl.fcntl(os.open(os.path.dirname(os.__file__), 0), 1026, 0x3F)"
     ),
     # A real flush of a pipe fails.
-    "flush the host's files": "import os\ntry: os.fsync(os.pipe()[0])\nexcept OSError: print(3)\nelse: print('no flush')",
+    "flush the host's files": "import os\n"
+    "try: os.fsync(os.pipe()[0])\nexcept OSError: print(3)\nelse: print('no flush')",
     "drop the host's cache": attack("import os", "os.posix_fadvise(os.open(os.__file__, 0), 0, 0, 4)"),
     "shared memory without a mapping": MAP + "for _ in range(64):\n    a = L.mmap(0, 8 << 20, 3, 0x21, -1, 0)\n"
     "    if a == -1: print('refused'); break\n    ctypes.memset(ctypes.c_void_p(a + 4096), 1, (8 << 20) - 4096)\n"
@@ -50,7 +51,7 @@ PROGRAMS = {
     "look starved, as idle": attack("import os", "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"),
     "run as root": "import os\nprint(3 if 0 in (*os.getresuid(), *os.getresgid(), *os.getgroups()) else 'no')",
     "open by handle": CALL + "h, m = ctypes.create_string_buffer(136), ctypes.c_int()\nh[0:1] = b'\\x80'\n"
-    "if L.syscall(303, -100, b'/', h, ctypes.byref(m), 0) < 0: h[0:8] = b'\\x08\\0\\0\\0\\1\\0\\0\\0'; h[8:9] = b'\\2'\n"
+    "if L.syscall(303, -100, b'/', h, ctypes.byref(m), 0) < 0: h[0:8] = b'\\x08\\0\\0\\0\\1\\0\\0\\0'; h[8] = b'\\2'\n"
     "print(3 if L.syscall(304, 0, h, 0) >= 0 else 'refused')",
     "a /proc left open": "import os\nfor fd in range(3, 4096):\n"
     "    try: os.open('self', os.O_PATH, dir_fd=fd); print(3); break\n    except OSError: pass\nelse: print('none')",

@@ -1,14 +1,15 @@
 """Correct programs that lock, flush and map files and memory."""
 
 PROGRAMS = {
-    "lock an own file": "import fcntl\nf = open('x', 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('3'); fcntl.flock(f, 8); "
-    "f.close()\nprint(open('x').read())",
+    "lock an own file": "import fcntl\nf = open('x', 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('3')\n"
+    "fcntl.flock(f, 8); f.close()\nprint(open('x').read())",
     "lockf": "import fcntl\nf = open('x', 'w+'); fcntl.lockf(f, fcntl.LOCK_EX); fcntl.lockf(f, 8); print(3)",
     "fsync": "import os\nf = open('x', 'w'); f.write('3'); f.flush(); os.fsync(f.fileno())\nprint(open('x').read())",
     "map memory": "import mmap\nm = mmap.mmap(-1, 9); m[:1] = b'3'; print(m[:1].decode())",
     "map memory, named flags": "import mmap\nm = mmap.mmap(-1, 9, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, prot=3)\n"
     "m.write(b'3'); m.seek(0); print(m.read(1).decode())",
-    "map memory, positional": "import mmap\nm = mmap.mmap(-1, 9, 1, 3); m.write(b'3'); m.resize(9000); print(chr(m[0]))",
+    "map memory, positional": "import mmap\nm = mmap.mmap(-1, 9, 1, 3); m.write(b'3')\n"
+    "m.resize(9000); print(chr(m[0]))",
     "map memory, access": "import mmap\nm = mmap.mmap(-1, 9, access=mmap.ACCESS_WRITE); m[0] = 51; print(chr(m[0]))",
     "map memory, read only": "import mmap\nm = mmap.mmap(-1, 9, access=mmap.ACCESS_READ)\n"
     "try: m[0] = 1\nexcept TypeError: print(3)\nassert isinstance(m, mmap.mmap)",

@@ -1,4 +1,4 @@
-"""A program is judged by its CPU time, and one that the machine was too busy to run is repeated alone, then not judged."""
+"""A program is judged by its CPU time; one that the machine was too busy to run is repeated alone, then not judged."""
 
 import os
 import threading

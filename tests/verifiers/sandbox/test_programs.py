@@ -84,6 +84,7 @@ GAPS = {
         *("cwd and env", "write a file", "temporary file", "thread bomb", "file too large", "sqlite file", "shelve"),
         *("tempfile", "tmpfs and memory", "write helper import", "runpy", "execfile"),
         *("NamedTemporaryFile", "mkstemp", "pathlib mkdir", "10MB file"),
+        *("lock an own file", "lockf", "fsync", "map an own file"),
     },
     "bubblewrap": {"many files", "deep folders", "thread bomb", "shelve"},
 }
@@ -143,8 +144,8 @@ def check(folder: Path, names: list[str], level: str) -> None:
 
 
 def test_no_program_was_lost():
-    assert sum(len(group.programs) for group in HOSTILE.values()) >= 660
-    assert sum(len(group.programs) for group in CORRECT.values()) >= 426
+    assert sum(len(group.programs) for group in HOSTILE.values()) >= 658
+    assert sum(len(group.programs) for group in CORRECT.values()) >= 438
 
 
 def test_every_verdict_is_right_and_nothing_is_left_behind_in_namespaces(tmp_path):
