@@ -4,6 +4,8 @@ from pathlib import Path
 
 from pmd.cli.arguments import make_parser
 from pmd.config.load import load_config
+from pmd.config.resume import check_model, find_changes
+from pmd.config.save import saved_values
 from pmd.errors import ConfigError
 from pmd.run_dir import open_run
 
@@ -30,13 +32,13 @@ def main(argv: list[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out} exists and is not empty; give a new folder.")
 
-    import torch
-
+    from pmd.checkpoint_file import read_checkpoint
     from pmd.module import PMDModule
 
+    state = read_checkpoint(checkpoint)
+    check_model(find_changes(state["pmd"]["config"], saved_values(loaded)))
     module = PMDModule(loaded.run)
     is_adapter = loaded.run.model.finetune != "full"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
     with module.policy.weights("student") as model:
