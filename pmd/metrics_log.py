@@ -107,14 +107,14 @@ class MetricsLog(Logger):
         if not self._is_checked:
             rows = [row for row in rows if float(row["step"]) < self._before]
         rows += self._pending
-        self._columns = sorted(set().union(*rows))
+        columns = sorted(set().union(*rows))
         text = io.StringIO()
         if rows:
-            writer = csv.DictWriter(text, self._columns)
+            writer = csv.DictWriter(text, columns)
             writer.writeheader()
             writer.writerows(rows)
         replace_text(self.run_dir.metrics, text.getvalue())
-        self._is_checked = True
+        self._columns, self._is_checked = columns, True
 
     def _guarded(self, write: Any) -> None:
         try:

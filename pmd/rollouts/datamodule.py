@@ -225,7 +225,8 @@ class RolloutStream(IterableDataset):
         return sum(batch.num_updates for batch in self.data.task_batches(self.start))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.data.rest_of_epoch(self.start)
+        # A generator, so that the position is read when the first batch is asked for, not when Lightning prepares.
+        yield from self.data.rest_of_epoch(self.data.position)
 
 
 def digest_of(tasks: Mapping[Split, Sequence[Task]]) -> str:
