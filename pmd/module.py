@@ -156,7 +156,8 @@ class PMDModule(LightningModule):
         if config.kind == "adamw_8bit_paged":
             from bitsandbytes.optim.adamw import PagedAdamW8bit as adamw
         optimizer = adamw(trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-        self._schedule = partial(rate_factor, config=config, num_steps=self._num_steps())
+        num_steps = self._num_steps()
+        self._schedule = lambda step: rate_factor(step, config, num_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
