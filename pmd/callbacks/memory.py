@@ -6,7 +6,6 @@ every other method), and never again; a frozen memory that was imported is never
 
 import csv
 import hashlib
-import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from pmd.atomic import replace_text
 from pmd.config.schema import ReflectionConfig
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
@@ -145,11 +143,10 @@ class MemoryCallback(Callback):
         if not rows:
             return
         self.items.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_text(self.items / f"epoch-{trainer.current_epoch:03d}.csv", text.getvalue())
+        with (self.items / f"epoch-{trainer.current_epoch:03d}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("memory/items", columns=list(rows[0]), data=[list(row.values()) for row in rows])

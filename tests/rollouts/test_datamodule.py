@@ -117,7 +117,7 @@ def task_ids(batches):
 
 @pytest.mark.parametrize(("size", "updates"), [(5, 1), (5, 2), (4, 3), (12, 2)])
 def test_a_position_counts_tasks_whatever_the_batches_were(tmp_path, size, updates):
-    """From the position after any step, batches of the same size go on as if nothing had stopped; others leave no gap."""
+    """After any step, batches of the same size go on as if nothing had stopped, and others leave no gap."""
     data = run_with(tmp_path, tasks_per_step=size, updates_per_batch=updates, group_size=1).data
     stream, whole, positions = data.epoch(0), [], []
     for batch in stream:
