@@ -21,13 +21,8 @@ from pmd.rollouts.datamodule import RolloutStream
 
 ROOT = Path(pmd.__file__).parent
 #: The files of all packages, by part: what runs at every call must be quick.
-FOUND: dict[str, set[str]] = {
-    "checkpoint": set(),
-    "training_step": set(),
-    "batch": set(),
-    "epoch_end": set(),
-    "memory_callback": set(),
-}
+PARTS = ("training_step", "batch", "epoch_end", "memory_callback", "checkpoint")
+FOUND: dict[str, set[str]] = {part: set() for part in PARTS}
 
 
 def recorded(part: str, call: Callable[..., Any]) -> Callable[..., Any]:

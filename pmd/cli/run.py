@@ -309,7 +309,7 @@ def evaluate_checkpoints(run: Run, checkpoints: CheckpointCallback) -> tuple[dic
         if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step has synced
             _sync_engine(run)
         phases["last"] = evaluate(run, with_memory=run.config.verification.memory_conditioned)
-        if checkpoints.best_step == run.data.position.step:
+        if checkpoints.best_step in (None, run.data.position.step):  # None: it ended before its first step
             return phases | {"best": phases["last"]}, []
         state = read_checkpoint(run.run_dir.best)
         step = state["RolloutDataModule"]["step"]

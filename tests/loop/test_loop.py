@@ -105,6 +105,20 @@ def test_a_run_that_ended_within_an_epoch_goes_on_where_it_stopped(tmp_path):
         assert (len(visited), set(visited.values())) == (12, {2})
 
 
+def test_a_run_that_its_time_ended_goes_on_where_it_stopped(tmp_path):
+    run_dir, short = tmp_path / "run", "--trainer.max_time={milliseconds: 1}"  # checked after the first step
+    small_fit(run_dir, 2, "--rollouts.tasks_per_step=4", short)
+    assert len(list((run_dir / "traces").iterdir())) == 1
+    done = small_fit(run_dir, 1, "--rollouts.tasks_per_step=3", "--trainer.max_time=null", "--ckpt_path=last")
+    assert "within epoch 0, at step 1." in " ".join(done.stdout.split())
+    said = "trainer.max_time.milliseconds=null (was 1)"
+    assert said in " ".join(done.stdout.split())
+    files = sorted((run_dir / "traces").iterdir())
+    visited = [Counter(record["task_id"] for record in read_trace(file)) for file in files]
+    assert [len(tasks) for tasks in visited] == [4, 3, 3, 2]
+    assert set(sum(visited, Counter()).values()) == {2}
+
+
 def test_no_held_out_task_is_in_memory(whole):
     listed = run_pmd("memory", "list", str(whole), "--json").stdout
     assert "/train/" in listed
