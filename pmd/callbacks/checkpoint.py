@@ -4,6 +4,7 @@ The checkpoint of an epoch is written after the epoch's last row is on the disk,
 next epoch starts, or when training ends. best.ckpt is a copy of what last.ckpt was when validation was best.
 """
 
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ class CheckpointCallback(Checkpoint):
     def __init__(self, run_dir: RunDir, settings: dict[str, Any]):
         self.run_dir = run_dir
         self.settings = settings  # the configuration, as plain values
-        self.best_score: float | None = None
+        self.best_score = -math.inf
         self.best_step: int | None = None  # of the data
         self._epoch: int | None = None  # whose checkpoint is still to be written
 
@@ -50,7 +51,7 @@ class CheckpointCallback(Checkpoint):
         """Note that a checkpoint is due, and whether it is the best."""
         self._epoch = trainer.current_epoch
         score = trainer.callback_metrics.get(MONITOR)
-        if score is not None and (self.best_score is None or float(score) > self.best_score):
+        if score is not None and float(score) > self.best_score:
             self.best_score, self.best_step = float(score), _step(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -48,7 +48,9 @@ def explaining_failures(run_dir: RunDir, *, resumable: bool = True) -> Iterator[
     except (KeyboardInterrupt, SystemExit):  # Lightning cleans up, then raises SystemExit
         raise RunInterrupted(_how_to_resume(run_dir) if resumable else "interrupted") from None
     except Exception as error:
-        remedy = _how_to_resume(run_dir) if resumable else "nothing that the run needs was changed."
+        if isinstance(error, PmdError) and not resumable:
+            raise
+        remedy = _how_to_resume(run_dir) if resumable else "Nothing that the run needs was changed."
         if isinstance(error, ConfigError):
             raise ConfigError([*error.problems, remedy]) from error
         if isinstance(error, PmdError):

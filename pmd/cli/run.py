@@ -23,7 +23,7 @@ from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verification import VerificationCallback
-from pmd.checkpoint_file import is_whole, read_checkpoint
+from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.trainer import TrainerCLI
 from pmd.config.check import describe_rounding
@@ -76,6 +76,14 @@ class Run:
     parity: ParityCheck | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Resumed:
+    """The checkpoint from which a run goes on, and what it holds."""
+
+    path: Path
+    state: dict[str, Any]
+
+
 def run(command: str, loaded: LoadedConfig) -> int:
     """Run `fit`, `validate` or `test`; return the exit code."""
     interrupt_on_sigterm()
@@ -89,34 +97,50 @@ def _fit_command(loaded: LoadedConfig) -> int:
     cli = TrainerCLI(loaded.trainer)
     with _claimed(loaded) as run_dir:
         resumed = _open_checkpoint(loaded, run_dir)
-        run = build(loaded.run, run_dir, None if resumed is None else resumed.state["RolloutDataModule"]["tasks"])
+        with explaining_failures(run_dir, resumable=False):
+            run = build(loaded.run, run_dir, None if resumed is None else resumed.state["RolloutDataModule"]["tasks"])
         with closing(run.data.engine):
             if resumed is not None:
                 run.module.check_checkpoint(resumed.state)
-                run.data.load_state_dict(resumed.state["RolloutDataModule"])
             with explaining_failures(run_dir):
-                if resumed is not None:
-                    restore_best(run_dir, resumed.path, resumed.state)
-                replace_text(run_dir.config, saved_yaml(loaded))
-                best = CheckpointCallback(run_dir, saved_values(loaded))
-                trainer = cli.trainer_for(
-                    [*callbacks_of(run), best], _loggers(loaded.run, run_dir, resumed), run_dir.root
-                )
-                run.module.num_steps = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps)
-                _announce(run, trainer)
+                trainer, checkpoints = _prepare_to_fit(run, loaded, cli, resumed)
                 initial = evaluate(run, with_memory=False)  # the untrained policy, even in a resumed run
                 trained = fit(run, trainer, None if resumed is None else resumed.path)
-                later, problems = evaluate_checkpoints(run, best)
+                later, problems = evaluate_checkpoints(run, checkpoints)
                 report(run, {"initial": initial} | later, trained, problems)
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Resumed:
-    """The checkpoint from which a run goes on, and what it holds."""
+def _prepare_to_fit(
+    run: Run, loaded: LoadedConfig, cli: TrainerCLI, resumed: _Resumed | None
+) -> tuple[Trainer, CheckpointCallback]:
+    """Write the configuration, begin or continue the log, and return the trainer and its checkpoints."""
+    run_dir, step = run.run_dir, None
+    if resumed is not None:
+        run.data.load_state_dict(resumed.state["RolloutDataModule"])
+        step = run.data.position.step
+        restore_best(run_dir, resumed.path, resumed.state)
+        resumed.state.clear()  # its tensors would keep the file on the disk when the next one replaces it
+    replace_text(run_dir.config, saved_yaml(loaded))
+    checkpoints = CheckpointCallback(run_dir, saved_values(loaded))
+    is_behind = resumed is not None and resumed.path != run_dir.last and _step_of(run_dir.last) > run.data.position.step
+    loggers: list[Logger] = [MetricsLog(run_dir, step, keep_later=is_behind)]
+    if loaded.run.wandb != "off":
+        from lightning.pytorch.loggers import WandbLogger
 
-    path: Path
-    state: dict[str, Any]
+        loggers.append(WandbLogger(project="pmd", save_dir=run_dir.root, offline=loaded.run.wandb == "offline"))
+    trainer = cli.trainer_for([*callbacks_of(run), checkpoints], loggers, run_dir.root)
+    run.module.num_steps = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps)
+    _announce(run, trainer)
+    return trainer, checkpoints
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint; -1 if there is none that can be read."""
+    try:
+        return read_checkpoint(checkpoint)["RolloutDataModule"]["step"]
+    except CheckpointError:
+        return -1
 
 
 @contextmanager
@@ -156,7 +180,7 @@ def _open_checkpoint(loaded: LoadedConfig, run_dir: RunDir) -> _Resumed | None:
     if position["num_begun"] or position["owed"]:
         where = f"within epoch {position['epoch']}"
     else:
-        where = f"after {position['epoch']} epochs"
+        where = f"after {position['epoch']} epoch(s)"
     CONSOLE.print(f"Resumed from {path}, {where}, at step {position['step']}.", markup=False, soft_wrap=True)
     if changes:
         CONSOLE.print(f"Changed from here on: {', '.join(map(str, changes))}.", markup=False, soft_wrap=True)
@@ -175,8 +199,9 @@ def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
         state = None if checkpoint is None else read_checkpoint(checkpoint)
         if state is not None:
             check_model(find_changes(state["pmd"]["config"], saved_values(loaded)))
-        run = build(config, run_dir)
-        with closing(run.data.engine), explaining_failures(run_dir, resumable=False):
+        with explaining_failures(run_dir, resumable=False), ExitStack() as stack:
+            run = build(config, run_dir)
+            stack.enter_context(closing(run.data.engine))
             if state is not None:
                 _load_policy(run, state)
             _evaluate_split(run, command, checkpoint, out)
@@ -365,21 +390,6 @@ def _sync_engine(run: Run) -> None:
     run.data.engine.sync(run.module.policy_version)
     if run.parity is not None:
         run.parity.measure(nullcontext())
-
-
-def _loggers(config: RunConfig, run_dir: RunDir, resumed: _Resumed | None) -> list[Logger]:
-    """Return the logger of metrics.csv, with the rows that a resumed run already has, and wandb's if enabled."""
-    step, is_behind = None, False
-    if resumed is not None:
-        step = resumed.state["RolloutDataModule"]["step"]
-        if resumed.path != run_dir.last and is_whole(run_dir.last):
-            is_behind = read_checkpoint(run_dir.last)["RolloutDataModule"]["step"] > step
-    loggers: list[Logger] = [MetricsLog(run_dir, step, keep_later=is_behind)]
-    if config.wandb != "off":
-        from lightning.pytorch.loggers import WandbLogger
-
-        loggers.append(WandbLogger(project="pmd", save_dir=run_dir.root, offline=config.wandb == "offline"))
-    return loggers
 
 
 def _announce(run: Run, trainer: Trainer) -> None:
