@@ -155,7 +155,7 @@ class Trials:
 
     def expect(self, what: str, ended: Ended, *codes: int) -> bool:
         """Count an ending; note it as a failure if it is none of the codes, or if there is a traceback."""
-        self.counts[f"{what}: exit code {ended.code}"] += 1
+        self.counts[f"{what.split(' (')[0]}: exit code {ended.code}"] += 1
         if ended.code in codes and "Traceback" not in ended.text:
             return True
         self.failures.append(f"{what}: exit code {ended.code}\n{ended.text[-3000:]}")
@@ -163,9 +163,9 @@ class Trials:
 
     def finish(self, what: str, run: Path) -> None:
         """Resume the run until it is done, and compare it with the one that was never stopped."""
-        if self.expect(f"{what}, resumed", self.fit(run).wait(), 0):
+        if self.expect(f"resumed after {what}", self.fit(run).wait(), 0):
             different = [name for name, value in contents(run).items() if value != self.whole[name]]
-            self.counts[f"{what}, resumed: {'differs' if different else 'equal'}"] += 1
+            self.counts[f"resumed after {what.split(' (')[0]}: {'differs' if different else 'equal'}"] += 1
             if different:
                 self.failures.append(f"{what}: {run} differs in {', '.join(different)}")
                 return
@@ -212,7 +212,7 @@ class Trials:
         if RunDir(run).last.is_file():
             ended = self.fit(run, prepare).wait()
             self.counts[f"points, in a resumed run: {'killed' if ended.code < 0 else 'not reached'}"] += 1
-        self.finish(f"points, {name}", run)
+        self.finish(f"points ({name})", run)
 
     def signals(self, number: int) -> None:
         """Interrupt runs at random moments, once and twice."""
