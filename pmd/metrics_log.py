@@ -20,6 +20,9 @@ from pmd.run_dir import RunDir
 class MetricsLog(Logger):
     """Lightning's logger for metrics.csv."""
 
+    name: Any = ""  # names and versions are for folders of several logs; a run directory has one
+    version: Any = ""
+
     def __init__(self, run_dir: RunDir, resumed_at: int | None = None, *, keep_later: bool = False):
         """Continue or begin the file.
 
@@ -37,16 +40,6 @@ class MetricsLog(Logger):
         self._keep_later = keep_later
         if resumed_at is not None and not keep_later:
             self._guarded(self._rewrite)  # at once: the first step is minutes away
-
-    @property
-    def name(self) -> str:
-        """Lightning's name for a kind of log."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """A run directory has one log."""
-        return ""
 
     @property
     def save_dir(self) -> str:
