@@ -273,7 +273,7 @@ class Trials:
             ended = Process([command, *CONFIG, f"--run_dir={run}", *checkpoint], self.folder).wait()
             first.kill(signal.SIGCONT)
             self.expect(f"{second} beside a run", ended, 2)
-            if second != "fit" and f"process {first.pid} on " not in ended.text:
+            if f"process {first.pid} on " not in ended.text:
                 self.failures.append(f"{second} beside a run does not name process {first.pid}: {ended.text}")
             self.expect("the run beside which something was started", first.wait(), 0)
             self.finish(f"{second} beside a run", run)

@@ -16,6 +16,7 @@ test-NAME/       results of `pmd test` for checkpoint NAME: results.json, sample
 import csv
 import json
 import os
+import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 from pmd.atomic import replace_text
 from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
-from pmd.run_lock import LOCK_FILE
+from pmd.run_lock import LOCK_FILE, describe_holder
 
 #: What may lie in the directory of a run that failed to start.
 LEFT_BY_A_FAILED_START = {"config.yaml", "error.log", LOCK_FILE}
@@ -132,6 +133,10 @@ class RunDir:
                 problems.append(
                     f"run_dir={self.root}: nothing can be written to {folder} ({reason}); make it writable."
                 )
+        if self.last.is_file() and not problems:
+            free, needed = (n / 1e6 for n in (shutil.disk_usage(self.root).free, self.last.stat().st_size))
+            if free < needed:
+                problems.append(f"run_dir={self.root}: a checkpoint takes {needed:.0f} MB, and {free:.0f} MB are free.")
         if problems:
             raise ConfigError(problems)
 
@@ -218,7 +223,8 @@ def describe_run_dir_problems(command: str, config: RunConfig, config_folder: Pa
         if config.ckpt_path is not None:
             run_dir.checkpoint(config.ckpt_path)
     except ConfigError as error:
-        return error.problems
+        in_use = describe_holder(Path(config.run_dir)) if config.run_dir else ""
+        return [in_use] if in_use else error.problems
     return []
 
 

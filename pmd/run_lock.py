@@ -48,6 +48,28 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def describe_holder(folder: Path) -> str:
+    """Return a sentence about the process that holds the folder's lock; empty if none does."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _refusal(folder, descriptor)
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
+    return ""
+
+
+def _refusal(folder: Path, descriptor: int) -> str:
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+    return f"run_dir={folder} is in use by {holder}; wait until it has ended, or give another directory."
+
+
 def _acquire(folder: Path) -> int:
     """Return the open, locked lock file, which now names this process."""
     path = folder / LOCK_FILE
@@ -56,11 +78,9 @@ def _acquire(folder: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            sentence = _refusal(folder, descriptor)
             os.close(descriptor)
-            raise ConfigError(
-                f"run_dir={folder} is in use by {holder}; wait until it has ended, or give another directory."
-            ) from None
+            raise ConfigError(sentence) from None
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 os.close(descriptor)

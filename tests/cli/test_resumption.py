@@ -70,8 +70,14 @@ def test_a_damaged_checkpoint_ends_in_one_sentence(run_dir, command, tmp_path):
 
 def test_a_directory_in_use_is_refused(run_dir):
     with locked(run_dir.root):
-        for command in ("fit", "test"):
-            said = run_pmd(command, "--config", str(run_dir.config), "--ckpt_path=last", code=2).stderr
+        config = ["--config", str(run_dir.config)]
+        resume, test, fit = (
+            ["fit", "--ckpt_path=last"],
+            ["test", "--ckpt_path=last"],
+            ["fit", f"--run_dir={run_dir.root}"],
+        )
+        for command, option in (resume, test, fit):
+            said = run_pmd(command, *config, option, code=2).stderr
             assert f"is in use by process {os.getpid()} on " in said
 
 
@@ -90,6 +96,14 @@ def test_what_cannot_be_written_is_found_before_anything_is_computed(run_dir):
     said = run_pmd("fit", "--config", str(run_dir.config), "--ckpt_path=last", code=2).stderr
     for path, what in ((run_dir.metrics, "folder"), (run_dir.results, "folder"), (run_dir.traces, "file")):
         assert f"{path} is a {what} where a" in said
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_at_the_start(run_dir, monkeypatch):
+    run_dir.check_writable()
+    usage = shutil.disk_usage(run_dir.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=run_dir.last.stat().st_size - 1))
+    with pytest.raises(ConfigError, match=r"a checkpoint takes \d+ MB, and \d+ MB are free"):
+        run_dir.check_writable()
 
 
 def test_best_is_copied_if_a_kill_came_first(run_dir):
