@@ -51,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
 def describe_holder(folder: Path) -> str:
     """Return a sentence about the process that holds the folder's lock; empty if none does."""
     try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
     except OSError:
         return ""
     try:
@@ -74,7 +74,7 @@ def _acquire(folder: Path) -> int:
     """Return the open, locked lock file, which now names this process."""
     path = folder / LOCK_FILE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -16,10 +16,10 @@ import os, sys, time
 from pathlib import Path
 from pmd.run_lock import locked
 with locked(Path(sys.argv[1])):
-    if {fork} and os.fork() == 0:
-        time.sleep(60)
-    print("held", flush=True)
-    input()
+    is_child = {fork} and os.fork() == 0
+    if is_child == {fork}:  # a child has closed its copy by now
+        print("held", flush=True)
+    time.sleep(60)
 """
 
 
