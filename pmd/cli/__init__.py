@@ -5,6 +5,7 @@ file.
 """
 
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from importlib import import_module
 from pmd import __version__
 from pmd.config.check import check_config
 from pmd.config.load import load_arguments
+from pmd.config.processes import process_problems
 from pmd.config.save import resolved_yaml
 from pmd.config.schema import RunConfig
 from pmd.config.values import describe, shown
@@ -123,7 +125,7 @@ def _train(command: str, arguments: list[str]) -> int:
     print_config = "--print_config" in arguments
     loaded = load_arguments(command, [a for a in arguments if a != "--print_config"])
     run_dir_problems = describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name)
-    check_config(loaded, [*run_dir_problems, *describe_data_problems(loaded.run.data)])
+    check_config(loaded, [*process_problems(os.environ), *run_dir_problems, *describe_data_problems(loaded.run.data)])
     if print_config:
         print(resolved_yaml(loaded))
         return 0

@@ -122,6 +122,8 @@ def _read(file: Path) -> Any:
     layer = OmegaConf.load(file)
     if not OmegaConf.is_dict(layer):
         raise YAMLError("the top level must be a mapping of sections")
+    if not layer:
+        raise YAMLError("it is empty")
     return layer
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from pmd.config.schema import RunConfig
 from pmd.evaluation.evaluate import evaluation_facts
 from pmd.evaluation.metrics import Sample, chance_scores, score_samples
-from pmd.evaluation.report import Phase, chosen_ks, draw_pass_at, print_table, write_results
+from pmd.evaluation.report import Phase, chosen_ks, draw_pass_at, print_table, results_of, write_results
 from pmd.run_dir import RunDir
 from pmd.types import CaseCounts, Message, Task
 
@@ -71,7 +71,8 @@ def test_results_are_pooled_by_domain_and_averaged(tmp_path):
     unscored = [Sample("1", "x", False, 0.0, status="sandbox_error")] * 3
     everything = [*ALL, *unscored]
     phase = Phase(everything, score_samples(everything, [1, 2]))
-    results = write_results(RunDir(tmp_path), {"method": "m"}, {"last": phase})
+    results = results_of({"method": "m"}, {"last": phase})
+    write_results(RunDir(tmp_path), results, {"last": phase})
     assert results == json.loads((tmp_path / "results.json").read_text())
     last = results["phases"]["last"]
     assert last["avg"] == pytest.approx((0.5 + 0 + 0.75) / 3)
