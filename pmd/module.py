@@ -105,7 +105,6 @@ class PMDModule(LightningModule):
         base = load_base(config.model)
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
-        self.updates_per_batch = config.rollouts.updates_per_batch
         self.policy_version = 0  # optimizer steps applied to the student
         self.num_steps: int | None = None  # of the whole run, for the schedule; None asks the trainer
         self.num_skipped = 0  # steps in a row, up to the latest, whose losses or gradient were not finite
@@ -298,7 +297,7 @@ class PMDModule(LightningModule):
             log.warning("step %d is skipped, because not finite: %s", batch.step, ", ".join(infinite))
         elif self.objective.update_policy:
             self.policy_version += 1
-            if (batch.step + 1) % self.updates_per_batch == 0:
+            if batch.is_last:
                 self.policy.after_rollout_batch()
         return norm
 

@@ -296,7 +296,7 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(
             MemoryCallback(record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor)
         )
-    callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, run.parity))
+    callbacks.append(WeightSyncCallback(engine, run.parity))
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     return callbacks

@@ -184,7 +184,8 @@ class RolloutDataModule(LightningDataModule):
         for update in range(num_updates):
             chosen = tuple(example for group in examples[update::num_updates] for example in group)
             self.position = self._position_after(task_batch, update)
-            yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics)
+            is_last = update == num_updates - 1
+            yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics, is_last)
             metrics = metrics | dict.fromkeys(COSTS, 0.0)
 
     def _position_after(self, batch: TaskBatch, update: int) -> Position:

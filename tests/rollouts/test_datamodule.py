@@ -49,6 +49,7 @@ def test_an_epoch_visits_every_task_once(tmp_path, updates):
     made = sum(len(e.completion_ids) for batch in batches for e in batch.examples)
     assert sum(batch.metrics["rollout/num_tokens"] for batch in batches) == made
     assert all(batch.metrics["time/rollout_s"] == 0 for batch in batches if batch.step % updates)
+    assert [batch.is_last for batch in batches] == [False, True] * 3 if updates == 2 else [True] * 3
 
 
 @dataclass
@@ -131,6 +132,7 @@ def test_a_position_counts_tasks_whatever_the_batches_were(tmp_path, size, updat
         rest = list(data.train_dataloader().dataset)
         assert task_ids(rest) == task_ids(whole[done:])
         assert [batch.step for batch in rest] == [batch.step for batch in whole[done:]]
+        assert [batch.is_last for batch in rest] == [batch.is_last for batch in whole[done:]]
         assert data.state_dict() == positions[-1]
         data.config = replace(
             data.config, rollouts=replace(data.config.rollouts, tasks_per_step=3, updates_per_batch=1)
