@@ -89,6 +89,7 @@ def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *
     facts = {
         "task": record["task_id"],
         "verdict": f"{record['status']}, reward {record['reward']:g}" + _in_brackets(record["feedback"]),
+        "explanation": record.get("explanation") or "none",  # missing in traces of earlier versions
         "advantage": f"{record['advantage']:+.3f}",
         "completion": f"{len(record['completion_ids'])} tokens, ended by {record['finish_reason']}",
         "sampled by": f"policy version {record['policy_version']}",

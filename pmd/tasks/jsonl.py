@@ -63,12 +63,12 @@ def read_task_file(path: Path, split: Split) -> tuple[list[Task], list[str]]:
         first_line.setdefault(task_id, line.number)
         problems += wrong
         if not wrong:
-            tasks.append(make_task(line.fields, split))
+            tasks.append(make_task(line.fields, split, f"{path}:{line.number}"))
     return tasks, problems
 
 
-def make_task(fields: dict[str, Any], split: Split) -> Task:
-    """Build a Task from a line in which `check_line` found no error."""
+def make_task(fields: dict[str, Any], split: Split, place: str = "") -> Task:
+    """Build a Task from a line in which `check_line` found no error; `place` is FILE:LINE."""
     messages = [Message("system", fields["system"])] if fields.get("system") else []
     if "prompt" in fields:
         messages.append(Message("user", fields["prompt"]))
@@ -83,6 +83,7 @@ def make_task(fields: dict[str, Any], split: Split) -> Task:
         tests=fields.get("tests") or {},
         domain=fields.get("domain") or "",
         memory_key=fields.get("memory_key") or "",
+        place=place,
     )
 
 

@@ -60,7 +60,9 @@ def _checked(verdict: object) -> Verdict:
         raise TypeError(f"its status {verdict.status!r} is not one of {', '.join(get_args(VerdictStatus))}")
     if not isinstance(verdict.feedback, str) or not isinstance(verdict.answer, str | None):
         raise TypeError("its feedback or its answer is not a string")
-    for name, text in (("feedback", verdict.feedback), ("answer", verdict.answer or "")):
+    if not isinstance(verdict.explanation, str):
+        raise TypeError("its explanation is not a string")
+    for name, text in (("feedback", verdict.feedback), ("answer", verdict.answer or ""), ("explanation", verdict.explanation)):
         try:
             text.encode()
         except UnicodeEncodeError as error:
