@@ -91,6 +91,12 @@ Answer = Quantity | Based | Words | Sequence | Region | Relation | Integers | Ma
 GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 #: `60 m/s`: letters behind a number and a space are a unit or a product.
 UNIT_LETTERS = re.compile(r"(.*[\d})] )((?:[mgshLNJWVAKt])(?: ?\^ ?\{?\d\}?)?(?: ?/ ?[A-Za-z]+(?: ?\^ ?\{?\d\}?)?)?)")
+IS_INTEGER = re.compile(r" ?\\text\{ ?(?:is|are) (?:an |any )?integers? ?\}")
+#: What introduces `k \\in \\mathbb{Z}` behind a formula.
+CONDITION = re.compile(
+    r" ?(?:\\text\{ ?,? ?(?:for|where|with)(?: all| any| some| every)? ?\}|\() ?"
+    r"([a-z] ?\\in ?\\mathbb\{[ZN]\})(?: ?\))?$"
+)
 LABEL = re.compile(
     r"^(?:\\text\{)? ?(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:(?:final|correct) )?"
     r"(?:answer|result|solution)s?(?: is| are|:| =)+ ?\}? ?(?=\S)",
@@ -120,7 +126,8 @@ MAX_ITEMS = 200
 def read_answer(text: str, *, is_gold: bool = False) -> list[Answer]:
     """Return the readings of one answer, the likeliest first; none if there is nothing to read."""
     text = normalize(text)
-    text = strip_ends(LABEL.sub("", text))
+    text = strip_ends(LABEL.sub("", IS_INTEGER.sub(r" \\in \\mathbb{Z}", text)))
+    text = CONDITION.sub(r", \1", text)
     if not re.search(r"[^\W_]|\\", text):
         return []
     texts = [_grouped(text)]
@@ -375,6 +382,11 @@ def as_interval(sequence: Sequence) -> Region | None:
 def _symbol(text: str) -> str:
     """Return the name of a variable, or of a function such as f(x); other texts are refused."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
+    if re.fullmatch(
+        r"\\frac ?\{d[A-Za-z]?\} ?\{d[A-Za-z]\}|[A-Za-z]\^\{-1\} ?\([a-z]\)|\\(?:vec|angle|overline)(?![A-Za-z]).*",
+        text,
+    ):
+        return text.replace(" ", "")
     if re.fullmatch(r"[A-Za-z](?:_\{?\w+\}?)?'?(?: ?\([A-Za-z, ]+\))?|\\[A-Za-z]+|[A-Za-z][A-Za-z ]+", text):
         return re.sub(r"[{} ]", "", text)
     raise UnreadableError(text)

@@ -27,7 +27,7 @@ _GREEK = (
 GREEK = frozenset(_GREEK.split())
 _COMMANDS = (
     "frac sqrt binom times cdot over pm mp le ge ne in cup cap setminus lbrace rbrace langle rangle lfloor "
-    "rfloor lceil rceil text money degree infty mathbb emptyset bmod mod approx overline"
+    "rfloor lceil rceil text money degree infty choose emptyset bmod mod approx overline"
 )
 COMMANDS = frozenset(_COMMANDS.split())
 TOKEN = re.compile(
@@ -94,8 +94,8 @@ def is_broken(text: str) -> bool:
     """Return whether unreadable text is a mistake, and not words or a notation that is compared as it is written."""
     if sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
         return True
-    if re.fullmatch(r"[\d.]+( ?: ?[\d.]+)+", text):
-        return False  # a ratio or a time
+    if re.fullmatch(r"[\d.]+( ?: ?[\d.]+)+", text) or re.search(r"[A-Za-z]'|\\text\{[^{}]*[A-Za-z]", text):
+        return False  # a ratio, a time, x', or something with words in it
     if set(re.findall(r"\\([A-Za-z]+)", text)) - COMMANDS - GREEK - set(FUNCTIONS):
         return False
     words = re.findall(r"(?<!\\)[^\W\d_]{2,}", re.sub(r"\\text\{([^{}]*)\}|\\[A-Za-z]+", r" \1 ", text))
@@ -203,6 +203,8 @@ class _Parser:
                 factors.append(self._signed_factor())
             elif self.take("/"):
                 factors.append(Apply("inv", (self._signed_factor(),)))
+            elif self.take("\\choose"):
+                return Apply("binom", (_product(factors), self._term()))
             elif self.take("\\over"):
                 return Apply("*", (*factors, Apply("inv", (self._term(),))))
             elif self.take("\\bmod", "\\mod"):
@@ -224,7 +226,18 @@ class _Parser:
     def _starts_factor(self, token: Token) -> bool:
         if token.kind == "mark":
             return token.text in "({" or (token.text == "|" and not self.num_bars)
-        stops = ("\\times", "\\cdot", "\\rfloor", "\\rceil", "\\over", "\\pm", "\\mp", "\\rbrace", "\\rangle")
+        stops = (
+            "\\times",
+            "\\cdot",
+            "\\rfloor",
+            "\\rceil",
+            "\\over",
+            "\\choose",
+            "\\pm",
+            "\\mp",
+            "\\rbrace",
+            "\\rangle",
+        )
         return token.text not in stops
 
     def _mixed(self) -> Expression | None:

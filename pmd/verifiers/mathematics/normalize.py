@@ -57,6 +57,9 @@ GROUPS = re.compile(rf"(?<![\d.,_^/])([1-9]\d{{0,2}})((?:{GROUP_MARK}\d{{3}})+)(
 DECIMAL_GROUPS = re.compile(r"(\.\d{3})((?:\\,\d{3})*\\,\d{1,3})(?!\d)")
 DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 PERCENT = re.compile(r"(?<=[\d})]) ?(?:\\text\{ ?(?:per ?cent|pct|%) ?\}|(?:per ?cent|pct)(?![A-Za-z]))")
+TEMPERATURE = re.compile(
+    r"\\degree ?\\text\{ ?([CFK]) ?\}|\\degree ?([CF])(?![A-Za-z])|\\text\{ ?\\degree ?([CFK]) ?\}"
+)
 TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 
 
@@ -77,7 +80,7 @@ def normalize(text: str) -> str:
     text = text.replace("!=", r"\ne ").replace(r"\%", "%").replace(r"\&", "&").replace(r"\_", "_")
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"\\degree ", text)
     text = PERCENT.sub("%", _fonts(TIMES_TEN.sub(r"\\times ", text)))
-    return strip_ends(text)
+    return strip_ends(TEMPERATURE.sub(r"\\text{°\1\2\3}", text))
 
 
 def strip_ends(text: str) -> str:
@@ -150,8 +153,8 @@ def _fonts(text: str) -> str:
 def _unfonted(found: re.Match[str]) -> str:
     inside = re.sub(r"\\text\{([^{}]*)\}", r"\1", found[1])
     bare = inside.strip()
-    if bare in FUNCTIONS:
-        return f"\\{bare} "
+    if bare in FUNCTIONS and (bare not in ("min", "max", "sec") or "operatorname" in found[0]):
+        return f"\\{bare} "  # `5\\text{ min}` and `5\\text{ sec}` are times
     if re.fullmatch(r"\([A-Z]\)\.?", bare):  # an option
         return f" {bare} "
     is_letter = len(bare) == 1 and (bare in "eid" or LETTER_FONT.match(found[0]))

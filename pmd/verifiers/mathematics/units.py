@@ -23,7 +23,7 @@ SPELLINGS = {
     "¥": "yen", "₹": "rupee", "cent": "¢", "N": "newton", "J": "joule", "kJ": "kilojoule", "W": "watt",
     "kW": "kilowatt", "V": "volt", "A": "ampere amp", "C": "coulomb", "Pa": "pascal", "kPa": "kilopascal",
     "Hz": "hertz", "kHz": "kilohertz", "K": "kelvin", "mol": "mole", "ohm": "\\Omega", "°C": "celsius",
-    "°F": "fahrenheit", "rpm": "", "bit": "", "byte": "", "eV": "", "atm": "", "cal": "", "mph": "", "acre": "",
+    "°F": "fahrenheit", "°K": "", "rpm": "", "bit": "", "byte": "", "eV": "", "atm": "", "cal": "", "acre": "",
     "hectare": "ha", "person": "people persons",
 }  # fmt: skip
 NAMES = {
@@ -32,7 +32,7 @@ NAMES = {
     for one in (name, *others.split())
     for spelling in (one, one + "s")
 }
-NAMES |= {"kph": "km/h", "kmph": "km/h", "kmh": "km/h", "mps": "m/s", "cc": "cm^3"}
+NAMES |= {"kph": "km/h", "kmph": "km/h", "kmh": "km/h", "mps": "m/s", "mph": "mi/h", "cc": "cm^3"}
 #: Bare letters that are a unit without \\text: everything else of up to three letters is a product of variables.
 BARE = frozenset(name for name in NAMES if len(name) > 1 and name.isalpha()) - {
     "in",
@@ -179,7 +179,7 @@ def _words(piece: re.Match[str]) -> list[str]:
     if piece["word"]:
         return [piece["word"]]
     text = re.sub(r"\^\{?(-?\d)\}?", r"^\1", piece["text"]).replace("/", " / ").replace("-", " ").replace("'", "")
-    if not re.fullmatch(r"(?:[A-Za-z$€£¥₹¢]+\.?(?:\^-?\d)?|/|\s)*", text):
+    if not re.fullmatch(r"(?:[A-Za-z$€£¥₹¢°]+\.?(?:\^-?\d)?|/|\s)*", text):
         raise UnreadableError(text)
     return text.split()
 
@@ -188,7 +188,7 @@ def _parts(word: str) -> list[tuple[str, int]]:
     word = word.rstrip(".")
     word, _, power = word.partition("^")
     name = _name(word)
-    if name in ("km/h", "m/s"):
+    if name in ("km/h", "m/s", "mi/h"):
         left, right = name.split("/")
         return [(left, 1), (right, -1)]
     if name == "cm^3":
