@@ -1,17 +1,23 @@
 """The mathematics verifier: no wrong answer accepted, the usual forms of a right one accepted, and it says why."""
 
+import io
 import json
 import time
 
 import pytest
 from math_pairs import all_pairs
+from rich.console import Console
 
+from pmd.batch import Example
+from pmd.cli.inspect import show
 from pmd.cli.score import main
 from pmd.config.schema import ModelConfig
 from pmd.errors import ConfigError
 from pmd.pretrained import load_tokenizer
 from pmd.tasks.jsonl import read_task_file
 from pmd.tasks.prompts.chat import ChatPrompts
+from pmd.teacher import TeacherContext
+from pmd.trace import _describe
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 from pmd.verifiers.exact import tagged_answer
 from pmd.verifiers.mathematics.judge import gold_problem, judge
@@ -99,6 +105,16 @@ def test_no_prompt_holds_the_tasks_answer():
             decoded = prompts.tokenizer.decode(ids)
             assert verdict.feedback in decoded
             assert secret not in decoded
+
+
+def test_inspect_shows_the_explanation():
+    tokenizer, printed = load_tokenizer(ModelConfig(path="tiny_exam")), io.StringIO()
+    console = Console(file=printed, width=200)
+    verdict = verify(task("736154"), "\\boxed{11}")
+    completion, context = Completion((1,), (-1.0,), "11", "stop", 0), TeacherContext("r", (1,))
+    example = Example(Rollout("r", "g", "t", (1,), completion, verdict), 0.0, context)
+    show(_describe(example), "step 1", tokenizer, console, every_token=False)
+    assert "explanation  parsed gold: 736154; parsed answer: 11" in printed.getvalue()
 
 
 BAD_GOLDS = {
