@@ -21,6 +21,7 @@ from pmd.verifiers.mathematics.judge import gold_problem, judge
 from pmd.verifiers.sandbox import filesystem, kernel, landlock, seccomp
 
 MEMORY_BYTES = 4 << 30
+MAX_DIGITS = 50_000  # of an integer that is read
 #: Imported only when a question needs them.
 LATE_PACKAGES = ("sympy", "mpmath", "latex2sympy2_extended", "antlr4")
 
@@ -61,6 +62,7 @@ def main() -> None:
     """Answer questions until stdin ends."""
     end_with(int(sys.argv[1]))
     logging.disable(logging.WARNING)  # latex2sympy's grammar warns on stderr
+    sys.set_int_max_str_digits(MAX_DIGITS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     _restrict_itself()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

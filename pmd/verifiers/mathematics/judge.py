@@ -1,7 +1,6 @@
 """Judges a completion's final answer against the task's answer; no text makes it raise."""
 
 import re
-import sys
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,7 +20,6 @@ from pmd.verifiers.mathematics.values import (
     symbols,
 )
 
-MAX_DIGITS = 50_000  # of an integer that is read
 MAX_GOLD = 10_000  # characters
 MAX_GOLD_WORDS = 12
 MAX_SHOWN_BITS = 4000  # a longer number is shown as it was written
@@ -38,7 +36,6 @@ class Judgement:
 
 def judge(gold_text: str, completion_text: str, *, is_tagged: bool = False) -> Judgement:
     """Compare the final answer of the completion, or of what stood in its `<answer>`, with the task's answer."""
-    sys.set_int_max_str_digits(MAX_DIGITS)
     gold_inside = _gold_inside(gold_text)
     golds = read_answer(compute(normalize(gold_inside)), is_gold=True)
     shown = describe(golds[0], gold_inside) if golds else gold_inside
@@ -56,7 +53,6 @@ def judge(gold_text: str, completion_text: str, *, is_tagged: bool = False) -> J
 
 def gold_problem(gold_text: str) -> str | None:
     """Return why a task's answer cannot be judged, or None."""
-    sys.set_int_max_str_digits(MAX_DIGITS)
     if len(gold_text) > MAX_GOLD:
         return f"has {len(gold_text):,} characters, more than {MAX_GOLD:,}"
     inside = _gold_inside(gold_text)

@@ -57,7 +57,7 @@ _NO_UNIT = (
     "either remainder am pm noon too"
 )
 NO_UNIT = frozenset(_NO_UNIT.split())
-MAX_WORDS = 4
+MAX_WORDS = 7
 _BARE = "|".join(sorted(BARE, key=len, reverse=True))
 TAIL = re.compile(
     rf"\\text\{{|\\degree|\\money\{{|(?<![A-Za-z\\])(?:{_BARE})(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z]{{4,}}"
@@ -118,13 +118,9 @@ def read_unit(text: str) -> Unit:
     Raises:
         UnreadableError: if it is something else.
     """
-    powers: Counter[str] = Counter()
-    factor, sign, at, num_words = Fraction(1), 1, 0, 0
-    last: list[tuple[str, int]] = []
-    pending = 1  # the power that `square` and `cubic` announce
-    text = " ".join(text.replace("-", " - ").split()) if "{" not in text else text
+    unit, at, num_words = _UnitInProgress(), 0, 0
     while at < len(text):
-        if text[at] == " ":
+        if text[at] in " -":
             at += 1
             continue
         piece = PIECE.match(text, at)
@@ -132,40 +128,52 @@ def read_unit(text: str) -> Unit:
             raise UnreadableError(text)
         at = piece.end()
         if piece["power"]:
-            if len(last) > 1:
-                raise UnreadableError(text)
-            for name, used in last:  # none after `units`
-                powers[name] += used * (int(piece["power"]) - 1)
-            continue
-        if piece["over"]:
-            sign = -1
-            continue
-        if piece["times"]:
-            continue
-        words = _words(piece)
-        num_words += len(words)
-        for word in words:
-            lower = word.lower()
-            if word == "/" or lower in ("per", "a", "an", "each", "every"):
-                sign = -1
-            elif lower in FACTORS:
-                factor *= FACTORS[lower]
-            elif lower in ("square", "sq", "sq."):
-                pending = 2
-            elif lower in ("cubic", "cu", "cu."):
-                pending = 3
-            elif lower in ("unit", "units", "of", "the", "old", "long", "wide", "high", "tall"):
-                last, pending = [], 1
-            elif lower in NO_UNIT:
-                raise UnreadableError(text)
-            else:
-                last = [(name, sign * power * pending) for name, power in _parts(word)]
-                for name, power in last:
-                    powers[name] += power
-                pending = 1
-    if num_words > MAX_WORDS + 3:
+            unit.raise_last_to(int(piece["power"]))
+        elif piece["over"]:
+            unit.sign = -1
+        elif not piece["times"]:
+            words = _words(piece)
+            num_words += len(words)
+            for word in words:
+                unit.add(word)
+    if num_words > MAX_WORDS:
         raise UnreadableError(text)
-    return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), factor)
+    return Unit(tuple(sorted((name, power) for name, power in unit.powers.items() if power)), unit.factor)
+
+
+class _UnitInProgress:
+    """What was read of a unit so far."""
+
+    def __init__(self) -> None:
+        self.powers: Counter[str] = Counter()
+        self.factor = Fraction(1)
+        self.sign = 1  # -1 behind a slash or `per`
+        self.announced = 1  # the power that `square` and `cubic` announce
+        self.last: list[tuple[str, int]] = []  # what a power would apply to; nothing behind `units`
+
+    def add(self, word: str) -> None:
+        lower = word.lower()
+        if word == "/" or lower in ("per", "a", "an", "each", "every"):
+            self.sign = -1
+        elif lower in FACTORS:
+            self.factor *= FACTORS[lower]
+        elif lower in ("square", "sq", "sq.", "cubic", "cu", "cu."):
+            self.announced = 2 if lower.startswith("s") else 3
+        elif lower in ("unit", "units", "of", "the", "old", "long", "wide", "high", "tall"):
+            self.last, self.announced = [], 1
+        elif lower in NO_UNIT:
+            raise UnreadableError(word)
+        else:
+            self.last = [(name, self.sign * power * self.announced) for name, power in _parts(word)]
+            for name, power in self.last:
+                self.powers[name] += power
+            self.announced = 1
+
+    def raise_last_to(self, power: int) -> None:
+        if len(self.last) > 1:
+            raise UnreadableError("a power of several units")
+        for name, used in self.last:
+            self.powers[name] += used * (power - 1)
 
 
 def _words(piece: re.Match[str]) -> list[str]:
