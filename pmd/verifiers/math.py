@@ -31,7 +31,7 @@ def verify_math(task: Task, completion_text: str) -> Verdict:
     """Compare the last answer of the completion (of its `<answer>` part, if any) with the task's answer."""
     is_tagged = "<answer>" in completion_text
     text = tagged_answer(completion_text) if is_tagged else completion_text
-    reply = HELPERS.ask({"gold": task.answer, "text": text[-MAX_CHARACTERS:], "is_tagged": is_tagged})
+    reply = HELPERS.ask({"gold": task.answer, "text": _encodable(text[-MAX_CHARACTERS:]), "is_tagged": is_tagged})
     if reply is None:
         return Verdict(0.0, False, "timeout", feedback=TOO_SLOW)
     answer, gold = reply["answer"], _shown(reply["gold"])
@@ -54,6 +54,11 @@ def describe_gold_problems(tasks: Iterable[Task]) -> list[str]:
         for task, problem in zip(tasks, problems, strict=True)
         if problem
     ]
+
+
+def _encodable(text: str) -> str:
+    """Replace half characters, which no file could hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _shown(text: str) -> str:

@@ -62,7 +62,11 @@ def _checked(verdict: object) -> Verdict:
         raise TypeError("its feedback or its answer is not a string")
     if not isinstance(verdict.explanation, str):
         raise TypeError("its explanation is not a string")
-    for name, text in (("feedback", verdict.feedback), ("answer", verdict.answer or ""), ("explanation", verdict.explanation)):
+    for name, text in (
+        ("feedback", verdict.feedback),
+        ("answer", verdict.answer or ""),
+        ("explanation", verdict.explanation),
+    ):
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -72,6 +72,7 @@ def test_every_gold_of_the_pairs_can_be_judged_and_equals_itself():
         ("7" * 4400, "\\boxed{" + "7" * 4400 + "}", "ok"),
         ("7" * 4400, "\\boxed{" + "7" * 4399 + "8}", "wrong_answer"),
         ("42", "\\boxed{\ud800}", "format"),
+        ("42", "\\boxed{\\text{x\ud800y}}", "wrong_answer"),
     ],
 )
 def test_status(answer, text, status):
