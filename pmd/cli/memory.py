@@ -1,6 +1,6 @@
 """`python -m pmd memory`: inspects, checks, exports and imports memory stores. Prints tables or JSON.
 
-Only `rebuild`, `rollback` and `import` write; all other commands open the store read-only.
+Only `rebuild`, `rollback`, `compact` and `import` write; all other commands open the store read-only.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from pmd.types import INSIGHT_KINDS
 
 Rows = list[dict[str, Any]]
 STORE_IN_RUN = Path("memory") / "memory.sqlite"
+#: Commands drop nothing that they are not asked to drop; the caps of the run apply at its next update.
+UNBOUNDED = MemoryConfig(keep_generations=None, capacity=2**62)
 WHAT = ("task", "experience", "insight", "behaviour")
 STATUSES = ("active", "internalized", "retired", "quarantined", "all")
 EPILOG = """\
@@ -38,6 +40,7 @@ examples:
   python -m pmd memory search runs/pmd "red 3 blue 5 green 1 gold 7 zib"    what a teacher would be shown
   python -m pmd memory diff   runs/pmd 3 5                  what changed from generation 3 to 5
   python -m pmd memory audit  runs/pmd                      what helps the teacher and what harms it
+  python -m pmd memory compact runs/pmd --keep 5            drop older log rows and what was retired before
   python -m pmd memory report runs/pmd --out memory.html    everything on one page
   python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
 """
@@ -82,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="restore an earlier generation as a new one; a resumed run still uses its checkpoint's memory",
     )
     rollback.add_argument("generation", type=int)
+    compact = commands.add_parser(
+        "compact", parents=[common], help="drop old log rows and items retired before them, and shrink the file"
+    )
+    compact.add_argument("--keep", type=_items, default=MemoryConfig().keep_generations, metavar="N",
+                         help=f"generations that can still be compared; default {MemoryConfig().keep_generations}")  # fmt: skip
+    compact.add_argument("--archive", action="store_true", help="write what is dropped to files in archive/ first")
     export = commands.add_parser("export", parents=[common], help="write tasks, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
@@ -106,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     write = arguments.command in memory_tools.WRITING
     commands = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
-    with MemoryStore.open(find_store(arguments.store), read_only=not write) as store:
+    with MemoryStore.open(find_store(arguments.store), read_only=not write, config=UNBOUNDED) as store:
         try:
             tables = commands[arguments.command](store, arguments)
         except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # without a checksum, damage may show only here

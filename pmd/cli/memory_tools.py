@@ -7,12 +7,13 @@ from typing import Any
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import TABLES, MemoryStore
 from pmd.memory.tools.check import check
+from pmd.memory.tools.compact import compact_store
 from pmd.memory.tools.history import Difference, diff, rollback
 from pmd.memory.tools.report import render
 from pmd.memory.tools.transfer import export_file, import_file
 
 Rows = list[dict[str, Any]]
-WRITING = frozenset({"rebuild", "rollback", "import"})
+WRITING = frozenset({"rebuild", "rollback", "import", "compact"})
 
 
 def lineage(store: MemoryStore, level: int, item_id: int) -> Rows:
@@ -63,6 +64,17 @@ def _count(differences: list[Difference]) -> Rows:
 
 def _check(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     return {"wrong with the store": [{"finding": sentence} for sentence in check(store)]}
+
+
+def _compact(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    before = store.path.stat().st_size
+    dropped = compact_store(store, arguments.keep, archive=arguments.archive)
+    size = f"{before / 1e6:.2f} -> {store.path.stat().st_size / 1e6:.2f}"
+    facts = {"generations that can be compared": f"{store.history_from} to {store.generation}", "megabytes": size}
+    return {
+        "compacted": [{"quantity": key, "value": value} for key, value in facts.items()],
+        "rows dropped": [{"table": table, "rows": rows} for table, rows in dropped.items()],
+    }
 
 
 def _rebuild(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -124,6 +136,7 @@ COMMANDS = {
     "rollback": _rollback,
     "check": _check,
     "rebuild": _rebuild,
+    "compact": _compact,
     "export": _export,
     "import": _import,
 }

@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from pmd.memory.checksum import interrupted
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 
+_HISTORY_FROM = "coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'history_from'), 0)"
 #: Each problem, and a statement that selects the rows that have it.
 RULES = {
     "a task is not of the training split": "SELECT id FROM tasks WHERE split != 'train'",
@@ -20,7 +22,8 @@ RULES = {
     " AND id NOT IN (SELECT child_id FROM links WHERE child_level = 2)",
     "a leaking item is not quarantined": "SELECT id FROM insights WHERE leak != '' AND status = 'active'",
     "an item has no history": "SELECT id FROM insights WHERE id NOT IN (SELECT item_id FROM ops WHERE level = 1)"
-    " UNION ALL SELECT id FROM behaviours WHERE id NOT IN (SELECT item_id FROM ops WHERE level = 2)",
+    f" AND generation > {_HISTORY_FROM} UNION ALL SELECT id FROM behaviours"
+    f" WHERE id NOT IN (SELECT item_id FROM ops WHERE level = 2) AND generation > {_HISTORY_FROM}",
     "something is newer than the store's generation": "SELECT id FROM ops WHERE generation >"
     " (SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'generation')",
 }
@@ -40,6 +43,8 @@ def check(store: MemoryStore) -> list[str]:
             bad = int((~(np.abs(lengths - 1.0) < 1e-3)).sum())
             if bad:
                 wrong.append(f"vectors of {table} are not of length 1: {bad}")
+    unfinished = interrupted(store.path, store.generation)
+    wrong += [unfinished] if unfinished else []
     stale = TaskIndex(store).mismatch()
     if stale:
         wrong.append(f"the index file is not the store's: {stale}; `pmd memory rebuild` rebuilds it")

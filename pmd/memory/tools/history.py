@@ -50,9 +50,11 @@ def diff(store: MemoryStore, old: int, new: int) -> list[Difference]:
         MemoryStoreError: the store has no such generation.
     """
     for generation in (old, new):
-        if not 0 <= generation <= store.generation:
+        if not store.history_from <= generation <= store.generation:
+            kept = " (memory.keep_generations; earlier ones were dropped)" if store.history_from else ""
             raise MemoryStoreError(
-                f"generation={generation} is not in the store, which has 0 to {store.generation}; choose one of them."
+                f"generation={generation} is not in the store, which has {store.history_from} to {store.generation}"
+                f"{kept}; choose one of them."
             )
     earlier, later = min(old, new), max(old, new)
     now, then = dict(states(store, later, since=earlier)), dict(states(store, earlier, since=earlier))
@@ -67,8 +69,10 @@ def rollback(store: MemoryStore, generation: int) -> list[Difference]:
     undone = diff(store, generation, store.generation)
     reason = f"rollback to generation {generation}"
     with open_writer(store) as writer:
-        # Deletions first: a restored item may have the same text as one added since.
-        for difference in sorted(undone, key=lambda d: (d.old is not None, -d.level, d.item_id)):
+        # Deletions first: a restored item may have the same text as one added since. Later versions of an insight are
+        # deleted before, and restored after, the earlier ones that they refer to.
+        deletions = [d for d in undone if d.old is None]
+        for difference in deletions[::-1] + [d for d in undone if d.old is not None]:
             _put(writer.ledger, difference, reason)
     return undone
 

@@ -50,18 +50,22 @@ def render(store: MemoryStore, title: str) -> str:
 
 
 def growth(store: MemoryStore) -> list[dict[str, Any]]:
-    """Return how many items of each level were live after each update, reconstructed from the log of changes."""
+    """Return how many items of each level were live after each update, reconstructed from the log of changes.
+
+    A compacted store reaches back to `history_from`.
+    """
     status: dict[tuple[int, int], str] = {}
     for level, table in TABLES.items():
         status |= {(level, item_id): now for item_id, now in store.query(f"SELECT id, status FROM {table}")}
     counts = Counter((level, now) for (level, _), now in status.items())
     changes = store.query(
-        "SELECT generation, level, item_id, action, json_extract(before, '$.status') FROM ops"
-        " WHERE action != 'change' OR json_extract(before, '$.status') IS NOT NULL ORDER BY id DESC"
+        "SELECT generation, level, item_id, action, json_extract(before, '$.status') FROM ops WHERE generation > ?"
+        " AND (action != 'change' OR json_extract(before, '$.status') IS NOT NULL) ORDER BY generation DESC, id DESC",
+        store.history_from,
     )
     rows: list[dict[str, Any]] = []
     position = 0
-    for generation in range(store.generation, -1, -1):
+    for generation in range(store.generation, store.history_from - 1, -1):
         live = [counts[level, "active"] + counts[level, "internalized"] for level in TABLES]
         rows.append({"generation": generation, "live": live, "internalized": counts[1, "internalized"]})
         while position < len(changes) and changes[position][0] == generation:
