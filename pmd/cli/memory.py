@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pmd.cli import memory_tools
+from pmd.cli.printable import printable, printable_json
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.checksum import remedy
@@ -88,8 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     compact = commands.add_parser(
         "compact", parents=[common], help="drop old log rows and items retired before them, and shrink the file"
     )
-    compact.add_argument("--keep", type=_items, default=MemoryConfig().keep_generations, metavar="N",
-                         help=f"generations that can still be compared; default {MemoryConfig().keep_generations}")  # fmt: skip
+    keep = MemoryConfig().keep_generations
+    compact.add_argument(
+        "--keep", type=_items, default=keep, metavar="N", help=f"generations that stay comparable; default {keep}"
+    )
     compact.add_argument("--archive", action="store_true", help="write what is dropped to files in archive/ first")
     export = commands.add_parser("export", parents=[common], help="write tasks, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
@@ -100,6 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--limit", type=_count, default=10, metavar="N", help="items at each end; default 10")
     import_ = commands.add_parser("import", parents=[common], help="add an export to a store")
     import_.add_argument("file", type=Path)
+    import_.add_argument(
+        "--config",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="configuration whose held-out tasks are refused; default: that of the store's run; may be repeated",
+    )
+    import_.add_argument("--unchecked", action="store_true", help="compare with no held-out tasks")
     return parser
 
 
@@ -118,14 +130,15 @@ def main(argv: Sequence[str]) -> int:
     with MemoryStore.open(find_store(arguments.store), read_only=not write, config=UNBOUNDED) as store:
         try:
             tables = commands[arguments.command](store, arguments)
-        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # without a checksum, damage may show only here
+        except (sqlite3.DatabaseError, ValueError, RecursionError) as error:  # damage that only shows here
             raise MemoryStoreError(f"memory store={store.path} is damaged ({error}); {remedy(store.path)}") from error
         except OSError as error:
             raise MemoryStoreError(
-                f"{error.filename} cannot be used ({error.strerror}); check path, permissions and free disk space."
+                f"{error.filename or store.path} cannot be used ({error.strerror}); check path, permissions and free "
+                "disk space."
             ) from error
     if arguments.json:
-        print(json.dumps(tables, ensure_ascii=False, indent=1))
+        print(printable_json(json.dumps(tables, ensure_ascii=False, indent=1)))
     else:
         for title, rows in tables.items():
             _print(console, title, rows)
@@ -263,7 +276,7 @@ def _search(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
 
 def _print(console: Console, title: str, rows: Rows) -> None:
     if not rows:
-        console.print(f"[bold]{title}[/bold]: none")
+        console.print(f"[bold]{title}[/bold]: none")  # titles are our own words
         return
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
     for column in rows[0]:
@@ -275,8 +288,8 @@ def _print(console: Console, title: str, rows: Rows) -> None:
     console.print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> Text:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return Text(f"{value:.3f}")
     text = "" if value is None else str(value)
-    return text.replace("[", r"\[") if len(text) <= 400 else text[:400].replace("[", r"\[") + " ..."
+    return Text(printable(text if len(text) <= 400 else text[:400] + " ..."))

@@ -106,15 +106,22 @@ def read_generation(db: sqlite3.Connection) -> int:
     return int(text)
 
 
-def matches_checksum(db: sqlite3.Connection, path: Path) -> bool:
+def has_log(path: Path) -> bool:
+    """Whether a write-ahead log lies beside the file; connecting creates an empty one."""
+    return path.with_name(path.name + "-wal").exists()
+
+
+def matches_checksum(db: sqlite3.Connection, path: Path, *, had_log: bool) -> bool:
     """Whether the file matches its checksum; False if there is no checksum of this generation.
+
+    Args:
+        had_log: whether there was a write-ahead log before the connection was made.
 
     Raises:
         MemoryStoreError: the file is damaged, or is at another generation than its checksum.
     """
     for _ in range(RETRIES):
         recorded = read_recorded(path)
-        has_log = path.with_name(path.name + "-wal").exists()
         db.execute("BEGIN")  # no writer changes the file's pages during this transaction
         try:
             generation, has_check_word = read_generation(db), bool(db.execute(_CHECK_WORD).fetchone())
@@ -128,7 +135,7 @@ def matches_checksum(db: sqlite3.Connection, path: Path) -> bool:
         time.sleep(0.05)  # another process has just committed
     else:
         return False
-    problem = _problem(path, recorded, generation, sha256 == recorded.sha256, has_log)
+    problem = _problem(path, recorded, generation, sha256 == recorded.sha256, had_log)
     if not problem and recorded.generation is not None and generation > recorded.generation and not has_check_word:
         problem = f"is at generation={generation}, {checksum_path(path).name} at {recorded.generation}: it is damaged"
     if problem:
@@ -136,14 +143,14 @@ def matches_checksum(db: sqlite3.Connection, path: Path) -> bool:
     return recorded.sha256 is not None and sha256 == recorded.sha256
 
 
-def _problem(path: Path, recorded: Recorded, generation: int, same_bytes: bool, has_log: bool) -> str:
+def _problem(path: Path, recorded: Recorded, generation: int, same_bytes: bool, had_log: bool) -> str:
     """Return what is wrong with a store of this generation beside what was recorded; empty if nothing is."""
     summed = recorded.generation if recorded.generation is not None else generation  # unreadable: counts as none
     under_way = recorded.writing == summed + 1
     if generation < summed:
         return f"is at generation={generation} and was at {summed}: its write-ahead log was lost"
     if generation == summed:
-        if under_way and not has_log:
+        if under_way and not had_log:
             return f"was being written to generation={recorded.writing}, and its write-ahead log was lost"
         return "" if same_bytes else f"is damaged (its bytes are not those of {checksum_path(path).name})"
     return ""  # newer than its checksum: interrupted before it was summed, or copied here without it

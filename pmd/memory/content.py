@@ -62,10 +62,14 @@ def check_content(db: sqlite3.Connection, embedder: Embedder, generation: int) -
             raise MemoryStoreError(row_problem(db, table, row[0], embedder.dimension, generation))
 
 
-def row_problem(db: sqlite3.Connection, table: str, row_id: int, dimension: int, generation: int) -> str:
-    """Return which column of a row is wrong; empty if none is."""
+def row_problem(
+    db: sqlite3.Connection, table: str, row_id: int | str, dimension: int, generation: int, *, embedded: bool = True
+) -> str:
+    """Return which column of a row is wrong, empty if none is; `embedded=False` leaves out the vector."""
     values = {"generation": generation, "bytes": 4 * dimension, "row": row_id}
     for name, condition in _conditions(table).items():
+        if name == "embedding" and not embedded:
+            continue
         sql = f"SELECT substr({name}, 1, 60) FROM {table} WHERE {_key(table)} = :row AND NOT ({condition})"
         found = db.execute(sql, values).fetchone()
         if found is not None:

@@ -11,11 +11,11 @@ from urllib.parse import quote
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.checksum import (
-    write_checksum,
     forget,
     matches_checksum,
     read_generation,
     remedy,
+    write_checksum,
     write_generation,
     write_sum,
 )
@@ -89,13 +89,20 @@ def is_blank(db: sqlite3.Connection) -> bool:
         return False  # damaged; `check_file` reports it
 
 
-def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
-    """Refuse damage, other kinds of files, unknown schema versions and other embedders; return the embedder."""
+def check_file(
+    db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, had_log: bool = False, load: bool = True
+) -> Embedder:
+    """Refuse damage, other kinds of files, unknown schema versions and other embedders; return the embedder.
+
+    Args:
+        had_log: whether there was a write-ahead log before the connection was made.
+        load: whether to return the store's own embedder where none is given.
+    """
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
         known = application == APPLICATION_ID and (version == SCHEMA_VERSION or version in STEPS)
-        intact = known and matches_checksum(db, path)
+        intact = known and matches_checksum(db, path, had_log=had_log)
         damage = ["ok"] if intact else [row[0] for row in db.execute("PRAGMA quick_check(3)")]
         if known and damage == ["ok"]:
             meta = {str(key): str(value) for key, value in db.execute("SELECT key, value FROM meta")}
@@ -108,7 +115,7 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
     if application != APPLICATION_ID:
         raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
     if damage != ["ok"]:
-        raise MemoryStoreError(f"memory store={path} is damaged ({damage[0]}); {remedy(path)}")
+        raise MemoryStoreError(f"memory store={path} is damaged ({' '.join(damage[0].split())}); {remedy(path)}")
     if version != SCHEMA_VERSION and version not in STEPS:
         raise MemoryStoreError(
             f"memory store={path} has schema version={version}, this program reads {min(STEPS)} to {SCHEMA_VERSION}; "

@@ -193,7 +193,7 @@ def test_an_archive_that_cannot_be_written_stops_the_update(few, open_store):
     store = open_store(embedder=few.embedder(), keep_generations=1, archive=True)
     few.write_epoch(store, 0)
     (store.path.parent / "archive").write_text("in the way")
-    with pytest.raises(MemoryStoreError, match="memory archive=.* cannot be written"):
+    with pytest.raises(MemoryStoreError, match=r"memory archive=.* cannot be written"):
         few.write_epoch(store, 1)
     assert store.generation == 1
     (store.path.parent / "archive").unlink()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmd.errors import MemoryStoreError
+from pmd.memory.content import known_columns
 from pmd.memory.store import TABLES, Ledger, MemoryStore
 from pmd.memory.update import open_writer
 
@@ -89,10 +90,29 @@ def states(store: MemoryStore, generation: int, *, since: int) -> Iterator[tuple
             generation,
         )
         for action, before in changes:
-            row = None if action == "add" else {**(row or {}), **json.loads(before)}
+            if action == "add":
+                row = None
+            elif action == "delete" or row is not None:
+                row = {**(row or {}), **_read_change(level, before, whole=action == "delete")}
+            else:
+                raise ValueError(f"its history changes item {item_id} of table {TABLES[level]}, which it has not")
         if row is not None:
             row.pop("last_generation", None)  # a time, not content
         yield (level, item_id), row
+
+
+def _read_change(level: int, text: str, *, whole: bool) -> Row:
+    """Parse what a change replaced.
+
+    Raises:
+        ValueError: a name, which becomes part of SQL statements, is no column of the table, or one is missing.
+    """
+    row = json.loads(text)
+    columns = known_columns(TABLES[level]).keys() - {"embedding"} | {"parents"}
+    wrong = sorted(row.keys() ^ columns if whole else row.keys() - columns)
+    if wrong:
+        raise ValueError(f"its history of table {TABLES[level]} is wrong in the column {wrong[0]!r}")
+    return row
 
 
 def _present(store: MemoryStore, level: int, item_id: int) -> Row | None:
