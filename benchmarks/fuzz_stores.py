@@ -25,11 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "memory"))
 
-from memory_world import World  # noqa: E402
+from memory_world import World
 
-from pmd.cli import main as pmd  # noqa: E402
-from pmd.memory.index import TaskIndex  # noqa: E402
-from pmd.memory.store import MemoryStore  # noqa: E402
+from pmd.cli import main as pmd
+from pmd.memory.index import TaskIndex
+from pmd.memory.store import MemoryStore
 
 READING = (
     ("stats",), ("list", "experience", "--status", "all"), ("list", "insight", "--status", "all"), ("list", "task"),

@@ -17,6 +17,7 @@ import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from pmd.errors import MemoryStoreError
 
@@ -106,16 +107,26 @@ def read_generation(db: sqlite3.Connection) -> int:
     return int(text)
 
 
-def has_log(path: Path) -> bool:
-    """Whether a write-ahead log lies beside the file; connecting creates an empty one."""
-    return path.with_name(path.name + "-wal").exists()
+def refuse_lost_log(path: Path) -> None:
+    """Refuse a store whose update was under way and whose write-ahead log is gone; a process that dies leaves it.
+
+    Call before connecting, which creates an empty log.
+    """
+    writing = read_recorded(path).writing
+    if writing is None or path.with_name(path.name + "-wal").exists():
+        return
+    with contextlib.suppress(sqlite3.Error, ValueError):  # damage that is reported later
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)) as db:
+            lost = read_generation(db) + 1 == writing
+        if lost:
+            raise MemoryStoreError(
+                f"memory store={path} was being written to generation={writing}, and its write-ahead log was lost; "
+                f"{remedy(path)}"
+            )
 
 
-def matches_checksum(db: sqlite3.Connection, path: Path, *, had_log: bool) -> bool:
+def matches_checksum(db: sqlite3.Connection, path: Path) -> bool:
     """Whether the file matches its checksum; False if there is no checksum of this generation.
-
-    Args:
-        had_log: whether there was a write-ahead log before the connection was made.
 
     Raises:
         MemoryStoreError: the file is damaged, or is at another generation than its checksum.
@@ -135,7 +146,7 @@ def matches_checksum(db: sqlite3.Connection, path: Path, *, had_log: bool) -> bo
         time.sleep(0.05)  # another process has just committed
     else:
         return False
-    problem = _problem(path, recorded, generation, sha256 == recorded.sha256, had_log)
+    problem = _problem(path, recorded, generation, sha256 == recorded.sha256)
     if not problem and recorded.generation is not None and generation > recorded.generation and not has_check_word:
         problem = f"is at generation={generation}, {checksum_path(path).name} at {recorded.generation}: it is damaged"
     if problem:
@@ -143,15 +154,12 @@ def matches_checksum(db: sqlite3.Connection, path: Path, *, had_log: bool) -> bo
     return recorded.sha256 is not None and sha256 == recorded.sha256
 
 
-def _problem(path: Path, recorded: Recorded, generation: int, same_bytes: bool, had_log: bool) -> str:
+def _problem(path: Path, recorded: Recorded, generation: int, same_bytes: bool) -> str:
     """Return what is wrong with a store of this generation beside what was recorded; empty if nothing is."""
     summed = recorded.generation if recorded.generation is not None else generation  # unreadable: counts as none
-    under_way = recorded.writing == summed + 1
     if generation < summed:
         return f"is at generation={generation} and was at {summed}: its write-ahead log was lost"
     if generation == summed:
-        if under_way and not had_log:
-            return f"was being written to generation={recorded.writing}, and its write-ahead log was lost"
         return "" if same_bytes else f"is damaged (its bytes are not those of {checksum_path(path).name})"
     return ""  # newer than its checksum: interrupted before it was summed, or copied here without it
 

@@ -13,7 +13,7 @@ from pmd.errors import MemoryStoreError
 from pmd.memory.embed import Embedder
 from pmd.types import INSIGHT_KINDS
 
-MAX_TEXT = 10_000_000  # characters; the longest of our own are prompts and attempts
+MAX_TEXT = 10_000_000  # bytes; the longest of our own are prompts and attempts
 MAX_GENERATION = 1_000_000
 MAX_NUMBER = 2**53  # the largest whole number up to which floats are exact
 MAX_DIMENSION = 65_536
@@ -142,7 +142,7 @@ def _conditions(table: str) -> dict[str, str]:
         if kind == "REAL":
             parts.append(f"{name} IS NULL OR abs({name}) <= {MAX_NUMBER}")
         if kind == "TEXT" and table != "meta":
-            parts.append(f"{name} IS NULL OR length({name}) <= {MAX_TEXT}")
+            parts.append(f"{name} IS NULL OR length(CAST({name} AS BLOB)) <= {MAX_TEXT}")
         if kind == "INTEGER":
             parts.append(f"{name} IS NULL OR abs({name}) <= {MAX_NUMBER}")
         if name == "embedding" and table != "insights":

@@ -89,20 +89,13 @@ def is_blank(db: sqlite3.Connection) -> bool:
         return False  # damaged; `check_file` reports it
 
 
-def check_file(
-    db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, had_log: bool = False, load: bool = True
-) -> Embedder:
-    """Refuse damage, other kinds of files, unknown schema versions and other embedders; return the embedder.
-
-    Args:
-        had_log: whether there was a write-ahead log before the connection was made.
-        load: whether to return the store's own embedder where none is given.
-    """
+def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *, load: bool = True) -> Embedder:
+    """Refuse damage, other kinds of files, unknown schema versions and other embedders; return the embedder."""
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
         known = application == APPLICATION_ID and (version == SCHEMA_VERSION or version in STEPS)
-        intact = known and matches_checksum(db, path, had_log=had_log)
+        intact = known and matches_checksum(db, path)
         damage = ["ok"] if intact else [row[0] for row in db.execute("PRAGMA quick_check(3)")]
         if known and damage == ["ok"]:
             meta = {str(key): str(value) for key, value in db.execute("SELECT key, value FROM meta")}

@@ -17,7 +17,7 @@ import numpy as np
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files
-from pmd.memory.checksum import has_log, settle
+from pmd.memory.checksum import refuse_lost_log, settle
 from pmd.memory.compact import history_from
 from pmd.memory.embed import Embedder
 from pmd.types import INSIGHT_KINDS
@@ -122,16 +122,18 @@ class MemoryStore:
         """
         path = Path(path)
         try:
-            exists, had_log = path.exists() and path.stat().st_size > 0, has_log(path)
+            exists = path.exists() and path.stat().st_size > 0
         except OSError as error:
             raise files.unusable(path, error) from error
         if not exists and (read_only or embedder is None):
             raise MemoryStoreError(f"memory store={path} does not exist; check the path.")
+        if exists:
+            refuse_lost_log(path)
         db = files.connect(path, read_only)
         try:
             if embedder is not None and not read_only and files.is_blank(db):
                 files.create(db, path, embedder)
-            found = files.check_file(db, path, embedder, had_log=had_log)
+            found = files.check_file(db, path, embedder)
             db = files.bring_up_to_date(db, path, read_only)
             files.check_rows(db, path, found)
             if not read_only:

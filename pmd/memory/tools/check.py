@@ -31,7 +31,11 @@ RULES = {
 
 def check(store: MemoryStore) -> list[str]:
     """Return what is wrong with the store and its index file, one sentence each; empty if nothing is."""
-    wrong = [f"the file is damaged: {' '.join(row[0].split())}" for row in store.query("PRAGMA integrity_check(5)") if row[0] != "ok"]
+    wrong = [
+        f"the file is damaged: {' '.join(row[0].split())}"
+        for row in store.query("PRAGMA integrity_check(5)")
+        if row[0] != "ok"
+    ]
     wrong += [f"a reference of {row[0]} row {row[1]} points nowhere" for row in store.query("PRAGMA foreign_key_check")]
     for meaning, sql in RULES.items():
         found = store.query(sql)
