@@ -41,10 +41,11 @@ READING = (
 WRITING = (("rebuild",), ("rollback", "1"), ("import", "given.jsonl"), ("compact", "--keep", "1"))
 TABLES = ("tasks", "experiences", "insights", "behaviours", "links", "retrievals", "audits", "ops", "meta")
 HOSTILE: tuple[object, ...] = (
-    "<script>alert(1)</script>", "\x1b]0;owned\x07\x1b[31m", "\x9b31m", "[red]x[/red][/]", "", "a" * 5_000, "\u202eevil",
+    "<script>alert(1)</script>", "\x1b]0;owned\x07\x1b[31m", "\x9b31m", "[red]x[/red][/]", "", "a" * 5_000,
+    "\u202eevil",
     "'; DROP TABLE ops; --", "{}", "[]", '{"status": 1}', '{"x = 1; --": 2}', "[" * 3000, "1e999", "NaN", "{", "\x00",
     -1, 0, 1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63), 10**12, 1.5, float("inf"), -1e300, None, b"\xff\xfe", b"",
-    "retired", "lesson", "internalized", "spell", "999999999999", "1 ", "०", "é" * 100,
+    "retired", "lesson", "internalized", "spell", "999999999999", "1 ", "\u0966", "é" * 100,
 )  # fmt: skip
 JSON_VALUES = (*(v for v in HOSTILE if not isinstance(v, bytes)), [], {}, [[]], True, "\ud800", 10**30, ["a"], {"a": 1})
 

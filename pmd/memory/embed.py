@@ -194,7 +194,7 @@ class SentenceEmbedder:
         else:
             self._name, self._dimension = recorded
 
-    def _load(self) -> None:
+    def _load(self) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -219,6 +219,7 @@ class SentenceEmbedder:
                 f"memory.embedder={self.path} is {name}, the store was built with {self._name}; the model has changed."
             )
         self._name = name
+        return self._model
 
     @property
     def name(self) -> str:
@@ -234,9 +235,8 @@ class SentenceEmbedder:
         """Return one unit vector per text."""
         if not texts:
             return np.zeros((0, self._dimension), dtype=np.float32)
-        if self._model is None:
-            self._load()
-        vectors = self._model.encode(
+        model = self._model if self._model is not None else self._load()
+        vectors = model.encode(
             list(texts), batch_size=64, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
