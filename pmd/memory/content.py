@@ -21,7 +21,7 @@ MAX_WORD_TABLE = 10_000_000
 META = {"dimension", "embedder", "embedder_state", "generation", "generation_check", "history_from"}
 _STATUSES = "('active', 'internalized', 'retired', 'quarantined')"
 _KINDS = "(" + ", ".join(f"'{kind}'" for kind in INSIGHT_KINDS) + ")"
-_JSON_OBJECT = "CASE WHEN {0} IS NULL THEN 1 WHEN json_valid({0}) THEN json_type({0}) = 'object' ELSE 0 END"
+_JSON_OBJECT = "({0} IS NULL OR (substr({0}, 1, 1) = '{{' AND json_valid({0})))"
 #: What must hold for the values of a column, besides its type; columns of other tables with the same name included.
 _RANGES = {
     "id": f"id BETWEEN 1 AND {MAX_NUMBER}",
@@ -141,9 +141,9 @@ def _conditions(table: str) -> dict[str, str]:
         parts = [f"typeof({name}) IN {types}" + ("" if required or name == "id" else f" OR {name} IS NULL")]
         if kind == "REAL":
             parts.append(f"{name} IS NULL OR abs({name}) <= {MAX_NUMBER}")
-        if kind == "TEXT" and table != "meta":
+        if kind == "TEXT" and table != "meta" and name not in ("split", "kind", "status", "action"):
             parts.append(f"{name} IS NULL OR length(CAST({name} AS BLOB)) <= {MAX_TEXT}")
-        if kind == "INTEGER":
+        if kind == "INTEGER" and name not in _RANGES:
             parts.append(f"{name} IS NULL OR abs({name}) <= {MAX_NUMBER}")
         if name == "embedding" and table != "insights":
             parts.append("embedding IS NOT NULL")

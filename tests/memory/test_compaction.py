@@ -1,10 +1,8 @@
 """The store is bounded: what is older than the kept generations goes, and nothing that anything still needs."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import time
 
 import pytest
@@ -246,7 +244,7 @@ def test_killed_while_compacting_the_store_is_as_before_or_after(few, open_store
         shutil.copy(f"{store.path}.sum", f"{path}.sum")
         process = start_process(compact_and_stop, str(path))
         time.sleep(moments.uniform(0, 3 * seconds))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         with MemoryStore.open(path, embedder=few.embedder()) as opened:
             assert dump(opened) in states
