@@ -19,6 +19,7 @@ from pmd.cli.printable import printable, printable_json
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.checksum import remedy
+from pmd.memory.files import one_line
 from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
@@ -131,7 +132,9 @@ def main(argv: Sequence[str]) -> int:
         try:
             tables = commands[arguments.command](store, arguments)
         except (sqlite3.DatabaseError, ValueError, RecursionError) as error:  # damage that only shows here
-            raise MemoryStoreError(f"memory store={store.path} is damaged ({error}); {remedy(store.path)}") from error
+            raise MemoryStoreError(
+                f"memory store={store.path} is damaged ({one_line(error)}); {remedy(store.path)}"
+            ) from error
         except OSError as error:
             raise MemoryStoreError(
                 f"{error.filename or store.path} cannot be used ({error.strerror}); check path, permissions and free "

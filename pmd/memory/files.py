@@ -103,12 +103,12 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CANNOT:
             raise unusable(path, error) from error
         raise MemoryStoreError(
-            f"memory store={path} is damaged or no SQLite file ({error}). If the path is right: {remedy(path)}"
+            f"memory store={path} is damaged or no SQLite file ({one_line(error)}). If the path is right: {remedy(path)}"
         ) from error
     if application != APPLICATION_ID:
         raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
     if damage != ["ok"]:
-        raise MemoryStoreError(f"memory store={path} is damaged ({' '.join(damage[0].split())}); {remedy(path)}")
+        raise MemoryStoreError(f"memory store={path} is damaged ({one_line(damage[0])}); {remedy(path)}")
     if version != SCHEMA_VERSION and version not in STEPS:
         raise MemoryStoreError(
             f"memory store={path} has schema version={version}, this program reads {min(STEPS)} to {SCHEMA_VERSION}; "
@@ -161,7 +161,7 @@ def bring_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sql
             db.execute("PRAGMA query_only=ON")
     except sqlite3.DatabaseError as error:
         raise MemoryStoreError(
-            f"memory store={path} could not be brought from schema version={version} to {SCHEMA_VERSION} ({error}); "
+            f"memory store={path} could not be brought from schema version={version} to {SCHEMA_VERSION} ({one_line(error)}); "
             "it is unchanged. Check free disk space and permissions."
         ) from error
     return db
@@ -173,7 +173,9 @@ def check_rows(db: sqlite3.Connection, path: Path, embedder: Embedder) -> int:
         generation = read_generation(db)
         check_content(db, embedder, generation)
     except (sqlite3.DatabaseError, ValueError, MemoryStoreError) as error:
-        raise MemoryStoreError(f"memory store={path} is damaged or foreign ({error}); {remedy(path)}") from error
+        raise MemoryStoreError(
+            f"memory store={path} is damaged or foreign ({one_line(error)}); {remedy(path)}"
+        ) from error
     return generation
 
 
@@ -221,9 +223,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def one_line(error: object) -> str:
+    """Return an error's words on one line, not too long: SQLite quotes the statement, which a damaged file can name."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else words[:300] + " ..."
+
+
 def unusable(path: Path, error: OSError | sqlite3.Error) -> MemoryStoreError:
     """Return the error for a store that cannot be opened, created or replaced."""
-    reason = error.strerror if isinstance(error, OSError) else str(error)
+    reason = error.strerror if isinstance(error, OSError) else one_line(error)
     return MemoryStoreError(
         f"memory store={path} cannot be opened or written ({reason}); check that it is no folder, and permissions and "
         "free disk space."

@@ -19,6 +19,7 @@ from pmd.memory.behaviours import BehaviourChange, Cluster, find_clusters, repla
 from pmd.memory.checksum import announce, withdraw, write_checksum, write_generation
 from pmd.memory.compact import compact
 from pmd.memory.embed import Embedder, validated
+from pmd.memory.files import one_line
 from pmd.memory.judge import ItemAudit, judge, write_audits
 from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, newest_evidence, vector_blob
 from pmd.tasks.thinking import MARK, strip_thinking
@@ -89,7 +90,7 @@ def _withdraw(store: MemoryStore) -> None:
 
 def _not_written(store: MemoryStore, error: Exception) -> MemoryStoreError:
     return MemoryStoreError(
-        f"memory store={store.path} could not be written ({error}); nothing of this update was kept. "
+        f"memory store={store.path} could not be written ({one_line(error)}); nothing of this update was kept. "
         "Check free disk space and permissions, and that no other process writes to it."
     )
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from pmd.memory.checksum import interrupted
+from pmd.memory.files import one_line
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 
@@ -32,9 +33,7 @@ RULES = {
 def check(store: MemoryStore) -> list[str]:
     """Return what is wrong with the store and its index file, one sentence each; empty if nothing is."""
     wrong = [
-        f"the file is damaged: {' '.join(row[0].split())}"
-        for row in store.query("PRAGMA integrity_check(5)")
-        if row[0] != "ok"
+        f"the file is damaged: {one_line(row[0])}" for row in store.query("PRAGMA integrity_check(5)") if row[0] != "ok"
     ]
     wrong += [f"a reference of {row[0]} row {row[1]} points nowhere" for row in store.query("PRAGMA foreign_key_check")]
     for meaning, sql in RULES.items():
