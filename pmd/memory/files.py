@@ -103,7 +103,8 @@ def check_file(db: sqlite3.Connection, path: Path, embedder: Embedder | None, *,
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CANNOT:
             raise unusable(path, error) from error
         raise MemoryStoreError(
-            f"memory store={path} is damaged or no SQLite file ({one_line(error)}). If the path is right: {remedy(path)}"
+            f"memory store={path} is damaged or no SQLite file ({one_line(error)}). If the path is right: "
+            f"{remedy(path)}"
         ) from error
     if application != APPLICATION_ID:
         raise MemoryStoreError(f"memory store={path} is not a pmd memory store; check the path.")
@@ -161,8 +162,8 @@ def bring_up_to_date(db: sqlite3.Connection, path: Path, read_only: bool) -> sql
             db.execute("PRAGMA query_only=ON")
     except sqlite3.DatabaseError as error:
         raise MemoryStoreError(
-            f"memory store={path} could not be brought from schema version={version} to {SCHEMA_VERSION} ({one_line(error)}); "
-            "it is unchanged. Check free disk space and permissions."
+            f"memory store={path} could not be brought from schema version={version} to {SCHEMA_VERSION} "
+            f"({one_line(error)}); it is unchanged. Check free disk space and permissions."
         ) from error
     return db
 

@@ -1,9 +1,13 @@
 """The store is bounded: what is older than the kept generations goes, and nothing that anything still needs."""
 
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import time
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 from memory_world import World, make_rollout, make_task, start_process
@@ -220,37 +224,72 @@ def test_the_command_compacts_and_other_commands_drop_nothing(few, open_store, c
     assert "generation=3 is not in the store, which has 12 to 14" in capsys.readouterr().err
 
 
-def compact_and_stop(path: str) -> None:
+def compact_and_die(path: str, statement: str) -> None:
+    """Compact, and die as SQLite begins the first statement that starts so."""
+    store = MemoryStore.open(path, embedder=World(families=6).embedder())
+    store.db.set_trace_callback(lambda sql: os._exit(9) if sql.startswith(statement) else None)
+    compact_store(store, 2, archive=False)
+
+
+def compact_when_told(path: str, told: Connection) -> None:
     with MemoryStore.open(path, embedder=World(families=6).embedder()) as store:
+        told.send("now")
         compact_store(store, 2, archive=False)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_killed_while_compacting_the_store_is_as_before_or_after(few, open_store, tmp_path, kills):
+@pytest.fixture
+def states(few, open_store, tmp_path) -> tuple[Path, list[str], list[str], float]:
+    """A store of ten epochs, its content before and after compaction, and the seconds that compaction takes."""
     store = open_store("before.sqlite", embedder=few.embedder(), keep_generations=None)
     for epoch in range(10):
         few.write_epoch(store, epoch)
     before = dump(store)
     store.close()
     shutil.copy(store.path, tmp_path / "after.sqlite")
-    started = time.perf_counter()
     with MemoryStore.open(tmp_path / "after.sqlite", embedder=few.embedder()) as after:
+        started = time.perf_counter()
         compact_store(after, 2, archive=False)
-        states = (before, dump(after))
-    seconds, moments, found = time.perf_counter() - started, random.Random(kills), set()
-    for n in range(kills):
-        path = tmp_path / f"{n}.sqlite"
-        shutil.copy(store.path, path)
-        shutil.copy(f"{store.path}.sum", f"{path}.sum")
-        process = start_process(compact_and_stop, str(path))
-        time.sleep(moments.uniform(0, 3 * seconds))
+        seconds = time.perf_counter() - started
+        return store.path, before, dump(after), seconds
+
+
+def copied(path: Path, name: str) -> Path:
+    copy = path.with_name(name)
+    shutil.copy(path, copy)
+    shutil.copy(f"{path}.sum", f"{copy}.sum")
+    return copy
+
+
+def test_killed_at_each_step_of_compaction_the_store_is_as_before_or_after(few, states):
+    path, before, after, _ = states
+    steps = {"DELETE FROM ops": before, "COMMIT": before, "PRAGMA wal_checkpoint": after, "VACUUM": after}
+    for number, (statement, expected) in enumerate(steps.items()):
+        copy = copied(path, f"{number}.sqlite")
+        process = start_process(compact_and_die, str(copy), statement)
+        process.join()
+        assert process.exitcode == 9, statement
+        assert main(["memory", "stats", str(copy)]) == 0
+        with MemoryStore.open(copy, embedder=few.embedder()) as opened:
+            assert dump(opened) == expected, statement
+        assert main(["memory", "rebuild", str(copy)]) == 0
+        assert main(["memory", "check", str(copy)]) == 0
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_of_compaction_the_store_is_as_before_or_after(few, states):
+    path, before, after, seconds = states
+    moments, found = random.Random(0), []
+    for number in range(60):
+        copy = copied(path, f"{number}.sqlite")
+        receiving, sending = multiprocessing.Pipe(duplex=False)
+        process = start_process(compact_when_told, str(copy), sending)
+        assert receiving.recv() == "now"
+        time.sleep(moments.uniform(0, 2 * seconds))
         process.kill()
         process.join()
-        with MemoryStore.open(path, embedder=few.embedder()) as opened:
-            assert dump(opened) in states
-            found.add(opened.generation)
-        assert main(["memory", "stats", str(path)]) == 0
-        for left in tmp_path.glob(f"{n}.sqlite*"):
-            left.unlink()
-    assert found <= {10, 11}
-    assert kills < 10 or found == {10, 11}
+        with MemoryStore.open(copy, embedder=few.embedder()) as opened:
+            content = dump(opened)
+        assert content in (before, after)
+        found.append(content == after)
+        assert main(["memory", "stats", str(copy)]) == 0
+    print(f"{found.count(False)} as before, {found.count(True)} as after")
