@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from pmd import __version__
+from pmd.cli.printable import printable
 from pmd.config.check import check_config
 from pmd.config.load import load_arguments
 from pmd.config.processes import process_problems
@@ -87,13 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its help or an error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        print(printable(f"ConfigError: {error}"), file=sys.stderr)
         return 2
     except RunInterrupted as error:
         print(error, file=sys.stderr)
         return 130
     except PmdError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

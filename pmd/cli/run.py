@@ -46,6 +46,7 @@ from pmd.evaluation.report import (
     write_results,
 )
 from pmd.memory import EpochRecord, ProceduralMemory
+from pmd.memory.held_out import HeldOut
 from pmd.metrics_log import MetricsLog
 from pmd.module import PMDModule
 from pmd.planning.engine_memory import plan_here
@@ -253,7 +254,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
     memory = None
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
-        memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks))
+        memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
     data = RolloutDataModule(config, tasks, engine, prompts, memory)
     evaluator = Evaluator(
         engine,
