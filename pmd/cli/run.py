@@ -34,14 +34,15 @@ from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
 from pmd.evaluation.report import Phase, draw_curves, draw_pass_at, print_table, sum_costs, write_results
 from pmd.memory import EpochRecord, ProceduralMemory
+from pmd.model_check import check_model, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.engine_memory import plan_here
-from pmd.pretrained import load_tokenizer
+from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
 from pmd.rollouts.datamodule import RolloutDataModule, refuse_long_prompts
 from pmd.run_dir import RunDir, find_run_dir, fit_run_dir
-from pmd.scoring import PolicyScorer
+from pmd.scoring import PolicyScorer, output_head
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
-from pmd.tasks.prompts import make_prompts
+from pmd.tasks.prompts import PromptFormat, make_prompts
 from pmd.types import Split, Task
 from pmd.verifiers.resolve import prepare_verifiers
 
@@ -122,12 +123,13 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     check_engine(config)
     tasks = load_tasks(config.data, config.seed_everything)
     _prepare(tasks, config)
-    prompts = make_prompts(config.model.prompts, load_tokenizer(config.model))
-    refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
+    config, prompts = _prepare_model(config, tasks)
     plan = plan_here(config) if config.rollouts.engine == "vllm" else None
     if plan is not None:
         CONSOLE.print(str(plan), markup=False, soft_wrap=True)
     module = PMDModule(config)
+    with module.policy.weights("student") as model:
+        output_head(model)  # refuses an unusual one before anything is generated
     engine = make_engine(config, module.policy, module.tokenizer, None if plan is None else plan.fraction)
     memory = None
     if config.memory.enabled:
@@ -158,6 +160,18 @@ def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
     duplicates = find_duplicates(everything)
     if duplicates.same_prompt or duplicates.same_stem:
         CONSOLE.print(str(duplicates), markup=False, soft_wrap=True)
+
+
+def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tuple[RunConfig, PromptFormat]:
+    """Refuse a model or tokenizer that cannot serve the tasks; return the limits that it can hold, and the prompts."""
+    architecture, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
+    check_model(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
+    prompts = make_prompts(config.model.prompts, tokenizer)
+    longest = refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
+    config, lines = fit_to_positions(config, max_positions(architecture), longest)
+    for line in [*lines, *describe_noise(architecture)]:
+        CONSOLE.print(line, markup=False, soft_wrap=True)
+    return config, prompts
 
 
 def callbacks_of(run: Run) -> list[Callback]:

@@ -41,6 +41,9 @@ class ModelConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = option(
         "sdpa", "How attention is computed; flash attention (CUDA, its own package) also packs rows without padding."
     )
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model; only for a model whose authors you trust as your own code."
+    )
     prompts: Literal["words", "chat"] = option(
         "words", "`words` is the tiny world's own language; `chat` uses the tokenizer's chat template."
     )

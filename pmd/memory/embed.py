@@ -191,7 +191,7 @@ class SentenceEmbedder:
         if re.match(r"[./~]", path) and not Path(path).expanduser().exists():
             raise ConfigError(f"memory.embedder={path} is not an existing directory; give one, or a Hugging Face id.")
         self.path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
-        self._model = SentenceTransformer(self.path, device="cpu")
+        self._model = SentenceTransformer(self.path, device="cpu", trust_remote_code=False)
         self._model.eval()
         weights = hashlib.sha256()
         for key, tensor in sorted(self._model.state_dict().items()):

@@ -1,7 +1,8 @@
 """Prompts for chat models: the tokenizer's own chat template around the text files in `templates/`.
 
-Thinking is turned off in every prompt and stripped from every attempt that is shown. The wording is our choice; the
-paper's prompts are not public.
+Thinking is turned off in every prompt and stripped from every attempt that is shown. Control tokens spelled in tasks,
+attempts, memory or feedback are encoded as text (encoding.py). The wording is our choice; the paper's prompts are not
+public.
 """
 
 import re
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pmd.tasks.prompts.encoding import ChatEncoder
 from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line, strip_thinking
 from pmd.types import Message, Rollout, Task
 
@@ -24,13 +26,14 @@ class ChatPrompts:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
+        self.encoder = ChatEncoder(tokenizer)
         names = ("teacher", "memory", "success", "failure", "reflection", "attempt", "abstraction", "placebo")
         names += ("known", "revision")
         self.text = {name: (TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in names}
 
     def student(self, task: Task) -> list[int]:
         """Return the task's messages under the chat template."""
-        return self._ids(task.messages)
+        return self.encoder.ids(task.messages)
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
         """Return the task with the applicable sections in its last user message, or the bare task if there are none."""
@@ -47,7 +50,7 @@ class ChatPrompts:
         last = max(i for i, message in enumerate(task.messages) if message.role == "user")
         question = self._fill("teacher", question=task.question, sections=sections).rstrip("\n")
         messages = [Message("user", question) if i == last else m for i, m in enumerate(task.messages)]
-        return self._ids(messages)
+        return self.encoder.ids(messages)
 
     def placebo(self, text: str) -> str:
         """Return neutral text with as many tokens as `text`."""
@@ -89,7 +92,7 @@ class ChatPrompts:
         prompt = self._fill("reflection", question=task.question, attempts=attempts, outcome=outcome).rstrip("\n")
         if known:
             prompt += self._fill("revision").rstrip("\n")
-        return [self._ids([Message("user", prompt)])]
+        return [self.encoder.ids([Message("user", prompt)])]
 
     def parse_reflection(self, text: str) -> Reply:
         """Return the well-formed items; a malformed one does not affect the others."""
@@ -98,18 +101,11 @@ class ChatPrompts:
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return the prompt for one cluster."""
         listed = "\n".join(f"- {insight}" for insight in insights)
-        return self._ids([Message("user", self._fill("abstraction", insights=listed).rstrip("\n"))])
+        return self.encoder.ids([Message("user", self._fill("abstraction", insights=listed).rstrip("\n"))])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return the first well-formed item."""
         return parse_line(text)
-
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
-        chat = [{"role": message.role, "content": message.content} for message in messages]
-        ids = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
-        )
-        return [int(i) for i in cast(list[int], ids)]
 
     def _fill(self, name: str, **values: str) -> str:
         """Fill the {fields} of a template; braces inside the values are left as they are."""

@@ -1,0 +1,202 @@
+"""Finds models and tokenizers that cannot serve a run, before any weights load and anything is generated.
+
+Each check is a sentence with key, value and remedy; `check_model` raises all of them at once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, cast
+
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from pmd.config.schema import ReflectionConfig, RunConfig, TeacherConfig
+from pmd.errors import ConfigError
+from pmd.pretrained import resolve_model_path
+from pmd.scoring import describe_logit_settings
+from pmd.tasks.prompts.encoding import ChatEncoder
+from pmd.types import Message, Task
+
+#: What any tokenizer must give back after encoding and decoding, apart from spaces and capitals.
+PROBE = "Answer: (a) 12 + 34 = 46, and 90 / 5 = 18. Is it 'so'? Yes; x_7 < y[8]!"
+#: Endings of the names of architectures that do not predict the next token from the ones before it.
+NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def check_model(
+    run: RunConfig, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]
+) -> None:
+    """Refuse a model or tokenizer that cannot serve the tasks.
+
+    Raises:
+        ConfigError: with everything found.
+    """
+    key = f"model.path={run.model.path}"
+    problems = [*_architecture_problems(key, architecture), *_end_problems(key, run, architecture, tokenizer)]
+    problems += _row_problems(key, architecture, tokenizer)
+    if run.model.prompts == "chat":
+        problems += _decoding_problems(key, tokenizer)
+        problems += _template_problems(key, architecture, tokenizer, tasks)
+    if problems:
+        raise ConfigError(problems)
+
+
+def max_positions(architecture: PretrainedConfig) -> int | None:
+    """Return how many tokens the model can hold, stretched rotary embeddings included; None if it has no limit."""
+    fields = architecture.get_text_config().to_dict()
+    limit = fields.get("max_position_embeddings")
+    rope: dict[str, Any] = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if isinstance(limit, int) and isinstance(original, int) and isinstance(factor, int | float):
+        return max(limit, int(original * factor))
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def fit_to_positions(run: RunConfig, limit: int | None, longest_prompt: int) -> tuple[RunConfig, list[str]]:
+    """Return the configuration with no prompt longer than the model can hold, and a line for each limit lowered.
+
+    Limits that nobody set are lowered without a line.
+
+    Raises:
+        ConfigError: the longest task with its completion, or a reflection, does not fit at all.
+    """
+    if limit is None:
+        return run, []
+    rollouts, teacher, reflection, problems = run.rollouts, run.teacher, run.reflection, []
+    if longest_prompt + rollouts.max_new_tokens > limit:
+        problems.append(
+            f"rollouts.max_new_tokens={rollouts.max_new_tokens} after the longest prompt of {longest_prompt} tokens "
+            f"exceeds {limit}, the positions of model.path={run.model.path}; lower it, leave long tasks out, or use "
+            "another model."
+        )
+    if reflection.max_new_tokens >= limit:
+        problems.append(
+            f"reflection.max_new_tokens={reflection.max_new_tokens} exceeds {limit}, the positions of "
+            f"model.path={run.model.path}; lower it, or use another model."
+        )
+    if problems:
+        raise ConfigError(problems)
+    lines = []
+    for section, default, new_tokens in (
+        (teacher, TeacherConfig(), rollouts.max_new_tokens),
+        (reflection, ReflectionConfig(), reflection.max_new_tokens),
+    ):
+        if section.max_prompt_tokens > limit - new_tokens and section.max_prompt_tokens != default.max_prompt_tokens:
+            name = "teacher" if section is teacher else "reflection"
+            lines.append(
+                f"{name}.max_prompt_tokens={section.max_prompt_tokens} counts as {limit - new_tokens}: the model has "
+                f"{limit} positions, and {new_tokens} are for what it writes."
+            )
+    teacher_limit = min(teacher.max_prompt_tokens, limit - rollouts.max_new_tokens)
+    reflection_limit = min(reflection.max_prompt_tokens, limit - reflection.max_new_tokens)
+    fitted = replace(
+        run,
+        rollouts=replace(rollouts, max_prompt_tokens=min(rollouts.max_prompt_tokens, limit - rollouts.max_new_tokens)),
+        teacher=replace(teacher, max_prompt_tokens=teacher_limit),
+        reflection=replace(reflection, max_prompt_tokens=reflection_limit),
+    )
+    return fitted, lines
+
+
+def _architecture_problems(key: str, architecture: PretrainedConfig) -> list[str]:
+    names = architecture.architectures or []
+    problems = describe_logit_settings(architecture, names[0] if names else architecture.model_type)
+    if architecture.is_encoder_decoder or (names and all(name.endswith(NOT_CAUSAL) for name in names)):
+        problems.append(
+            f"{key} is {names[0] if names else architecture.model_type}, which does not predict the next token; give a "
+            "causal language model."
+        )
+    return problems
+
+
+def _end_problems(
+    key: str, run: RunConfig, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Check that completions can end, and that rows can be padded."""
+    named: Any
+    try:
+        named = GenerationConfig.from_pretrained(resolve_model_path(run.model.path)).eos_token_id
+    except Exception:  # there is no such file, or it cannot be read: transformers then uses the model's configuration
+        named = architecture.get_text_config().eos_token_id
+    rows = architecture.get_text_config().vocab_size
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    problems = []
+    if not any(isinstance(end, int) and 0 <= end < rows for end in ends):
+        problems.append(
+            f"{key}: neither its tokenizer nor its generation_config.json names an end-of-sequence token that the "
+            "model can write, so no completion would end; set eos_token in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        problems.append(
+            f"{key}: its tokenizer has neither a padding nor an end-of-sequence token, so rows of different lengths "
+            "cannot be batched; set pad_token or eos_token in its tokenizer_config.json."
+        )
+    return problems
+
+
+def _row_problems(key: str, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Check that the model has an embedding for every token that a prompt may hold.
+
+    Special tokens without one are harmless if the chat template does not write them (Gemma 3 has such an image token):
+    no text is encoded to them.
+    """
+    rows, controls = architecture.get_text_config().vocab_size, ChatEncoder(tokenizer).controls
+    source = str(tokenizer.chat_template or "")
+    used = {tokenizer.eos_token, tokenizer.pad_token}
+    beyond = [
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and (token not in controls or token in used or token in source)
+    ]
+    if not beyond:
+        return []
+    number, token = max(beyond)
+    return [
+        f"{key}: its tokenizer has ids up to {number} ({token!r}), but the model has embeddings for {rows} only; "
+        "resize them with model.resize_token_embeddings, or use the tokenizer that belongs to the model."
+    ]
+
+
+def _decoding_problems(key: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Check that text survives encoding and decoding."""
+    ids = cast(list[int], tokenizer.encode(PROBE, add_special_tokens=False))
+    found = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+    if _letters(found) == _letters(PROBE):
+        return []
+    return [f"{key}: its tokenizer turns {PROBE!r} into {found[:100]!r}; use the tokenizer that belongs to the model."]
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _template_problems(
+    key: str, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]
+) -> list[str]:
+    """Check that the chat template renders the messages of every kind of task, with nothing left out."""
+    if not tokenizer.chat_template:
+        return [
+            f"{key}: its tokenizer has no chat template; use an instruction-tuned model, or add a chat_template.jinja."
+        ]
+    rows, encoder, problems = architecture.get_text_config().vocab_size, ChatEncoder(tokenizer), []
+    examples = {tuple(message.role for message in task.messages): task.task_id for task in tasks}
+    for roles, task_id in ({("user",): None} | examples).items():
+        where = f"{key}, for messages of {', '.join(roles)}" + (f" as in task {task_id}" if task_id else "")
+        contents = [f"probe {number} of pmd" for number in range(len(roles))]
+        try:
+            messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
+            text, ids = encoder.render(messages), encoder.ids(messages)
+        except ConfigError as error:
+            problems += [f"{problem} (task {task_id})" if task_id else problem for problem in error.problems]
+            continue
+        lost = [role for role, content in zip(roles, contents, strict=True) if content not in text]
+        if lost:
+            problems.append(
+                f"{where}: the chat template leaves out the {lost[0]} message; leave such messages out of the tasks, "
+                "or use another model."
+            )
+        if max(ids, default=0) >= rows:
+            problems.append(
+                f"{where}: the chat template gives token {max(ids)}, but the model has embeddings for {rows} only; use "
+                "the tokenizer that belongs to the model."
+            )
+    return problems
