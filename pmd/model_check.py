@@ -42,9 +42,9 @@ def check_model(
 
 def max_positions(architecture: PretrainedConfig) -> int | None:
     """Return how many tokens the model can hold, stretched rotary embeddings included; None if it has no limit."""
-    fields = architecture.get_text_config().to_dict()
-    limit = fields.get("max_position_embeddings")
-    rope: dict[str, Any] = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    text = architecture.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)  # an attribute also where the field has another name
+    rope: dict[str, Any] = text.to_dict().get("rope_parameters") or {}
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
     if isinstance(limit, int) and isinstance(original, int) and isinstance(factor, int | float):
         return max(limit, int(original * factor))

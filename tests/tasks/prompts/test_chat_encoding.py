@@ -64,6 +64,7 @@ def unigram(template: str = BARE):
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return wrapped(tokenizer, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -82,6 +83,7 @@ def unmarked():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.add_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>"), "<think>", "</think>"])
