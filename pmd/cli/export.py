@@ -1,11 +1,23 @@
 """`python -m pmd export RUN --out DIR`: writes a run's student as a plain Hugging Face checkpoint or adapter."""
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from pmd.cli.arguments import make_parser
 from pmd.config.load import load_config
-from pmd.errors import ConfigError
+from pmd.errors import ConfigError, DiskError
 from pmd.run_dir import open_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pmd.module import PMDModule
 
 DESCRIPTION = """Write the student of a run as a Hugging Face checkpoint, or as an adapter if the run trained one.
 
@@ -35,21 +47,60 @@ def main(argv: list[str]) -> int:
     from pmd.module import PMDModule
 
     module = PMDModule(loaded.run)
-    is_adapter = loaded.run.model.finetune != "full"
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
-    with module.policy.weights("student") as model:
-        if is_adapter:
-            model.save_pretrained(out, selected_adapters=["student"])
-        else:
-            model.save_pretrained(out)
-    if is_adapter:  # PEFT writes a named adapter to a folder of that name
-        for file in (out / "student").iterdir():
-            file.rename(out / file.name)
-        (out / "student").rmdir()
-    module.tokenizer.save_pretrained(out)
+    is_adapter = loaded.run.model.finetune != "full"
+    with complete_folder(out) as folder:
+        save_student(module, folder, is_adapter)
     print(f"exported {checkpoint} to {out}")
     if is_adapter:
         print(f"It is an adapter: load it with peft on {loaded.run.model.path} in {loaded.run.model.dtype}.")
     return 0
+
+
+@contextmanager
+def complete_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` to fill; it becomes `out` when it is complete, and is removed if it does not.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    final = out.absolute()
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, final)  # also replaces an empty folder
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"--out={out} cannot be written ({error}); nothing was exported.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_student(module: "PMDModule", folder: Path, is_adapter: bool) -> None:
+    """Write weights, configuration and tokenizer."""
+    with module.policy.weights("student") as model:
+        if is_adapter:
+            model.save_pretrained(folder, selected_adapters=["student"])
+        else:
+            _save_model(model, folder)
+    if is_adapter:  # PEFT writes a named adapter to a folder of that name
+        for file in (folder / "student").iterdir():
+            file.rename(folder / file.name)
+        (folder / "student").rmdir()
+    module.tokenizer.save_pretrained(folder)
+
+
+def _save_model(model: "PreTrainedModel", folder: Path) -> None:
+    """Save a model with its generation settings as they are, also those that transformers loads but refuses to save."""
+    settings = model.generation_config
+    if settings is not None:
+        model.generation_config = type(settings)()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+    if settings is not None:
+        settings.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])

@@ -37,10 +37,34 @@ def load_arguments(command: str, arguments: Sequence[str], fixed: Sequence[str] 
     Raises:
         ConfigError: an argument is not an option, no file is named, or a file cannot be read.
     """
+    arguments, allowed = take_allowed_modules(arguments)
     files, overrides = split_arguments(arguments)
     if not files:
         raise ConfigError(f"{command} needs --config FILE; start with --config configs/tiny.yaml.")
-    return load_config(files, [*overrides, *fixed])
+    loaded = load_config(files, [*overrides, *fixed])
+    data = loaded.run.data
+    data.allow_modules = list(dict.fromkeys([*data.allow_modules, *allowed]))
+    return loaded
+
+
+def take_allowed_modules(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without `--allow-module NAME`, and the names.
+
+    Raises:
+        ConfigError: a name is missing.
+    """
+    rest, allowed = list[str](), list[str]()
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, name = argument.partition("=")
+        if flag != "--allow-module":
+            rest.append(argument)
+            continue
+        name = name if equals else next(waiting, "")
+        if not name or name.startswith("-"):
+            raise ConfigError("--allow-module needs the name of a module; write --allow-module NAME.")
+        allowed.append(name)
+    return rest, allowed
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> LoadedConfig:

@@ -173,6 +173,11 @@ class DataConfig:
         None, "Folder or file of the data; null loads it from the Hugging Face Hub, if the source is there."
     )
     validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
+    allow_modules: list[str] = option(
+        [],
+        "jsonl: modules or packages whose verifiers the task files may name; they are imported and run. "
+        "`--allow-module NAME` adds one.",
+    )
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
         ["chemistry"], "SciKnowEval domains."
     )

@@ -13,6 +13,7 @@ from typing import Any
 from pmd.errors import MemoryStoreError
 from pmd.memory.store import LIVE, TABLES, MemoryStore
 from pmd.memory.update import Writer, open_writer
+from pmd.tasks.lines import describe_unusable
 from pmd.types import INSIGHT_KINDS
 
 FORMAT = "pmd-memory"
@@ -71,7 +72,7 @@ def import_file(store: MemoryStore, path: Path, excluded: frozenset[str] = froze
     ids: dict[tuple[str, int], int] = {}
     left_out: set[tuple[str, int]] = set()
     try:
-        opened = path.open(encoding="utf-8")
+        opened = path.open(encoding="utf-8", errors="surrogateescape")  # bytes that are not UTF-8 are found below
     except OSError as error:
         raise MemoryStoreError(
             f"{path} cannot be read ({error.strerror}); give a file that `pmd memory export` wrote."
@@ -81,7 +82,8 @@ def import_file(store: MemoryStore, path: Path, excluded: frozenset[str] = froze
         version = _read_version(path, next(lines, (1, ""))[1])
         for number, text in lines:
             try:
-                line = json.loads(text) if version == VERSION else _from_version_1(json.loads(text))
+                line = _checked(path, number, json.loads(text))
+                line = line if version == VERSION else _from_version_1(line)
                 kind, old_id = line.pop("type"), line.pop("id")
                 if line.get("task_id") in excluded or ("task", line.get("task_row")) in left_out:
                     left_out.add((kind, old_id))
@@ -112,6 +114,13 @@ def _read_version(path: Path, text: str) -> int:
             "Give a file that `pmd memory export` wrote."
         )
     return found[1]
+
+
+def _checked(path: Path, number: int, line: Line) -> Line:
+    """Return the line if all of it can be stored and encoded."""
+    if problem := describe_unusable(line):
+        raise MemoryStoreError(f"{path}:{number}: {problem}; nothing was imported.")
+    return line
 
 
 def _from_version_1(line: Line) -> Line:
