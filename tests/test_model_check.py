@@ -1,4 +1,4 @@
-"""Models and tokenizers that cannot serve are refused in words before anything is generated; dropout is switched off."""
+"""Models and tokenizers that cannot serve are refused in words before anything is generated; dropout is off."""
 
 import json
 import shutil
@@ -54,12 +54,13 @@ def run_with(folder: Path) -> RunConfig:
 
 def problems_of(folder: Path, tasks=TASKS) -> list[str]:
     run = run_with(folder)
+    problems = []
     try:
         check_model(run, load_model_config(run.model), load_tokenizer(run.model), tasks)
     except ConfigError as error:
-        assert all(f"model.path={folder}" in p or p.startswith("model: ") for p in error.problems), error.problems
-        return error.problems
-    return []
+        problems = error.problems
+    assert all(f"model.path={folder}" in problem or problem.startswith("model: ") for problem in problems), problems
+    return problems
 
 
 def no_end(folder):
@@ -187,7 +188,7 @@ def test_prompts_are_kept_within_the_models_positions():
     assert fit_to_positions(run, None, 10**6) == (run, [])
     with pytest.raises(ConfigError, match=r"rollouts.max_new_tokens=10 after the longest prompt of 91 .* exceeds 100"):
         fit_to_positions(run, 100, longest_prompt=91)
-    with pytest.raises(ConfigError, match="reflection.max_new_tokens=20 exceeds 20"):
+    with pytest.raises(ConfigError, match=r"reflection.max_new_tokens=20 exceeds 20"):
         fit_to_positions(run, 20, longest_prompt=5)
 
 
@@ -197,7 +198,7 @@ def test_a_run_that_does_not_fit_the_model_is_refused_before_it_is_built(folder,
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_with(folder)
     run.data = DataConfig(task="jsonl", path=str(tmp_path / "tasks.jsonl"))
-    with pytest.raises(ConfigError, match="positions of model.path"):
+    with pytest.raises(ConfigError, match=r"positions of model.path"):
         build(run, RunDir(tmp_path / "run"))
 
 
@@ -236,7 +237,7 @@ def test_code_of_the_models_repository_is_neither_run_nor_asked_about(folder, mo
     edit(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=tokenizer_map)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on stdin"))
     for load in (load_model_config, load_base):
-        with pytest.raises(ConfigError, match="model.trust_remote_code=true"):
+        with pytest.raises(ConfigError, match=r"model.trust_remote_code=true"):
             load(ModelConfig(path=str(folder)))
     with pytest.raises(SystemExit, match="code of the model has run"):
         load_model_config(ModelConfig(path=str(folder), trust_remote_code=True))

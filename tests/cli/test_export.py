@@ -19,7 +19,7 @@ from pmd.tiny import shipped_model_path
 UNSAVABLE = [
     {"do_sample": False, "temperature": 0.6, "top_p": 0.95},
     {"do_sample": False, "top_k": 20},
-    {"num_beams": 1, "num_return_sequences": 4, "do_sample": False},
+    {"do_sample": False, "min_p": 0.1, "typical_p": 0.9},
     {"early_stopping": True, "num_beams": 1, "length_penalty": 2.0},
 ]
 
