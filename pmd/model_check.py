@@ -33,6 +33,9 @@ def check_model(
     key = f"model.path={run.model.path}"
     problems = [*_architecture_problems(key, architecture), *_end_problems(key, run, architecture, tokenizer)]
     problems += _row_problems(key, architecture, tokenizer)
+    rows, top_k = architecture.get_text_config().vocab_size, run.objective.top_k
+    if top_k is not None and top_k > rows:
+        problems.append(f"objective.top_k={top_k} exceeds {rows}, the vocabulary of {key}; lower it, or use null.")
     if run.model.prompts == "chat":
         problems += _decoding_problems(key, tokenizer)
         problems += _template_problems(key, architecture, tokenizer, tasks)

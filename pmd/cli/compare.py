@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pmd.cli.arguments import make_parser
@@ -128,14 +129,14 @@ def print_table(found: Sequence[Comparison], options: argparse.Namespace, consol
     domains = list(found[0].by_domain) if len(found[0].by_domain) > 1 else []
     table = Table(title=f"{options.metric}, {options.phase} checkpoint, {found[0].num_questions} questions, in percent")
     table.add_column("method")
-    for heading in ["runs", "pooled", *(["domain mean"] if domains else []), *domains]:
+    for heading in ["runs", "pooled", *(["domain mean"] if domains else []), *map(escape, domains)]:
         table.add_column(heading, justify="right")
-    for heading in (f"against {found[0].method}", "95 % interval", "p"):
+    for heading in (f"against {escape(found[0].method)}", "95 % interval", "p"):
         table.add_column(heading, justify="right")
     for one in found:
         difference = one.domain_mean_difference if domains else one.pooled_difference
         values = [one.pooled, *([one.domain_mean] if domains else []), *(one.by_domain[name] for name in domains)]
-        cells = [one.method, str(one.num_runs), *(f"{100 * value:.1f}" for value in values)]
+        cells = [escape(one.method), str(one.num_runs), *(f"{100 * value:.1f}" for value in values)]
         table.add_row(*cells, *_cells(difference))
     console = console or Console()
     console.print(table)
@@ -155,6 +156,7 @@ def draw(found: Sequence[Comparison], samples: dict[str, list[Sample]], options:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     import matplotlib.pyplot as plt
 
     rows = [(f"{c.method}: {name}", difference) for c in found[1:] for name, difference in _differences(c)]

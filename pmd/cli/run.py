@@ -114,7 +114,7 @@ def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
     title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}"
     draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
     print_table(results | {"method": f"{config.method}, {split}"}, results["chance"], CONSOLE)
-    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", soft_wrap=True)
+    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -251,7 +251,8 @@ def report(run: Run, phases: Mapping[str, Phase], trained: Mapping[str, float]) 
     results = write_results(run_dir, facts | evaluation_facts(config, run.tasks["test"]), phases)
     draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
     print_table(results, results["chance"], CONSOLE)
-    CONSOLE.print(f"Everything of this run is in {run_dir.root}: results.json, curves.png, metrics.csv, checkpoints/")
+    files = "results.json, curves.png, metrics.csv, checkpoints/"
+    CONSOLE.print(f"Everything of this run is in {run_dir.root}: {files}", markup=False)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -298,5 +299,6 @@ def _announce(run: Run, trainer: Trainer) -> None:
     CONSOLE.print(
         f"{run.config.method}: {rollouts.tasks_per_step} tasks x {rollouts.group_size} attempts = "
         f"{rollouts.tasks_per_step * rollouts.group_size} rollouts a batch, {rollouts.updates_per_batch} update(s) "
-        f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}"
+        f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}",
+        markup=False,
     )

@@ -6,12 +6,14 @@ The arguments and their types are in `trainer_arguments.json`, which `generate_t
 import ctypes
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from pmd.config.values import describe, fits, shown
+from pmd.config.schema import MAX_COUNT
+from pmd.config.values import describe, fits, shown, text_problem
 
 ARGUMENTS_FILE = Path(__file__).with_name("trainer_arguments.json")
 #: Names of types in the file. A choice is written as {"one of": [...]}.
@@ -65,6 +67,8 @@ OWN_TYPES: dict[str, Any] = {
 #: Arguments that count devices and nodes, and all the values with which Lightning means one.
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
+UNITS = ("days", "hours", "minutes", "seconds")
+MAX_DAYS = 10_000
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
 
 
@@ -91,16 +95,30 @@ def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
         remedy = "; model.dtype is the precision of the weights" if key == "precision" else ""
         yield f"trainer.{key}={shown(value)} must be {describe(hint)}{remedy}."
     elif key in MINIMUM and isinstance(value, int) and value < MINIMUM[key]:
-        yield f"trainer.{key}={value} must be at least {MINIMUM[key]}."
+        yield f"trainer.{key}={shown(value)} must be at least {MINIMUM[key]}."
+    elif key in MINIMUM and isinstance(value, int) and value > MAX_COUNT:
+        yield f"trainer.{key}={shown(value)} must be at most {MAX_COUNT}."
     elif value in ("gpu", "cuda") and key == "accelerator" and not cuda_is_available():
         yield f"trainer.accelerator={value} needs a CUDA device and none was found; use cpu or auto."
-    elif key == "max_time" and isinstance(value, str) and not _is_duration(value):
-        yield f"trainer.max_time={value} must be DD:HH:MM:SS, for example 00:02:30:00."
+    elif key == "max_time" and value is not None and not _is_duration(value):
+        yield (
+            f"trainer.max_time={shown(value)} must be DD:HH:MM:SS, for example 00:02:30:00, or a mapping such as "
+            "{hours: 2}, of at most 10000 days."
+        )
+    elif isinstance(value, str) and (problem := text_problem(value)):
+        yield f"trainer.{key}={shown(value)} {problem}."
 
 
-def _is_duration(text: str) -> bool:
-    parts = text.split(":")
-    return len(parts) == 4 and all(part.isdigit() for part in parts)
+def _is_duration(value: str | dict[str, int]) -> bool:
+    """Whether the time is of a form that Lightning reads, above 0 and of at most `MAX_DAYS`."""
+    if isinstance(value, str):
+        parts = value.split(":")
+        if len(parts) != len(UNITS) or not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
+            return False
+        value = dict(zip(UNITS, map(int, parts), strict=True))
+    if not value.keys() <= {*UNITS, "weeks"} or not all(0 <= number <= 10**9 for number in value.values()):
+        return False
+    return timedelta(0) < timedelta(**value) <= timedelta(days=MAX_DAYS)
 
 
 @cache
