@@ -13,7 +13,7 @@ from pmd.config.schema import ReflectionConfig, RunConfig, TeacherConfig
 from pmd.errors import ConfigError
 from pmd.pretrained import resolve_model_path
 from pmd.scoring import describe_logit_settings
-from pmd.tasks.prompts.encoding import ChatEncoder
+from pmd.tasks.prompts.chat import ChatEncoder
 from pmd.types import Message, Task
 
 #: What any tokenizer must give back after encoding and decoding, apart from spaces and capitals.
@@ -60,42 +60,43 @@ def fit_to_positions(run: RunConfig, limit: int | None, longest_prompt: int) -> 
     Limits that nobody set are lowered without a line.
 
     Raises:
-        ConfigError: the longest task with its completion, or a reflection, does not fit at all.
+        ConfigError: the longest task with its completion does not fit.
     """
     if limit is None:
         return run, []
-    rollouts, teacher, reflection, problems = run.rollouts, run.teacher, run.reflection, []
+    rollouts, teacher, reflection = run.rollouts, run.teacher, run.reflection
     if longest_prompt + rollouts.max_new_tokens > limit:
-        problems.append(
+        raise ConfigError(
             f"rollouts.max_new_tokens={rollouts.max_new_tokens} after the longest prompt of {longest_prompt} tokens "
             f"exceeds {limit}, the positions of model.path={run.model.path}; lower it, leave long tasks out, or use "
             "another model."
         )
-    if reflection.max_new_tokens >= limit:
-        problems.append(
-            f"reflection.max_new_tokens={reflection.max_new_tokens} exceeds {limit}, the positions of "
-            f"model.path={run.model.path}; lower it, or use another model."
-        )
-    if problems:
-        raise ConfigError(problems)
-    lines = []
-    for section, default, new_tokens in (
-        (teacher, TeacherConfig(), rollouts.max_new_tokens),
-        (reflection, ReflectionConfig(), reflection.max_new_tokens),
-    ):
-        if section.max_prompt_tokens > limit - new_tokens and section.max_prompt_tokens != default.max_prompt_tokens:
-            name = "teacher" if section is teacher else "reflection"
-            lines.append(
-                f"{name}.max_prompt_tokens={section.max_prompt_tokens} counts as {limit - new_tokens}: the model has "
-                f"{limit} positions, and {new_tokens} are for what it writes."
-            )
-    teacher_limit = min(teacher.max_prompt_tokens, limit - rollouts.max_new_tokens)
-    reflection_limit = min(reflection.max_prompt_tokens, limit - reflection.max_new_tokens)
+    room = limit - rollouts.max_new_tokens
+    reflection_tokens = min(reflection.max_new_tokens, limit // 2)
+    wanted = [
+        ("teacher.max_prompt_tokens", teacher.max_prompt_tokens, TeacherConfig().max_prompt_tokens, room),
+        ("reflection.max_new_tokens", reflection.max_new_tokens, ReflectionConfig().max_new_tokens, limit // 2),
+        (
+            "reflection.max_prompt_tokens",
+            reflection.max_prompt_tokens,
+            ReflectionConfig().max_prompt_tokens,
+            limit - reflection_tokens,
+        ),
+    ]
+    lines = [
+        f"{key}={value} counts as {most}: the model has {limit} positions for a prompt and what is written after it."
+        for key, value, default, most in wanted
+        if value > most and value != default
+    ]
     fitted = replace(
         run,
-        rollouts=replace(rollouts, max_prompt_tokens=min(rollouts.max_prompt_tokens, limit - rollouts.max_new_tokens)),
-        teacher=replace(teacher, max_prompt_tokens=teacher_limit),
-        reflection=replace(reflection, max_prompt_tokens=reflection_limit),
+        rollouts=replace(rollouts, max_prompt_tokens=min(rollouts.max_prompt_tokens, room)),
+        teacher=replace(teacher, max_prompt_tokens=min(teacher.max_prompt_tokens, room)),
+        reflection=replace(
+            reflection,
+            max_new_tokens=reflection_tokens,
+            max_prompt_tokens=min(reflection.max_prompt_tokens, limit - reflection_tokens),
+        ),
     )
     return fitted, lines
 
@@ -144,7 +145,7 @@ def _row_problems(key: str, architecture: PretrainedConfig, tokenizer: PreTraine
     """
     rows, controls = architecture.get_text_config().vocab_size, ChatEncoder(tokenizer).controls
     source = str(tokenizer.chat_template or "")
-    used = {tokenizer.eos_token, tokenizer.pad_token}
+    used = (tokenizer.eos_token, tokenizer.pad_token)
     beyond = [
         (number, token)
         for token, number in tokenizer.get_vocab().items()
@@ -181,17 +182,18 @@ def _template_problems(
             f"{key}: its tokenizer has no chat template; use an instruction-tuned model, or add a chat_template.jinja."
         ]
     rows, encoder, problems = architecture.get_text_config().vocab_size, ChatEncoder(tokenizer), []
-    examples = {tuple(message.role for message in task.messages): task.task_id for task in tasks}
-    for roles, task_id in ({("user",): None} | examples).items():
-        where = f"{key}, for messages of {', '.join(roles)}" + (f" as in task {task_id}" if task_id else "")
-        contents = [f"probe {number} of pmd" for number in range(len(roles))]
+    examples = {tuple(message.role for message in task.messages): task for task in tasks}
+    plain = Task("", (Message("user", ""),), "exact", "train")
+    for roles, task in ({("user",): plain} | examples).items():
+        named = f" (task {task.task_id})" if task.task_id else ""
+        where = f"{key}, for messages of {', '.join(roles)}{named}"
+        messages = [Message(m.role, f"probe {number} of pmd") for number, m in enumerate(task.messages)]
         try:
-            messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
             text, ids = encoder.render(messages), encoder.ids(messages)
         except ConfigError as error:
-            problems += [f"{problem} (task {task_id})" if task_id else problem for problem in error.problems]
+            problems += [f"{problem}{named}" for problem in error.problems]
             continue
-        lost = [role for role, content in zip(roles, contents, strict=True) if content not in text]
+        lost = [message.role for message in messages if message.content not in text]
         if lost:
             problems.append(
                 f"{where}: the chat template leaves out the {lost[0]} message; leave such messages out of the tasks, "

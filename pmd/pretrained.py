@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import (
@@ -78,7 +78,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     model, report = _loaded(
         config,
         "weights",
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: cast(Callable[..., tuple[PreTrainedModel, dict[str, Any]]], AutoModelForCausalLM.from_pretrained)(
             resolve_model_path(config.path),
             config=architecture,
             dtype=DTYPES[config.dtype],

@@ -188,8 +188,9 @@ def test_prompts_are_kept_within_the_models_positions():
     assert fit_to_positions(run, None, 10**6) == (run, [])
     with pytest.raises(ConfigError, match=r"rollouts.max_new_tokens=10 after the longest prompt of 91 .* exceeds 100"):
         fit_to_positions(run, 100, longest_prompt=91)
-    with pytest.raises(ConfigError, match=r"reflection.max_new_tokens=20 exceeds 20"):
-        fit_to_positions(run, 20, longest_prompt=5)
+    short, lines = fit_to_positions(run, 30, longest_prompt=5)
+    assert (short.reflection.max_new_tokens, short.reflection.max_prompt_tokens) == (15, 15)
+    assert any("reflection.max_new_tokens=20 counts as 15" in line for line in lines)
 
 
 def test_a_run_that_does_not_fit_the_model_is_refused_before_it_is_built(folder, tmp_path):

@@ -6,7 +6,6 @@ The arguments and their types are in `trainer_arguments.json`, which `generate_t
 import ctypes
 import json
 from collections.abc import Iterator
-from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -68,6 +67,7 @@ OWN_TYPES: dict[str, Any] = {
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
 UNITS = ("days", "hours", "minutes", "seconds")
+SECONDS = {"weeks": 604_800, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
 MAX_DAYS = 10_000
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
 
@@ -111,14 +111,15 @@ def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
 
 def _is_duration(value: str | dict[str, int]) -> bool:
     """Whether the time is of a form that Lightning reads, above 0 and of at most `MAX_DAYS`."""
-    if isinstance(value, str):
-        parts = value.split(":")
+    lengths = value
+    if isinstance(lengths, str):
+        parts = lengths.split(":")
         if len(parts) != len(UNITS) or not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
             return False
-        value = dict(zip(UNITS, map(int, parts), strict=True))
-    if not value.keys() <= {*UNITS, "weeks"} or not all(0 <= number <= 10**9 for number in value.values()):
+        lengths = dict(zip(UNITS, map(int, parts), strict=True))
+    if not lengths.keys() <= SECONDS.keys() or any(number < 0 for number in lengths.values()):
         return False
-    return timedelta(0) < timedelta(**value) <= timedelta(days=MAX_DAYS)
+    return 0 < sum(number * SECONDS[unit] for unit, number in lengths.items()) <= MAX_DAYS * SECONDS["days"]
 
 
 @cache

@@ -126,7 +126,7 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     for heading in columns:
         table.add_column(heading, justify="right")
     for name, phase in phases.items():
-        table.add_row(escape(name), *(_cell(phase, keys) for keys in columns.values()))
+        table.add_row(escape(str(name)), *(_cell(phase, keys) for keys in columns.values()))
         if len(phase["by_domain"]) > 1:
             for domain, scores in (phase["by_domain"] | {"mean of domains": phase["domain_mean"]}).items():
                 table.add_row(f"  {escape(domain)}", *(_cell(scores, keys) for keys in columns.values()))

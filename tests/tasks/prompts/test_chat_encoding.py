@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pmd.tasks.prompts.chat import ChatPrompts
-from pmd.tasks.prompts.encoding import ChatEncoder
+from pmd.tasks.prompts.chat import ChatEncoder, ChatPrompts
 from pmd.tiny import shipped_model_path
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
