@@ -100,7 +100,7 @@ def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
         yield f"trainer.{key}={shown(value)} must be at most {MAX_COUNT}."
     elif value in ("gpu", "cuda") and key == "accelerator" and not cuda_is_available():
         yield f"trainer.accelerator={value} needs a CUDA device and none was found; use cpu or auto."
-    elif key == "max_time" and value is not None and not _is_duration(value):
+    elif key == "max_time" and isinstance(value, str | dict) and not _is_duration(value):
         yield (
             f"trainer.max_time={shown(value)} must be DD:HH:MM:SS, for example 00:02:30:00, or a mapping such as "
             "{hours: 2}, of at most 10000 days."
