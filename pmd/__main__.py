@@ -1,8 +1,27 @@
 """`python -m pmd`."""
 
+import os
 import sys
 
-from pmd.cli import main
+
+def main() -> int:
+    """Run the command line; return its exit code."""
+    forget_working_directory()
+    from pmd.cli import main as run_command
+
+    return run_command()
+
+
+def forget_working_directory() -> None:
+    """Stop importing modules from the working directory, where `python -m` puts it first on the path.
+
+    A folder that somebody else filled must not decide what is imported. A module of your own belongs on PYTHONPATH.
+    """
+    here, home_of_pmd = os.getcwd(), os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    wanted = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if os.path.abspath(sys.path[0]) == here and here not in wanted and os.path.realpath(here) != home_of_pmd:
+        del sys.path[0]
+
 
 if __name__ == "__main__":
     sys.exit(main())

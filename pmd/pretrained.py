@@ -1,15 +1,23 @@
 """Loads the base model and its tokenizer: one shipped with the package, a local directory, or a Hugging Face id."""
 
 import re
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from pmd.config.schema import ModelConfig
+from pmd.errors import ConfigError
 from pmd.tasks.thinking import MARK, OPENED
 from pmd.tiny import shipped_model_path
 
@@ -18,6 +26,9 @@ CONTROL_TOKEN = re.compile(r"<\|.*\|>")
 #: Control tokens of gpt-oss without which its thinking cannot be told from its answer.
 CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: Fields of model configurations that make training mode random: dropout in all its spellings, noise of routers.
+NOISE = re.compile(r"drop(out|path|_path)|pdrop|layerdrop|jitter")
+Loaded = TypeVar("Loaded")
 
 
 def resolve_model_path(path: str) -> str:
@@ -25,16 +36,35 @@ def resolve_model_path(path: str) -> str:
     return str(shipped_model_path(path)) if path in SHIPPED else path
 
 
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """Read the architecture of the base, without its weights.
+
+    Raises:
+        ConfigError: there is none that transformers can read, or it needs code from the model's own repository.
+    """
+    path, trusted = resolve_model_path(config.path), config.trust_remote_code
+    return _loaded(config, "configuration", lambda: AutoConfig.from_pretrained(path, trust_remote_code=trusted))
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the policy's tokenizer; if it has no padding token, the end-of-sequence token is used."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.path))
+    """Load the policy's tokenizer; if it has no padding token, the end-of-sequence token is used.
+
+    Raises:
+        ConfigError: there is none that transformers can read.
+    """
+    path, trusted = resolve_model_path(config.path), config.trust_remote_code
+    tokenizer = _loaded(config, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trusted))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(config: ModelConfig) -> PreTrainedModel:
-    """Load the base weights in eval mode, without any adapter."""
+    """Load the base weights in eval mode, without any adapter and without dropout.
+
+    Raises:
+        ConfigError: the weights cannot be read, or some are missing.
+    """
     if config.path in SHIPPED:
         hf_logging.disable_progress_bar()  # they load in well under a second
     quantization = None
@@ -47,17 +77,87 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_model_path(config.path),
-        dtype=DTYPES[config.dtype],
-        attn_implementation=config.attention,
-        quantization_config=quantization,
+    architecture = load_model_config(config)
+    for owner, name, _ in noise_in(architecture):
+        _set(owner, name, 0.0)
+    model, report = _loaded(
+        config,
+        "weights",
+        lambda: cast(Callable[..., tuple[PreTrainedModel, dict[str, Any]]], AutoModelForCausalLM.from_pretrained)(
+            resolve_model_path(config.path),
+            config=architecture,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            quantization_config=quantization,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        ),
     )
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise ConfigError(
+            f"model.path={config.path} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}, "
+            "...); give a complete checkpoint of a causal language model."
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     if config.finetune == "qlora":
         _keep_packing(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval()
+
+
+def describe_noise(architecture: PretrainedConfig) -> list[str]:
+    """Return one line if the base has dropout, which `load_base` switches off."""
+    found = ", ".join(sorted({f"{name}={value}" for _, name, value in noise_in(architecture)}))
+    if not found:
+        return []
+    return [
+        f"Dropout of the base is switched off in training ({found}): the policy that is trained must be the one that "
+        "sampled. model.lora_dropout, if set, still applies."
+    ]
+
+
+def noise_in(architecture: PretrainedConfig) -> Iterator[tuple[Any, str, float]]:
+    """Yield (owner, field, value) of every field above 0 that makes training mode random, parts of models included."""
+    waiting: list[Any] = [architecture]
+    while waiting:
+        owner = waiting.pop()
+        fields = dict(owner) if isinstance(owner, dict) else dict(vars(owner))
+        for name, value in fields.items():
+            if isinstance(value, PretrainedConfig | dict):
+                waiting.append(value)
+            elif (
+                NOISE.search(str(name)) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            ):
+                yield owner, str(name), value
+
+
+def _set(owner: Any, name: str, value: float) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)
+
+
+def _loaded(config: ModelConfig, part: str, load: Callable[[], Loaded]) -> Loaded:
+    """Return what `load` returns; whatever it raises about the model's files becomes a ConfigError."""
+    try:
+        return load()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers, the Hub and JSON share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not config.trust_remote_code and "trust_remote_code" in reason:
+            raise ConfigError(
+                f"model.path={config.path} needs code from its own repository, which is not run unasked; if you trust "
+                "it, set model.trust_remote_code=true, or use another model."
+            ) from error
+        raise ConfigError(
+            f"model.path={config.path}: its {part} cannot be loaded ({type(error).__name__}: {reason[:300]}); give a "
+            "complete Hugging Face checkpoint, and check the network if it is an id."
+        ) from error
 
 
 def _keep_packing(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from pmd.batch import Sequences, SharedPrefixes, pad_sequences, split_by_tokens
@@ -145,16 +145,21 @@ def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
         )
     elif head.bias is not None:
         problems.append(f"model: the output head of {name} has a bias, which is not supported; use another model.")
-    settings = inner.config.get_text_config().to_dict()
-    for setting, neutral in LOGIT_SETTINGS.items():
-        if settings.get(setting, neutral) not in (neutral, None):
-            problems.append(
-                f"model: {name} has {setting}={settings[setting]}, which changes its logits and is not supported; "
-                "use another model."
-            )
+    problems += describe_logit_settings(inner.config, name)
     if problems:
         raise ConfigError(problems)
     return cast(torch.nn.Linear, head).weight
+
+
+def describe_logit_settings(architecture: PretrainedConfig, name: str) -> list[str]:
+    """Return a sentence for each setting with which the logits are more than hidden states times a weight."""
+    settings = architecture.get_text_config().to_dict()
+    return [
+        f"model: {name} has {setting}={settings[setting]}, which changes its logits and is not supported; "
+        "use another model."
+        for setting, neutral in LOGIT_SETTINGS.items()
+        if settings.get(setting, neutral) not in (neutral, None)
+    ]
 
 
 def packs_rows(model: PreTrainedModel) -> bool:

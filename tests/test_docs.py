@@ -120,7 +120,7 @@ def test_the_example_of_a_task_file_is_valid(tmp_path):
     page = (ROOT / "docs" / "own_task.md").read_text()
     example = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
     (tmp_path / "tasks.jsonl").write_text(example)
-    tasks, problems = read_task_file(tmp_path / "tasks.jsonl", "train")
+    tasks, problems = read_task_file(tmp_path / "tasks.jsonl", "train", ["my_checks"])
     assert (len(tasks), problems) == (20, [])
     assert {task.verifier for task in tasks} >= {"mcq", "exact", "math", "tool_use", "code"}
 

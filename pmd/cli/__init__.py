@@ -141,7 +141,8 @@ def _key_help(command: str) -> str:
     lines += [TRAINING[command], ""]
     lines += [
         "Files merge from left to right; keys on the command line come last. --print_config prints the result, with",
-        "defaults, and stops; saved to a file, it can be given to --config.",
+        "defaults, and stops; saved to a file, it can be given to --config. --allow-module NAME lets task files name",
+        "the verifiers of that module.",
         "",
     ]
     lines += _section_help(RunConfig, "")

@@ -158,6 +158,7 @@ def draw(found: Sequence[Comparison], samples: dict[str, list[Sample]], options:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     import matplotlib.pyplot as plt
 
     rows = [(f"{c.method}: {name}", difference) for c in found[1:] for name, difference in _differences(c)]

@@ -28,7 +28,7 @@ from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigter
 from pmd.cli.trainer import TrainerCLI
 from pmd.config.check import describe_rounding
 from pmd.config.load import LoadedConfig
-from pmd.config.resume import check_changes, check_end, check_model, find_changes
+from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig
 from pmd.engines.make import check_engine, make_engine
@@ -48,15 +48,16 @@ from pmd.evaluation.report import (
 from pmd.memory import EpochRecord, ProceduralMemory
 from pmd.memory.held_out import HeldOut
 from pmd.metrics_log import MetricsLog
+from pmd.model_check import check_model, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.engine_memory import plan_here
-from pmd.pretrained import load_tokenizer
+from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
 from pmd.run_lock import locked
-from pmd.scoring import PolicyScorer
+from pmd.scoring import PolicyScorer, output_head
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
-from pmd.tasks.prompts import make_prompts
+from pmd.tasks.prompts import PromptFormat, make_prompts
 from pmd.types import Split, Task
 from pmd.verifiers.resolve import prepare_verifiers
 
@@ -199,7 +200,7 @@ def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
         out.check_writable()
         state = None if checkpoint is None else read_checkpoint(checkpoint)
         if state is not None:
-            check_model(find_changes(state["pmd"]["config"], saved_values(loaded)))
+            check_same_model(find_changes(state["pmd"]["config"], saved_values(loaded)))
         with explaining_failures(run_dir, resumable=False), ExitStack() as stack:
             run = build(config, run_dir)
             stack.enter_context(closing(run.data.engine))
@@ -244,12 +245,13 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
             "so its position and its memory mean nothing for them; restore them, or start a new run."
         )
     _prepare(tasks, config)
-    prompts = make_prompts(config.model.prompts, load_tokenizer(config.model))
-    refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
+    config, prompts = _prepare_model(config, tasks)
     plan = plan_here(config) if config.rollouts.engine == "vllm" else None
     if plan is not None:
         CONSOLE.print(str(plan), markup=False, soft_wrap=True)
     module = PMDModule(config)
+    with module.policy.weights("student") as model:
+        output_head(model)  # refuses an unusual one before anything is generated
     engine = make_engine(config, module.policy, module.tokenizer, None if plan is None else plan.fraction)
     memory = None
     if config.memory.enabled:
@@ -280,6 +282,18 @@ def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
     duplicates = find_duplicates(everything)
     if duplicates.same_prompt or duplicates.same_stem:
         CONSOLE.print(str(duplicates), markup=False, soft_wrap=True)
+
+
+def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tuple[RunConfig, PromptFormat]:
+    """Refuse a model or tokenizer that cannot serve the tasks; return the limits that it can hold, and the prompts."""
+    architecture, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
+    check_model(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
+    prompts = make_prompts(config.model.prompts, tokenizer)
+    longest = refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
+    config, lines = fit_to_positions(config, max_positions(architecture), longest)
+    for line in [*lines, *describe_noise(architecture)]:
+        CONSOLE.print(line, markup=False, soft_wrap=True)
+    return config, prompts
 
 
 def callbacks_of(run: Run) -> list[Callback]:
@@ -400,5 +414,6 @@ def _announce(run: Run, trainer: Trainer) -> None:
     CONSOLE.print(
         f"{run.config.method}: {rollouts.tasks_per_step} tasks x {rollouts.group_size} attempts = "
         f"{rollouts.tasks_per_step * rollouts.group_size} rollouts a batch, {rollouts.updates_per_batch} update(s) "
-        f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}"
+        f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}",
+        markup=False,
     )

@@ -31,7 +31,7 @@ DESCRIPTION = """Verify completions that were generated elsewhere: one verdict l
   python -m pmd score --tasks tasks.jsonl --completions completions.jsonl --out verdicts.jsonl
 
 Task lines hold `id`, `prompt` (or `messages`), `verifier` (mcq, exact, math, tool_use, code, or a class path), and
-`answer` or `tests`. For code, `tests` is
+`answer` or `tests`; a class path needs --allow-module. For code, `tests` is
   {"kind": "stdin", "cases": [{"input": "...", "output": "..."}], "time_limit_s": 2, "memory_mb": 512}
 or
   {"kind": "functional", "entry": "add", "cases": [{"args": [1, 2], "expected": 3}]}
@@ -53,6 +53,13 @@ def main(argv: Sequence[str]) -> int:
         "--sandbox",
         choices=["namespaces", "bubblewrap", "landlock", "rlimits"],
         help="run programs at this level (default: the strongest there is; never rlimits, which is weak)",
+    )
+    parser.add_argument(
+        "--allow-module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a module whose verifiers the tasks may name; it is imported and run (may be repeated)",
     )
     options = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -105,7 +112,7 @@ def score_file(options: argparse.Namespace) -> None:
 
 
 def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
-    found, problems = read_task_file(options.tasks, "test")
+    found, problems = read_task_file(options.tasks, "test", options.allow_module)
     tasks = {task.task_id: task for task in found}
     if options.sandbox and any(task.verifier == "code" for task in found):
         from pmd.verifiers.code import choose_sandbox_level

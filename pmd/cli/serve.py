@@ -33,16 +33,14 @@ def main(argv: list[str]) -> int:
     arguments, rest = split_options(_parser(), argv, _option_problems)
     loaded = load_checked("serve", rest, ["rollouts.engine=vllm", "rollouts.vllm.sleep=false"])
 
-    from transformers import AutoConfig
-
     from pmd.engines.make import engine_settings
     from pmd.engines.vllm_runtime import check_version, server_command, server_environment
     from pmd.planning.engine_memory import read_cache, refuse_small_cache
-    from pmd.pretrained import resolve_model_path
+    from pmd.pretrained import load_model_config
 
     check_version()
     refuse_small_cache(read_cache(loaded.run), loaded.run)
-    model = AutoConfig.from_pretrained(resolve_model_path(loaded.run.model.path)).get_text_config()
+    model = load_model_config(loaded.run.model).get_text_config()
     # The server is assumed to have a GPU of its own; without memory_fraction vLLM takes its usual share.
     settings = engine_settings(loaded.run, model.max_position_embeddings, loaded.run.rollouts.vllm.memory_fraction)
     sizes = {

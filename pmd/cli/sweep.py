@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pmd.cli import main as run_command
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         for run in left:
             print(f"python -m pmd fit {' '.join(run.arguments)} --run_dir={run.run_dir}")
         return 0
-    console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}")
+    console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}", markup=False)
     failed = _run_all(left, jobs, options.threads, console)
     from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
@@ -57,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
     write_rows(rows, out, options.grid.stem)
     print_rows(rows, options.grid.stem, console)
     for run in failed:
-        console.print(f"failed: {_name(run)}; see {log_file(run)}")
-    console.print(f"table.md, sweep.json and sweep.png are in {out}")
+        console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
+    console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
     return 1 if failed else 0
 
 
@@ -74,10 +75,10 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Conso
         for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run"), start=1):
             if code != 0:
                 failed.append(run)
-                progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}")
+                progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}", markup=False)
             if not console.is_terminal:
-                console.print(f"{number}/{len(runs)} {_name(run)}")  # a log file shows no bar
-            progress.update(bar, advance=1, description=f"last: {_name(run)}")
+                console.print(f"{number}/{len(runs)} {_name(run)}", markup=False)  # a log file shows no bar
+            progress.update(bar, advance=1, description=f"last: {escape(_name(run))}")
     return failed
 
 

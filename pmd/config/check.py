@@ -10,12 +10,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pmd.config.load import LoadedConfig
-from pmd.config.schema import DataConfig, ModelConfig, RunConfig
+from pmd.config.schema import MIN_TEMPERATURE, DataConfig, ModelConfig, RunConfig
 from pmd.config.trainer import cuda_is_available, trainer_problems
 from pmd.errors import ConfigError
 
 #: NAME or OWNER/NAME, as the Hub writes them.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MAX_VLLM_RANK = 512
 #: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
 MIN_BFLOAT16_LR = 1e-4
 #: The module and package from which transformers loads each flash attention.
@@ -23,6 +24,10 @@ FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
+
+
+MAX_ROLLOUTS = 1 << 20  # of one step, with their texts and log-probs
+MAX_DRAWS = 1 << 28  # 2 GB of float64
 
 
 def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
@@ -44,7 +49,7 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
         *_logging_problems(run),
     ]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([loaded.without_secrets(problem) for problem in problems])
 
 
 def describe_rounding(run: RunConfig) -> list[str]:
@@ -135,6 +140,21 @@ def _method_problems(run: RunConfig) -> list[str]:
         problems.append(
             f"teacher.refresh_epochs={teacher.refresh_epochs} needs teacher.kind=frozen, not {teacher.kind}."
         )
+    if 0 < run.reflection.temperature < MIN_TEMPERATURE:
+        problems.append(
+            f"reflection.temperature={run.reflection.temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}."
+        )
+    num_rollouts = rollouts.tasks_per_step * rollouts.group_size
+    if num_rollouts > MAX_ROLLOUTS:
+        problems.append(
+            f"rollouts.tasks_per_step={rollouts.tasks_per_step} with rollouts.group_size={rollouts.group_size} makes "
+            f"{num_rollouts} rollouts a step; at most {MAX_ROLLOUTS} are kept in memory: lower one of them."
+        )
+    if rollouts.engine == "hf" and rollouts.engine_batch * rollouts.max_new_tokens > MAX_DRAWS:
+        problems.append(
+            f"rollouts.engine_batch={rollouts.engine_batch} with rollouts.max_new_tokens={rollouts.max_new_tokens} "
+            f"draws more than {MAX_DRAWS} random numbers at once; lower one of them."
+        )
     verification = run.verification
     largest = max(verification.pass_at, default=1)
     if min(verification.pass_at, default=0) < 1:
@@ -172,6 +192,7 @@ def _engine_problems(run: RunConfig) -> list[str]:
             "with its completion that the sections rollouts, teacher and reflection allow; raise it, or lower their "
             "max_prompt_tokens or max_new_tokens."
         )
+    problems += _rank_problems(run)
     if vllm.quantization == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
         problems.append(
             "rollouts.vllm.quantization=bitsandbytes needs vllm-bnb-plugin, which vLLM no longer includes; "
@@ -192,8 +213,17 @@ def _engine_problems(run: RunConfig) -> list[str]:
     return problems
 
 
+def _rank_problems(run: RunConfig) -> list[str]:
+    if run.model.finetune == "full" or run.model.lora_rank <= MAX_VLLM_RANK:
+        return []
+    return [
+        f"model.lora_rank={run.model.lora_rank} with rollouts.engine={run.rollouts.engine}: vLLM serves ranks up to "
+        f"{MAX_VLLM_RANK}; lower it, or use rollouts.engine=hf."
+    ]
+
+
 def _server_problems(run: RunConfig) -> list[str]:
-    server, problems = run.rollouts.server, []
+    server, problems = run.rollouts.server, _rank_problems(run)
     if run.model.finetune == "full":
         problems.append(
             "rollouts.engine=vllm_server with model.finetune=full: servers accept adapters only; use lora, or "
@@ -252,6 +282,18 @@ def _data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.own_split and data.task != "sciknoweval":
         problems.append(f"data.own_split=true applies to SciKnowEval only, not to data.task={data.task}; remove it.")
+    if data.task == "tiny" and data.path is not None:
+        problems.append(
+            f"data.path={data.path} with data.task=tiny: the tiny world reads no file; set data.task=jsonl for a file "
+            "of your own (or sciknoweval, livecodebench, tooluse), or leave data.path out."
+        )
+    if data.validation_path is not None and data.task != "jsonl":
+        problems.append(
+            f"data.validation_path={data.validation_path} applies to data.task=jsonl only, not to {data.task}; "
+            "remove it."
+        )
+    if not data.domains:
+        problems.append("data.domains=[] names no domain; name at least one.")
     if data.scorer != "lcb" and data.task != "livecodebench":
         problems.append(
             f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "

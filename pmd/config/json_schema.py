@@ -11,11 +11,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pmd.config.schema import RunConfig
+from pmd.config.schema import MAX_COUNT, RunConfig
 from pmd.config.trainer import COUNTS, MINIMUM, ONE_DEVICE, OWN_ARGUMENTS, accepted_types
 
 #: Bound in `schema.option`: its JSON schema keyword.
-BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum"}
+BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum", "below": "exclusiveMaximum"}
 #: `${section.key}`, which OmegaConf replaces with another key's value, of any type.
 INTERPOLATION = {"$ref": "#/$defs/interpolation"}
 _TYPES = {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -58,7 +58,8 @@ def _trainer_schema() -> dict[str, Any]:
         if name in COUNTS:
             properties[name] = {"description": "pmd trains on one device.", "enum": list(ONE_DEVICE)}
         elif name not in OWN_ARGUMENTS:
-            properties[name] = _value_schema(hint, {"minimum": MINIMUM[name]} if name in MINIMUM else {})
+            bounds = {"minimum": MINIMUM[name], "maximum": MAX_COUNT} if name in MINIMUM else {}
+            properties[name] = _value_schema(hint, bounds)
     return {
         "description": "Arguments of Lightning's Trainer.",
         "type": "object",

@@ -87,7 +87,7 @@ def check_changes(changes: list[Change]) -> None:
     raise ConfigError(problems)
 
 
-def check_model(changes: list[Change]) -> None:
+def check_same_model(changes: list[Change]) -> None:
     """Refuse to evaluate a checkpoint as another model than its run's; the folder of the model may have moved.
 
     Raises:

@@ -6,12 +6,32 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pmd.config.load import LoadedConfig
+from pmd.config.load import LoadedConfig, uses_environment
+
+NOT_SAVED = ("run_dir", "ckpt_path")
 
 
 def resolved_values(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return the whole configuration, defaults included, as plain values."""
-    return dataclasses.asdict(loaded.run) | {"trainer": loaded.trainer}
+    """Return the whole configuration, defaults included, as plain values.
+
+    If any value comes from an environment variable, all interpolations are kept as they are written: what is saved must
+    not hold a secret. The two keys that a saved configuration leaves out are never referred to.
+    """
+    values = dataclasses.asdict(loaded.run) | {"trainer": loaded.trainer}
+    written = {key: value for key, value in loaded.written.items() if key not in NOT_SAVED}
+    return _as_written(values, written, keep=uses_environment(loaded.written))
+
+
+def _as_written(value: Any, written: Any, *, keep: bool) -> Any:
+    """Return the value, or the text that stands for it if it must be kept; `\\${` is an escaped, literal `${`."""
+    if isinstance(written, dict) and isinstance(value, dict):
+        return {k: _as_written(v, written[k], keep=keep) if k in written else v for k, v in value.items()}
+    if isinstance(written, list) and isinstance(value, list) and len(written) == len(value):
+        return [_as_written(one, other, keep=keep) for one, other in zip(value, written, strict=True)]
+    if isinstance(written, str) and "${" in written:
+        of_this_run = any(f"${{{key}}}" in written for key in NOT_SAVED)
+        return written if "\\${" in written or (keep and not of_this_run) else value
+    return value
 
 
 def resolved_yaml(loaded: LoadedConfig) -> str:

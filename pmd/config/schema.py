@@ -9,12 +9,31 @@ from typing import Any, Literal
 
 from pmd.types import ItemKind
 
+# Upper bounds. Beyond them a value is a slip of the keyboard: it would exhaust memory, never end, or break arithmetic.
+MAX_TOKENS = 1 << 20  # the longest context of any published open model
+MAX_SEQUENCES = 1 << 16  # generated or waited for at once
+MAX_SAMPLES = 10_000  # of one task: pass@k is known to four digits
+MAX_COUNT = 10_000_000  # tasks, items, epochs, steps: more than a store or a log of one run can hold
+MAX_SHOWN = 1000  # memory items in one prompt
+MAX_THREADS = 1024  # the cores of the largest machines
+MAX_SEED = 2**32 - 1  # of NumPy's generators
+MAX_SECONDS = 1_728_000.0  # twenty days; timers that count milliseconds in 32 bits overflow after 24
+MAX_WEIGHT = 10_000.0  # of a term of the loss: beyond it the other terms are lost in float32
+MAX_RATIO = 1e8  # of two probabilities: log-ratios are clamped to 20 (losses/), so none exceeds 5e8
+MIN_TEMPERATURE = 0.01  # below it, logits divided by the temperature overflow; greedy is 0 where it is allowed
+
 
 def option(
-    default: Any, help: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """Declare a config field: its default, one sentence of help, and its bounds (`above` is exclusive)."""
-    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+    """Declare a config field: its default, one sentence of help, and its bounds (`above` and `below` are exclusive)."""
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     metadata = {"help": help, **{k: v for k, v in bounds.items() if v is not None}}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -32,14 +51,17 @@ class ModelConfig:
     finetune: Literal["full", "lora", "qlora"] = option(
         "full", "Train all weights, an adapter, or an adapter on a 4-bit base."
     )
-    lora_rank: int = option(16, "Rank of the adapter.", minimum=1)
+    lora_rank: int = option(16, "Rank of the adapter.", minimum=1, maximum=1024)
     lora_alpha: float = option(
-        32.0, "Scale of the adapter: its output is multiplied by lora_alpha / lora_rank.", above=0
+        32.0, "Scale of the adapter: its output is multiplied by lora_alpha / lora_rank.", above=0, maximum=MAX_WEIGHT
     )
     lora_dropout: float = option(0.0, "Dropout inside the adapter.", minimum=0, maximum=0.9)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = option(
         "sdpa", "How attention is computed; flash attention (CUDA, its own package) also packs rows without padding."
+    )
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model; only for a model whose authors you trust as your own code."
     )
     prompts: Literal["words", "chat"] = option(
         "words", "`words` is the tiny world's own language; `chat` uses the tokenizer's chat template."
@@ -54,15 +76,17 @@ class OptimizerConfig:
         "adamw",
         "`adamw_8bit_paged` keeps AdamW's state in 8 bits and moves it to the CPU when memory is short (CUDA only).",
     )
-    lr: float = option(1e-5, "Learning rate after the warm-up.", above=0)
-    weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0)
-    beta1: float = option(0.9, "AdamW's first decay rate.", minimum=0, maximum=1)
-    beta2: float = option(0.999, "AdamW's second decay rate.", minimum=0, maximum=1)
-    warmup_steps: int = option(0, "Optimizer steps over which the learning rate rises from 0.", minimum=0)
+    lr: float = option(1e-5, "Learning rate after the warm-up.", above=0, maximum=1)
+    weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0, maximum=100)
+    beta1: float = option(0.9, "AdamW's first decay rate.", minimum=0, below=1)
+    beta2: float = option(0.999, "AdamW's second decay rate.", minimum=0, below=1)
+    warmup_steps: int = option(
+        0, "Optimizer steps over which the learning rate rises from 0.", minimum=0, maximum=MAX_COUNT
+    )
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "The learning rate after warm-up; `linear` and `cosine` fall to 0 at the last step of the run."
     )
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0, maximum=1e6)
 
 
 @dataclass
@@ -74,23 +98,25 @@ class TeacherConfig:
         "The reference policy, a moving average of the student, the student itself, or a mix of both logits.",
     )
     refresh_epochs: int | None = option(
-        None, "With kind `frozen`: copy the student again every this many epochs.", minimum=1
+        None, "With kind `frozen`: copy the student again every this many epochs.", minimum=1, maximum=MAX_COUNT
     )
     ema_rate: float = option(
         0.05,
         "With kind `ema`: weight of the student in the average, which moves once per rollout batch.",
         above=0,
-        maximum=1,
+        below=1,
     )
     trust_region_rate: float = option(
-        0.05, "With kind `trust_region`: weight of the student's logits in the mix.", minimum=0, maximum=1
+        0.05, "With kind `trust_region`: weight of the student's logits in the mix.", above=0, below=1
     )
     context: Literal["none", "sibling", "memory", "both"] = option(
         "both",
         "What the teacher sees besides the task: a verified success of the same group, retrieved memory, or both.",
     )
     feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
-    max_prompt_tokens: int = option(2048, "Longest teacher prompt; whole memory items are dropped to fit.", minimum=8)
+    max_prompt_tokens: int = option(
+        2048, "Longest teacher prompt; whole memory items are dropped to fit.", minimum=8, maximum=MAX_TOKENS
+    )
 
     @property
     def has_own_weights(self) -> bool:
@@ -102,9 +128,12 @@ class TeacherConfig:
 class ObjectiveConfig:
     """The loss: policy_gradient x clipped policy gradient + distillation x divergence from the teacher."""
 
-    policy_gradient: float = option(0.0, "Weight of the clipped policy gradient (GRPO).", minimum=0)
+    policy_gradient: float = option(0.0, "Weight of the clipped policy gradient (GRPO).", minimum=0, maximum=MAX_WEIGHT)
     distillation: float = option(
-        1.0, "Weight of the divergence between the student and its memory-conditioned teacher.", minimum=0
+        1.0,
+        "Weight of the divergence between the student and its memory-conditioned teacher.",
+        minimum=0,
+        maximum=MAX_WEIGHT,
     )
     implementation: Literal["fused", "reference"] = option(
         "fused", "`reference` is the readable one (losses/distillation.py); `fused` gives the same numbers faster."
@@ -116,7 +145,10 @@ class ObjectiveConfig:
         maximum=1,
     )
     top_k: int | None = option(
-        None, "Compare only the student's k most likely tokens; null compares the whole vocabulary.", minimum=1
+        None,
+        "Compare only the student's k most likely tokens; null compares the whole vocabulary.",
+        minimum=1,
+        maximum=MAX_TOKENS,
     )
     tail: bool = option(True, "With top_k: compare the remaining probability as one more outcome, the tail.")
     reduction: Literal["token", "sequence"] = option(
@@ -127,24 +159,32 @@ class ObjectiveConfig:
         1.0,
         "Weight of rollouts whose teacher saw nothing that the student did not; 0 leaves them out (SDPO).",
         minimum=0,
+        maximum=MAX_WEIGHT,
     )
     importance_clip: float | None = option(
-        2.0, "Distillation: upper bound on the ratio of the current to the sampling policy; null turns it off.", above=0
+        2.0,
+        "Distillation: upper bound on the ratio of the current to the sampling policy; null turns it off.",
+        above=0,
+        maximum=MAX_RATIO,
     )
     tis_cap: float | None = option(
         2.0,
         "Upper bound on the importance weight from engine to trainer log-probs; null turns the weight off.",
         above=0,
+        maximum=MAX_RATIO,
     )
     clip_low: float = option(0.2, "Policy gradient: lower clip of the ratio, 1 - clip_low.", minimum=0, maximum=1)
-    clip_high: float = option(0.28, "Policy gradient: upper clip of the ratio, 1 + clip_high.", minimum=0)
+    clip_high: float = option(
+        0.28, "Policy gradient: upper clip of the ratio, 1 + clip_high.", minimum=0, maximum=MAX_RATIO
+    )
     dual_clip: float | None = option(
         3.0,
         "Policy gradient: the loss of a negative advantage A is at most dual_clip |A|; null turns this off.",
         above=1,
+        maximum=MAX_RATIO,
     )
     normalize_std: bool = option(False, "Divide advantages by the group's standard deviation.")
-    kl_weight: float = option(0.0, "Weight of KL(student || reference policy).", minimum=0)
+    kl_weight: float = option(0.0, "Weight of KL(student || reference policy).", minimum=0, maximum=MAX_WEIGHT)
     update_policy: bool = option(
         True, "false computes and logs everything but applies no update (the frozen-policy ablation)."
     )
@@ -170,6 +210,11 @@ class DataConfig:
         None, "Folder or file of the data; null loads it from the Hugging Face Hub, if the source is there."
     )
     validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
+    allow_modules: list[str] = option(
+        [],
+        "jsonl: modules or packages whose verifiers the task files may name; they are imported and run. "
+        "`--allow-module NAME` adds one.",
+    )
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
         ["chemistry"], "SciKnowEval domains."
     )
@@ -187,10 +232,12 @@ class DataConfig:
         minimum=0,
         maximum=0.5,
     )
-    max_train: int | None = option(None, "Use only this many training tasks.", minimum=1)
-    max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1)
-    max_test: int | None = option(None, "Use only this many test tasks.", minimum=1)
-    seed: int | None = option(None, "Seed of splits and of the tiny world; null uses seed_everything.", minimum=0)
+    max_train: int | None = option(None, "Use only this many training tasks.", minimum=1, maximum=MAX_COUNT)
+    max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1, maximum=MAX_COUNT)
+    max_test: int | None = option(None, "Use only this many test tasks.", minimum=1, maximum=MAX_COUNT)
+    seed: int | None = option(
+        None, "Seed of splits and of the tiny world; null uses seed_everything.", minimum=0, maximum=MAX_SEED
+    )
     world: TinyWorldConfig = field(default_factory=TinyWorldConfig, metadata={"help": "The tiny world's size."})
 
 
@@ -207,26 +254,32 @@ class VLLMConfig:
         None,
         "Size of the KV cache in bytes; null uses what memory_fraction leaves. Required on a CPU.",
         minimum=1 << 20,
+        maximum=1 << 44,
     )
-    max_num_seqs: int = option(256, "Completions generated at once.", minimum=1)
+    max_num_seqs: int = option(256, "Completions generated at once.", minimum=1, maximum=MAX_SEQUENCES)
     max_model_len: int | None = option(
         None, "Longest prompt plus completion, in tokens; null is the longest that the other sections allow.",
-        minimum=16,
+        minimum=16, maximum=2 * MAX_TOKENS,
     )  # fmt: skip
-    block_size: int | None = option(None, "Tokens in a block of the KV cache; null leaves it to vLLM.", minimum=8)
+    block_size: int | None = option(
+        None, "Tokens in a block of the KV cache; null leaves it to vLLM.", minimum=8, maximum=1024
+    )
     enforce_eager: bool = option(False, "No CUDA graphs: slower, but starts sooner and needs less memory.")
     quantization: Literal["none", "fp8", "bitsandbytes"] = option(
         "none", "vLLM's own quantisation of the frozen base; adapters go on top of it."
     )
     sleep: bool = option(True, "Free the GPU while training: weights move to main memory, and the KV cache is dropped.")
-    parity_completions: int = option(4, "Completions scored by the trainer after each sync; 0 turns it off.", minimum=0)
-    parity_tokens: int = option(32, "Tokens in each of these completions.", minimum=1)
+    parity_completions: int = option(
+        4, "Completions scored by the trainer after each sync; 0 turns it off.", minimum=0, maximum=1000
+    )
+    parity_tokens: int = option(32, "Tokens in each of these completions.", minimum=1, maximum=MAX_TOKENS)
     parity_bound: float = option(
         0.1,
         "Stop if the log-probs of engine and trainer differ by more than this on average, in nats per token.",
         above=0,
+        maximum=100,
     )
-    stall_s: float = option(600.0, "Stop if no token arrives for this many seconds.", above=0)
+    stall_s: float = option(600.0, "Stop if no token arrives for this many seconds.", above=0, maximum=MAX_SECONDS)
 
 
 @dataclass
@@ -238,13 +291,17 @@ class ServerConfig:
         None,
         "Folder for adapters, at the same path here and for the servers; null is the system's temporary folder.",
     )
-    concurrency: int = option(64, "Requests in flight at each server.", minimum=1)
-    retries: int = option(5, "How often a failed request is sent again before the run stops.", minimum=0)
+    concurrency: int = option(64, "Requests in flight at each server.", minimum=1, maximum=MAX_THREADS)
+    retries: int = option(5, "How often a failed request is sent again before the run stops.", minimum=0, maximum=1000)
     backoff_s: float = option(
-        1.0, "First pause before a failed server is tried again, in seconds; pauses double.", above=0
+        1.0, "First pause before a failed server is tried again, in seconds; pauses double.", above=0, maximum=3600
     )
-    recovery_s: float = option(600.0, "Seconds for which all servers may be unreachable before the run stops.", above=0)
-    request_timeout_s: float = option(1800.0, "Seconds after which an unanswered request is sent again.", above=0)
+    recovery_s: float = option(
+        600.0, "Seconds for which all servers may be unreachable before the run stops.", above=0, maximum=MAX_SECONDS
+    )
+    request_timeout_s: float = option(
+        1800.0, "Seconds after which an unanswered request is sent again.", above=0, maximum=MAX_SECONDS
+    )
 
 
 @dataclass
@@ -256,22 +313,30 @@ class RolloutsConfig:
     )
     vllm: VLLMConfig = field(default_factory=VLLMConfig, metadata={"help": "vLLM's settings."})
     server: ServerConfig = field(default_factory=ServerConfig, metadata={"help": "Where the vLLM servers are."})
-    tasks_per_step: int = option(32, "Tasks in one rollout batch.", minimum=1)
-    group_size: int = option(8, "Rollouts of each task.", minimum=1)
+    tasks_per_step: int = option(32, "Tasks in one rollout batch.", minimum=1, maximum=MAX_SEQUENCES)
+    group_size: int = option(8, "Rollouts of each task.", minimum=1, maximum=MAX_SAMPLES)
     updates_per_batch: int = option(
-        1, "Optimizer steps per rollout batch; the tasks are divided among them.", minimum=1
+        1, "Optimizer steps per rollout batch; the tasks are divided among them.", minimum=1, maximum=MAX_SEQUENCES
     )
-    temperature: float = option(1.0, "Sampling temperature in training; the importance weights assume 1.", above=0)
-    max_new_tokens: int = option(8192, "Longest completion, in tokens.", minimum=1)
+    temperature: float = option(
+        1.0, "Sampling temperature in training; the importance weights assume 1.", minimum=MIN_TEMPERATURE, maximum=100
+    )
+    max_new_tokens: int = option(8192, "Longest completion, in tokens.", minimum=1, maximum=MAX_TOKENS)
     max_prompt_tokens: int = option(
-        2048, "Longest student prompt, in tokens; longer tasks are refused before training.", minimum=1
+        2048,
+        "Longest student prompt, in tokens; longer tasks are refused before training.",
+        minimum=1,
+        maximum=MAX_TOKENS,
     )
     prefetch: bool = option(
         False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."
     )
-    engine_batch: int = option(256, "Sequences that the hf engine generates at once.", minimum=1)
+    engine_batch: int = option(256, "Sequences that the hf engine generates at once.", minimum=1, maximum=MAX_SEQUENCES)
     micro_batch_tokens: int = option(
-        16384, "Tokens in one forward pass, padding included; fewer need less memory.", minimum=1
+        16384,
+        "Tokens in one forward pass, padding included; fewer need less memory.",
+        minimum=1,
+        maximum=16 * MAX_TOKENS,
     )
     share_prefixes: Literal["off", "teacher", "both"] = option(
         "both",
@@ -283,14 +348,20 @@ class RolloutsConfig:
 class VerificationConfig:
     """Held-out evaluation at the end of epochs and of the run, without memory in the student's prompt."""
 
-    every_epochs: int = option(1, "Evaluate on the validation tasks every this many epochs.", minimum=1)
-    samples: int = option(4, "Completions per validation task at the end of an epoch.", minimum=1)
-    final_samples: int = option(16, "Completions per test task before and after training.", minimum=1)
-    temperature: float = option(0.6, "Sampling temperature in evaluation.", above=0)
+    every_epochs: int = option(
+        1, "Evaluate on the validation tasks every this many epochs.", minimum=1, maximum=MAX_COUNT
+    )
+    samples: int = option(4, "Completions per validation task at the end of an epoch.", minimum=1, maximum=MAX_SAMPLES)
+    final_samples: int = option(
+        16, "Completions per test task before and after training.", minimum=1, maximum=MAX_SAMPLES
+    )
+    temperature: float = option(0.6, "Sampling temperature in evaluation.", minimum=MIN_TEMPERATURE, maximum=100)
     top_p: float = option(
         0.95, "Nucleus sampling in evaluation: probability of the tokens that are kept.", above=0, maximum=1
     )
-    pass_at: list[int] = option([1, 8], "The values of k for pass@k, coverage@k and maj@k in tables.")
+    pass_at: list[int] = option(
+        [1, 8], "The values of k for pass@k, coverage@k and maj@k in tables.", minimum=1, maximum=MAX_SAMPLES
+    )
     memory_conditioned: bool = option(
         True, "Also score the policy with memory in its prompt, to see what is not yet internalized."
     )
@@ -301,10 +372,16 @@ class VerifiersConfig:
     """How completions are verified: in parallel, within a deadline, programs in a sandbox."""
 
     workers: int | None = option(
-        None, "Completions verified at once, while others are generated; null is one per core.", minimum=1
+        None,
+        "Completions verified at once, while others are generated; null is one per core.",
+        minimum=1,
+        maximum=MAX_THREADS,
     )
     deadline_s: float = option(
-        900.0, "Seconds after which a verification is given up, counted as an error, and not learned from.", above=0
+        900.0,
+        "Seconds after which a verification is given up, counted as an error, and not learned from.",
+        minimum=0.01,
+        maximum=MAX_SECONDS,
     )
     sandbox: Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"] = option(
         "strongest", "Isolation of programs; `rlimits` is weak and used only if it is named here."
@@ -319,14 +396,17 @@ class ReflectionConfig:
     by: Literal["teacher", "student"] = option(
         "teacher", "Whose weights write the reflections; a student can forget how to during training."
     )
-    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
-    max_new_tokens: int = option(512, "Longest reflection, in tokens.", minimum=1)
+    temperature: float = option(0.0, "Sampling temperature; 0 is greedy.", minimum=0, maximum=100)
+    max_new_tokens: int = option(512, "Longest reflection, in tokens.", minimum=1, maximum=MAX_TOKENS)
     max_prompt_tokens: int = option(
-        16384, "Longest prompt of a reflection, in tokens; groups with longer ones are skipped and counted.", minimum=1
+        16384,
+        "Longest prompt of a reflection, in tokens; groups with longer ones are skipped and counted.",
+        minimum=1,
+        maximum=MAX_TOKENS,
     )
     retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
     max_groups: int | None = option(
-        None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1
+        None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
     )
 
 
@@ -336,31 +416,43 @@ class MemoryConfig:
 
     enabled: bool = option(True, "Keep and retrieve memory.")
     frozen: bool = option(False, "Write once, at the end of the first epoch, then never again.")
-    k: int = option(4, "Items retrieved for one task.", minimum=1)
+    k: int = option(4, "Items retrieved for one task.", minimum=1, maximum=MAX_SHOWN)
     levels: list[Literal[0, 1, 2]] = option(
         [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
     )
     kinds: list[ItemKind] = option(
         ["experience", "strategy", "lesson", "contrast", "behaviour"], "Kinds that retrieval may return."
     )
-    max_behaviours: int = option(1, "Quota of behaviours among the k items.", minimum=0)
-    max_strategies: int = option(2, "Quota of strategies and contrasts among the k items.", minimum=0)
+    max_behaviours: int = option(1, "Quota of behaviours among the k items.", minimum=0, maximum=MAX_SHOWN)
+    max_strategies: int = option(
+        2, "Quota of strategies and contrasts among the k items.", minimum=0, maximum=MAX_SHOWN
+    )
     max_lessons: int | None = option(
-        None, "Quota of lessons among the k items; null lets them fill the remaining places.", minimum=0
+        None,
+        "Quota of lessons among the k items; null lets them fill the remaining places.",
+        minimum=0,
+        maximum=MAX_SHOWN,
     )
-    neighbours: int = option(16, "Tasks whose items are considered for a query.", minimum=1)
+    neighbours: int = option(16, "Tasks whose items are considered for a query.", minimum=1, maximum=MAX_SAMPLES)
     min_similarity: float = option(0.2, "Neighbours below this cosine similarity are ignored.", minimum=-1, maximum=1)
-    max_tokens: int = option(768, "Limit on memory in the teacher's prompt; whole items are dropped to fit.", minimum=1)
-    capacity: int = option(
-        100_000, "Most active insights in the store; the oldest redundant ones are retired first.", minimum=1
+    max_tokens: int = option(
+        768, "Limit on memory in the teacher's prompt; whole items are dropped to fit.", minimum=1, maximum=MAX_TOKENS
     )
-    insights_per_task: int = option(6, "Most active insights of one task.", minimum=1)
-    experiences_per_task: int = option(4, "Most successes, and most failures, kept of one task.", minimum=1)
+    capacity: int = option(
+        100_000,
+        "Most active insights in the store; the oldest redundant ones are retired first.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    insights_per_task: int = option(6, "Most active insights of one task.", minimum=1, maximum=MAX_SAMPLES)
+    experiences_per_task: int = option(
+        4, "Most successes, and most failures, kept of one task.", minimum=1, maximum=MAX_SAMPLES
+    )
     embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
     cluster_similarity: float = option(
         0.6, "Average cosine similarity from which insights form one behaviour.", above=0, maximum=1
     )
-    cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1)
+    cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1, maximum=MAX_SAMPLES)
     merge_similarity: float = option(
         0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
     )
@@ -370,11 +462,18 @@ class MemoryConfig:
         "Updates that differences and rollbacks reach back; older log rows, and items retired before, are dropped; "
         "null keeps everything.",
         minimum=1,
+        maximum=MAX_COUNT,
     )
     archive: bool = option(False, "Write what `keep_generations` drops to files in memory/archive/.")
-    audit_groups: int = option(0, "Groups per epoch on which the teacher audits the items it was shown.", minimum=0)
-    audit_evidence: int = option(3, "Groups in which an item is audited before its status changes.", minimum=2)
-    audit_margin: float = option(0.01, "Lifts within this distance of 0 count as none; nats per token.", above=0)
+    audit_groups: int = option(
+        0, "Groups per epoch on which the teacher audits the items it was shown.", minimum=0, maximum=MAX_COUNT
+    )
+    audit_evidence: int = option(
+        3, "Groups in which an item is audited before its status changes.", minimum=2, maximum=MAX_SAMPLES
+    )
+    audit_margin: float = option(
+        0.01, "Lifts within this distance of 0 count as none; nats per token.", above=0, maximum=100
+    )
     usefulness_weight: float = option(
         0.5, "Usefulness raises or lowers an item's score by up to this share.", minimum=0, maximum=1
     )
@@ -392,14 +491,19 @@ class RunConfig:
     ckpt_path: str | None = option(
         None, "`last`, `best` or a file: resume (fit) or evaluate (validate, test) this checkpoint."
     )
-    seed_everything: int = option(0, "Seed of everything random.", minimum=0)
+    seed_everything: int = option(0, "Seed of everything random.", minimum=0, maximum=MAX_SEED)
     cpu_threads: int | None = option(
-        None, "CPU threads of torch; null leaves it to torch. A tiny model is fastest with one.", minimum=1
+        None,
+        "CPU threads of torch; null leaves it to torch. A tiny model is fastest with one.",
+        minimum=1,
+        maximum=MAX_THREADS,
     )
     wandb: Literal["off", "online", "offline"] = option(
         "off", "Also log to Weights & Biases (needs the extra `wandb`)."
     )
-    trace_every: int = option(1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0)
+    trace_every: int = option(
+        1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0, maximum=MAX_COUNT
+    )
     stop_on_collapse: bool = option(
         False, "End the run when the policy has collapsed; false only warns of it (docs/evaluation.md)."
     )

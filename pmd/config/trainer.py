@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from pmd.config.values import describe, fits, shown
+from pmd.config.schema import MAX_COUNT
+from pmd.config.values import describe, fits, shown, text_problem
 
 ARGUMENTS_FILE = Path(__file__).with_name("trainer_arguments.json")
 #: Names of types in the file. A choice is written as {"one of": [...]}.
@@ -65,6 +66,9 @@ OWN_TYPES: dict[str, Any] = {
 #: Arguments that count devices and nodes, and all the values with which Lightning means one.
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
+UNITS = ("days", "hours", "minutes", "seconds")
+SECONDS = {"weeks": 604_800, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+MAX_DAYS = 10_000
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
 
 
@@ -91,16 +95,31 @@ def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
         remedy = "; model.dtype is the precision of the weights" if key == "precision" else ""
         yield f"trainer.{key}={shown(value)} must be {describe(hint)}{remedy}."
     elif key in MINIMUM and isinstance(value, int) and value < MINIMUM[key]:
-        yield f"trainer.{key}={value} must be at least {MINIMUM[key]}."
+        yield f"trainer.{key}={shown(value)} must be at least {MINIMUM[key]}."
+    elif key in MINIMUM and isinstance(value, int) and value > MAX_COUNT:
+        yield f"trainer.{key}={shown(value)} must be at most {MAX_COUNT}."
     elif value in ("gpu", "cuda") and key == "accelerator" and not cuda_is_available():
         yield f"trainer.accelerator={value} needs a CUDA device and none was found; use cpu or auto."
-    elif key == "max_time" and isinstance(value, str) and not _is_duration(value):
-        yield f"trainer.max_time={value} must be DD:HH:MM:SS, for example 00:02:30:00."
+    elif key == "max_time" and isinstance(value, str | dict) and not _is_duration(value):
+        yield (
+            f"trainer.max_time={shown(value)} must be DD:HH:MM:SS, for example 00:02:30:00, or a mapping such as "
+            "{hours: 2}, of at most 10000 days."
+        )
+    elif isinstance(value, str) and (problem := text_problem(value)):
+        yield f"trainer.{key}={shown(value)} {problem}."
 
 
-def _is_duration(text: str) -> bool:
-    parts = text.split(":")
-    return len(parts) == 4 and all(part.isdigit() for part in parts)
+def _is_duration(value: str | dict[str, int]) -> bool:
+    """Whether the time is of a form that Lightning reads, above 0 and of at most `MAX_DAYS`."""
+    lengths = value
+    if isinstance(lengths, str):
+        parts = lengths.split(":")
+        if len(parts) != len(UNITS) or not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
+            return False
+        lengths = dict(zip(UNITS, map(int, parts), strict=True))
+    if not lengths.keys() <= SECONDS.keys() or any(number < 0 for number in lengths.values()):
+        return False
+    return 0 < sum(number * SECONDS[unit] for unit, number in lengths.items()) <= MAX_DAYS * SECONDS["days"]
 
 
 @cache

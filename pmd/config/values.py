@@ -5,6 +5,7 @@ The dataclasses of `schema.py` define what fits: types in their annotations, bou
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,10 @@ from pmd.config.renamed import describe_old_key
 from pmd.config.schema import RunConfig
 
 _WRONG = object()
+MAX_WIDENED = 2**1000  # above it, a whole number does not fit into a float
+MAX_CHARACTERS = 4095  # of a path, and so of any text
+MAX_NAME_BYTES = 255  # of one part of a path
+MAX_LIST = 1000  # items of a list
 _NAMES = {
     Any: "anything",
     type(None): "null",
@@ -53,8 +58,8 @@ def build_section(
         converted = convert(value, hint)
         if converted is _WRONG:
             problems.append(f"{path}={shown(value)} must be {describe(hint)}.")
-        elif problem := _bound_problem(path, converted, fields[key].metadata):
-            problems.append(problem)
+        elif wrong := _value_problems(path, converted, fields[key].metadata):
+            problems += wrong
         else:
             kept[key] = converted
     return section(**kept), problems
@@ -80,7 +85,7 @@ def convert(value: Any, hint: Any) -> Any:
     if hint is type(None):
         return None if value is None else _WRONG
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < MAX_WIDENED else _WRONG
     return value if type(value) is hint else _WRONG
 
 
@@ -103,11 +108,15 @@ def describe(hint: Any) -> str:
     return _NAMES.get(hint, str(hint))
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, limit: int = 80) -> str:
     """Return a value as YAML would write it, shortened to fit a message."""
     is_word = value is None or isinstance(value, bool)
-    text = json.dumps(value) if is_word else value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        text = json.dumps(value) if is_word else value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; a list of lists of lists ...
+        return f"({type(value).__name__}, too long to show)"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _describe_unknown(key: str, value: Any, prefix: str, known: Sequence[str]) -> str:
@@ -133,15 +142,46 @@ def all_keys(section: type, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+def text_problem(text: str) -> str | None:
+    """Return what a text breaks of the rules for all texts of a configuration, or None."""
+    if not text.strip():
+        return "must not be empty"
+    if not text.isprintable():  # lone surrogates and NUL are not printable either
+        return "must be one line of printable characters"
+    if len(text) > MAX_CHARACTERS:
+        return f"has {len(text)} characters; it must have at most {MAX_CHARACTERS}"
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        return f"has a part of more than {MAX_NAME_BYTES} bytes, which no file can have as its name"
+    return None
+
+
+def _value_problems(path: str, value: Any, bounds: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a value of the right type, or with the items of a list."""
+    if isinstance(value, list):
+        if len(value) > MAX_LIST:
+            return [f"{path} has {len(value)} items; it must have at most {MAX_LIST}."]
+        return [problem for item in value for problem in _value_problems(path, item, bounds)]
+    if isinstance(value, str):
+        problem = text_problem(value)
+        return [f"{path}={shown(value)} {problem}."] if problem else []
+    problem = _bound_problem(path, value, bounds)
+    return [problem] if problem else []
+
+
 def _bound_problem(path: str, value: Any, bounds: Mapping[str, Any]) -> str | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     if value != value:  # .nan
         return f"{path}={value} must be a number."
+    value_text = shown(value)
+    if isinstance(value, float) and math.isinf(value):
+        return f"{path}={value} must be finite."
     if "minimum" in bounds and value < bounds["minimum"]:
-        return f"{path}={value} must be at least {bounds['minimum']}."
+        return f"{path}={value_text} must be at least {bounds['minimum']}."
     if "above" in bounds and value <= bounds["above"]:
-        return f"{path}={value} must be above {bounds['above']}."
+        return f"{path}={value_text} must be above {bounds['above']}."
     if "maximum" in bounds and value > bounds["maximum"]:
-        return f"{path}={value} must be at most {bounds['maximum']}."
+        return f"{path}={value_text} must be at most {bounds['maximum']}."
+    if "below" in bounds and value >= bounds["below"]:
+        return f"{path}={value_text} must be below {bounds['below']}."
     return None

@@ -66,5 +66,6 @@ def engine_settings(config: RunConfig, max_positions: int, memory_fraction: floa
         lora_rank=config.model.lora_rank,
         seed=config.seed_everything,
         on_gpu=torch.cuda.is_available(),
+        trust_remote_code=config.model.trust_remote_code,
         stall_s=vllm.stall_s,
     )

@@ -51,6 +51,7 @@ class EngineSettings:
     seed: int
     on_gpu: bool
     stall_s: float  # seconds without a token after which generation counts as stalled
+    trust_remote_code: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Return vLLM's engine arguments, leaving out those for which vLLM's default applies."""
@@ -68,6 +69,7 @@ class EngineSettings:
             "enable_sleep_mode": True if self.sleep and self.on_gpu else None,
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
             "disable_log_stats": True,
+            "trust_remote_code": self.trust_remote_code or None,
         }
         if self.num_adapters:
             rank = reserved_rank(self.lora_rank)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pmd.atomic import replace_text, replacing
@@ -127,15 +128,15 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     columns = _columns(list(phases.values()), [k for k in first["pass_at"] if k != "1"], max_k)
     num_each = first["num_samples"] // first["num_tasks"]
     title = f"{results['method']}: {first['num_tasks']} test tasks x {num_each} samples, no memory in the prompt"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")
     for name, phase in phases.items():
-        table.add_row(name, *(_cell(phase, keys) for keys in columns.values()))
+        table.add_row(escape(str(name)), *(_cell(phase, keys) for keys in columns.values()))
         if len(phase["by_domain"]) > 1:
             for domain, scores in (phase["by_domain"] | {"mean of domains": phase["domain_mean"]}).items():
-                table.add_row(f"  {domain}", *(_cell(scores, keys) for keys in columns.values()))
+                table.add_row(f"  {escape(domain)}", *(_cell(scores, keys) for keys in columns.values()))
     if chance is not None:
         guessing = {name: {str(k): v for k, v in chance[name].items()} for name in ("pass_at", "coverage_at")}
         table.add_row("chance", *(_cell({"avg": chance["avg"]} | guessing, keys) for keys in columns.values()))
@@ -177,6 +178,7 @@ def draw_curves(run_dir: RunDir, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names are shown as they are, dollar signs included
     import matplotlib.pyplot as plt
 
     rows = run_dir.read_metrics()
@@ -214,6 +216,7 @@ def draw_pass_at(
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names are shown as they are, dollar signs included
     import matplotlib.pyplot as plt
 
     groups = {name: scored_groups(samples) for name, samples in samples_by_name.items()}

@@ -11,6 +11,9 @@ from torch import Tensor
 
 # exp(20) is beyond any clip; without the bound exp overflows and its gradient is 0 * inf. As in SDPO's release.
 LOG_RATIO_BOUND = 20.0
+# Rewards of a group that differ by less than this many units in the last place are equal: a sum of 64 equal numbers is
+# off by as much, and dividing by the standard deviation would turn such a residue into an advantage of order 1.
+ROUNDING_UNITS = 8
 
 
 def group_advantages(
@@ -22,6 +25,8 @@ def group_advantages(
     epsilon: float = 1e-6,
 ) -> Float[Tensor, " B"]:
     """Return reward minus the mean reward of the rollout's group; invalid rollouts are ignored and get 0.
+
+    If all rewards of a group are equal, its advantages are exactly 0.
 
     Args:
         group_index: which group a rollout belongs to, any integers.
@@ -35,11 +40,25 @@ def group_advantages(
         return rewards.new_zeros(len(groups)).index_add(0, index, torch.where(valid, per_rollout, 0.0))[index]
 
     count = group_sum(torch.ones_like(rewards))
-    advantages = torch.where(valid, rewards - group_sum(rewards) / count.clamp_min(1.0), 0.0)
+    advantages = torch.where(
+        valid & ~_all_equal(rewards, index, valid), rewards - group_sum(rewards) / count.clamp_min(1.0), 0.0
+    )
     if normalize_std:
         variance = group_sum(advantages.square()) / (count - 1.0).clamp_min(1.0)
         advantages = advantages / (variance.sqrt() + epsilon)
     return advantages
+
+
+def _all_equal(rewards: Float[Tensor, " B"], index: Int[Tensor, " B"], valid: Bool[Tensor, " B"]) -> Bool[Tensor, " B"]:
+    """Return for each rollout whether the valid rewards of its group are equal, up to rounding."""
+    bounds = []
+    for kind, empty in (("amax", -torch.inf), ("amin", torch.inf)):
+        start = rewards.new_full((len(rewards),), empty)
+        bounds.append(start.scatter_reduce(0, index, torch.where(valid, rewards, empty), kind)[index])
+    largest, smallest = bounds
+    return largest - smallest <= ROUNDING_UNITS * torch.finfo(rewards.dtype).eps * torch.maximum(
+        largest.abs(), smallest.abs()
+    )
 
 
 def per_token_policy_loss(

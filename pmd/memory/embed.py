@@ -206,7 +206,7 @@ class SentenceEmbedder:
             raise ConfigError(
                 f"memory.embedder={self.path} is not an existing directory; give one, or a Hugging Face id."
             )
-        self._model = SentenceTransformer(self.path, device="cpu")
+        self._model = SentenceTransformer(self.path, device="cpu", trust_remote_code=False)
         self._model.eval()
         weights = hashlib.sha256()
         for key, tensor in sorted(self._model.state_dict().items()):

@@ -14,7 +14,7 @@ from pmd.config.schema import RunConfig
 from pmd.engines.vllm_runtime import reserved_rank
 from pmd.errors import ConfigError
 from pmd.planning.gpu_memory import Shape, max_micro_batch_tokens, predict, read_shape
-from pmd.pretrained import DTYPES, resolve_model_path
+from pmd.pretrained import DTYPES, load_model_config
 
 #: Bytes per weight with vLLM's own quantisation: NF4 with a float32 scale for each block of 64, or 8-bit floats.
 QUANTIZED_BYTES = {"bitsandbytes": 0.5 + 4 / 64, "fp8": 1.0}
@@ -83,9 +83,7 @@ class Cache:
 
 def read_cache(run: RunConfig) -> Cache:
     """Read the size of a sequence's KV cache from the model's config.json."""
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(resolve_model_path(run.model.path)).get_text_config()
+    hf = load_model_config(run.model).get_text_config()
     found, layers = hf.to_dict(), hf.num_hidden_layers
     head = found.get("head_dim") or hf.hidden_size // hf.num_attention_heads
     kinds = found.get("layer_types") or ["full_attention"] * layers

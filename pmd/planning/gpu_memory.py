@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pmd.config.schema import ModelConfig, RunConfig
 from pmd.losses.distillation import chunk_size
 from pmd.losses.fused import block_size
-from pmd.pretrained import DTYPES, resolve_model_path
+from pmd.pretrained import DTYPES, load_model_config
 
 #: Bytes per weight in NF4 with double quantisation: half a byte and the scales of its blocks.
 NF4_BYTES = 0.516
@@ -59,9 +59,7 @@ class Shape:
 
 def read_shape(config: ModelConfig) -> Shape:
     """Read the architecture of `config.path` without its weights."""
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(resolve_model_path(config.path)).get_text_config()
+    hf = load_model_config(config).get_text_config()
     head = hf.head_dim if "head_dim" in hf.to_dict() else hf.hidden_size // hf.num_attention_heads
     return Shape(
         layers=hf.num_hidden_layers,

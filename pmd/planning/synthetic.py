@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from pmd.batch import Batch, Example
 from pmd.config.schema import ModelConfig
-from pmd.pretrained import DTYPES, load_tokenizer, resolve_model_path
+from pmd.pretrained import DTYPES, load_model_config, load_tokenizer
 from pmd.teacher import TeacherContext
 from pmd.types import Completion, Rollout, Verdict
 
@@ -65,9 +65,9 @@ def write_random_model(config: ModelConfig, folder: Path) -> ModelConfig:
 
     Only config.json and the tokenizer are read from `config.path`, a directory or a model on the Hub.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    architecture = AutoConfig.from_pretrained(resolve_model_path(config.path))
+    architecture = load_model_config(config)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config.dtype])

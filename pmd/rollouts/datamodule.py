@@ -239,8 +239,10 @@ def digest_of(tasks: Mapping[Split, Sequence[Task]]) -> str:
     return sha256.hexdigest()
 
 
-def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFormat, max_tokens: int) -> None:
-    """Refuse tasks whose prompt is too long, before any weights load; prompts are never truncated.
+def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFormat, max_tokens: int) -> int:
+    """Refuse tasks whose prompt is too long, before any weights load; return the length of the longest prompt.
+
+    Prompts are never truncated.
 
     Raises:
         ConfigError: names the tasks and the length of the longest prompt.
@@ -253,6 +255,7 @@ def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFo
             f"rollouts.max_prompt_tokens={max_tokens} is exceeded by {len(too_long)} of {len(lengths)} tasks "
             f"({shown}); the longest prompt has {max(lengths.values())} tokens: raise it, or leave these tasks out."
         )
+    return max(lengths.values(), default=0)
 
 
 def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:

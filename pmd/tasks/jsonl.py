@@ -21,15 +21,16 @@ NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 #: Share of a single file that is held out if data.validation_share is 0.
 TEST_SHARE = 0.1
+MAX_ID_CHARACTERS = 500  # ids are written into file names of traces, tables and error messages
 
 
 def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     """Return train and test tasks from two files, or from one file with a seeded share held out."""
     if config.path is None:
         return [], ["data.path=null: task `jsonl` reads a file; give its path."]
-    train, problems = read_task_file(Path(config.path), "train")
+    train, problems = read_task_file(Path(config.path), "train", config.allow_modules)
     if config.validation_path is not None:
-        held_out, wrong = read_task_file(Path(config.validation_path), "test")
+        held_out, wrong = read_task_file(Path(config.validation_path), "test", config.allow_modules)
         train_ids = {task.task_id for task in train}
         wrong += [
             f"{config.validation_path}: id={json.dumps(task.task_id)} must be unique but also occurs in {config.path}; "
@@ -46,15 +47,19 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     return train + test, problems
 
 
-def read_task_file(path: Path, split: Split) -> tuple[list[Task], list[str]]:
-    """Return the tasks of one file, and a sentence for each error in it."""
+def read_task_file(path: Path, split: Split, allow_modules: Sequence[str] = ()) -> tuple[list[Task], list[str]]:
+    """Return the tasks of one file, and a sentence for each error in it.
+
+    Args:
+        allow_modules: modules, or packages, whose verifiers the file may name; naming one imports and runs it.
+    """
     if not path.is_file():
         return [], [f"{path}: no such file; give a JSON Lines file with one task per line."]
     lines, problems = read_lines(path)
     first_line: dict[str, int] = {}
     tasks = []
     for line in lines:
-        wrong = check_line(line)
+        wrong = check_line(line, allow_modules)
         task_id = str(line.fields.get("id"))
         if "id" in line.fields and task_id in first_line:
             wrong.append(
@@ -87,12 +92,15 @@ def make_task(fields: dict[str, Any], split: Split, place: str = "") -> Task:
     )
 
 
-def check_line(line: Line) -> list[str]:
+def check_line(line: Line, allow_modules: Sequence[str] = ()) -> list[str]:
     """Return a sentence for each field of the line that breaks a rule."""
     row = line.fields
     problems = []
     if not isinstance(row.get("id"), str | int) or isinstance(row.get("id"), bool) or row["id"] == "":
         problems.append(line.problem("id", "must be a non-empty string", "give each task its own id"))
+    elif not str(row["id"]).isprintable() or len(str(row["id"])) > MAX_ID_CHARACTERS:
+        rule = f"must have at most {MAX_ID_CHARACTERS} characters, all of them printable"
+        problems.append(line.problem("id", rule, "give a short name"))
     problems += _check_messages(line)
     for field in ("domain", "system", "memory_key"):
         if not isinstance(row.get(field), str | None):
@@ -101,9 +109,20 @@ def check_line(line: Line) -> list[str]:
     if not isinstance(verifier, str) or (verifier not in NAMED_VERIFIERS and not CLASS_PATH.fullmatch(verifier)):
         rule = f"must be {', '.join(NAMED_VERIFIERS)} or a class path such as package.module.Class"
         problems.append(line.problem("verifier", rule, "name one of them"))
+    elif verifier not in NAMED_VERIFIERS and not is_allowed(verifier, allow_modules):
+        module = verifier.rpartition(".")[0]
+        rule = "data may not name a module to import and run unless it is allowed"
+        remedy = f"if {module} is yours, add --allow-module {module} (or data.allow_modules=[{module}])"
+        problems.append(line.problem("verifier", rule, remedy))
     else:
         problems += _check_expected(line, verifier)
     return problems
+
+
+def is_allowed(class_path: str, allow_modules: Sequence[str]) -> bool:
+    """Whether a class path is in one of the modules, or in a module of one of the packages."""
+    module = class_path.rpartition(".")[0]
+    return any(module == name or module.startswith(f"{name}.") for name in allow_modules)
 
 
 def _check_messages(line: Line) -> list[str]:
@@ -149,6 +168,9 @@ def _check_expected(line: Line, verifier: str) -> Sequence[str]:
             return [line.problem("answer", "must be one capital letter", "write the letter of the correct option")]
         case "exact" | "math" if not (answer and answer.strip()):
             return [line.problem("answer", "must be a non-empty string", "write the correct answer")]
+        case "exact" if answer and re.search("</?answer>", answer):
+            rule = "can never be reached, because <answer> and </answer> end what is compared"
+            return [line.problem("answer", rule, "write the answer without tags")]
         case "tool_use" if not _is_calls(answer):
             rule = "must be the JSON text of a list of {Action: name, Action_Input: JSON text}"
             return [line.problem("answer", rule, "write the expected calls")]
@@ -159,7 +181,7 @@ def _check_expected(line: Line, verifier: str) -> Sequence[str]:
 
 def _is_calls(answer: str | None) -> bool:
     try:
-        calls = json.loads(answer or "")
+        calls = json.loads(answer or "", parse_constant=_refuse_constant)
         return isinstance(calls, list) and all(
             isinstance(call["Action"], str) and isinstance(_inputs(call["Action_Input"]), dict) for call in calls
         )
@@ -168,4 +190,9 @@ def _is_calls(answer: str | None) -> bool:
 
 
 def _inputs(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    return json.loads(value, parse_constant=_refuse_constant) if isinstance(value, str) else value
+
+
+def _refuse_constant(constant: str) -> None:
+    """NaN and Infinity are not JSON, so no call can be written that holds them."""
+    raise ValueError(f"{constant} is not JSON")

@@ -5,6 +5,7 @@ Bad content never raises. A loader collects the sentences of all its files and r
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 #: If it is the wrong file, every line may be bad; nobody reads more than a hundred errors.
 MAX_SHOWN = 100
+#: What a line must hold to have anything that `describe_unusable` finds; most lines are spared its walk.
+SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|NaN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Line:
 
 def shorten(value: Any, limit: int = 80) -> str:
     """Return the value as JSON, cut to a length that fits a message."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -65,7 +68,46 @@ def _parse(path: Path, number: int, raw: bytes) -> Line | str:
         return f"{path}:{number}: not valid JSON ({error}); write one JSON object per line."
     if not isinstance(value, dict):
         return f"{path}:{number}: {shorten(value)} is not a JSON object; write {{...}} on each line."
+    if SUSPECT.search(raw) and (problem := describe_unusable(value)):
+        return f"{path}:{number}: {problem}."
     return Line(path, number, value)
+
+
+def describe_unusable(value: Any) -> str | None:
+    """Return which parts of a JSON value nothing can be done with, and why; None if all is well.
+
+    Half a character (an escape such as \\ud83d without its other half) cannot be encoded, neither for a tokenizer nor
+    for a file. NaN equals nothing, not even itself.
+    """
+    halves, not_numbers, waiting = list[str](), list[str](), [("", value)]
+    while waiting:
+        place, part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [(f"{place}.{key}" if place else str(key), item) for key, item in part.items()]
+            halves += [f"{place or 'the line'} has a key that" for key in part if is_half(str(key))]
+        elif isinstance(part, list):
+            waiting += [(f"{place}[{number}]", item) for number, item in enumerate(part)]
+        elif isinstance(part, str) and is_half(part):
+            halves.append(f"{place}={shorten(part)}")
+        elif isinstance(part, float) and part != part:
+            not_numbers.append(place)
+    sentences = []
+    if halves:
+        sentences.append(f"{', '.join(sorted(halves)[:5])} holds half a character (a lone surrogate), which cannot be "
+                         "encoded; write whole characters")  # fmt: skip
+    if not_numbers:
+        sentences.append(f"{', '.join(sorted(not_numbers)[:5])}=NaN can never be reached: NaN equals nothing; write a "
+                         "number or a text")  # fmt: skip
+    return "; ".join(sentences) or None
+
+
+def is_half(text: str) -> bool:
+    """Whether a text holds a lone surrogate, so that no encoding can write it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:

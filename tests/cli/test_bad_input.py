@@ -41,6 +41,15 @@ WRONG = [
     ("--trainer.max_time=soon", ["trainer.max_time=soon", "DD:HH:MM:SS"]),
     ("--trainer.logger=false", ["trainer.logger=false", "run_dir"]),
     ("--trainer=5", ["trainer=5", "mapping"]),
+    # values that nobody can mean
+    ("--optimizer.lr=.inf", ["optimizer.lr=inf", "finite"]),
+    ("--optimizer.beta2=1.0", ["optimizer.beta2=1.0", "below 1"]),
+    ("--cpu_threads=1000000", ["cpu_threads=1000000", "at most 1024"]),
+    (f"--seed_everything={'9' * 5000}", ["--seed_everything=999", "cannot be read"]),
+    (f"--run_dir={'x' * 300}", ["run_dir=xxx", "255 bytes"]),
+    ("--memory=[1]", ["--memory=[1]", "mapping of keys"]),
+    ("--data.path=mine.jsonl", ["data.path=mine.jsonl", "data.task=jsonl"]),
+    ("--allow-module", ["--allow-module NAME"]),
     # combinations
     ("--memory.k=9 --memory.capacity=4", ["memory.k=9", "memory.capacity=4", "lower k"]),
     ("--memory.max_lessons=0", ["memory.k=4", "max_lessons", "lower k"]),
@@ -71,7 +80,7 @@ def answers(run_all) -> dict[str, tuple[int, str, str]]:
     )
 
 
-@pytest.mark.parametrize(("typed", "words"), WRONG, ids=[typed for typed, _ in WRONG])
+@pytest.mark.parametrize(("typed", "words"), WRONG, ids=[typed[:60] for typed, _ in WRONG])
 def test_is_refused_in_words(answers, typed, words):
     code, out, said = answers[typed]
     assert (code, out) == (2, "")

@@ -6,7 +6,7 @@ import pytest
 
 from pmd.config.load import load_config
 from pmd.config.processes import process_problems
-from pmd.config.resume import CHANGEABLE, check_changes, check_end, check_model, find_changes
+from pmd.config.resume import CHANGEABLE, check_changes, check_end, check_same_model, find_changes
 from pmd.config.schema import RunConfig
 from pmd.config.values import all_keys
 from pmd.errors import ConfigError
@@ -86,9 +86,9 @@ def test_an_end_before_the_checkpoint_is_refused(trainer):
 
 
 def test_a_checkpoint_is_evaluated_as_the_model_that_it_is():
-    check_model(changes_of("model.path=elsewhere", "objective.alpha=0.1", "model.attention=eager"))
+    check_same_model(changes_of("model.path=elsewhere", "objective.alpha=0.1", "model.attention=eager"))
     with pytest.raises(ConfigError, match=r"model.lora_alpha=8.0 \(was 32.0\) would make another policy"):
-        check_model(changes_of("model.lora_alpha=8.0"))
+        check_same_model(changes_of("model.lora_alpha=8.0"))
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])

@@ -96,3 +96,32 @@ def test_advantages_do_not_depend_on_order(rewards, random):
         torch.tensor([rewards[i] for i in order], dtype=torch.float64), torch.tensor([groups[i] for i in order])
     )
     torch.testing.assert_close(shuffled, straight[torch.tensor(order)], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reward", [0.92, 0.7, 0.99, 123.456, 1 / 3, -0.1, 1e-8, 1e6 + 0.3, 0.0])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 64, 1000])
+@pytest.mark.parametrize("normalize_std", [False, True])
+def test_equal_rewards_have_no_advantage_at_all(reward, size, normalize_std):
+    rewards = torch.tensor([reward] * size + [0.0, 1.0, float("nan")])  # the last group differs, and one is not scored
+    groups = torch.tensor([0] * size + [1, 1, 1])
+    valid = ~rewards.isnan()
+    found = group_advantages(rewards, groups, normalize_std=normalize_std, valid=valid)
+    assert found[:size].abs().max() == 0.0
+    assert found[-3] < 0 < found[-2]
+
+
+def test_rewards_that_differ_by_rounding_are_equal_and_small_differences_are_not():
+    group = torch.zeros(4, dtype=torch.long)
+    sums = torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=torch.float64)
+    assert sums.unique().numel() == 2
+    assert group_advantages(sums, group, normalize_std=True).abs().max() == 0.0
+    close = torch.tensor([0.92, 0.92001, 0.92, 0.92])
+    assert group_advantages(close, group, normalize_std=True)[1] > 0.5
+    tiny = torch.tensor([1e-8, 2e-8, 1e-8, 1e-8])
+    assert group_advantages(tiny, group)[1] > 0
+
+
+def test_a_group_without_any_scored_rollout_has_no_advantage():
+    rewards = torch.tensor([float("nan"), 0.5])
+    found = group_advantages(rewards, torch.zeros(2, dtype=torch.long), valid=torch.zeros(2, dtype=torch.bool))
+    assert found.tolist() == [0.0, 0.0]

@@ -124,12 +124,14 @@ def spoil(line_number: int, **fields):
         (spoil(200, kind="spell"), ":201 is not a line .*kind='spell' must be one of strategy"),
         (spoil(200, task_row=10**9), ":201 is not a line"),
         (spoil(200, type="meta"), ":201 is not a line"),
+        (spoil(200, content="half \ud83d"), r":201: content=.* holds half a character"),
+        (lambda lines: [*lines[:5], '{"type": "task", "id": "\udcff"}'], r":6: id=.* holds half a character"),
     ],
 )
 def test_a_bad_import_changes_nothing(world, grown, store, tmp_path, change, message):
     lines = [json.dumps(line) for line in export_lines(grown)]
     lines = [line for line in lines if '"type": "behaviours"' not in line]
-    (tmp_path / "bad.jsonl").write_text("\n".join(change(lines)))
+    (tmp_path / "bad.jsonl").write_bytes("\n".join(change(lines)).encode(errors="surrogateescape"))
     with pytest.raises(MemoryStoreError, match=message):
         import_file(store, tmp_path / "bad.jsonl")
     assert store.tasks() == []

@@ -8,6 +8,7 @@ from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, load_tasks
 from pmd.tasks.jsonl import NAMED_VERIFIERS
+from pmd.tasks.lines import describe_unusable
 
 
 def write(path, rows):
@@ -79,6 +80,67 @@ def test_every_bad_line_is_named_by_line_and_field(tmp_path):
             assert words in about_line[0]
     with pytest.raises(ConfigError):
         load_tasks(DataConfig(task="jsonl", path=path), seed=0)
+
+
+HALF = "half \ud83d"
+CALLS = '[{"Action": "go", "Action_Input": %s}]'
+UNUSABLE = [
+    (row(1, prompt=HALF), 'prompt="half \\ud83d" holds half a character'),
+    (row(2, id=HALF), "id="),
+    (row(3, answer=HALF), "answer="),
+    (row(4, system=HALF), "system="),
+    (row(5, memory_key=HALF), "memory_key="),
+    (row(6, domain=HALF), "domain="),
+    (row(7, verifier=HALF), "verifier="),
+    (row(8, prompt=..., messages=[{"role": "user", "content": HALF}]), "messages[0].content="),
+    (row(9, verifier="code", tests=STDIN | {"cases": [{"input": HALF, "output": ""}]}), "tests.cases[0].input="),
+    (row(10, choices=["a", HALF]), "choices[1]="),
+    (row(11, **{HALF: "x"}), "the line has a key"),
+    (row(12, answer="low \udc00 first"), "answer="),
+    (
+        row(
+            13,
+            verifier="code",
+            tests={"kind": "functional", "entry": "f", "cases": [{"args": [], "expected": {"x": [1, float("nan")]}}]},
+        ),
+        "tests.cases[0].expected.x[1]=NaN can never be reached",
+    ),
+    (row(14, verifier="tool_use", answer=CALLS % '{"x": NaN}'), "JSON text"),
+    (row(15, verifier="tool_use", answer=CALLS % '"{\\"x\\": Infinity}"'), "JSON text"),
+    (row(16, answer="it is </answer> now"), "answer"),
+    (row(17, id="\u001b[31mred"), "id="),
+    (row(18, id="x" * 501), "at most 500"),
+]
+
+
+def test_what_cannot_be_encoded_or_reached_is_named_by_line_and_field(tmp_path):
+    path = write(tmp_path / "bad.jsonl", [entry for entry, _ in UNUSABLE])
+    problems = describe_data_problems(DataConfig(task="jsonl", path=path))
+    for number, (_, words) in enumerate(UNUSABLE, start=1):
+        about_line = [problem for problem in problems if f"bad.jsonl:{number}:" in problem]
+        assert len(about_line) == 1, (number, problems)
+        assert words in about_line[0]
+        about_line[0].encode("utf-8")  # the message itself can be printed anywhere
+
+
+def test_whole_characters_and_numbers_are_usable(tmp_path):
+    whole = json.dumps(row(1, prompt="whole \U0001f600 é NaN", answer="NaN"))
+    assert "\\ud83d" in whole
+    path = write(tmp_path / "a.jsonl", [whole, *(row(n) for n in range(2, 30))])
+    assert describe_data_problems(DataConfig(task="jsonl", path=path)) == []
+    assert describe_unusable({"a": ["x", 1.5, None, True, {"b": "\U0001f600"}]}) is None
+
+
+def test_a_class_path_in_data_needs_permission(tmp_path):
+    rows = [row(n, verifier="my_checks.inner.Check") for n in range(20)]
+    path = write(tmp_path / "a.jsonl", rows)
+    for allowed in ([], ["my_check"], ["inner"], ["my_checks.inner.Check"]):
+        problems = describe_data_problems(DataConfig(task="jsonl", path=path, allow_modules=allowed))
+        assert len(problems) == 20
+        assert "a.jsonl:1: verifier=" in problems[0]
+        assert "--allow-module my_checks.inner (or data.allow_modules=[my_checks.inner])" in problems[0]
+    for allowed in (["my_checks.inner"], ["my_checks"]):
+        assert describe_data_problems(DataConfig(task="jsonl", path=path, allow_modules=allowed)) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\n", b"[" * 100_000])

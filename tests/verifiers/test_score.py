@@ -46,7 +46,7 @@ def run(folder, tasks, completions, *flags):
     write(folder / "t.jsonl", tasks)
     write(folder / "c.jsonl", completions)
     arguments = [f"--tasks={folder / 't.jsonl'}", f"--completions={folder / 'c.jsonl'}", f"--out={folder / 'v.jsonl'}"]
-    return main([*arguments, *flags])
+    return main([*arguments, "--allow-module=test_verifiers", *flags])
 
 
 def test_verdicts_come_in_the_order_of_the_completions(tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_every_bad_line_is_named_before_anything_runs(tmp_path, capsys):
     error = capsys.readouterr().err
     named = [
         "t.jsonl:1: answer",
-        "no.such",
+        't.jsonl:2: verifier="no.such": data may not name a module',
         "t.jsonl:3",
         "c.jsonl:1: completion",
         "c.jsonl:2: id",
@@ -84,6 +84,21 @@ def test_every_bad_line_is_named_before_anything_runs(tmp_path, capsys):
         assert words in error, words
     assert "Traceback" not in error
     assert not (tmp_path / "v.jsonl").exists()
+
+
+def test_data_cannot_name_a_module_that_was_not_allowed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "never_imported.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = {"id": "n", "prompt": "p", "verifier": "never_imported.Any"}
+    assert run(tmp_path, [task], [{"id": "n", "completion": "x"}]) == 2
+    assert "if never_imported is yours, add --allow-module never_imported" in capsys.readouterr().err
+    assert run(tmp_path, [task], [{"id": "n", "completion": "x"}], "--allow-module", "never_imported") == 2
+    assert "cannot be loaded (SystemExit: imported)" in capsys.readouterr().err
+
+
+def test_completions_that_cannot_be_encoded_are_named(tmp_path, capsys):
+    assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "half \ud83d"}]) == 2
+    assert 'c.jsonl:1: completion="half \\ud83d" holds half a character' in capsys.readouterr().err
 
 
 def test_unknown_ids_and_missing_files(tmp_path, capsys):

@@ -16,6 +16,7 @@ from pmd.memory.content import known_columns, row_problem
 from pmd.memory.held_out import HeldOut
 from pmd.memory.store import LIVE, TABLES, MemoryStore
 from pmd.memory.update import Writer, open_writer
+from pmd.tasks.lines import describe_unusable
 from pmd.types import INSIGHT_KINDS
 
 FORMAT = "pmd-memory"
@@ -91,8 +92,8 @@ def import_file(
         reading = _Import(writer, path, excluded, held_out)
         for number, text in lines:
             try:
-                line = json.loads(text) if version == VERSION else _from_version_1(json.loads(text))
-                reading.add(number, line)
+                line = _checked(path, number, json.loads(text))
+                reading.add(number, line if version == VERSION else _from_version_1(line))
             except _BAD_LINE as error:
                 raise MemoryStoreError(
                     f"{path}:{number} is not a line of a {FORMAT} export ({error!r}); nothing was imported. "
@@ -174,6 +175,13 @@ def _read_version(path: Path, text: str) -> int:
             f"{VERSION}. Give a file that `pmd memory export` wrote."
         )
     return found[1]
+
+
+def _checked(path: Path, number: int, line: Line) -> Line:
+    """Return the line if all of it can be stored and encoded."""
+    if problem := describe_unusable(line):
+        raise MemoryStoreError(f"{path}:{number}: {problem}; nothing was imported.")
+    return line
 
 
 def _from_version_1(line: Line) -> Line:

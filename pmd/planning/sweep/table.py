@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pmd.planning.sweep.grid import PlannedRun, row_label
@@ -60,18 +61,20 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
     """Print the table, with a section for each block."""
     names = _quantity_names(rows)
-    table = Table(title=f"{title}: test tasks, mean ± standard error over seeds, in percent", caption=_effort(rows))
+    title = f"{escape(title)}: test tasks, mean ± standard error over seeds, in percent"
+    table = Table(title=title, caption=_effort(rows))
     table.add_column("method", no_wrap=True)
     for heading in [*names, "seeds"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for block, own in _by_block(rows).items():
         table.add_section()
         if block:
-            table.add_row(block, style="italic")
+            table.add_row(escape(block), style="italic")
         for row in own:
             cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
             seeds = str(row.num_seeds) + (f" of {row.num_seeds + row.num_failed}" if row.num_failed else "")
-            table.add_row(f"  {row.label}{' *' if row.best else ''}", *cells, seeds, style="bold" if row.best else None)
+            name = f"  {escape(row.label)}{' *' if row.best else ''}"
+            table.add_row(name, *cells, seeds, style="bold" if row.best else None)
     console.print(table)
     if any(row.best for row in rows):
         console.print("* the highest avg among the choices of its arm")
@@ -164,6 +167,7 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     import matplotlib.pyplot as plt
 
     several = {(r.block, r.arm) for r in rows if r.best}

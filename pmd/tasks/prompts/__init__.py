@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pmd.tasks.prompts.base import PromptFormat
 
+__all__ = ["PromptFormat", "make_prompts"]
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

@@ -2,22 +2,38 @@
 
 Thinking is turned off in every prompt and stripped from every attempt that is shown. The wording is our choice; the
 paper's prompts are not public.
+
+No text can open or close a turn: only the chat template writes control tokens (`ChatEncoder`). A control token is one
+that the tokenizer marks as special or that the source of its chat template names. Where a message, an attempt, a memory
+item or a verifier's feedback spells one, it is encoded as the plain text that it is. The same holds for tags such as
+<think> or <answer> where they are control tokens, also in a task's own system prompt: task files are data. Added tokens
+that are neither special nor in the template stay what they are. Any other text gets exactly the ids that the
+tokenizer's `apply_chat_template` gives it.
 """
 
+import json
 import re
+import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
+from pmd.errors import ConfigError
 from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line
 from pmd.tasks.thinking import strip_thinking
 from pmd.types import Message, Rollout, Task
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TEXT = Path(__file__).parent / "templates"
 MAX_ATTEMPTS_SHOWN = 4  # per outcome; more would only lengthen the prompt
+
+#: Follows the first character of anything in a message that could become a control token; removed after rendering.
+#: Random, so that no text can hold it.
+MARK = f"\ue000{secrets.token_hex(8)}\ue001"
 
 
 class ChatPrompts:
@@ -25,13 +41,14 @@ class ChatPrompts:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
+        self.encoder = ChatEncoder(tokenizer)
         names = ("teacher", "memory", "success", "failure", "reflection", "attempt", "abstraction", "placebo")
         names += ("known", "revision")
         self.text = {name: (TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in names}
 
     def student(self, task: Task) -> list[int]:
         """Return the task's messages under the chat template."""
-        return self._ids(task.messages)
+        return self.encoder.ids(task.messages)
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
         """Return the task with the applicable sections in its last user message, or the bare task if there are none."""
@@ -48,7 +65,7 @@ class ChatPrompts:
         last = max(i for i, message in enumerate(task.messages) if message.role == "user")
         question = self._fill("teacher", question=task.question, sections=sections).rstrip("\n")
         messages = [Message("user", question) if i == last else m for i, m in enumerate(task.messages)]
-        return self._ids(messages)
+        return self.encoder.ids(messages)
 
     def placebo(self, text: str) -> str:
         """Return neutral text with as many tokens as `text`."""
@@ -90,7 +107,7 @@ class ChatPrompts:
         prompt = self._fill("reflection", question=task.question, attempts=attempts, outcome=outcome).rstrip("\n")
         if known:
             prompt += self._fill("revision").rstrip("\n")
-        return [self._ids([Message("user", prompt)])]
+        return [self.encoder.ids([Message("user", prompt)])]
 
     def parse_reflection(self, text: str) -> Reply:
         """Return the well-formed items; a malformed one does not affect the others."""
@@ -99,18 +116,11 @@ class ChatPrompts:
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return the prompt for one cluster."""
         listed = "\n".join(f"- {insight}" for insight in insights)
-        return self._ids([Message("user", self._fill("abstraction", insights=listed).rstrip("\n"))])
+        return self.encoder.ids([Message("user", self._fill("abstraction", insights=listed).rstrip("\n"))])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return the first well-formed item."""
         return parse_line(text)
-
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
-        chat = [{"role": message.role, "content": message.content} for message in messages]
-        ids = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
-        )
-        return [int(i) for i in cast(list[int], ids)]
 
     def _fill(self, name: str, **values: str) -> str:
         """Fill the {fields} of a template; braces inside the values are left as they are."""
@@ -120,3 +130,152 @@ class ChatPrompts:
 def _distinct(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Keep the first rollout of each text."""
     return list({rollout.completion.text: rollout for rollout in reversed(rollouts)}.values())[::-1]
+
+
+class PlainTokenizer(NamedTuple):
+    """A copy of the tokenizer whose control tokens have other, random names, so that no text spells them."""
+
+    backend: "Tokenizer"
+    names: dict[str, str]  # control token: its name in the copy
+    ids: dict[int, int]  # id of an added token in the copy: its id in the tokenizer
+
+
+class ChatEncoder:
+    """Turns messages into token ids under a tokenizer's chat template."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+        self.controls = control_tokens(tokenizer)
+        self.control_ids = frozenset(self.controls.values())
+        self._spelled = re.compile("|".join(map(re.escape, sorted(self.controls, key=len, reverse=True))) or r"(?!)")
+        self._marks = {ord(token[0]): token[0] + MARK for token in self.controls}
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's token ids, ending with the template's generation prompt."""
+        text = self.render(messages)
+        usual = self._encode(text)
+        marked = [Message(message.role, message.content.translate(self._marks)) for message in messages]
+        if marked != list(messages):
+            text = self.render(marked)
+        written = [self.controls[token] for token in self._spelled.findall(text)]  # by the template alone
+        if [token_id for token_id in usual if token_id in self.control_ids] == written:
+            return usual
+        return self._encode_marked(text)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt's text.
+
+        Raises:
+            ConfigError: the template refuses the messages.
+        """
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=False, enable_thinking=False
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            roles = ", ".join(message.role for message in messages)
+            remedy = "leave the system prompt out of the tasks" if "system" in roles else "write the tasks otherwise"
+            raise ConfigError(
+                f"model.path={self.tokenizer.name_or_path}: its chat template refuses messages of {roles} "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); {remedy}, or use another model."
+            ) from error
+        return cast(str, rendered)
+
+    def _encode(self, text: str) -> list[int]:
+        ids = cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [int(token_id) for token_id in ids]
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Encode a prompt in which the only unmarked control tokens are the template's."""
+        encode = self._encode_by_copy if self._copy is not None else self._encode_by_parts
+        ids, is_clean = encode(text, "")
+        if not is_clean:  # the model's own vocabulary holds control tokens as pieces of text
+            ids, _ = encode(text, " ")
+        return ids
+
+    def _encode_by_copy(self, text: str, gap: str) -> tuple[list[int], bool]:
+        """Return the ids, without any control token in what is not the template's, and whether there was none.
+
+        `gap` is put after the first character of whatever spells a control token.
+        """
+        assert self._copy is not None
+        copy = self._copy
+        renamed = self._spelled.sub(lambda match: copy.names[match[0]], text)
+        found = copy.backend.encode(self._without_marks(renamed, gap), add_special_tokens=False).ids
+        stray = self.control_ids - copy.ids.keys()
+        kept = [copy.ids.get(token_id, token_id) for token_id in found if token_id not in stray]
+        return kept, len(kept) == len(found)
+
+    def _encode_by_parts(self, text: str, gap: str) -> tuple[list[int], bool]:
+        """As `_encode_by_copy`, for tokenizers written in Python: the parts between control tokens, one by one."""
+        ids, is_clean, start = list[int](), True, 0
+        for match in [*self._spelled.finditer(text), None]:
+            part = self._without_marks(text[start : match.start() if match else len(text)], gap)
+            found = cast(list[int], self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True))
+            kept = [int(token_id) for token_id in found if token_id not in self.control_ids]
+            ids, is_clean = ids + kept, is_clean and len(kept) == len(found)
+            if match:
+                ids, start = [*ids, self.controls[match[0]]], match.end()
+        return ids, is_clean
+
+    def _without_marks(self, text: str, gap: str) -> str:
+        if not gap:
+            return text.replace(MARK, "")
+        spelled = "|".join(re.escape(token[0] + MARK) + _marked(token[1:], self._marks) for token in self.controls)
+        return re.sub(spelled, lambda match: match[0].replace(MARK, gap, 1), text).replace(MARK, "")
+
+    @cached_property
+    def _copy(self) -> PlainTokenizer | None:
+        return _plain_copy(self.tokenizer, self.controls)
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return the text and id of every control token.
+
+    The token for unknown words is none unless it has another role: it may come from any text.
+    """
+    template = tokenizer.chat_template or ""
+    source = template if isinstance(template, str) else "".join(template.values())
+    added = cast("dict[int, object]", tokenizer.added_tokens_decoder)
+    found = {
+        str(token): token_id
+        for token_id, token in added.items()
+        if getattr(token, "special", False) or str(token) in source
+    }
+    for token in tokenizer.all_special_tokens:
+        found[token] = cast(int, tokenizer.convert_tokens_to_ids(token))
+    roles = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token]
+    unknown = tokenizer.unk_token
+    return {token: number for token, number in found.items() if token and (token != unknown or token in roles)}
+
+
+def _marked(text: str, marks: dict[int, str]) -> str:
+    """Return a pattern of `text` as it looks in a marked message."""
+    return "".join(re.escape(marks.get(ord(character), character)) for character in text)
+
+
+def _plain_copy(tokenizer: "PreTrainedTokenizerBase", controls: dict[str, int]) -> PlainTokenizer | None:
+    """Return a copy with renamed control tokens; None if the tokenizer is written in Python or cannot be copied."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        spec = json.loads(backend.to_str())
+    except Exception:  # the library raises bare exceptions for parts that are written in Python
+        return None
+    names = {token: f"\ue002{secrets.token_hex(8)}\ue003" for token in controls}
+    original = {}  # name in the copy: id in the tokenizer
+    for token in spec["added_tokens"]:
+        if token["content"] in controls:
+            token |= {"content": names[token["content"]], "normalized": False, "special": True}
+        original[token["content"]] = token["id"]
+    spec |= {"post_processor": None, "truncation": None, "padding": None}
+    copy = Tokenizer.from_str(json.dumps(spec))
+    ids = {cast(int, copy.token_to_id(name)): token_id for name, token_id in original.items()}
+    if not names.keys() <= {token["content"] for token in json.loads(backend.to_str())["added_tokens"]}:
+        return None  # a control token that the backend does not know as an added one
+    is_whole = len(ids) == len(original) and all(copy.id_to_token(new) in original for new in ids)
+    return PlainTokenizer(copy, names, ids) if is_whole else None

@@ -138,7 +138,7 @@ class WordPrompts:
 
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
         """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines."""
-        lines = list(items)
+        lines = [self._without_specials(item) for item in items]
         if success is not None and stated_rule(success) is not None:
             lines.append(solved_line(_name_in(task), self._without_specials(success)))
         if failure is not None and (rule := stated_rule(failure.completion.text)) is not None:

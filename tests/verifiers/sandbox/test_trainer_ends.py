@@ -41,7 +41,17 @@ def start_trainer(folder: Path, hangs_in: str) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]),
         verifier_that_hangs.ASKED: f"{folder}/asked",
     }
-    command = [sys.executable, "-m", "pmd", "fit", *FLAGS, *paths, f"--run_dir={folder}/run"]
+    command = [
+        sys.executable,
+        "-m",
+        "pmd",
+        "fit",
+        "--allow-module",
+        "verifier_that_hangs",
+        *FLAGS,
+        *paths,
+        f"--run_dir={folder}/run",
+    ]
     return start(command, environment)
 
 
