@@ -125,7 +125,7 @@ def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
     if options.completions.exists() and not options.completions.is_file():
         problems.append(f"--completions={options.completions} must be a file, since it is read twice; write one.")
     else:
-        for entry in iterate_lines(options.completions):
+        for entry in iterate_lines(options.completions, judged="completion"):
             problems += [entry] if isinstance(entry, str) else _check_completion(entry, known)
     problems += _out_problems(options)
     if problems:
@@ -174,7 +174,7 @@ def _judge(path: Path, tasks: dict[str, Task], workers: int) -> Iterator[tuple[s
     """Yield verdicts in the order of the lines, reading a bounded number of lines ahead."""
     waiting: deque[tuple[str, Future[Verdict] | Verified]] = deque()
     with VerificationPool(workers, _deadline_s(tasks, workers)) as pool:
-        for line in iterate_lines(path):
+        for line in iterate_lines(path, judged="completion"):
             assert isinstance(line, Line)  # checked before
             task_id = str(line.fields["id"])
             waiting.append((line.fields["id"], pool.submit(tasks[task_id], line.fields["completion"])))

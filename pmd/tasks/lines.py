@@ -44,14 +44,18 @@ def read_lines(path: Path) -> tuple[list[Line], list[str]]:
     return [e for e in entries if isinstance(e, Line)], [e for e in entries if isinstance(e, str)]
 
 
-def iterate_lines(path: Path) -> Iterator[Line | str]:
-    """Yield the lines one by one, each bad one as a sentence."""
+def iterate_lines(path: Path, judged: str = "") -> Iterator[Line | str]:
+    """Yield the lines one by one, each bad one as a sentence.
+
+    Args:
+        judged: a field that a verifier judges, whatever it holds.
+    """
     found = False
     try:
         for number, raw in enumerate(_raw_lines(path), start=1):
             if raw.strip():
                 found = True
-                yield _parse(path, number, raw)
+                yield _parse(path, number, raw, judged)
     except (OSError, EOFError, zlib.error) as error:
         yield f"{path}: cannot be read ({error}); give a readable JSON Lines file, plain or gzip."
     else:
@@ -59,7 +63,7 @@ def iterate_lines(path: Path) -> Iterator[Line | str]:
             yield f"{path}: is empty; at least one line is needed."
 
 
-def _parse(path: Path, number: int, raw: bytes) -> Line | str:
+def _parse(path: Path, number: int, raw: bytes, judged: str) -> Line | str:
     try:
         value = json.loads(
             raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -68,7 +72,8 @@ def _parse(path: Path, number: int, raw: bytes) -> Line | str:
         return f"{path}:{number}: not valid JSON ({error}); write one JSON object per line."
     if not isinstance(value, dict):
         return f"{path}:{number}: {shorten(value)} is not a JSON object; write {{...}} on each line."
-    if SUSPECT.search(raw) and (problem := describe_unusable(value)):
+    stored = {field: part for field, part in value.items() if field != judged}
+    if SUSPECT.search(raw) and (problem := describe_unusable(stored)):
         return f"{path}:{number}: {problem}."
     return Line(path, number, value)
 

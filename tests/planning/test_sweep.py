@@ -1,4 +1,4 @@
-"""A real sweep with a run that works and one that diverges; then the same again, and a changed grid."""
+"""A real sweep with a run that works and one that fails; then the same again, and a changed grid."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ settings:
 blocks:
   - arms:
       PMD: {}
-      diverges: {settings: {optimizer.lr: 1.0e+38}}
+      fails: {settings: {memory.import_path: FOLDER/no_export.jsonl}}
 """
 
 
@@ -37,18 +37,19 @@ def sweep(grid: Path, out: Path) -> subprocess.CompletedProcess[str]:
 def swept(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("sweep")
     grid = folder / "grid.yaml"
-    grid.write_text(GRID)
+    (folder / "no_export.jsonl").write_text('{"format": "another"}\n')
+    grid.write_text(GRID.replace("FOLDER", str(folder)))
     return grid, folder / "out", sweep(grid, folder / "out")
 
 
 def test_a_failed_run_is_kept_and_reported(swept):
     _, out, done = swept
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "diverges, seed 5 ended with exit code 1" in " ".join(done.stdout.split())
-    assert "optimizer.lr" in (out / "diverges" / "seed-5.log").read_text()
+    assert "fails, seed 5 ended with exit code 1" in " ".join(done.stdout.split())
+    assert "no_export.jsonl" in (out / "fails" / "seed-5.log").read_text()
     rows = {row["label"]: row for row in json.loads((out / "sweep.json").read_text())}
     assert rows["PMD"]["num_seeds"] == 1
-    assert rows["diverges"]["num_failed"] == 1
+    assert rows["fails"]["num_failed"] == 1
     assert (out / "sweep.png").stat().st_size > 5_000
     assert "| PMD |" in (out / "table.md").read_text()
 
@@ -72,6 +73,6 @@ def test_finished_runs_are_not_repeated(swept):
 def test_runs_of_another_configuration_are_refused(swept, capsys):
     grid, out, _ = swept
     changed = grid.with_name("changed.yaml")
-    changed.write_text(GRID.replace("max_epochs: 1", "max_epochs: 2"))
+    changed.write_text(grid.read_text().replace("max_epochs: 1", "max_epochs: 2"))
     assert main(["sweep", str(changed), "--out", str(out)]) == 2
     assert "made from another configuration" in capsys.readouterr().err

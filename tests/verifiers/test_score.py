@@ -96,9 +96,12 @@ def test_data_cannot_name_a_module_that_was_not_allowed(tmp_path, capsys, monkey
     assert "cannot be loaded (SystemExit: imported)" in capsys.readouterr().err
 
 
-def test_completions_that_cannot_be_encoded_are_named(tmp_path, capsys):
-    assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "half \ud83d"}]) == 2
-    assert 'c.jsonl:1: completion="half \\ud83d" holds half a character' in capsys.readouterr().err
+def test_half_a_character_is_refused_in_an_id_and_judged_in_a_completion(tmp_path, capsys):
+    assert run(tmp_path, TASKS[2:3], [{"id": "choice\ud83d", "completion": "B"}]) == 2
+    assert 'c.jsonl:1: id="choice\\ud83d" holds half a character' in capsys.readouterr().err
+    assert run(tmp_path, TASKS[2:3], [{"id": "choice", "completion": "<answer>\ud83d</answer>"}]) == 0
+    [verdict] = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert not verdict["correct"]
 
 
 def test_unknown_ids_and_missing_files(tmp_path, capsys):
