@@ -2,10 +2,11 @@
 
     python benchmarks/mutants.py --count 300 --seed 0 --jobs 2 --out mutants.jsonl
 
-A seeded sample of mutants is drawn from the files in `TESTS`. Each is written into a copy of the package, never into
-the working tree, and the tests named there run against it until one fails. A mutant that hangs counts as killed.
-Results are appended to `--out` as they come; running the same command again continues. Docstrings, annotations,
-error messages, asserts, imports and decorators are left alone. `MUTANTS.md` has a verdict on each that survived.
+A seeded sample of mutants is drawn from the files in `TESTS` or, with `--of verifiers`, in `VERIFIERS`. Each is written
+into a copy of the package, never into the working tree, and the tests named there run against it until one fails. A
+mutant that hangs counts as killed. Results are appended to `--out` as they come; running the same command again
+continues. Docstrings, annotations, error messages, asserts, imports and decorators are left alone. `MUTANTS.md` has a
+verdict on each that survived.
 """
 
 import argparse
@@ -60,6 +61,21 @@ TESTS = {
         *("tests/memory/test_judge.py", "tests/memory/test_store.py", "tests/memory/test_reflect.py"),
     ],
 }
+#: The same for what judges completions; the sandbox has the hostile programs, which take a minute a run.
+VERIFIERS = {
+    "pmd/verifiers/exact.py": ["tests/verifiers/test_answer_forms.py", "tests/verifiers/test_verifiers.py"],
+    "pmd/verifiers/mcq.py": ["tests/verifiers/test_answer_forms.py", "tests/verifiers/test_verifiers.py"],
+    "pmd/verifiers/boxes.py": ["tests/verifiers/test_verifiers.py", "tests/tiny/test_tiny_tasks.py"],
+    "pmd/verifiers/tool_use.py": ["tests/verifiers/test_tool_use.py", "tests/verifiers/test_answer_forms.py"],
+    "pmd/verifiers/code.py": ["tests/verifiers/test_code.py", "tests/verifiers/test_score.py"],
+    "pmd/verifiers/pool.py": ["tests/verifiers/test_verifiers.py", "tests/verifiers/test_verification_pool.py"],
+    "pmd/tasks/thinking.py": ["tests/tasks/test_thinking.py", "tests/verifiers/test_verifiers.py"],
+    **{
+        f"pmd/verifiers/mathematics/{name}.py": ["tests/verifiers/test_math.py", "tests/verifiers/test_verifiers.py"]
+        for name in ("answers", "compare", "expressions", "extract", "judge", "normalize", "regions", "units", "values")
+    },
+}
+SETS = {"objective": TESTS, "verifiers": VERIFIERS}
 MEMORY_LIMIT = 16 * 2**30  # bytes of address space for one test process
 MIN_TIMEOUT_S, TIMEOUT_FACTOR = 60.0, 4.0  # a mutant may take this many times what the unchanged code takes
 
@@ -247,9 +263,9 @@ def compiles(source: bytes) -> bool:
     return True
 
 
-def draw_sample(count: int, seed: int, only: str) -> list[Mutant]:
-    """Return `count` mutants of all files together, the same for the same seed and sources."""
-    files = [file for file in TESTS if (ROOT / file).is_file() and only in file]
+def draw_sample(count: int, seed: int, only: str, of: str = "objective") -> list[Mutant]:
+    """Return `count` mutants of all files of a set together, the same for the same seed and sources."""
+    files = [file for file in SETS[of] if (ROOT / file).is_file() and only in file]
     mutants = [mutant for file in files for mutant in all_mutants(file)]
     Random(seed).shuffle(mutants)
     valid = (mutant for mutant in mutants if compiles(mutant.apply((ROOT / mutant.file).read_bytes())))
@@ -261,7 +277,7 @@ def draw_sample(count: int, seed: int, only: str) -> list[Mutant]:
 
 def tests_of(file: str) -> list[str]:
     """Return the tests of a file that exist."""
-    return [test for test in TESTS[file] if (ROOT / test.split("::")[0]).is_file()]
+    return [test for test in (TESTS | VERIFIERS)[file] if (ROOT / test.split("::")[0]).is_file()]
 
 
 def import_what_is_slow() -> None:
@@ -431,13 +447,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="mutants in the sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2, help="test processes at once, one thread each")
+    parser.add_argument("--of", choices=list(SETS), default="objective", help="what is mutated")
     parser.add_argument("--only", default="", help="mutate only files whose path contains this")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="results, a JSON line each")
     parser.add_argument("--list-only", action="store_true", help="print the sample and its results so far")
     parser.add_argument("--retry-survivors", action="store_true", help="test the survivors again")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    mutants, results = draw_sample(arguments.count, arguments.seed, arguments.only), read_results(arguments.out)
+    mutants, results = (
+        draw_sample(arguments.count, arguments.seed, arguments.only, arguments.of),
+        read_results(arguments.out),
+    )
     settled = {"killed"} if arguments.retry_survivors else {"killed", "survived"}
     if arguments.list_only:
         for mutant in mutants:

@@ -126,6 +126,7 @@ class Batch:
     epoch: int
     step: int  # of the run, counted from 0
     metrics: dict[str, float] = field(default_factory=dict)
+    is_last: bool = True  # of the optimizer steps of its rollout batch
 
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `layout.max_tokens` padded tokens; a longer rollout gets its own."""

@@ -37,6 +37,14 @@ class DiskError(PmdError):
     """A file could not be written: full disk, size limit, no permission. Existing data is unchanged."""
 
 
+class CheckpointError(PmdError):
+    """A checkpoint is damaged or is not pmd's, or what should be saved holds values that are not finite."""
+
+
+class RunFailed(PmdError):
+    """Something unforeseen ended the run; the message says what, and where its traceback is."""
+
+
 class RunInterrupted(PmdError):
     """Ctrl-C or SIGTERM ended the run; the message says how to continue it."""
 

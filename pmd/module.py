@@ -105,8 +105,8 @@ class PMDModule(LightningModule):
         base = load_base(config.model)
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
-        self.updates_per_batch = config.rollouts.updates_per_batch
         self.policy_version = 0  # optimizer steps applied to the student
+        self.num_steps: int | None = None  # of the whole run, for the schedule; None asks the trainer
         self.num_skipped = 0  # steps in a row, up to the latest, whose losses or gradient were not finite
         self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
@@ -155,9 +155,30 @@ class PMDModule(LightningModule):
         if config.kind == "adamw_8bit_paged":
             from bitsandbytes.optim.adamw import PagedAdamW8bit as adamw
         optimizer = adamw(trainable, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-        num_steps = 0 if config.schedule == "constant" else int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, config, num_steps))
+        num_steps = self._num_steps()
+        self._schedule = lambda step: rate_factor(step, config, num_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_start(self) -> None:
+        """Begin with the configured rate: a resumed optimizer remembers the one that it last used."""
+        scheduler = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] = self.optimizer_config.lr * self._schedule(scheduler.last_epoch)
+
+    def _num_steps(self) -> int:
+        """Return the optimizer steps of the whole run, if the schedule asks for them."""
+        if self.optimizer_config.schedule == "constant":
+            return 0
+        return int(self.trainer.estimated_stepping_batches) if self.num_steps is None else self.num_steps
+
+    def _set_rates(self, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+        """Put the configured rates into the saved states of the optimizer and its schedule."""
+        config = self.optimizer_config
+        for group in optimizer["param_groups"]:
+            group["initial_lr"], group["weight_decay"] = config.lr, config.weight_decay
+            group["betas"] = (config.beta1, config.beta2)
+        schedule["base_lrs"] = [config.lr for _ in schedule["base_lrs"]]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path."""
@@ -166,9 +187,14 @@ class PMDModule(LightningModule):
         checkpoint["policy_version"] = self.policy_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reject a checkpoint from a different model or teacher instead of loading part of it."""
+        """Reject a checkpoint from a different model or teacher instead of loading part of it.
+
+        The optimizer's rates are the configuration's, not those that the checkpoint was written with.
+        """
         self.check_checkpoint(checkpoint)
         self.policy_version = checkpoint["policy_version"]
+        for optimizer, schedule in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+            self._set_rates(optimizer, schedule)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds exactly this module's tensors, by name and shape.
@@ -271,7 +297,7 @@ class PMDModule(LightningModule):
             log.warning("step %d is skipped, because not finite: %s", batch.step, ", ".join(infinite))
         elif self.objective.update_policy:
             self.policy_version += 1
-            if (batch.step + 1) % self.updates_per_batch == 0:
+            if batch.is_last:
                 self.policy.after_rollout_batch()
         return norm
 

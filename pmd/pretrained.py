@@ -1,10 +1,11 @@
 """Loads the base model and its tokenizer: one shipped with the package, a local directory, or a Hugging Face id."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,9 +18,13 @@ from transformers.utils import logging as hf_logging
 
 from pmd.config.schema import ModelConfig
 from pmd.errors import ConfigError
+from pmd.tasks.thinking import MARK, OPENED
 from pmd.tiny import shipped_model_path
 
 SHIPPED = ("tiny", "tiny_exam")
+CONTROL_TOKEN = re.compile(r"<\|.*\|>")
+#: Control tokens of gpt-oss without which its thinking cannot be told from its answer.
+CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Fields of model configurations that make training mode random: dropout in all its spellings, noise of routers.
 NOISE = re.compile(r"drop(out|path|_path)|pdrop|layerdrop|jitter")
@@ -170,3 +175,44 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     named = settings.eos_token_id if settings is not None else None
     listed = named if isinstance(named, list) else [named]
     return sorted({token_id for token_id in (tokenizer.eos_token_id, *listed) if isinstance(token_id, int)})
+
+
+def hidden_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> frozenset[int]:
+    """Return the special tokens that are no part of a completion's text: end, padding, and turns of the chat.
+
+    Other special tokens spell text that verifiers read, such as `<answer>` or `<think>`, and must stay. A turn token is
+    one spelled `<|like this|>`, or one that the chat template writes around plain messages.
+    """
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    special = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    chat = _plain_chat(tokenizer)
+    hidden = {
+        token_id
+        for token_id, text in special.items()
+        if (text in named or CONTROL_TOKEN.fullmatch(text) or text in chat)
+        and not MARK.fullmatch(text)
+        and text not in CHANNEL_TOKENS
+    }
+    return frozenset(hidden | set(stop_ids))
+
+
+def opened_thinking(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the opening mark with which the chat template ends every prompt, or an empty text.
+
+    Put before a completion, it tells thinking that never ended from an answer.
+    """
+    opened = OPENED.search(_plain_chat(tokenizer))
+    return opened[0].strip() if opened else ""
+
+
+def _plain_chat(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return how the chat template writes three short messages and the beginning of a fourth; empty without one."""
+    if not tokenizer.chat_template:
+        return ""
+    chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    except TemplateError:  # a template may refuse messages
+        return ""
+    return cast(str, written)

@@ -8,18 +8,28 @@ traces/          per-token records of the steps, for `pmd inspect step`
 samples.jsonl    every evaluation sample behind the final table
 results.json     the final table
 curves.png       the learning curves
+error.log        the traceback of what ended the run, if it was nothing that pmd foresaw
+.lock            held by the process that works in the directory (run_lock.py)
 test-NAME/       results of `pmd test` for checkpoint NAME: results.json, samples.jsonl, pass_at_k.png
 """
 
 import csv
 import json
 import os
+import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmd.atomic import replace_text
 from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
+from pmd.run_lock import LOCK_FILE, describe_holder
+
+#: What may lie in the directory of a run that failed to start.
+LEFT_BY_A_FAILED_START = {"config.yaml", "error.log", LOCK_FILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,10 @@ class RunDir:
     @property
     def last(self) -> Path:
         return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.ckpt"
 
     @property
     def memory(self) -> Path:
@@ -72,6 +86,10 @@ class RunDir:
     def pass_at_k(self) -> Path:
         return self.root / "pass_at_k.png"
 
+    @property
+    def error_log(self) -> Path:
+        return self.root / "error.log"
+
     def checkpoint(self, name: str) -> Path:
         """Return the file for `ckpt_path`: `last`, `best`, or a path.
 
@@ -82,15 +100,56 @@ class RunDir:
         if not path.is_file():
             there = [p.stem for p in sorted(self.checkpoints.glob("*.ckpt"))]
             remedy = f"give {' or '.join(there)}, or the path of a checkpoint." if there else "the run has none yet."
-            raise ConfigError(f"ckpt_path={name}: {path} does not exist; {remedy}")
+            state = "is a folder" if path.is_dir() else "does not exist"
+            raise ConfigError(f"ckpt_path={name}: {path} {state}; {remedy}")
         return path
+
+    def check_writable(self) -> None:
+        """Check, before anything is computed, that every file of the run can be written.
+
+        Raises:
+            ConfigError: names each folder where a file belongs, each file where a folder belongs, and what is
+                read-only.
+        """
+        problems = []
+        for file in (
+            self.config,
+            self.metrics,
+            self.last,
+            self.best,
+            self.memory,
+            self.samples,
+            self.results,
+            self.curves,
+        ):
+            if file.is_dir():
+                problems.append(f"run_dir={self.root}: {file} is a folder where a file belongs; move it away.")
+            elif file.exists() and not os.access(file, os.R_OK):
+                problems.append(f"run_dir={self.root}: {file} cannot be read; change its permissions.")
+        for folder in (self.root, self.checkpoints, self.memory.parent, self.items, self.traces):
+            if folder.exists() and not folder.is_dir():
+                problems.append(f"run_dir={self.root}: {folder} is a file where a folder belongs; move it away.")
+            elif folder.is_dir() and (reason := _refuses_files(folder)):
+                problems.append(
+                    f"run_dir={self.root}: nothing can be written to {folder} ({reason}); make it writable."
+                )
+        if self.last.is_file() and not problems:
+            free, needed = (n / 1e6 for n in (shutil.disk_usage(self.root).free, self.last.stat().st_size))
+            if free < needed:
+                problems.append(f"run_dir={self.root}: a checkpoint takes {needed:.0f} MB, and {free:.0f} MB are free.")
+        if problems:
+            raise ConfigError(problems)
 
     def read_metrics(self) -> list[dict[str, str]]:
         """Return the whole rows of metrics.csv, without those that a kill left incomplete; none if there is no file."""
         if not self.metrics.is_file():
             return []
-        with self.metrics.open(newline="", encoding="utf-8", errors="replace") as file:
-            return [row for row in csv.DictReader(file) if _is_whole(row)]
+        rows = []
+        with self.metrics.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+            for row in csv.DictReader(file):  # an error is a line without end, for example
+                if _is_whole(row):
+                    rows.append(row)
+        return rows
 
 
 def _is_whole(row: dict[Any, Any]) -> bool:
@@ -103,6 +162,15 @@ def _is_whole(row: dict[Any, Any]) -> bool:
         )
     except (KeyError, TypeError, ValueError):
         return False
+
+
+def _refuses_files(folder: Path) -> str:
+    """Return why no file can be made in a folder; empty if one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def open_run(path: str) -> RunDir:
@@ -135,7 +203,7 @@ def choose_run_dir(wanted: str | None, name: str, resume: bool) -> RunDir:
     if root.exists() and not root.is_dir():
         raise ConfigError(f"run_dir={wanted} is a file; give a directory.")
     held = [path.name for path in root.iterdir()] if root.is_dir() else []
-    if not resume and any(name != "config.yaml" for name in held):  # left by a run that failed to start
+    if not resume and set(held) - LEFT_BY_A_FAILED_START:
         resumable = RunDir(root).last.is_file()
         remedy = "resume it with --ckpt_path=last, give another directory," if resumable else "give another directory"
         raise ConfigError(f"run_dir={wanted} is not empty; {remedy} or remove it.")
@@ -155,7 +223,8 @@ def describe_run_dir_problems(command: str, config: RunConfig, config_folder: Pa
         if config.ckpt_path is not None:
             run_dir.checkpoint(config.ckpt_path)
     except ConfigError as error:
-        return error.problems
+        in_use = describe_holder(Path(config.run_dir)) if config.run_dir else ""
+        return [in_use] if in_use else error.problems
     return []
 
 
@@ -182,6 +251,4 @@ def find_run_dir(config: RunConfig, config_folder: Path, name: str) -> RunDir:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: the file is never half written."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    replace_text(path, json.dumps(value, indent=1) + "\n")

@@ -70,6 +70,7 @@ def _describe(example: Example) -> dict[str, Any]:
         "reward": verdict.reward,
         "status": verdict.status,
         "feedback": verdict.feedback,
+        "explanation": verdict.explanation,
         "advantage": example.advantage,
         "finish_reason": completion.finish_reason,
         "memory": [

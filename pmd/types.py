@@ -51,6 +51,7 @@ class Task:
     tests: Mapping[str, Any] = field(default_factory=dict)  # for verifiers that run tests
     memory_key: str = ""  # what the task is about, without template words; retrieval looks this up
     domain: str = ""
+    place: str = field(default="", compare=False)  # FILE:LINE it was read from, for error messages
 
     @property
     def question(self) -> str:
@@ -89,6 +90,7 @@ class Verdict:
     answer: str | None = None  # the answer extracted from the completion, None where there is none
     seconds: float = 0.0
     tests: CaseCounts | None = None  # of verifiers that run tests
+    explanation: str = ""  # for people: may state the expected answer, so no prompt ever holds it
 
     @property
     def scored(self) -> bool:

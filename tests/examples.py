@@ -145,10 +145,10 @@ def take_steps(module: PMDModule, batches: Sequence[Sequence[Example]], *callbac
     return fit_batches(module, [Batch(tuple(rows), 0, step, metrics) for step, rows in enumerate(batches)], *callbacks)
 
 
-def fit_batches(module: PMDModule, batches: Sequence[Batch], *callbacks: Callback) -> Trainer:
-    """Take one optimizer step on each batch."""
+def fit_batches(module: PMDModule, batches: Sequence[Batch], *callbacks: Callback, max_steps: int = -1) -> Trainer:
+    """Take one optimizer step on each batch, as long as `max_steps` allows."""
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False,
+        max_epochs=1, max_steps=max_steps, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(list(batches), batch_size=None))

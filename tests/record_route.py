@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch.trainer.call as calls
 
 import pmd
+from pmd.callbacks.checkpoint import CheckpointCallback
 from pmd.callbacks.memory import MemoryCallback
 from pmd.cli import main
 from pmd.module import PMDModule
@@ -20,7 +21,8 @@ from pmd.rollouts.datamodule import RolloutStream
 
 ROOT = Path(pmd.__file__).parent
 #: The files of all packages, by part: what runs at every call must be quick.
-FOUND: dict[str, set[str]] = {"training_step": set(), "batch": set(), "epoch_end": set(), "memory_callback": set()}
+PARTS = ("training_step", "batch", "epoch_end", "memory_callback", "checkpoint")
+FOUND: dict[str, set[str]] = {part: set() for part in PARTS}
 
 
 def recorded(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +52,7 @@ def record(run_dir: str) -> None:
     """Train for one epoch and note what runs."""
     PMDModule.training_step = recorded("training_step", PMDModule.training_step)
     MemoryCallback.on_train_epoch_end = recorded("memory_callback", MemoryCallback.on_train_epoch_end)
+    CheckpointCallback._write = recorded("checkpoint", CheckpointCallback._write)
     batches, hooks = RolloutStream.__iter__, calls._call_callback_hooks
 
     def stream(self: RolloutStream) -> Any:

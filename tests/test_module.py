@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from examples import backward, gradient_of, take_steps, tiny_module, trained, varied_examples
+from examples import backward, fit_batches, gradient_of, take_steps, tiny_module, trained, varied_examples
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from pmd.batch import Batch
 from pmd.callbacks.trace import TraceCallback
-from pmd.config.schema import ObjectiveConfig, OptimizerConfig, RolloutsConfig, TeacherConfig
+from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
 from pmd.errors import TrainingError
 from pmd.module import PMDModule
 from pmd.scoring import teacher_part
@@ -229,12 +230,13 @@ def test_the_student_alone_is_trained_and_an_ema_teacher_follows_its_rule(finetu
 
 
 def test_an_ema_teacher_moves_once_per_rollout_batch():
-    optimizer, rollouts = OptimizerConfig(lr=1e-2, warmup_steps=0), RolloutsConfig(updates_per_batch=2)
-    teacher = TeacherConfig(kind="ema", ema_rate=0.25)
-    module = tiny_module(PMD, teacher=teacher, optimizer=optimizer, rollouts=rollouts, finetune="lora")
+    optimizer, teacher = OptimizerConfig(lr=1e-2, warmup_steps=0), TeacherConfig(kind="ema", ema_rate=0.25)
+    module = tiny_module(PMD, teacher=teacher, optimizer=optimizer, finetune="lora")
     name = next(name for name, _ in module.named_parameters() if ".teacher." in name and "lora_B" in name)
     before = copies(dict(module.named_parameters()))[name]
-    watch = watched(module, 4)
+    watch, metrics = Watch(), {"rollout/reward": 0.5}
+    batches = [Batch(tuple(varied_examples()), 0, step, metrics, is_last=step % 2 == 1) for step in range(4)]
+    fit_batches(module, batches, watch)
     weights = [after[name] for after in watch.weights]
     assert torch.equal(weights[0], before)
     for moved, previous, step in ((weights[1], before, 1), (weights[3], weights[1], 3)):

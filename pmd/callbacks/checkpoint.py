@@ -1,52 +1,139 @@
-"""Writes checkpoints atomically, and lets the run directory be moved."""
+"""Writes the checkpoints of a run, and puts Lightning's loop where a resumed run goes on.
 
-import os
+The checkpoint of an epoch is written after the epoch's last row is on the disk, so the log is never behind it: when the
+next epoch starts, or when training ends. best.ckpt is a copy of what last.ckpt was when validation was best.
+"""
+
+import math
+import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pmd.errors import DiskError
+from pmd import __version__
+from pmd.atomic import replacing
+from pmd.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
+from pmd.errors import CheckpointError, DiskError
+from pmd.metrics_log import MetricsLog
+from pmd.rollouts.datamodule import RolloutDataModule
+from pmd.run_dir import RunDir
+
+MONITOR = "verify/avg"
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file and renames it: a full disk or a kill leaves the previous checkpoint in place."""
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Has Lightning write and read pmd's file format: atomic, with a digest, loaded without running code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`.
+        """Write `checkpoint` to `path`; see `write_checkpoint`."""
+        write_checkpoint(Path(path), checkpoint)
 
-        Raises:
-            DiskError: it could not be written; the previous file at `path` is untouched.
-        """
-        path = Path(path)
-        part = path.with_suffix(".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-            part.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else f"{error}".splitlines()[0]
-            kept = f"the last good one, {path}, is kept" if path.is_file() else "there is none to fall back on"
-            raise DiskError(
-                f"checkpoint={path} could not be written ({reason}); {kept}: free space and resume."
-            ) from error
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Return what is at `path`; see `read_checkpoint`."""
+        return read_checkpoint(Path(path), mmap=False)
 
 
-class MovableCheckpoint(ModelCheckpoint):
-    """Keeps the best score so far when the run directory is moved or copied; Lightning's own class forgets it."""
+class CheckpointCallback(Checkpoint):
+    """Writes last.ckpt after every epoch, and best.ckpt after those with the best validation score so far."""
+
+    def __init__(self, run_dir: RunDir, settings: dict[str, Any]):
+        self.run_dir = run_dir
+        self.settings = settings  # the configuration, as plain values
+        self.best_score = -math.inf
+        self.best_step: int | None = None  # of the data
+        self._epoch: int | None = None  # whose checkpoint is still to be written
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that a checkpoint is due, and whether it is the best."""
+        self._epoch = trainer.current_epoch
+        score = trainer.callback_metrics.get(MONITOR)
+        if score is not None and float(score) > self.best_score:
+            self.best_score, self.best_step = float(score), _step(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint of the epoch before."""
+        self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint of the last epoch."""
+        self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration and the version."""
+        checkpoint["epoch"] = self._epoch
+        checkpoint["pmd"] = {"format": FORMAT, "version": __version__, "config": self.settings}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have the loop begin an epoch where the data goes on; the data leaves out the tasks that are done."""
+        position = checkpoint["RolloutDataModule"]
+        start_loop_at(checkpoint["loops"]["fit_loop"], position["epoch"], position["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score so far, and after which step it was reached."""
+        return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state, with its paths changed to this run's own folder."""
+        """Restore the best score so far."""
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+    def _write(self, trainer: Trainer) -> None:
+        if self._epoch is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLog):
+                logger.commit()
+        trainer.save_checkpoint(self.run_dir.last)
+        self._epoch = None
+        if self.best_step == _step(trainer):
+            copy_checkpoint(self.run_dir.last, self.run_dir.best)
 
-        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(state_dict | paths | {"best_k_models": best, "dirpath": self.dirpath})
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Replace `target` by a copy of `source`.
+
+    Raises:
+        DiskError: it could not be written; `target` is unchanged.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as file, replacing(target) as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+    except OSError as error:
+        raise DiskError(
+            f"checkpoint={target} could not be written ({error.strerror}); {source} is kept: free space and resume."
+        ) from error
+
+
+def restore_best(run_dir: RunDir, resumed: Path, state: dict[str, Any]) -> None:
+    """Write best.ckpt if the resumed checkpoint is the best one and a kill came before it was copied."""
+    callbacks = state["callbacks"].get(CheckpointCallback.__qualname__, {})
+    step = state["RolloutDataModule"]["step"]
+    if callbacks.get("best_step") != step or resumed == run_dir.best:
+        return
+    with suppress(CheckpointError):
+        if read_checkpoint(run_dir.best)["RolloutDataModule"]["step"] == step:
+            return
+    copy_checkpoint(resumed, run_dir.best)
+
+
+def start_loop_at(fit_loop: dict[str, Any], epoch: int, step: int) -> None:
+    """Change the saved state of Lightning's loop so that it begins `epoch` next, after `step` optimizer steps."""
+    fit_loop["epoch_progress"] = {name: _counts(epoch) for name in ("total", "current")}
+    batches = {"total": _counts(step), "current": _counts(0), "is_last_batch": False}
+    fit_loop["epoch_loop.batch_progress"] = batches
+    fit_loop["epoch_loop.state_dict"] = {"_batches_that_stepped": step}
+
+
+def _step(trainer: Trainer) -> int:
+    """Return after how many steps of the data the run is."""
+    data = cast(Any, trainer).datamodule
+    assert isinstance(data, RolloutDataModule)
+    return data.position.step
+
+
+def _counts(number: int) -> dict[str, int]:
+    return dict.fromkeys(("ready", "started", "processed", "completed"), number)

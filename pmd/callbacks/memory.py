@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from pmd.config.schema import ReflectionConfig
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
-from pmd.errors import MemoryStoreError
+from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
 from pmd.memory.reflect import abstract
@@ -142,11 +142,18 @@ class MemoryCallback(Callback):
         """Save the epoch's table of items as a file of the run, and as a table in Weights & Biases."""
         if not rows:
             return
-        self.items.mkdir(parents=True, exist_ok=True)
-        with (self.items / f"epoch-{trainer.current_epoch:03d}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        path = self.items / f"epoch-{trainer.current_epoch:03d}.csv"
+        try:
+            self.items.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        except OSError as error:
+            raise DiskError(
+                f"table of memory items={path} could not be written ({error.strerror}); the last checkpoint is kept: "
+                "free space and resume."
+            ) from error
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("memory/items", columns=list(rows[0]), data=[list(row.values()) for row in rows])

@@ -16,8 +16,8 @@ class WeightSyncCallback(Callback):
     If a reflection made the engine load another role's weights, it reloads the student's when it next generates.
     """
 
-    def __init__(self, engine: Engine, updates_per_batch: int, parity: ParityCheck | None):
-        self.engine, self.updates_per_batch, self.parity = engine, updates_per_batch, parity
+    def __init__(self, engine: Engine, parity: ParityCheck | None):
+        self.engine, self.parity = engine, parity
         self._sleep_s = 0.0  # spent putting the engine to sleep since the last sync
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,7 +35,7 @@ class WeightSyncCallback(Callback):
     ) -> None:
         """Sync after the last step of a rollout batch, and after the run's last step, which may come earlier."""
         ends_run = trainer.global_step == trainer.max_steps or trainer.should_stop
-        if ends_run or (batch.step + 1) % self.updates_per_batch == 0:
+        if ends_run or batch.is_last:
             pl_module.log_dict(self._sync(trainer, pl_module) | {"time/sleep_s": self._sleep_s}, batch_size=1)
             self._sleep_s = 0.0
 

@@ -14,7 +14,7 @@ from pmd.types import Task
 
 
 class VerificationCallback(Callback):
-    """Logs `verify/...` on the validation tasks; `ModelCheckpoint` watches `verify/avg`."""
+    """Logs `verify/...` on the validation tasks; the best checkpoint is the one with the best `verify/avg`."""
 
     def __init__(self, evaluator: Evaluator, tasks: list[Task], memory: ProceduralMemory | None):
         self.evaluator = evaluator

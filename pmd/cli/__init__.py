@@ -5,6 +5,7 @@ file.
 """
 
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from pmd import __version__
+from pmd.cli.printable import printable
 from pmd.config.check import check_config
 from pmd.config.load import load_arguments
+from pmd.config.processes import process_problems
 from pmd.config.save import resolved_yaml
 from pmd.config.schema import RunConfig
 from pmd.config.values import describe, shown
@@ -85,13 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its help or an error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        print(printable(f"ConfigError: {error}"), file=sys.stderr)
         return 2
     except RunInterrupted as error:
         print(error, file=sys.stderr)
         return 130
     except PmdError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -123,7 +126,7 @@ def _train(command: str, arguments: list[str]) -> int:
     print_config = "--print_config" in arguments
     loaded = load_arguments(command, [a for a in arguments if a != "--print_config"])
     run_dir_problems = describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name)
-    check_config(loaded, [*run_dir_problems, *describe_data_problems(loaded.run.data)])
+    check_config(loaded, [*process_problems(os.environ), *run_dir_problems, *describe_data_problems(loaded.run.data)])
     if print_config:
         print(resolved_yaml(loaded))
         return 0

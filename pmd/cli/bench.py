@@ -92,7 +92,7 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         from pmd.run_dir import RunDir
 
         run = build(config, RunDir(folder / "run"))
-        callbacks = [WeightSyncCallback(run.data.engine, config.rollouts.updates_per_batch, run.parity)]
+        callbacks = [WeightSyncCallback(run.data.engine, run.parity)]
         with closing(run.data.engine):
             return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
     from pmd.module import PMDModule

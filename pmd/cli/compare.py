@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pmd.cli.arguments import make_parser
+from pmd.cli.printable import printable
 from pmd.errors import ConfigError
 from pmd.evaluation.compare import Comparison, Difference, MethodRun, compare, mean_correct, pass_value, question_values
 from pmd.evaluation.metrics import Sample, score_samples
@@ -127,17 +128,18 @@ def _read_sample(line: Line) -> Sample | str:
 def print_table(found: Sequence[Comparison], options: argparse.Namespace, console: Console | None = None) -> None:
     """Print one row per method: its value, the difference to the baseline, interval and p."""
     domains = list(found[0].by_domain) if len(found[0].by_domain) > 1 else []
-    table = Table(title=f"{options.metric}, {options.phase} checkpoint, {found[0].num_questions} questions, in percent")
+    title = f"{options.metric}, {options.phase} checkpoint, {found[0].num_questions} questions, in percent"
+    table = Table(title=Text(printable(title)))
     table.add_column("method")
-    for heading in ["runs", "pooled", *(["domain mean"] if domains else []), *map(escape, domains)]:
-        table.add_column(heading, justify="right")
-    for heading in (f"against {escape(found[0].method)}", "95 % interval", "p"):
-        table.add_column(heading, justify="right")
+    for heading in ["runs", "pooled", *(["domain mean"] if domains else []), *domains]:
+        table.add_column(Text(printable(heading)), justify="right")
+    for heading in (f"against {found[0].method}", "95 % interval", "p"):
+        table.add_column(Text(printable(heading)), justify="right")
     for one in found:
         difference = one.domain_mean_difference if domains else one.pooled_difference
         values = [one.pooled, *([one.domain_mean] if domains else []), *(one.by_domain[name] for name in domains)]
-        cells = [escape(one.method), str(one.num_runs), *(f"{100 * value:.1f}" for value in values)]
-        table.add_row(*cells, *_cells(difference))
+        cells = [one.method, str(one.num_runs), *(f"{100 * value:.1f}" for value in values)]
+        table.add_row(*(Text(printable(cell)) for cell in (*cells, *_cells(difference))))
     console = console or Console()
     console.print(table)
     which = "the plain mean of the domains" if domains else "the mean over questions"

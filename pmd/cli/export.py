@@ -3,16 +3,19 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from pmd.cli.arguments import make_parser
-from pmd.config.load import load_config
+from pmd.config.load import LoadedConfig, load_config
+from pmd.config.resume import check_model, find_changes
+from pmd.config.save import saved_values
 from pmd.errors import ConfigError, DiskError
 from pmd.run_dir import open_run
+from pmd.run_lock import locked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,21 +45,27 @@ def main(argv: list[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out} exists and is not empty; give a new folder.")
 
-    import torch
-
-    from pmd.module import PMDModule
-
-    module = PMDModule(loaded.run)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"], strict=False)
-    is_adapter = loaded.run.model.finetune != "full"
-    with complete_folder(out) as folder:
-        save_student(module, folder, is_adapter)
+    inside = out.resolve().is_relative_to(run_dir.root.resolve())
+    with locked(run_dir.root) if inside else nullcontext():
+        _export(loaded, checkpoint, out)
     print(f"exported {checkpoint} to {out}")
-    if is_adapter:
+    if loaded.run.model.finetune != "full":
         print(f"It is an adapter: load it with peft on {loaded.run.model.path} in {loaded.run.model.dtype}.")
     return 0
+
+
+def _export(loaded: LoadedConfig, checkpoint: Path, out: Path) -> None:
+    """Load the checkpoint and write its student to `out`."""
+    from pmd.checkpoint_file import read_checkpoint
+    from pmd.module import PMDModule
+
+    state = read_checkpoint(checkpoint)
+    check_model(find_changes(state["pmd"]["config"], saved_values(loaded)))
+    module = PMDModule(loaded.run)
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"], strict=False)
+    with complete_folder(out) as folder:
+        save_student(module, folder, is_adapter=loaded.run.model.finetune != "full")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pmd.cli.arguments import make_parser
+from pmd.cli.printable import printable
 from pmd.config.load import load_config
 from pmd.errors import ConfigError
 from pmd.run_dir import open_run
@@ -72,9 +73,9 @@ def list_rollouts(records: Sequence[dict[str, Any]], console: Console) -> None:
         divergence = record.get("per_token_divergence")
         table.add_row(
             str(number),
-            Text(record["task_id"], overflow="ellipsis"),
+            Text(printable(str(record["task_id"])), overflow="ellipsis"),
             f"{record['reward']:g}",
-            record["status"],
+            Text(printable(str(record["status"]))),
             str(len(record["completion_ids"])),
             str(len(record["memory"])),
             _shown_attempt(record),
@@ -89,6 +90,7 @@ def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *
     facts = {
         "task": record["task_id"],
         "verdict": f"{record['status']}, reward {record['reward']:g}" + _in_brackets(record["feedback"]),
+        "explanation": record.get("explanation") or "none",  # missing in traces of earlier versions
         "advantage": f"{record['advantage']:+.3f}",
         "completion": f"{len(record['completion_ids'])} tokens, ended by {record['finish_reason']}",
         "sampled by": f"policy version {record['policy_version']}",
@@ -97,15 +99,15 @@ def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *
         "also shown": _shown_attempt(record),
     }
     for name, value in facts.items():
-        console.print(f"{name:>11}  {value}", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(f"{name:>11}  {value}"), markup=False, highlight=False, soft_wrap=True)
     for heading, key in (("student's prompt", "student_prompt_ids"), ("teacher's prompt", "teacher_prompt_ids")):
         same = key == "teacher_prompt_ids" and record[key] == record["student_prompt_ids"]
         text = "the same as the student's: there was nothing to show" if same else tokenizer.decode(record[key])
         _heading(console, f"{heading}, {len(record[key])} tokens")
-        console.print(text.strip("\n"), markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(text.strip("\n")), markup=False, highlight=False, soft_wrap=True)
     _show_memory(record["memory"], console)
     _heading(console, "completion")
-    console.print(tokenizer.decode(record["completion_ids"]), markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(tokenizer.decode(record["completion_ids"])), markup=False, highlight=False, soft_wrap=True)
     _show_tokens(record, tokenizer, console, 0.0 if every_token else SAME)
 
 
@@ -113,8 +115,9 @@ def _show_memory(items: Sequence[dict[str, Any]], console: Console) -> None:
     _heading(console, f"memory items in the teacher's prompt: {len(items)}")
     for number, item in enumerate(items, start=1):
         kind = item["kind"] if item["kind"] == LEVELS[item["level"]] else f"{LEVELS[item['level']]}: {item['kind']}"
-        console.print(f"{number}. [{kind}] id {item['id']}, similarity {item['similarity']:.2f}", markup=False)
-        console.print(Text(item["text"]), soft_wrap=True)
+        heading = f"{number}. [{kind}] id {item['id']}, similarity {item['similarity']:.2f}"
+        console.print(printable(heading), markup=False)
+        console.print(Text(printable(item["text"])), soft_wrap=True)
 
 
 def _show_tokens(record: dict[str, Any], tokenizer: Any, console: Console, same: float) -> None:
@@ -133,7 +136,7 @@ def _show_tokens(record: dict[str, Any], tokenizer: Any, console: Console, same:
     table.add_column("the teacher", no_wrap=True)
     ids, student = record["completion_ids"], record["student_logprobs"]
     for start, end in _stretches(divergences, same * largest):
-        text, nats = repr(tokenizer.decode(ids[start:end])), sum(divergences[start:end])
+        text, nats = printable(repr(tokenizer.decode(ids[start:end]))), sum(divergences[start:end])
         if end - start > 1:
             table.add_row(f"{start}-{end - 1}", Text(text, overflow="ellipsis", no_wrap=True), f"{nats:.4f}")
             continue

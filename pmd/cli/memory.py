@@ -1,6 +1,6 @@
 """`python -m pmd memory`: inspects, checks, exports and imports memory stores. Prints tables or JSON.
 
-Only `rebuild`, `rollback` and `import` write; all other commands open the store read-only.
+Only `rebuild`, `rollback`, `compact` and `import` write; all other commands open the store read-only.
 """
 
 import argparse
@@ -12,11 +12,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pmd.cli import memory_tools
+from pmd.cli.printable import printable, printable_json
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory.checksum import remedy
+from pmd.memory.files import one_line
 from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
@@ -24,6 +27,8 @@ from pmd.types import INSIGHT_KINDS
 
 Rows = list[dict[str, Any]]
 STORE_IN_RUN = Path("memory") / "memory.sqlite"
+#: Commands drop nothing that they are not asked to drop; the caps of the run apply at its next update.
+UNBOUNDED = MemoryConfig(keep_generations=None, capacity=2**62)
 WHAT = ("task", "experience", "insight", "behaviour")
 STATUSES = ("active", "internalized", "retired", "quarantined", "all")
 EPILOG = """\
@@ -38,6 +43,7 @@ examples:
   python -m pmd memory search runs/pmd "red 3 blue 5 green 1 gold 7 zib"    what a teacher would be shown
   python -m pmd memory diff   runs/pmd 3 5                  what changed from generation 3 to 5
   python -m pmd memory audit  runs/pmd                      what helps the teacher and what harms it
+  python -m pmd memory compact runs/pmd --keep 5            drop older log rows and what was retired before
   python -m pmd memory report runs/pmd --out memory.html    everything on one page
   python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
 """
@@ -82,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="restore an earlier generation as a new one; a resumed run still uses its checkpoint's memory",
     )
     rollback.add_argument("generation", type=int)
+    compact = commands.add_parser(
+        "compact", parents=[common], help="drop old log rows and items retired before them, and shrink the file"
+    )
+    keep = MemoryConfig().keep_generations
+    compact.add_argument(
+        "--keep", type=_items, default=keep, metavar="N", help=f"generations that stay comparable; default {keep}"
+    )
+    compact.add_argument("--archive", action="store_true", help="write what is dropped to files in archive/ first")
     export = commands.add_parser("export", parents=[common], help="write tasks, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")
@@ -91,6 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--limit", type=_count, default=10, metavar="N", help="items at each end; default 10")
     import_ = commands.add_parser("import", parents=[common], help="add an export to a store")
     import_.add_argument("file", type=Path)
+    import_.add_argument(
+        "--config",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="configuration whose held-out tasks are refused; default: that of the store's run; may be repeated",
+    )
+    import_.add_argument("--unchecked", action="store_true", help="compare with no held-out tasks")
     return parser
 
 
@@ -106,17 +128,20 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     write = arguments.command in memory_tools.WRITING
     commands = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
-    with MemoryStore.open(find_store(arguments.store), read_only=not write) as store:
+    with MemoryStore.open(find_store(arguments.store), read_only=not write, config=UNBOUNDED) as store:
         try:
             tables = commands[arguments.command](store, arguments)
-        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:  # without a checksum, damage may show only here
-            raise MemoryStoreError(f"memory store={store.path} is damaged ({error}); {remedy(store.path)}") from error
+        except (sqlite3.DatabaseError, ValueError, RecursionError) as error:  # damage that only shows here
+            raise MemoryStoreError(
+                f"memory store={store.path} is damaged ({one_line(error)}); {remedy(store.path)}"
+            ) from error
         except OSError as error:
             raise MemoryStoreError(
-                f"{error.filename} cannot be used ({error.strerror}); check path, permissions and free disk space."
+                f"{error.filename or store.path} cannot be used ({error.strerror}); check path, permissions and free "
+                "disk space."
             ) from error
     if arguments.json:
-        print(json.dumps(tables, ensure_ascii=False, indent=1))
+        print(printable_json(json.dumps(tables, ensure_ascii=False, indent=1)))
     else:
         for title, rows in tables.items():
             _print(console, title, rows)
@@ -254,7 +279,7 @@ def _search(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
 
 def _print(console: Console, title: str, rows: Rows) -> None:
     if not rows:
-        console.print(f"[bold]{title}[/bold]: none")
+        console.print(f"[bold]{title}[/bold]: none")  # titles are our own words
         return
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
     for column in rows[0]:
@@ -266,8 +291,8 @@ def _print(console: Console, title: str, rows: Rows) -> None:
     console.print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> Text:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return Text(f"{value:.3f}")
     text = "" if value is None else str(value)
-    return text.replace("[", r"\[") if len(text) <= 400 else text[:400].replace("[", r"\[") + " ..."
+    return Text(printable(text if len(text) <= 400 else text[:400] + " ..."))

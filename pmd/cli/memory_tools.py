@@ -4,15 +4,18 @@ import argparse
 from collections import Counter
 from typing import Any
 
+from pmd.errors import ConfigError, MemoryStoreError
+from pmd.memory.held_out import HeldOut
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import TABLES, MemoryStore
 from pmd.memory.tools.check import check
+from pmd.memory.tools.compact import compact_store
 from pmd.memory.tools.history import Difference, diff, rollback
 from pmd.memory.tools.report import render
 from pmd.memory.tools.transfer import export_file, import_file
 
 Rows = list[dict[str, Any]]
-WRITING = frozenset({"rebuild", "rollback", "import"})
+WRITING = frozenset({"rebuild", "rollback", "import", "compact"})
 
 
 def lineage(store: MemoryStore, level: int, item_id: int) -> Rows:
@@ -65,6 +68,17 @@ def _check(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]
     return {"wrong with the store": [{"finding": sentence} for sentence in check(store)]}
 
 
+def _compact(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    before = store.path.stat().st_size
+    dropped = compact_store(store, arguments.keep, archive=arguments.archive)
+    size = f"{before / 1e6:.2f} -> {store.path.stat().st_size / 1e6:.2f}"
+    facts = {"generations that can be compared": f"{store.history_from} to {store.generation}", "megabytes": size}
+    return {
+        "compacted": [{"quantity": key, "value": value} for key, value in facts.items()],
+        "rows dropped": [{"table": table, "rows": rows} for table, rows in dropped.items()],
+    }
+
+
 def _rebuild(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     index = TaskIndex(store)
     index.refresh()
@@ -77,9 +91,42 @@ def _export(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
 
 
 def _import(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
-    counts = import_file(store, arguments.file)
-    TaskIndex.open(store)
-    return {"imported": [{"type": kind, "new": count} for kind, count in counts.items()]}
+    held_out = None if arguments.unchecked else _held_out(store, arguments)
+    counts = import_file(store, arguments.file, held_out=held_out)
+    TaskIndex(store).refresh()  # built anew: a graph beside a stranger's store is not to be trusted
+    tables = {"imported": [{"type": kind, "new": count} for kind, count in counts.items()]}
+    return tables if held_out is not None else tables | {"held-out tasks": [{"note": _NOT_COMPARED}]}
+
+
+_NOT_COMPARED = (
+    "not compared: the store belongs to no run, or --unchecked was given. --config FILE names those to refuse; a run "
+    "that opens this store refuses its own."
+)
+
+
+def _held_out(store: MemoryStore, arguments: argparse.Namespace) -> HeldOut | None:
+    """Return the held-out tasks of the store's run, or of the configuration given; None if neither names any.
+
+    Raises:
+        MemoryStoreError: the configuration or its data cannot be read.
+    """
+    from pmd.config.load import load_config
+    from pmd.tasks import load_tasks
+
+    own = store.path.resolve().parent.parent / "config.yaml"
+    files = arguments.config or ([own] if own.is_file() else [])
+    if not files:
+        return None
+    try:
+        loaded = load_config(files)
+        if loaded.problems:
+            raise ConfigError(loaded.problems)
+        return HeldOut(load_tasks(loaded.run.data, loaded.run.seed_everything))
+    except ConfigError as error:
+        raise MemoryStoreError(
+            f"the held-out tasks of {files[0]} cannot be read ({error}); nothing was imported. Give --config FILE "
+            "whose data can be read, or --unchecked to import without comparing."
+        ) from error
 
 
 def _audit(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -113,7 +160,12 @@ def _audit(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]
 def _report(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
     path = arguments.out or store.path.with_name("report.html")
     name = arguments.store.resolve().name if arguments.store.is_dir() else arguments.store.stem
-    path.write_text(render(store, f"Memory of {name}"), encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(render(store, f"Memory of {name}"), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return {"report": [{"file": str(path), "kilobytes": round(path.stat().st_size / 1e3)}]}
 
 
@@ -124,6 +176,7 @@ COMMANDS = {
     "rollback": _rollback,
     "check": _check,
     "rebuild": _rebuild,
+    "compact": _compact,
     "export": _export,
     "import": _import,
 }

@@ -4,42 +4,57 @@
 """
 
 import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from pmd.callbacks.checkpoint import MovableCheckpoint
+from pmd.atomic import replace_text
+from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
 from pmd.callbacks.health import HealthCallback
 from pmd.callbacks.memory import Auditor, MemoryCallback
 from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verification import VerificationCallback
-from pmd.cli.interrupt import interrupt_on_sigterm, saying_how_to_resume
+from pmd.checkpoint_file import read_checkpoint
+from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.trainer import TrainerCLI
 from pmd.config.check import describe_rounding
 from pmd.config.load import LoadedConfig
-from pmd.config.save import saved_yaml
+from pmd.config.resume import check_changes, check_end, check_model, find_changes
+from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig
 from pmd.engines.make import check_engine, make_engine
 from pmd.engines.parity import ParityCheck
+from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
-from pmd.evaluation.report import Phase, draw_curves, draw_pass_at, print_table, sum_costs, write_results
+from pmd.evaluation.report import (
+    Phase,
+    draw_curves,
+    draw_pass_at,
+    print_table,
+    results_of,
+    sum_costs,
+    write_results,
+)
 from pmd.memory import EpochRecord, ProceduralMemory
-from pmd.model_check import check_model, fit_to_positions, max_positions
+from pmd.memory.held_out import HeldOut
+from pmd.metrics_log import MetricsLog
+from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.engine_memory import plan_here
 from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
-from pmd.rollouts.datamodule import RolloutDataModule, refuse_long_prompts
-from pmd.run_dir import RunDir, find_run_dir, fit_run_dir
+from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
+from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
+from pmd.run_lock import locked
 from pmd.scoring import PolicyScorer, output_head
 from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
 from pmd.tasks.prompts import PromptFormat, make_prompts
@@ -63,6 +78,14 @@ class Run:
     parity: ParityCheck | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Resumed:
+    """The checkpoint from which a run goes on, and what it holds."""
+
+    path: Path
+    state: dict[str, Any]
+
+
 def run(command: str, loaded: LoadedConfig) -> int:
     """Run `fit`, `validate` or `test`; return the exit code."""
     interrupt_on_sigterm()
@@ -73,24 +96,97 @@ def run(command: str, loaded: LoadedConfig) -> int:
 
 def _fit_command(loaded: LoadedConfig) -> int:
     """Build the run, fit it, evaluate the first, the last and the best policy, report."""
-    config = loaded.run
-    run_dir = fit_run_dir(config, loaded.folder, loaded.name)
-    checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
     cli = TrainerCLI(loaded.trainer)
-    run = build(config, run_dir)
-    with closing(run.data.engine):
-        if checkpoint is not None:
-            run.module.check_checkpoint(read_checkpoint(checkpoint))
-        run_dir.root.mkdir(parents=True, exist_ok=True)
-        run_dir.config.write_text(saved_yaml(loaded), encoding="utf-8")
-        trainer = cli.trainer_for(callbacks_of(run), _loggers(config, run_dir, checkpoint))
-        _announce(run, trainer)
-        initial = evaluate(run, with_memory=False)  # the untrained policy, even in a resumed run
-        with saying_how_to_resume(run_dir):
-            trained = fit(run, trainer, checkpoint)
-            phases = {"initial": initial} | evaluate_checkpoints(run, trainer)
-        report(run, phases, trained)
+    with _claimed(loaded) as run_dir:
+        resumed = _open_checkpoint(loaded, run_dir)
+        with explaining_failures(run_dir, resumable=False):
+            run = build(loaded.run, run_dir, None if resumed is None else resumed.state["RolloutDataModule"]["tasks"])
+        with closing(run.data.engine):
+            if resumed is not None:
+                run.module.check_checkpoint(resumed.state)
+            with explaining_failures(run_dir):
+                trainer, checkpoints = _prepare_to_fit(run, loaded, cli, resumed)
+                initial = evaluate(run, with_memory=False)  # the untrained policy, even in a resumed run
+                trained = fit(run, trainer, None if resumed is None else resumed.path)
+                later, problems = evaluate_checkpoints(run, checkpoints)
+                report(run, {"initial": initial} | later, trained, problems)
     return 0
+
+
+def _prepare_to_fit(
+    run: Run, loaded: LoadedConfig, cli: TrainerCLI, resumed: _Resumed | None
+) -> tuple[Trainer, CheckpointCallback]:
+    """Write the configuration, begin or continue the log, and return the trainer and its checkpoints."""
+    run_dir, step = run.run_dir, None
+    if resumed is not None:
+        run.data.load_state_dict(resumed.state["RolloutDataModule"])
+        step = run.data.position.step
+        restore_best(run_dir, resumed.path, resumed.state)
+        resumed.state.clear()  # its tensors would keep the file on the disk when the next one replaces it
+    replace_text(run_dir.config, saved_yaml(loaded))
+    checkpoints = CheckpointCallback(run_dir, saved_values(loaded))
+    is_behind = resumed is not None and resumed.path != run_dir.last and _step_of(run_dir.last) > run.data.position.step
+    loggers: list[Logger] = [MetricsLog(run_dir, step, keep_later=is_behind)]
+    if loaded.run.wandb != "off":
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(WandbLogger(project="pmd", save_dir=run_dir.root, offline=loaded.run.wandb == "offline"))
+    trainer = cli.trainer_for([*callbacks_of(run), checkpoints], loggers, run_dir.root)
+    run.module.num_steps = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps)
+    _announce(run, trainer)
+    return trainer, checkpoints
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint; -1 if there is none that can be read."""
+    try:
+        return read_checkpoint(checkpoint)["RolloutDataModule"]["step"]
+    except CheckpointError:
+        return -1
+
+
+@contextmanager
+def _claimed(loaded: LoadedConfig) -> Iterator[RunDir]:
+    """Choose the directory that `fit` writes to, keep other processes out of it, and check that it can be written."""
+    config = loaded.run
+    with ExitStack() as stack:
+        while True:
+            run_dir = fit_run_dir(config, loaded.folder, loaded.name)
+            try:
+                stack.enter_context(locked(run_dir.root))
+                if config.ckpt_path is None:  # another run may have begun here since the last look
+                    choose_run_dir(str(run_dir.root), loaded.name, resume=False)
+                break
+            except ConfigError:
+                if config.run_dir is not None or config.ckpt_path is not None or not run_dir.root.exists():
+                    raise  # else the name was taken just now, and the next one is free
+        run_dir.check_writable()
+        yield run_dir
+
+
+def _open_checkpoint(loaded: LoadedConfig, run_dir: RunDir) -> _Resumed | None:
+    """Read the checkpoint to resume from, refuse settings that may not change, and print those that do.
+
+    Raises:
+        CheckpointError: it is damaged or foreign.
+        ConfigError: settings differ that may not.
+    """
+    if loaded.run.ckpt_path is None:
+        return None
+    path = run_dir.checkpoint(loaded.run.ckpt_path)
+    state = read_checkpoint(path)
+    changes = find_changes(state["pmd"]["config"], saved_values(loaded))
+    check_changes(changes)
+    position = state["RolloutDataModule"]
+    check_end(loaded.trainer, position["epoch"], position["step"])
+    if position["num_begun"] or position["owed"]:
+        where = f"within epoch {position['epoch']}"
+    else:
+        where = f"after {position['epoch']} epoch(s)"
+    CONSOLE.print(f"Resumed from {path}, {where}, at step {position['step']}.", markup=False, soft_wrap=True)
+    if changes:
+        CONSOLE.print(f"Changed from here on: {', '.join(map(str, changes))}.", markup=False, soft_wrap=True)
+    return _Resumed(path, state)
 
 
 def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
@@ -99,29 +195,55 @@ def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
     config.memory.enabled = False
     run_dir = find_run_dir(config, loaded.folder, loaded.name)
     checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
-    run = build(config, run_dir)
-    split: Split = "validation" if command == "validate" else "test"
-    tasks, name = run.tasks[split], checkpoint.stem if checkpoint else "initial"
-    with closing(run.data.engine):
-        if checkpoint is not None:
-            _load_policy(run, read_checkpoint(checkpoint))
-        samples = run.evaluator.memory_free(tasks, config.verification.final_samples)
-    out = RunDir(run_dir.root / f"{command}-{name}")
-    out.root.mkdir(parents=True, exist_ok=True)
-    facts = {"method": config.method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
-    facts |= evaluation_facts(config, tasks)
-    results = write_results(out, facts, {name: Phase(samples, score_samples(samples, config.verification.pass_at))})
-    title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}"
-    draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
-    print_table(results | {"method": f"{config.method}, {split}"}, results["chance"], CONSOLE)
-    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
+    with locked(run_dir.root):
+        out = RunDir(run_dir.root / f"{command}-{checkpoint.stem if checkpoint else 'initial'}")
+        out.check_writable()
+        state = None if checkpoint is None else read_checkpoint(checkpoint)
+        if state is not None:
+            check_model(find_changes(state["pmd"]["config"], saved_values(loaded)))
+        with explaining_failures(run_dir, resumable=False), ExitStack() as stack:
+            run = build(config, run_dir)
+            stack.enter_context(closing(run.data.engine))
+            if state is not None:
+                _load_policy(run, state)
+            _evaluate_split(run, command, checkpoint, out)
     return 0
 
 
-def build(config: RunConfig, run_dir: RunDir) -> Run:
-    """Load the tasks and the weights, start the engine, open the memory."""
+def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir) -> None:
+    """Evaluate the loaded policy on the validation or test tasks and write what came out."""
+    config = run.config
+    split: Split = "validation" if command == "validate" else "test"
+    tasks, name = run.tasks[split], checkpoint.stem if checkpoint else "initial"
+    samples = run.evaluator.memory_free(tasks, config.verification.final_samples)
+    facts = {"method": config.method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
+    facts |= evaluation_facts(config, tasks)
+    phases = {name: Phase(samples, score_samples(samples, config.verification.pass_at))}
+    results = results_of(facts, phases)
+    print_table(results | {"method": f"{config.method}, {split}"}, results["chance"], CONSOLE)
+    out.root.mkdir(parents=True, exist_ok=True)
+    title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}"
+    draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
+    write_results(out, results, phases)
+    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
+
+
+def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -> Run:
+    """Load the tasks and the weights, start the engine, open the memory.
+
+    Args:
+        tasks_digest: of the tasks with which a resumed run began.
+
+    Raises:
+        ConfigError: something cannot be used, or the tasks are others.
+    """
     check_engine(config)
     tasks = load_tasks(config.data, config.seed_everything)
+    if tasks_digest not in (None, digest_of(tasks)):
+        raise ConfigError(
+            f"data.path={config.data.path}: the training or validation tasks are not those that this run began with, "
+            "so its position and its memory mean nothing for them; restore them, or start a new run."
+        )
     _prepare(tasks, config)
     config, prompts = _prepare_model(config, tasks)
     plan = plan_here(config) if config.rollouts.engine == "vllm" else None
@@ -134,7 +256,7 @@ def build(config: RunConfig, run_dir: RunDir) -> Run:
     memory = None
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
-        memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks))
+        memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
     data = RolloutDataModule(config, tasks, engine, prompts, memory)
     evaluator = Evaluator(
         engine,
@@ -165,7 +287,7 @@ def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
 def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tuple[RunConfig, PromptFormat]:
     """Refuse a model or tokenizer that cannot serve the tasks; return the limits that it can hold, and the prompts."""
     architecture, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
-    check_model(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
+    check_pretrained(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
     prompts = make_prompts(config.model.prompts, tokenizer)
     longest = refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
     config, lines = fit_to_positions(config, max_positions(architecture), longest)
@@ -175,7 +297,7 @@ def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tupl
 
 
 def callbacks_of(run: Run) -> list[Callback]:
-    """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look, save."""
+    """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look."""
     config, engine, prompts = run.config, run.data.engine, run.data.prompts
     callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
     if run.memory is not None:
@@ -189,36 +311,20 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(
             MemoryCallback(record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor)
         )
-    callbacks.append(WeightSyncCallback(engine, config.rollouts.updates_per_batch, run.parity))
+    callbacks.append(WeightSyncCallback(engine, run.parity))
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
-    # Two, because ModelCheckpoint(save_last=True) writes `last` only in epochs in which it writes `best`.
-    best = _checkpoint(run.run_dir, "best", monitor="verify/avg")
-    return [*callbacks, best, _checkpoint(run.run_dir, "last", monitor=None)]
-
-
-def _checkpoint(run_dir: RunDir, name: str, monitor: str | None) -> MovableCheckpoint:
-    """Return the callback that writes NAME.ckpt after each epoch; with `monitor`, only if it is the best so far."""
-    return MovableCheckpoint(
-        dirpath=run_dir.checkpoints,
-        filename=name,
-        monitor=monitor,
-        mode="max",
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+    return callbacks
 
 
 def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
     """Train from a checkpoint or from the start; return the run's rollouts and updates, and the seconds it took now."""
     started = time.perf_counter()
-    trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.perf_counter() - started
     for logger in trainer.loggers:
         logger.finalize("success")
-    rollouts = trainer.current_epoch * len(run.tasks["train"]) * run.config.rollouts.group_size
-    return {"rollouts": rollouts, "updates": run.module.policy_version, "fit_s": seconds}
+    return {"rollouts": run.data.position.num_rollouts, "updates": run.module.policy_version, "fit_s": seconds}
 
 
 def evaluate(run: Run, *, with_memory: bool) -> Phase:
@@ -232,32 +338,60 @@ def evaluate(run: Run, *, with_memory: bool) -> Phase:
     return Phase(samples, score_samples(samples, verification.pass_at), conditioned)
 
 
-def evaluate_checkpoints(run: Run, trainer: Trainer) -> dict[str, Phase]:
-    """Evaluate the last policy and the one that was best in validation; the best one stays loaded."""
-    if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step has synced
-        _sync_engine(run)
-    last = evaluate(run, with_memory=run.config.verification.memory_conditioned)
-    state = read_checkpoint(run.run_dir.checkpoints / "best.ckpt")
-    if state["global_step"] == trainer.global_step:
-        return {"last": last, "best": last}
-    _load_policy(run, state)
-    return {"last": last, "best": evaluate(run, with_memory=False)}
+def evaluate_checkpoints(run: Run, checkpoints: CheckpointCallback) -> tuple[dict[str, Phase], list[Exception]]:
+    """Evaluate the last policy and the one that was best in validation, which stays loaded.
+
+    Returns the evaluations that succeeded, and the errors of those that did not: training is over, and what it gave is
+    reported in any case.
+    """
+    phases: dict[str, Phase] = {}
+    try:
+        if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step has synced
+            _sync_engine(run)
+        phases["last"] = evaluate(run, with_memory=run.config.verification.memory_conditioned)
+        if checkpoints.best_step in (None, run.data.position.step):  # None: it ended before its first step
+            return phases | {"best": phases["last"]}, []
+        state = read_checkpoint(run.run_dir.best)
+        step = state["RolloutDataModule"]["step"]
+        if step != checkpoints.best_step:
+            raise CheckpointError(
+                f"checkpoint={run.run_dir.best} is of step {step}, and the best one was of step "
+                f"{checkpoints.best_step}; it is not reported."
+            )
+        _load_policy(run, state)
+        phases["best"] = evaluate(run, with_memory=False)
+    except Exception as error:
+        return phases, [error]
+    return phases, []
 
 
-def report(run: Run, phases: Mapping[str, Phase], trained: Mapping[str, float]) -> None:
-    """Write results.json, samples.jsonl and curves.png; print the table."""
-    config, run_dir = run.config, run.run_dir
+def report(
+    run: Run, phases: Mapping[str, Phase], trained: Mapping[str, float], problems: Sequence[Exception] = ()
+) -> None:
+    """Print the table, and write curves.png, samples.jsonl and results.json, each if the others fail too.
+
+    Raises:
+        PmdError: something could not be evaluated or written; the rest was.
+    """
+    config, run_dir, problems = run.config, run.run_dir, list(problems)
     facts = {"method": config.method, "seed": config.seed_everything, **trained, "totals": sum_costs(run_dir)}
-    results = write_results(run_dir, facts | evaluation_facts(config, run.tasks["test"]), phases)
-    draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}")
+    if problems:
+        facts["problems"] = [describe(error, run_dir) for error in problems]
+    results = results_of(facts | evaluation_facts(config, run.tasks["test"]), phases)
     print_table(results, results["chance"], CONSOLE)
+    for write in (
+        lambda: draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}"),
+        lambda: write_results(run_dir, results, phases),
+    ):
+        try:
+            write()
+        except Exception as error:
+            problems.append(error)
     files = "results.json, curves.png, metrics.csv, checkpoints/"
     CONSOLE.print(f"Everything of this run is in {run_dir.root}: {files}", markup=False)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the state that a checkpoint file holds, on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    if problems:
+        said = "; ".join(describe(error, run_dir).rstrip(".") for error in problems)
+        raise RunFailed(f"training is complete, but not all of its results are: {said}. What is there was reported.")
 
 
 def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
@@ -272,24 +406,6 @@ def _sync_engine(run: Run) -> None:
     run.data.engine.sync(run.module.policy_version)
     if run.parity is not None:
         run.parity.measure(nullcontext())
-
-
-def _loggers(config: RunConfig, run_dir: RunDir, checkpoint: Path | None) -> list[Logger]:
-    """Return the CSV logger, with the rows that a resumed run already has, and the wandb logger if enabled."""
-    rows = run_dir.read_metrics() if checkpoint is not None else []
-    csv_logger = CSVLogger(run_dir.root, name="", version="", flush_logs_every_n_steps=20)
-    if checkpoint is not None:
-        done = read_checkpoint(checkpoint)["global_step"]
-        for row in rows:
-            if float(row["step"]) < done:
-                csv_logger.experiment.log_metrics({k: float(v) for k, v in row.items() if v}, int(float(row["step"])))
-        csv_logger.save()  # the logger has deleted the file, and the first step is minutes away
-    loggers: list[Logger] = [csv_logger]
-    if config.wandb != "off":
-        from lightning.pytorch.loggers import WandbLogger
-
-        loggers.append(WandbLogger(project="pmd", save_dir=run_dir.root, offline=config.wandb == "offline"))
-    return loggers
 
 
 def _announce(run: Run, trainer: Trainer) -> None:

@@ -24,7 +24,7 @@ from pmd.tasks.jsonl import read_task_file
 from pmd.tasks.lines import Line, cap_problems, iterate_lines
 from pmd.types import Task, Verdict
 from pmd.verifiers.pool import DEADLINE_S, VerificationPool, Verified
-from pmd.verifiers.resolve import describe_verifier_problem
+from pmd.verifiers.resolve import describe_answer_problems, describe_verifier_problem
 
 DESCRIPTION = """Verify completions that were generated elsewhere: one verdict line per completion, in the same order.
 
@@ -37,7 +37,7 @@ or
   {"kind": "functional", "entry": "add", "cases": [{"args": [1, 2], "expected": 3}]}
 with `scorer` lcb (default) or sdpo. Completion lines hold `id` and `completion`; several may share an id.
 Verdict lines hold `id`, `reward`, `correct`, `status`, `feedback`, `seconds`; for code also `passed`, the share of
-tests that passed."""
+tests that passed; for math also `explanation`, how the task's answer and the given one were read."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,6 +120,7 @@ def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
         choose_sandbox_level(options.sandbox)
     named = {task.verifier: describe_verifier_problem(task.verifier) for task in found}
     problems += [f"{options.tasks}: {problem}" for problem in named.values() if problem]
+    problems += describe_answer_problems(found)
     known = set(tasks) if not problems else None
     if options.completions.exists() and not options.completions.is_file():
         problems.append(f"--completions={options.completions} must be a file, since it is read twice; write one.")
@@ -194,6 +195,7 @@ def _deadline_s(tasks: dict[str, Task], workers: int) -> float:
 
 def _fields(verdict: Verdict) -> dict[str, Any]:
     passed = {"passed": round(verdict.tests.share, 6)} if verdict.tests else {}
+    explanation = {"explanation": verdict.explanation} if verdict.explanation else {}
     fields = {
         "reward": verdict.reward,
         "correct": verdict.correct,
@@ -201,7 +203,7 @@ def _fields(verdict: Verdict) -> dict[str, Any]:
         "feedback": verdict.feedback,
         "seconds": round(verdict.seconds, 6),
     }
-    return fields | passed
+    return fields | explanation | passed
 
 
 if __name__ == "__main__":

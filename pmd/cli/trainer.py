@@ -2,31 +2,31 @@
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 
-from pmd.callbacks.checkpoint import AtomicCheckpointIO
+from pmd.callbacks.checkpoint import VerifiedCheckpointIO
 from pmd.errors import ConfigError
 
 #: Warnings that Lightning gives in every run, but that do not apply: rollouts are streamed, batches stay on the host,
 #: teachers are in eval mode.
 UNTRUE_WARNINGS = (
     "does not have many workers",
-    "Checkpoint directory .* exists and is not empty",
     "`isinstance.treespec",
     "LightningCLI's args parameter",
-    "Experiment logs directory .* exists and is not empty",
     "Your `IterableDataset` has `__len__` defined",
     r"Found \d+ module\(s\) in eval mode",
     "You have overridden `transfer_batch_to_device`",
     "GPU available but not used",
     "It is recommended to use `self.log",
-    "could not find the monitored key",  # an epoch without verification cannot be the best
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the data knows which tasks are left
 )
 
 
@@ -46,7 +46,7 @@ class TrainerCLI(LightningCLI):
                 trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
                 parser_kwargs={"exit_on_error": False},
             )
-            self.trainer_for([], [])  # bad arguments fail now, before any weights load
+            self.trainer_for([], [], Path())  # bad arguments fail now, before any weights load
         except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -59,9 +59,16 @@ class TrainerCLI(LightningCLI):
         """Leave the Trainer to `trainer_for`, which gets the callbacks and loggers."""
         self.config_init = self.parser.instantiate_classes(self.config)
 
-    def trainer_for(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-        """Return a trainer with exactly these callbacks, in this order."""
-        own = {"callbacks": callbacks, "logger": loggers, "plugins": [AtomicCheckpointIO()]}
+    def trainer_for(self, callbacks: list[Callback], loggers: list[Logger], root: Path) -> Trainer:
+        """Return a trainer with exactly these callbacks, in this order, that writes nothing outside `root`."""
+        own = {
+            "callbacks": callbacks,
+            "logger": loggers,
+            # One process, whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
+            "plugins": [VerifiedCheckpointIO(), LightningEnvironment()],
+            "default_root_dir": root,
+            "reload_dataloaders_every_n_epochs": 1,  # a resumed epoch is shorter than the next
+        }
         return Trainer(**(dict(self.config_init["trainer"]) | own))
 
 

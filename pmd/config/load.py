@@ -225,6 +225,8 @@ def read_yaml(file: Path) -> DictConfig:
     layer = OmegaConf.load(io.StringIO(text))
     if not isinstance(layer, DictConfig):
         raise YAMLError("the top level must be a mapping of sections")
+    if not layer:
+        raise YAMLError("it is empty")
     return layer
 
 

@@ -40,7 +40,12 @@ def resolved_yaml(loaded: LoadedConfig) -> str:
 
 
 def saved_yaml(loaded: LoadedConfig) -> str:
-    """Return the configuration in the form that is saved in a run directory.
+    """Return the configuration in the form that is saved in a run directory."""
+    return OmegaConf.to_yaml(OmegaConf.create(saved_values(loaded)))
+
+
+def saved_values(loaded: LoadedConfig) -> dict[str, Any]:
+    """Return the configuration as it is saved in a run directory and in its checkpoints.
 
     Local paths become absolute, and run_dir and ckpt_path are left out, so it means the same in any directory and in a
     copy of the run.
@@ -63,7 +68,7 @@ def saved_yaml(loaded: LoadedConfig) -> str:
     portable = dataclasses.replace(
         run, run_dir=None, ckpt_path=None, model=model, data=data, memory=memory, rollouts=rollouts
     )
-    return resolved_yaml(dataclasses.replace(loaded, run=portable))
+    return resolved_values(dataclasses.replace(loaded, run=portable))
 
 
 def _absolute(path: str) -> str:

@@ -457,6 +457,14 @@ class MemoryConfig:
         0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
     )
     import_path: str | None = option(None, "An export that a new memory starts with; null starts empty.")
+    keep_generations: int | None = option(
+        10,
+        "Updates that differences and rollbacks reach back; older log rows, and items retired before, are dropped; "
+        "null keeps everything.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    archive: bool = option(False, "Write what `keep_generations` drops to files in memory/archive/.")
     audit_groups: int = option(
         0, "Groups per epoch on which the teacher audits the items it was shown.", minimum=0, maximum=MAX_COUNT
     )

@@ -15,8 +15,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pmd.engines.base import Request, Sampling
 from pmd.errors import EngineError
 from pmd.policy import Policy, eval_mode
-from pmd.pretrained import stop_ids
+from pmd.pretrained import hidden_ids, opened_thinking, stop_ids
 from pmd.types import Completion, Role
+
+
+class TextDecoder:
+    """Turns the token ids of a completion into the text that verifiers and people read, alike for every engine.
+
+    Special tokens that spell text, such as `<answer>` or `<think>`, stay; those that end a completion, pad it, or mark
+    the turns of a chat do not. If the prompt ended by opening the thinking, the text begins with that mark.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]):
+        self.tokenizer = tokenizer
+        self.hidden_ids, self.opened = hidden_ids(tokenizer, stop_ids), opened_thinking(tokenizer)
+
+    def __call__(self, token_ids: Sequence[int]) -> str:
+        """Return the text."""
+        shown = [token_id for token_id in token_ids if token_id not in self.hidden_ids]
+        return self.opened + cast(str, self.tokenizer.decode(shown))
 
 
 class HFEngine:
@@ -30,6 +47,7 @@ class HFEngine:
         self.policy_version = 0
         with policy.weights("student") as model:
             self.stop_ids = stop_ids(model, tokenizer)
+        self.decode = TextDecoder(tokenizer, self.stop_ids)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
@@ -110,7 +128,7 @@ class HFEngine:
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
-            text=cast(str, self.tokenizer.decode(token_ids, skip_special_tokens=True)),
+            text=self.decode(token_ids),
             finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
             policy_version=self.policy_version,
         )

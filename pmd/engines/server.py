@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pmd.config.schema import ServerConfig
 from pmd.engines.base import Request, Sampling
+from pmd.engines.hf import TextDecoder
 from pmd.engines.server_client import BASE_MODEL, AdapterNotLoaded, ServerClient, ServerUnavailable
 from pmd.engines.vllm import save_adapter, to_completion
 from pmd.engines.vllm_runtime import RawCompletion
@@ -62,6 +63,7 @@ class VLLMServerEngine:
         self.policy_version = 0
         with policy.weights("student") as model:
             self.stop_ids = tuple(stop_ids(model, tokenizer))
+        self.decode = TextDecoder(tokenizer, self.stop_ids)
         self.servers = [ServerClient(url, config.request_timeout_s) for url in config.urls]
         self.adapters = adapters
         self._names: dict[Role, str] = {}  # of the adapters that are loaded
@@ -83,7 +85,7 @@ class VLLMServerEngine:
             try:
                 for _ in range(len(requests)):
                     raw = self._next_result(call)
-                    completion = to_completion(raw, sampling, self.tokenizer, self.stop_ids, self.policy_version)
+                    completion = to_completion(raw, sampling, self.decode, self.stop_ids, self.policy_version)
                     yield raw.position, completion
             finally:
                 call.ended.set()

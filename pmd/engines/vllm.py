@@ -9,11 +9,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from pmd.engines.base import Request, Sampling
+from pmd.engines.hf import TextDecoder
 from pmd.engines.vllm_runtime import RawCompletion, VLLMRuntime
 from pmd.errors import EngineError
 from pmd.policy import AdapterPolicy, Policy
@@ -31,6 +31,7 @@ class VLLMEngine:
         self.policy_version = 0
         with policy.weights("student") as model:
             self.stop_ids = tuple(stop_ids(model, tokenizer))
+        self.decode = TextDecoder(tokenizer, self.stop_ids)
         # Full fine-tuning: the role whose weights vLLM holds. LoRA: `student` once its adapter has been loaded.
         self._loaded: Role | None = None
         self._lock = threading.RLock()
@@ -48,7 +49,7 @@ class VLLMEngine:
             for _ in range(MAX_TRIES):
                 for raw in self.runtime.generate(list(pending.items()), sampling, self.stop_ids, adapter):
                     if raw.finish_reason in ("stop", "length") and raw.token_ids:
-                        completion = to_completion(raw, sampling, self.tokenizer, self.stop_ids, self.policy_version)
+                        completion = to_completion(raw, sampling, self.decode, self.stop_ids, self.policy_version)
                         yield raw.position, completion
                         del pending[raw.position]
                 if not pending:
@@ -119,7 +120,7 @@ class VLLMEngine:
 def to_completion(
     raw: RawCompletion,
     sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
+    decode: TextDecoder,
     stop_ids: Sequence[int],
     policy_version: int,
 ) -> Completion:
@@ -142,8 +143,7 @@ def to_completion(
             f"request {raw.position} was cut at {len(ids)} of {sampling.max_new_tokens} tokens; "
             "raise rollouts.vllm.max_model_len."
         )
-    text = cast(str, tokenizer.decode(list(ids), skip_special_tokens=True))
-    return Completion(ids, logprobs, text, finish_reason, policy_version)
+    return Completion(ids, logprobs, decode(ids), finish_reason, policy_version)
 
 
 def save_adapter(policy: AdapterPolicy, role: Role, folder: Path) -> None:

@@ -61,9 +61,10 @@ class Evaluator:
 
 
 def evaluation_facts(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Return what a comparison of results depends on: sampling, the scorer of programs, and the score of guessing."""
+    """Return what a comparison of results depends on: sampling, how answers are read, and the score of guessing."""
     verification = config.verification
-    scorers = sorted({task.tests.get("scorer", "lcb") for task in tasks if task.verifier == "code"})
+    choices = {"code": ("scorer", "lcb"), "tool_use": ("reading", "sdpo")}
+    scorers = sorted({task.tests.get(*choices[task.verifier]) for task in tasks if task.verifier in choices})
     return {
         "sampling": {"temperature": verification.temperature, "top_p": verification.top_p},
         "scorer": ", ".join(scorers) or None,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pmd.atomic import replace_text, replacing
 from pmd.evaluation.metrics import (
     Sample,
     Scores,
@@ -83,21 +84,27 @@ def _mean_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return means
 
 
-def write_results(run_dir: RunDir, facts: Mapping[str, Any], phases: Mapping[str, Phase]) -> dict[str, Any]:
-    """Write samples.jsonl and results.json; return the content of results.json."""
-    with run_dir.samples.open("w", encoding="utf-8") as file:
-        for name, phase in phases.items():
-            counts: dict[str, int] = {}
-            for sample in phase.samples:
-                number = counts[sample.task_id] = counts.get(sample.task_id, -1) + 1
-                row = {"phase": name, "task_id": sample.task_id, "domain": sample.domain, "sample": number}
-                row |= {"correct": sample.correct, "reward": sample.reward, "answer": sample.answer}
-                row |= {"status": sample.status}
-                row |= {"tests": dataclasses.asdict(sample.tests)} if sample.tests else {}
-                file.write(json.dumps(row) + "\n")
-    results = _finite(dict(facts) | {"phases": {name: phase.as_json() for name, phase in phases.items()}})
-    write_json(run_dir.results, results)
-    return results
+def results_of(facts: Mapping[str, Any], phases: Mapping[str, Phase]) -> dict[str, Any]:
+    """Return the content of results.json."""
+    return _finite(dict(facts) | {"phases": {name: phase.as_json() for name, phase in phases.items()}})
+
+
+def write_results(run_dir: RunDir, results: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+    """Write samples.jsonl, then results.json, which marks a finished run."""
+    lines = []
+    for name, phase in phases.items():
+        counts: dict[str, int] = {}
+        for sample in phase.samples:
+            number = counts[sample.task_id] = counts.get(sample.task_id, -1) + 1
+            row = {"phase": name, "task_id": sample.task_id, "domain": sample.domain, "sample": number}
+            row |= {"correct": sample.correct, "reward": sample.reward, "answer": sample.answer}
+            row |= {"status": sample.status}
+            row |= {"tests": dataclasses.asdict(sample.tests)} if sample.tests else {}
+            lines.append(json.dumps(row) + "\n")
+    try:
+        replace_text(run_dir.samples, "".join(lines))
+    finally:
+        write_json(run_dir.results, results)
 
 
 def sum_costs(run_dir: RunDir) -> dict[str, float]:
@@ -195,8 +202,7 @@ def draw_curves(run_dir: RunDir, title: str) -> None:
     for axis in axes[:2]:
         axis.set_ylim(0, 1.02)
     figure.suptitle(title)
-    figure.savefig(run_dir.curves, dpi=110)
-    plt.close(figure)
+    _save(figure, run_dir.curves)
 
 
 def draw_pass_at(
@@ -236,8 +242,18 @@ def draw_pass_at(
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and free it."""
+    import matplotlib.pyplot as plt
+
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format="png")
+    finally:
+        plt.close(figure)
 
 
 def scored_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -267,9 +283,9 @@ def _draw_chance(axis: Any, heading: str, tasks: Sequence[Task], ks: Sequence[in
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN with None, because JSON has no NaN."""
+    """Replace NaN and infinity with None, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

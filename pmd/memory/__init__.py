@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import cast
 
 from pmd.config.schema import MemoryConfig
-from pmd.errors import AlignmentError
+from pmd.errors import AlignmentError, MemoryStoreError
 from pmd.memory.embed import make_embedder
+from pmd.memory.held_out import HeldOut
 from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
 from pmd.memory.reflect import Reflections
@@ -72,20 +73,32 @@ class MemoryUpdate:
 class ProceduralMemory:
     """A memory store with its index and retriever, all kept at the same generation."""
 
-    def __init__(self, path: Path, config: MemoryConfig, train_keys: Sequence[str], excluded: frozenset[str]):
+    def __init__(
+        self,
+        path: Path,
+        config: MemoryConfig,
+        train_keys: Sequence[str],
+        excluded: frozenset[str],
+        held_out: HeldOut | None = None,
+    ):
         """Open or create the store at `path`.
 
         Args:
             train_keys: memory keys of all training tasks; the hashing embedder's word weights are fitted to them.
             excluded: ids of training tasks that must not be remembered (they are also in a held-out split).
+            held_out: the held-out tasks, none of which a store or an import may hold; None compares with none.
+
+        Raises:
+            MemoryStoreError: the store or the import cannot be used, or holds a held-out task.
         """
         self.path = path
         self.config = config
         self.excluded = excluded
+        self._held_out = held_out
         self._embedder = make_embedder(config.embedder, train_keys)
         self._open()
         if config.import_path is not None and self.generation == 0:
-            import_file(self.store, Path(config.import_path), excluded)
+            import_file(self.store, Path(config.import_path), excluded, held_out)
             self.retriever.refresh()
 
     @property
@@ -128,8 +141,23 @@ class ProceduralMemory:
 
     def _open(self) -> None:
         self.store = MemoryStore.open(self.path, embedder=self._embedder, config=self.config)
+        self._refuse_held_out()
         self.index = TaskIndex.open(self.store)
         self.retriever = Retriever(self.store, self.index, self.config)
+
+    def _refuse_held_out(self) -> None:
+        if self._held_out is None:
+            return
+        found = {
+            t.task_id: self._held_out.describe_task(t.task_id, t.question, t.memory_key) for t in self.store.tasks()
+        }
+        held_out = [task_id for task_id, reason in found.items() if reason]
+        if held_out:
+            self.store.close()
+            raise MemoryStoreError(
+                f"memory store={self.path} holds {len(held_out)} task(s) that this run holds out, the first is task_id="
+                f"{held_out[0]}: {found[held_out[0]]}. Start the run in another directory, without this memory."
+            )
 
 
 def evolve_memory(

@@ -176,21 +176,36 @@ class HashEmbedder:
 
 
 class SentenceEmbedder:
-    """A sentence-transformers model: a directory or a Hugging Face id."""
+    """A sentence-transformers model: a directory or a Hugging Face id.
+
+    The embedder of a store that is only read is not loaded before it is asked to embed: a stranger's store may name any
+    model.
+    """
 
     costly = True
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, recorded: tuple[str, int] | None = None):
+        """Load the model, or take name and dimension as a store recorded them and load it when needed."""
+        self.path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+        self._model: Any = None
+        if recorded is None:
+            self._name, self._dimension = "", 0
+            self._load()
+        else:
+            self._name, self._dimension = recorded
+
+    def _load(self) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ConfigError(
-                f"memory.embedder={path} needs the package sentence-transformers, which is not installed; "
+                f"memory.embedder={self.path} needs the package sentence-transformers, which is not installed; "
                 "pip install 'pmd[embed]', or set memory.embedder=hash."
             ) from error
-        if re.match(r"[./~]", path) and not Path(path).expanduser().exists():
-            raise ConfigError(f"memory.embedder={path} is not an existing directory; give one, or a Hugging Face id.")
-        self.path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+        if re.match(r"[./~]", self.path) and not Path(self.path).exists():
+            raise ConfigError(
+                f"memory.embedder={self.path} is not an existing directory; give one, or a Hugging Face id."
+            )
         self._model = SentenceTransformer(self.path, device="cpu", trust_remote_code=False)
         self._model.eval()
         weights = hashlib.sha256()
@@ -198,7 +213,13 @@ class SentenceEmbedder:
             weights.update(key.encode())
             weights.update(tensor.detach().float().numpy().tobytes())
         self._dimension = len(self.embed(["dimension"])[0])
-        self._name = f"sentence-{self._dimension}-{weights.hexdigest()[:12]}"
+        name = f"sentence-{self._dimension}-{weights.hexdigest()[:12]}"
+        if self._name not in ("", name):
+            raise MemoryStoreError(
+                f"memory.embedder={self.path} is {name}, the store was built with {self._name}; the model has changed."
+            )
+        self._name = name
+        return self._model
 
     @property
     def name(self) -> str:
@@ -214,7 +235,8 @@ class SentenceEmbedder:
         """Return one unit vector per text."""
         if not texts:
             return np.zeros((0, self._dimension), dtype=np.float32)
-        vectors = self._model.encode(
+        model = self._model if self._model is not None else self._load()
+        vectors = model.encode(
             list(texts), batch_size=64, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
@@ -233,13 +255,13 @@ def make_embedder(choice: str, train_keys: Sequence[str], *, seed: int = 0) -> E
     return HashEmbedder.fit(train_keys, seed=seed) if choice == "hash" else SentenceEmbedder(choice)
 
 
-def load_embedder(state: Mapping[str, Any]) -> Embedder:
-    """Rebuild an embedder from its `state()`."""
+def load_embedder(state: Mapping[str, Any], recorded: tuple[str, int] | None = None) -> Embedder:
+    """Rebuild an embedder from its `state()`; with `recorded` name and dimension, a model is loaded when needed."""
     if state["kind"] == "hash":
         return HashEmbedder(
             state["dimension"], state["seed"], state["document_frequencies"], num_documents=state["num_documents"]
         )
-    return SentenceEmbedder(state["path"])
+    return SentenceEmbedder(state["path"], recorded)
 
 
 def validated(vectors: Vectors, dimension: int) -> Vectors:

@@ -6,6 +6,7 @@ search, which is faster there. hnswlib loads damaged files silently, so a file i
 and the store's vectors; otherwise the index is rebuilt.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,6 +60,9 @@ class TaskIndex:
     def open(cls, store: MemoryStore) -> "TaskIndex":
         """Load the index file if it matches the store exactly, else rebuild it."""
         index = cls(store)
+        if store.read_only:  # its graph may be a stranger's, and hnswlib does not check what it loads
+            index.refresh()
+            return index
         ids, vectors = store.vectors("tasks")
         index.rebuilt_because = index._load(ids, vectors)
         if index.rebuilt_because:
@@ -67,7 +71,7 @@ class TaskIndex:
 
     def mismatch(self) -> str:
         """Return why the index file does not match the store; empty if it does."""
-        return self._load(*self._store.vectors("tasks"))
+        return self._mismatch(*self._store.vectors("tasks"))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -149,35 +153,48 @@ class TaskIndex:
         return self._path.with_suffix(".json")
 
     def _save(self) -> None:
+        """Write graph and manifest, each to a temporary file that then replaces the old one."""
+        partial, manifest_partial = self._path.with_suffix(".partial"), self._manifest_path.with_suffix(".json.partial")
+        try:
+            self._write(partial, manifest_partial)
+        except (OSError, RuntimeError) as error:
+            for left in (partial, manifest_partial):
+                with contextlib.suppress(OSError):
+                    left.unlink(missing_ok=True)
+            reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+            raise MemoryStoreError(
+                f"memory index={self._path} could not be written whole{reason}; check free disk space and permissions. "
+                "The store itself is unharmed: the index is rebuilt from it."
+            ) from error
+
+    def _write(self, partial: Path, manifest_partial: Path) -> None:
         assert self._graph is not None
-        partial = self._path.with_suffix(".partial")
         self._graph.save_index(str(partial))
         if not partial.exists() or partial.stat().st_size != self._graph.index_file_size():  # hnswlib does not raise
-            partial.unlink(missing_ok=True)
-            raise MemoryStoreError(
-                f"memory index={self._path} could not be written whole; check free disk space and permissions. "
-                "The store itself is unharmed: the index is rebuilt from it."
-            )
+            raise OSError
         _sync(partial)
         manifest = self._manifest(_file_sha(partial), self._ids, self._vectors)
-        manifest_partial = self._manifest_path.with_suffix(".json.partial")
         manifest_partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
         _sync(manifest_partial)
         os.replace(partial, self._path)
         os.replace(manifest_partial, self._manifest_path)
 
-    def _load(self, ids: np.ndarray, vectors: np.ndarray) -> str:
-        """Load the file if it matches the store; return why it does not, empty on success."""
+    def _mismatch(self, ids: np.ndarray, vectors: np.ndarray) -> str:
+        """Return why file and manifest do not match the store; empty if they do."""
         if not self._path.exists() or not self._manifest_path.exists():
             return "there is no index file"
         try:
             found = json.loads(self._manifest_path.read_text(encoding="utf-8"))
-        except ValueError:
-            return "its manifest is damaged"
-        wanted = asdict(self._manifest(_file_sha(self._path), ids, vectors))
+            wanted = asdict(self._manifest(_file_sha(self._path), ids, vectors))
+        except (OSError, ValueError, RecursionError):
+            return "its manifest is damaged, or the file cannot be read"
         wrong = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
-        if wrong:
-            return f"its manifest differs from file or store in {', '.join(wrong)}"
+        return f"its manifest differs from file or store in {', '.join(wrong)}" if wrong else ""
+
+    def _load(self, ids: np.ndarray, vectors: np.ndarray) -> str:
+        """Load the file if it matches the store; return why it does not, empty on success."""
+        if problem := self._mismatch(ids, vectors):
+            return problem
         graph = hnswlib.Index(space="ip", dim=self._dimension)
         graph.load_index(str(self._path), max_elements=max(len(ids), 1))
         graph.set_num_threads(1)

@@ -17,6 +17,8 @@ import numpy as np
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files
+from pmd.memory.checksum import refuse_lost_log, settle
+from pmd.memory.compact import history_from
 from pmd.memory.embed import Embedder
 from pmd.types import INSIGHT_KINDS
 
@@ -26,6 +28,7 @@ LIVE = "status IN ('active', 'internalized')"
 #: Table of each level.
 TABLES = {0: "experiences", 1: "insights", 2: "behaviours"}
 ITEM_TABLE_ROWS = 200
+MAX_EVIDENCE = 16  # attempts that an insight is linked to, the newest; more would grow with every epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +121,24 @@ class MemoryStore:
             MemoryStoreError: the file is damaged, not a store, of an unknown schema version, or of another embedder.
         """
         path = Path(path)
-        exists = path.exists() and path.stat().st_size > 0
+        try:
+            exists = path.exists() and path.stat().st_size > 0
+        except OSError as error:
+            raise files.unusable(path, error) from error
         if not exists and (read_only or embedder is None):
             raise MemoryStoreError(f"memory store={path} does not exist; check the path.")
+        if exists:
+            refuse_lost_log(path)
         db = files.connect(path, read_only)
         try:
             if embedder is not None and not read_only and files.is_blank(db):
-                files.create(db, embedder)
+                files.create(db, path, embedder)
             found = files.check_file(db, path, embedder)
             db = files.bring_up_to_date(db, path, read_only)
-            db.execute("PRAGMA synchronous=NORMAL")
+            files.check_rows(db, path, found)
+            if not read_only:
+                settle(db, path)
+                db.execute("PRAGMA synchronous=NORMAL")
         except BaseException:
             db.close()
             raise
@@ -164,6 +175,11 @@ class MemoryStore:
     def meta(self, key: str) -> str:
         """Return one value of the `meta` table."""
         return self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
+
+    @property
+    def history_from(self) -> int:
+        """The oldest generation that can still be reconstructed."""
+        return history_from(self.db)
 
     def tasks(self) -> list[StoredTask]:
         """Return all tasks in id order."""
@@ -241,7 +257,9 @@ class MemoryStore:
         )
         covered = self.query("SELECT count(DISTINCT task_row) FROM insights WHERE status = 'active'")[0][0]
         counts["coverage"] = covered / max(1, counts["tasks"])  # share of tasks with an active insight
-        counts["retrievals"] = self._count("retrievals")
+        # All that were ever logged: ids are never reused.
+        logged = self.query("SELECT seq FROM sqlite_sequence WHERE name = 'retrievals'")
+        counts["retrievals"] = logged[0][0] if logged else 0
         return counts
 
     def health(self, policy_version: int) -> dict[str, float]:
@@ -327,7 +345,7 @@ class Ledger:
         if status == "retired" and not self.is_harmful(level, item_id):
             status = "active"
         values = {"support": support + 1, "status": status} | values
-        evidence = [*self.parents(level, item_id), *parents] if level > 0 else None
+        evidence = newest_evidence([*self.parents(level, item_id), *parents]) if level > 0 else None
         self.change(level, item_id, values, "seen again", evidence)
 
     def delete(self, level: int, item_id: int, reason: str) -> None:
@@ -383,6 +401,11 @@ class Ledger:
             "INSERT INTO ops (generation, level, item_id, action, before, after, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (self.generation, level, item_id, action, *texts, reason),
         )
+
+
+def newest_evidence(parents: Iterable[int]) -> list[int]:
+    """Return the ids of the newest attempts that an insight rests on, at most `MAX_EVIDENCE`."""
+    return sorted(set(parents))[-MAX_EVIDENCE:]
 
 
 def vector_blob(vector: np.ndarray) -> bytes:

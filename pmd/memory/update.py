@@ -9,19 +9,23 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.behaviours import BehaviourChange, Cluster, find_clusters, replace_behaviours
-from pmd.memory.checksum import write_checksum
+from pmd.memory.checksum import announce, withdraw, write_checksum, write_generation
+from pmd.memory.compact import compact
 from pmd.memory.embed import Embedder, validated
+from pmd.memory.files import one_line
 from pmd.memory.judge import ItemAudit, judge, write_audits
-from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, vector_blob
+from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, newest_evidence, vector_blob
+from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import INSIGHT_KINDS, InsightChange, MemoryItem, Rollout, Task
 
+ARCHIVE = "archive"  # folder next to the store
 FEEDBACK_CHARS = 200  # of the feedback that identifies a failure without an answer
 SHORT_ANSWER_CHARS = 2  # answers this short occur by chance, so they leak only if announced
 TEST_CHARS = 2_000  # of each test value that are compared; some are megabytes, and no model is shown more
@@ -38,6 +42,7 @@ def open_writer(store: MemoryStore) -> Iterator["Writer"]:
     """
     if store.db.in_transaction:
         raise MemoryStoreError("open_writer() inside open_writer(): finish the first update before opening another.")
+    announced = False
     try:
         store.db.execute("BEGIN IMMEDIATE")
         found = int(store.meta("generation"))
@@ -49,15 +54,16 @@ def open_writer(store: MemoryStore) -> Iterator["Writer"]:
         writer = Writer(store)
         yield writer
         writer.finish()
+        _announce(store)
+        announced = True
         store.db.execute("COMMIT")
     except BaseException as error:
         if store.db.in_transaction:
             store.db.execute("ROLLBACK")
-        if isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError):
-            raise MemoryStoreError(
-                f"memory store={store.path} could not be written ({error}); nothing of this update was kept. "
-                "Check free disk space and permissions, and that no other process writes to it."
-            ) from error
+        if announced:
+            _withdraw(store)
+        if isinstance(error, sqlite3.DatabaseError):
+            raise _not_written(store, error) from error
         raise
     store.generation += 1
     try:
@@ -66,6 +72,27 @@ def open_writer(store: MemoryStore) -> Iterator["Writer"]:
         raise MemoryStoreError(
             f"memory store={store.path} is written, but its checksum could not be ({error}). Check free disk space."
         ) from error
+
+
+def _announce(store: MemoryStore) -> None:
+    try:
+        announce(store.path, store.generation + 1)
+    except OSError as error:
+        raise _not_written(store, error) from error
+
+
+def _withdraw(store: MemoryStore) -> None:
+    """Withdraw the announcement, unless the update was committed after all."""
+    with suppress(sqlite3.Error):
+        if int(store.meta("generation")) == store.generation:
+            withdraw(store.path)
+
+
+def _not_written(store: MemoryStore, error: Exception) -> MemoryStoreError:
+    return MemoryStoreError(
+        f"memory store={store.path} could not be written ({one_line(error)}); nothing of this update was kept. "
+        "Check free disk space and permissions, and that no other process writes to it."
+    )
 
 
 class Writer:
@@ -125,7 +152,8 @@ class Writer:
         failure with a known error, only adds support. Above the cap, the oldest attempts are retired.
         """
         verdict = rollout.verdict
-        response = without_thinking(rollout.completion.text)
+        text = rollout.completion.text
+        response = strip_thinking(text) if MARK.search(text) else text.strip()
         if not verdict.scored or not response:
             return None
         self._require_task(task_row)
@@ -198,7 +226,7 @@ class Writer:
                 "Drop unusable reflections first."
             )
         task_row, kind, version, support = row
-        evidence = [*self.ledger.parents(1, insight_id), *parents]
+        evidence = newest_evidence([*self.ledger.parents(1, insight_id), *parents])
         known = self._find_insight(task_row, kind, text)
         if known is not None:
             new_id = known
@@ -296,11 +324,24 @@ class Writer:
         _bound_store(self.ledger, self._config.capacity)
         _delete_unlinked_experiences(self.ledger)
 
+    def compact(self, keep: int, *, archive: bool) -> dict[str, int]:
+        """Drop what is older than `keep` generations, into the archive if asked; return the rows dropped by table."""
+        folder = self.store.path.with_name(ARCHIVE) if archive else None
+        try:
+            return compact(self._db, self.ledger.generation, keep, folder)
+        except OSError as error:
+            raise MemoryStoreError(
+                f"memory archive={folder} cannot be written ({error.strerror}); nothing of this update was kept. "
+                "Check free disk space and permissions, or set memory.archive=false."
+            ) from error
+
     def finish(self) -> None:
-        """Enforce the caps, embed new texts and increment the generation."""
+        """Enforce the caps, embed new texts, drop what is older than the kept generations, count the generation."""
         self.bound()
         self.embed_new()
-        self._db.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (str(self.ledger.generation),))
+        if self._config.keep_generations is not None:
+            self.compact(self._config.keep_generations, archive=self._config.archive)
+        write_generation(self._db, self.ledger.generation)
 
     def _insert_insight(self, values: dict[str, Any], reason: str, parents: Iterable[int]) -> int:
         """Insert one insight, quarantined if the leak filter rejects it."""
@@ -331,12 +372,6 @@ class Writer:
         if row is None:
             raise MemoryStoreError(f"task_row={task_row} is not in the store; call add_task first.")
         return row
-
-
-def without_thinking(response: str) -> str:
-    """Return the text after the thinking; empty if the thinking never ended."""
-    visible = response.rsplit("</think>", 1)[-1]
-    return re.sub(r"<think>.*", "", visible, flags=re.DOTALL).strip()
 
 
 # The leak filter. The store keeps fingerprints of answers, not answers, so the filter compares fingerprints of word
@@ -436,7 +471,7 @@ def _merge_group(ledger: Ledger, rows: list[_Row], vectors: np.ndarray, similari
             kept.append(position)
             continue
         support[twin] += rows[position][2]
-        evidence = [*ledger.parents(1, rows[twin][0]), *ledger.parents(1, rows[position][0])]
+        evidence = newest_evidence([*ledger.parents(1, rows[twin][0]), *ledger.parents(1, rows[position][0])])
         ledger.change(1, rows[twin][0], {"support": support[twin]}, f"merged with {rows[position][0]}", evidence)
         ledger.change(1, rows[position][0], {"status": "retired", "support": 0}, f"merged into {rows[twin][0]}")
     return len(rows) - len(kept)

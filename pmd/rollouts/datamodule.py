@@ -1,15 +1,18 @@
 """The stream of training batches: task -> group of rollouts -> verdicts -> teacher context -> batch.
 
 Rollouts are generated inside the loader's `__next__` and nowhere else, so each batch is as fresh as the weights.
-Memory is only read here; it changes at epoch ends, in the callbacks.
+Memory is only read here; it changes at epoch ends, in the callbacks. The position in the data is counted in tasks, so a
+run that stopped within an epoch goes on with the tasks that are left, in batches of any size.
 """
 
+import dataclasses
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -32,6 +35,18 @@ COSTS = ("rollout/num_tokens", "time/rollout_s", "time/verify_s", "time/context_
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """What a run has done of its data."""
+
+    epoch: int = 0
+    step: int = 0  # optimizer steps of the whole run
+    num_begun: int = 0  # tasks of the epoch, in its order, that belong to a batch that has begun
+    owed: tuple[str, ...] = ()  # of these, the tasks whose optimizer steps are still to come
+    owed_steps: int = 0
+    num_rollouts: int = 0  # of the whole run
+
+
+@dataclass(frozen=True, slots=True)
 class TaskBatch:
     """The tasks of one rollout batch."""
 
@@ -39,6 +54,8 @@ class TaskBatch:
     epoch: int
     step: int  # of the run: its first optimizer step
     key: str  # identifies the batch; seeds and rollout ids are derived from it
+    num_updates: int  # optimizer steps; the tasks are divided among them
+    num_begun: int  # tasks of the epoch that have begun with this batch
 
 
 class RolloutDataModule(LightningDataModule):
@@ -59,6 +76,8 @@ class RolloutDataModule(LightningDataModule):
         self.prompts = prompts
         self.memory = memory
         self.contexts = ContextBuilder(prompts, config.teacher, config.memory.max_tokens)
+        self.position = Position()
+        self.tasks_digest = digest_of(tasks)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,31 +86,62 @@ class RolloutDataModule(LightningDataModule):
         return num_batches * self.config.rollouts.updates_per_batch
 
     def train_dataloader(self) -> DataLoader:
-        """Return the stream; nothing is generated before it is iterated over."""
+        """Return the stream of the rest of an epoch; nothing is generated before it is iterated over."""
         return DataLoader(RolloutStream(self), batch_size=None, num_workers=0)
 
-    def epoch(self, epoch: int, num_done: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch, one for each optimizer step.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch, and a digest of the tasks that it counts."""
+        return dataclasses.asdict(self.position) | {"tasks": self.tasks_digest}
 
-        Args:
-            num_done: steps of this epoch to skip, because they were taken before the run was resumed.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the state was saved."""
+        self.position = Position(**{field.name: state_dict[field.name] for field in dataclasses.fields(Position)})
+
+    def num_steps(self, max_epochs: int, max_steps: int) -> int:
+        """Return the optimizer steps of the whole run, from its start to its end; -1 means no limit.
+
+        Steps that were taken before the run was resumed count as they were taken.
         """
-        skipped_batches, skipped_steps = divmod(num_done, self.config.rollouts.updates_per_batch)
-        remaining = self._task_batches(epoch)[skipped_batches:]
-        for task_batch, generated in zip(remaining, self._generate_all(remaining), strict=True):
-            yield from islice(self._training_batches(task_batch, generated), skipped_steps, None)
-            skipped_steps = 0
+        if max_epochs == -1:
+            return max_steps
+        steps = self.position.step
+        if self.position.epoch < max_epochs:
+            rest = sum(batch.num_updates for batch in self.task_batches(self.position))
+            steps += rest + (max_epochs - self.position.epoch - 1) * self.steps_per_epoch
+        return steps if max_steps == -1 else min(steps, max_steps)
 
-    def _task_batches(self, epoch: int) -> list[TaskBatch]:
-        """Shuffle the training tasks and divide them into rollout batches."""
-        rollouts, seed = self.config.rollouts, self.config.seed_everything
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of a whole epoch, one for each optimizer step."""
+        return self.rest_of_epoch(Position(epoch, epoch * self.steps_per_epoch))
+
+    def rest_of_epoch(self, start: Position) -> Iterator[Batch]:
+        """Yield the batches that are left of an epoch, and keep count of the position."""
+        self.position = start
+        task_batches = self.task_batches(start)
+        for task_batch, generated in zip(task_batches, self._generate_all(task_batches), strict=True):
+            yield from self._training_batches(task_batch, generated)
+
+    def task_batches(self, start: Position) -> list[TaskBatch]:
+        """Shuffle the training tasks and divide those that are left into rollout batches.
+
+        If the run stopped between the optimizer steps of a batch, its remaining tasks come first, in as many steps as
+        were left.
+        """
+        rollouts, seed, epoch = self.config.rollouts, self.config.seed_everything, start.epoch
         tasks = list(self.tasks["train"])
         Random(derive_seed(seed, "order", epoch)).shuffle(tasks)
-        batches = []
-        for number, start in enumerate(range(0, len(tasks), rollouts.tasks_per_step)):
-            step = epoch * self.steps_per_epoch + number * rollouts.updates_per_batch
-            chosen = tasks[start : start + rollouts.tasks_per_step]
-            batches.append(TaskBatch(chosen, epoch, step, f"{seed}/train/{epoch}/{step}"))
+        batches, step = [], start.step
+        if start.owed:
+            by_id = {task.task_id: task for task in tasks}
+            owed = [by_id[task_id] for task_id in start.owed]
+            key = f"{seed}/train/{epoch}/{step}"
+            batches.append(TaskBatch(owed, epoch, step, key, start.owed_steps, start.num_begun))
+            step += start.owed_steps
+        for first in range(start.num_begun, len(tasks), rollouts.tasks_per_step):
+            chosen, updates = tasks[first : first + rollouts.tasks_per_step], rollouts.updates_per_batch
+            key = f"{seed}/train/{epoch}/{step}"
+            batches.append(TaskBatch(chosen, epoch, step, key, updates, first + len(chosen)))
+            step += updates
         return batches
 
     def _generate_all(self, task_batches: Sequence[TaskBatch]) -> Iterator[RolloutGroups]:
@@ -130,11 +180,23 @@ class RolloutDataModule(LightningDataModule):
             "time/verify_s": generated.verify_s,
             "time/context_s": time.perf_counter() - started,
         }
-        num_updates = self.config.rollouts.updates_per_batch
+        num_updates = task_batch.num_updates
         for update in range(num_updates):
             chosen = tuple(example for group in examples[update::num_updates] for example in group)
-            yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics)
+            self.position = self._position_after(task_batch, update)
+            is_last = update == num_updates - 1
+            yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics, is_last)
             metrics = metrics | dict.fromkeys(COSTS, 0.0)
+
+    def _position_after(self, batch: TaskBatch, update: int) -> Position:
+        """Return the position after one of the optimizer steps of a batch."""
+        step, num_tasks = batch.step + update + 1, len(batch.tasks[update :: batch.num_updates])
+        num_rollouts = self.position.num_rollouts + num_tasks * self.config.rollouts.group_size
+        steps_left = batch.num_updates - update - 1
+        owed = [task.task_id for n, task in enumerate(batch.tasks) if n % batch.num_updates > update]
+        if batch.num_begun == len(self.tasks["train"]) and not owed:
+            return Position(batch.epoch + 1, step, num_rollouts=num_rollouts)
+        return Position(batch.epoch, step, batch.num_begun, tuple(owed), steps_left, num_rollouts)
 
     def _examples(self, task: Task, group: list[Rollout], random: Random) -> list[Example]:
         """Give each scored rollout of a group its advantage and its teacher context."""
@@ -155,21 +217,26 @@ class RolloutDataModule(LightningDataModule):
 
 
 class RolloutStream(IterableDataset):
-    """The iterable that Lightning loops over. Without a length, Lightning would generate one batch ahead."""
+    """What Lightning loops over in one epoch. Without a length, Lightning would generate one batch ahead."""
 
     def __init__(self, data: RolloutDataModule):
-        self.data = data
+        self.data, self.start = data, data.position
 
     def __len__(self) -> int:
-        return self.data.steps_per_epoch
+        return sum(batch.num_updates for batch in self.data.task_batches(self.start))
 
     def __iter__(self) -> Iterator[Batch]:
-        trainer = self.data.trainer
-        assert trainer is not None
-        # This is a generator because on resume Lightning creates the iterator before it has counted the finished epoch.
-        # A run that trainer.max_steps or max_time stopped in the middle of an epoch resumes from there.
-        num_done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        yield from self.data.epoch(trainer.current_epoch, num_done)
+        # A generator, so that the position is read when the first batch is asked for, not when Lightning prepares.
+        yield from self.data.rest_of_epoch(self.data.position)
+
+
+def digest_of(tasks: Mapping[Split, Sequence[Task]]) -> str:
+    """Return a digest of the training and validation tasks: a position and a memory make sense for these tasks only."""
+    sha256 = hashlib.sha256()
+    for split in ("train", "validation"):
+        for task in tasks[split]:
+            sha256.update(repr(task).encode(errors="replace") + b"\0")
+    return sha256.hexdigest()
 
 
 def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFormat, max_tokens: int) -> int:

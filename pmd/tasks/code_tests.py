@@ -6,11 +6,17 @@ the first `num_public` cases (default 0) are public: best-of-n selects by them a
 """
 
 import keyword
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 DEFAULT_TIME_LIMIT_S = 6.0
 DEFAULT_MEMORY_MB = 512
+#: Integers may have this many digits in tests, programs and their results, as in LiveCodeBench's grader; Python stops
+#: at 4,300. The limit of this process is raised here, unless it is already higher, or switched off (0).
+MAX_INT_DIGITS = 50_000
+if 0 < sys.get_int_max_str_digits() < MAX_INT_DIGITS:
+    sys.set_int_max_str_digits(MAX_INT_DIGITS)
 MAX_TIME_S, MIN_MEMORY_MB, MAX_MEMORY_MB = 600.0, 32, 65536
 
 

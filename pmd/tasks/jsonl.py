@@ -68,12 +68,12 @@ def read_task_file(path: Path, split: Split, allow_modules: Sequence[str] = ()) 
         first_line.setdefault(task_id, line.number)
         problems += wrong
         if not wrong:
-            tasks.append(make_task(line.fields, split))
+            tasks.append(make_task(line.fields, split, f"{path}:{line.number}"))
     return tasks, problems
 
 
-def make_task(fields: dict[str, Any], split: Split) -> Task:
-    """Build a Task from a line in which `check_line` found no error."""
+def make_task(fields: dict[str, Any], split: Split, place: str = "") -> Task:
+    """Build a Task from a line in which `check_line` found no error; `place` is FILE:LINE."""
     messages = [Message("system", fields["system"])] if fields.get("system") else []
     if "prompt" in fields:
         messages.append(Message("user", fields["prompt"]))
@@ -88,6 +88,7 @@ def make_task(fields: dict[str, Any], split: Split) -> Task:
         tests=fields.get("tests") or {},
         domain=fields.get("domain") or "",
         memory_key=fields.get("memory_key") or "",
+        place=place,
     )
 
 
@@ -173,6 +174,8 @@ def _check_expected(line: Line, verifier: str) -> Sequence[str]:
         case "tool_use" if not _is_calls(answer):
             rule = "must be the JSON text of a list of {Action: name, Action_Input: JSON text}"
             return [line.problem("answer", rule, "write the expected calls")]
+        case "tool_use" if (tests or {}).get("reading", "sdpo") not in ("sdpo", "strict"):
+            return [line.problem("tests", "reading must be sdpo or strict", "write one of them, or leave tests out")]
     return []
 
 

@@ -124,7 +124,7 @@ def run_test(program: str, tests: Mapping[str, Any], case: Mapping[str, Any]) ->
     payload = json.dumps(case["args"]) if functional else case["input"]
     expected = json.dumps(case["expected"]) if functional else case["output"]
     limits = Limits(
-        wall_s=float(tests.get("time_limit_s", DEFAULT_TIME_LIMIT_S)),
+        time_s=float(tests.get("time_limit_s", DEFAULT_TIME_LIMIT_S)),
         memory_mb=int(tests.get("memory_mb", DEFAULT_MEMORY_MB)),
         output_bytes=MIN_OUTPUT_BYTES + MAX_OUTPUT_RATIO * len(expected.encode(errors="replace")),
     )

@@ -1,126 +1,65 @@
-"""Verifier for mathematics: compares the last mathematical answer of a completion, using math-verify.
+"""Verifier for mathematics: compares the final answer of a completion with the task's answer, exactly.
 
-Deviations. A text that is nothing but mathematics is parsed whole, in particular the task's answer: without delimiters
-math-verify reads 2\\sqrt{3} as 2. Several boxes form one answer, as in math-verify, unless words such as "no, wait"
-stand between the last two; then the last one counts. Small numbers are compared by relative error, because math-verify
-considers 10^{-20} and 10^{-21} equal; 1 1/2, 1.5e3 and 0.\\overline{3} are parsed as the numbers they are.
+What counts as the same answer is one rule for each kind (`mathematics/compare.py` has the table). Numbers are compared
+exactly, never after rounding: 0.333 is not 1/3. A unit on one side only is ignored, two units must agree; `50\\%` is
+1/2 and not 50; `42_7` equals neither `42_8` nor 42; letters keep case and order; words count. Answers are read by our
+own parser, which refuses what it does not know. Only integrals, sums, limits and the like go to sympy.
 
-math-verify limits its time with `signal.alarm`, which fails in threads and cannot interrupt C code. It therefore runs,
-with its own time-outs off, in one helper process (`math_worker.py`) that is killed at the deadline and restarted. The
-helper ends with the trainer: this process holds the write end of a pipe that the helper watches.
+A wrong answer's feedback says how it was read (`parsed answer`). How the task's answer was read is in the verdict's
+`explanation`, which `pmd score` and `pmd inspect` show and no prompt ever holds.
+
+The text is untrusted and computing may take forever, so it happens in helper processes with a deadline
+(`math_helpers.py`).
 """
 
-import atexit
-import json
-import os
-import select
-import subprocess
-import sys
-import threading
-import time
+from collections.abc import Iterable
 
+from pmd.tasks.lines import shorten
 from pmd.types import Task, Verdict
 from pmd.verifiers.exact import tagged_answer
+from pmd.verifiers.math_helpers import HELPERS
 
-DEADLINE_S = 10.0
-START_S = 120.0  # importing sympy on a loaded machine
-#: Only this much of the end is parsed, because parsing time grows with length; it fits any final answer.
+#: Only this much of the end is read, because reading time grows with length; it fits any final answer.
 MAX_CHARACTERS = 20_000
+MAX_SHOWN = 200  # characters of an answer in feedback and explanation
+WRONG = "The final answer is not right."
+NO_ANSWER = "No mathematical answer was found; put it into \\boxed{}."
+TOO_SLOW = "The final answer took too long to check; write it in a simpler form."
 
 
 def verify_math(task: Task, completion_text: str) -> Verdict:
     """Compare the last answer of the completion (of its `<answer>` part, if any) with the task's answer."""
-    text = tagged_answer(completion_text) if "<answer>" in completion_text else completion_text
-    reply = WORKER.ask({"gold": task.answer, "text": text[-MAX_CHARACTERS:]})
+    is_tagged = "<answer>" in completion_text
+    text = tagged_answer(completion_text) if is_tagged else completion_text
+    reply = HELPERS.ask({"gold": task.answer, "text": _encodable(text[-MAX_CHARACTERS:]), "is_tagged": is_tagged})
     if reply is None:
-        return Verdict(
-            0.0, False, "timeout", feedback="The final answer took too long to check; write it in a simpler form."
-        )
-    if reply["answer"] is None:
-        return Verdict(0.0, False, "format", feedback="No mathematical answer was found; put it into \\boxed{}.")
+        return Verdict(0.0, False, "timeout", feedback=TOO_SLOW)
+    answer, gold = reply["answer"], _shown(reply["gold"])
+    if answer is None:
+        return Verdict(0.0, False, "format", feedback=NO_ANSWER, explanation=f"parsed gold: {gold}")
+    explanation = f"parsed gold: {gold}; parsed answer: {_shown(answer)}"
     if reply["correct"]:
-        return Verdict(1.0, True, "ok", answer=reply["answer"])
-    return Verdict(0.0, False, "wrong_answer", feedback="The final answer is not right.", answer=reply["answer"])
+        return Verdict(1.0, True, "ok", answer=answer, explanation=explanation)
+    feedback = f"{WRONG} parsed answer: {_shown(answer)}"
+    return Verdict(0.0, False, "wrong_answer", feedback, answer, explanation=explanation)
 
 
-class MathWorker:
-    """The helper process. Any thread may ask; questions are answered one at a time."""
-
-    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
-        self.deadline_s = deadline_s
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.lifeline: int | None = None  # the write end of the pipe
-
-    def ask(self, question: dict[str, str]) -> dict | None:
-        """Return the helper's reply, or None if it missed the deadline.
-
-        Raises:
-            RuntimeError: if the helper refused the question, or died before its deadline.
-        """
-        with self.lock:
-            process = self.process if self.process and self.process.poll() is None else self._start()
-            started = time.monotonic()
-            try:
-                assert process.stdin
-                process.stdin.write(json.dumps({**question, "deadline_s": self.deadline_s}).encode() + b"\n")
-                process.stdin.flush()
-                line = self._read_line(process, self.deadline_s + 2)
-            except OSError:
-                line = b""
-            if not line:
-                self._stop()
-                if time.monotonic() - started >= self.deadline_s - 0.5:
-                    return None
-                raise RuntimeError("the math-verify helper died")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        return reply
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._stop()  # cleans up after a helper that died
-        watched, self.lifeline = os.pipe()
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pmd.verifiers.math_worker", str(watched)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[watched],
-                start_new_session=True,  # Ctrl-C in a terminal must reach the trainer only
-            )
-        finally:
-            os.close(watched)
-        if not self._read_line(self.process, START_S):
-            self._stop()
-            raise RuntimeError("the math-verify helper did not start; is math-verify installed?")
-        return self.process
-
-    def _read_line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
-        assert process.stdout
-        poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
-        return process.stdout.readline() if poll.poll(seconds * 1000) else b""
-
-    def _stop(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-        if self.lifeline is not None:
-            os.close(self.lifeline)
-            self.lifeline = None
-
-    def close(self) -> None:
-        """Kill the helper, even in the middle of a question; the next question starts a new one."""
-        while not self.lock.acquire(timeout=0.05):
-            if process := self.process:
-                process.kill()  # the thread that holds the lock is waiting for a reply
-        try:
-            self._stop()
-        finally:
-            self.lock.release()
+def describe_gold_problems(tasks: Iterable[Task]) -> list[str]:
+    """Return a sentence for each task whose answer this verifier cannot judge."""
+    tasks = list(tasks)
+    problems = HELPERS.describe_gold_problems([task.answer for task in tasks])
+    return [
+        f"{task.place or f'task {shorten(task.task_id)}'}: answer={shorten(task.answer)}: {problem}, so verifier "
+        "`math` cannot judge it; correct it, use verifier `exact`, or remove the task."
+        for task, problem in zip(tasks, problems, strict=True)
+        if problem
+    ]
 
 
-WORKER = MathWorker()
-atexit.register(WORKER.close)
+def _encodable(text: str) -> str:
+    """Replace half characters, which no file could hold."""
+    return text.encode(errors="replace").decode()
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

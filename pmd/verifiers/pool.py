@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import get_args
 
 from pmd.errors import VerificationError
+from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import Task, Verdict, VerdictStatus
 from pmd.verifiers.resolve import find_verifier
 
@@ -35,10 +36,14 @@ log = logging.getLogger(__name__)
 
 
 def verify(task: Task, completion_text: str) -> Verdict:
-    """Return the verdict of the task's verifier and the seconds it took; a crash gives status `error`."""
+    """Return the verdict of the task's verifier and the seconds it took; a crash gives status `error`.
+
+    No verifier sees what the model thought before it answered. A completion without thinking is passed on unchanged.
+    """
     started = time.perf_counter()
     try:
-        verdict = _checked(find_verifier(task.verifier)(task, completion_text))
+        answered = strip_thinking(completion_text) if MARK.search(completion_text) else completion_text
+        verdict = _checked(find_verifier(task.verifier)(task, answered))
     except Exception as error:  # the one place that swallows errors: a broken verifier must not end a long run
         log.warning("verifier %s crashed on task %s: %s: %s", task.verifier, task.task_id, type(error).__name__, error)
         verdict = Verdict(0.0, False, "error")
@@ -55,6 +60,17 @@ def _checked(verdict: object) -> Verdict:
         raise TypeError(f"its status {verdict.status!r} is not one of {', '.join(get_args(VerdictStatus))}")
     if not isinstance(verdict.feedback, str) or not isinstance(verdict.answer, str | None):
         raise TypeError("its feedback or its answer is not a string")
+    if not isinstance(verdict.explanation, str):
+        raise TypeError("its explanation is not a string")
+    for name, text in (
+        ("feedback", verdict.feedback),
+        ("answer", verdict.answer or ""),
+        ("explanation", verdict.explanation),
+    ):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TypeError(f"its {name} holds half a character, {text[error.start]!r}") from None
     return replace(verdict, reward=float(verdict.reward), correct=bool(verdict.correct))
 
 

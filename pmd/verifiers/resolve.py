@@ -1,7 +1,7 @@
 """Finds the verifier that a task names, and checks before a run that it can be used.
 
 A verifier takes a task and the text of a completion, and returns a verdict. Its feedback is shown to the model and must
-never contain the expected answer.
+never contain the expected answer; what explains a verdict to people goes into `explanation`.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Literal, cast
 
 from pmd.errors import ConfigError
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
+from pmd.tasks.lines import cap_problems
 from pmd.types import Task, Verdict
 
 Verifier = Callable[[Task, str], Verdict]
@@ -67,20 +68,32 @@ def describe_verifier_problem(name: str) -> str | None:
     return None
 
 
+def describe_answer_problems(tasks: Iterable[Task]) -> list[str]:
+    """Return a sentence for each task whose answer its verifier cannot judge, with the place it was read from."""
+    mathematical = [task for task in tasks if task.verifier == "math"]
+    if not mathematical:
+        return []
+    from pmd.verifiers.math import describe_gold_problems
+
+    return describe_gold_problems(mathematical)
+
+
 def prepare_verifiers(tasks: Iterable[Task], sandbox_level: SandboxChoice) -> list[str]:
     """Check the verifiers of all tasks and set the sandbox level; return lines to print at the start of a run.
 
     Raises:
-        ConfigError: naming every verifier that cannot be used.
+        ConfigError: naming every verifier that cannot be used, and every answer that its verifier cannot judge.
     """
+    tasks = list(tasks)
     names = sorted({task.verifier for task in tasks})
     if "code" in names:
         from pmd.verifiers.code import choose_sandbox_level
 
         choose_sandbox_level(None if sandbox_level == "strongest" else sandbox_level)
     problems = [problem for name in names if (problem := describe_verifier_problem(name))]
+    problems += describe_answer_problems(tasks)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(cap_problems(problems))
     if "code" not in names:
         return []
     from pmd.verifiers.code import sandbox

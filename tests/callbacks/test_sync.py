@@ -1,23 +1,39 @@
-"""The engine's weights after a run that ends within a rollout batch."""
+"""When the engine gets the student's weights."""
 
-from lightning import Trainer
-from torch.utils.data import DataLoader
+from examples import fit_batches, tiny_module, varied_examples
+from lightning import Callback
 
+from pmd.batch import Batch
 from pmd.callbacks.sync import WeightSyncCallback
-from pmd.config.schema import ModelConfig, RunConfig
 from pmd.engines.hf import HFEngine
-from pmd.module import PMDModule
-from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
+
+
+class Synced(Callback):
+    """Notes the version of the engine's weights after each step."""
+
+    def __init__(self, engine: HFEngine):
+        self.engine, self.versions = engine, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.versions.append(self.engine.policy_version)
+
+
+def versions_after(is_last: list[bool], **limits: int) -> list[int]:
+    """Train on batches of which some are the last of their rollout batch; return the engine's version after each."""
+    module = tiny_module()
+    engine = HFEngine(module.policy, module.tokenizer, 8)
+    metrics = {"rollout/reward": 0.5, "rollout/mean_length": 5.0}
+    batches = [Batch(tuple(varied_examples(2)), 0, step, metrics, last) for step, last in enumerate(is_last)]
+    synced = Synced(engine)
+    fit_batches(module, batches, WeightSyncCallback(engine, None), synced, **limits)
+    return synced.versions
+
+
+def test_the_engine_is_synced_after_the_last_step_of_each_rollout_batch():
+    """Rollout batches of two, three and one steps: a resumed run may change `rollouts.updates_per_batch`."""
+    assert versions_after([False, True, False, False, True, True]) == [0, 2, 2, 2, 5, 6]
 
 
 def test_the_last_step_is_synced_even_within_a_rollout_batch():
     """The run's last evaluation must not use weights of an earlier step."""
-    module = PMDModule(RunConfig(model=ModelConfig(path="tiny")))
-    engine = HFEngine(module.policy, module.tokenizer, 8)
-    batches = FixedBatches(synthetic_examples(1, 2, Lengths(8, 12, 3, 3), 100), 8)
-    trainer = Trainer(
-        max_steps=3, callbacks=[WeightSyncCallback(engine, 4, None)], accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    assert engine.policy_version == module.policy_version == 3
+    assert versions_after([False] * 8, max_steps=3) == [0, 0, 3]

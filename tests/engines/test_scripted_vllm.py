@@ -9,6 +9,7 @@ import torch
 
 from pmd.config.schema import ModelConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
+from pmd.engines.hf import TextDecoder
 from pmd.engines.vllm import MAX_TRIES, VLLMEngine, to_completion
 from pmd.engines.vllm_runtime import RawCompletion
 from pmd.errors import EngineError
@@ -22,7 +23,7 @@ TOKENIZER = load_tokenizer(ModelConfig(path="tiny_exam"))
 
 def checked(token_ids, logprobs, finish_reason):
     raw = RawCompletion(7, tuple(token_ids), tuple(logprobs), finish_reason)
-    return to_completion(raw, SAMPLING, TOKENIZER, (258,), policy_version=3)
+    return to_completion(raw, SAMPLING, TextDecoder(TOKENIZER, (258,)), (258,), policy_version=3)
 
 
 def test_a_complete_completion_is_returned_unchanged():

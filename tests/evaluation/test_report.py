@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pmd.config.schema import RunConfig
+from pmd.evaluation.evaluate import evaluation_facts
 from pmd.evaluation.metrics import Sample, chance_scores, score_samples
-from pmd.evaluation.report import Phase, chosen_ks, draw_pass_at, print_table, write_results
+from pmd.evaluation.report import Phase, chosen_ks, draw_pass_at, print_table, results_of, write_results
 from pmd.run_dir import RunDir
 from pmd.types import CaseCounts, Message, Task
 
@@ -32,6 +34,18 @@ def test_chance_scores_against_enumeration():
         assert found["pass_at"][1] == pytest.approx(found["avg"])
         assert found["pass_at"][3] == pytest.approx(np.mean([np.mean([0 in d for d in own]) for own in draws]))
         assert found["coverage_at"][3] == pytest.approx(np.mean([np.mean([len(set(d)) for d in own]) for own in draws]))
+
+
+def test_results_name_how_answers_are_read():
+    tests = ({}, {"scorer": "sdpo"}), ({}, {"reading": "strict"}), ({},)
+    verifiers = ("code", "tool_use", "mcq")
+    tasks = [
+        Task(f"{verifier}{number}", TASKS[0].messages, verifier, "test", answer="A", tests=given)
+        for verifier, each in zip(verifiers, tests, strict=True)
+        for number, given in enumerate(each)
+    ]
+    assert evaluation_facts(RunConfig(), tasks)["scorer"] == "lcb, sdpo, strict"
+    assert evaluation_facts(RunConfig(), tasks[-1:])["scorer"] is None
 
 
 def test_there_are_no_chance_scores_without_listed_options():
@@ -57,7 +71,8 @@ def test_results_are_pooled_by_domain_and_averaged(tmp_path):
     unscored = [Sample("1", "x", False, 0.0, status="sandbox_error")] * 3
     everything = [*ALL, *unscored]
     phase = Phase(everything, score_samples(everything, [1, 2]))
-    results = write_results(RunDir(tmp_path), {"method": "m"}, {"last": phase})
+    results = results_of({"method": "m"}, {"last": phase})
+    write_results(RunDir(tmp_path), results, {"last": phase})
     assert results == json.loads((tmp_path / "results.json").read_text())
     last = results["phases"]["last"]
     assert last["avg"] == pytest.approx((0.5 + 0 + 0.75) / 3)

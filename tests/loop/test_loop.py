@@ -70,8 +70,8 @@ def test_a_refused_resumption_leaves_the_run_as_it_was(whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     before, config = logged(run_dir), (run_dir / "config.yaml").read_text()
-    done = small_fit(run_dir, 3, AUDITS, "--ckpt_path=last", "--model.finetune=lora", code=1)
-    assert "AlignmentError: the checkpoint and this configuration differ" in done.stderr
+    done = small_fit(run_dir, 3, AUDITS, "--ckpt_path=last", "--model.finetune=lora", code=2)
+    assert "model.finetune=lora (was full) cannot change when a run is resumed" in done.stderr
     assert logged(run_dir) == before
     assert (run_dir / "config.yaml").read_text() == config
 
@@ -95,12 +95,28 @@ def test_a_run_that_ended_within_an_epoch_goes_on_where_it_stopped(tmp_path):
     run_dir = tmp_path / "run"
     batches_of_four = ["--rollouts.tasks_per_step=4", "--rollouts.updates_per_batch=2"]
     small_fit(run_dir, 2, *batches_of_four, "--trainer.max_steps=3", "--verification.every_epochs=9")
-    small_fit(run_dir, 3, *batches_of_four, "--trainer.max_steps=12", "--ckpt_path=last")
+    small_fit(run_dir, 2, *batches_of_four, "--ckpt_path=last")
     files = sorted((run_dir / "traces").glob("*.gz"))
     assert [int(file.name[5:11]) for file in files] == list(range(12))
+    assert [int(row["step"]) for row in RunDir(run_dir).read_metrics() if row["loss/total"]] == list(range(12))
+    assert json.loads((run_dir / "results.json").read_text())["rollouts"] == 2 * 24
     for epoch in (files[:6], files[6:]):
         visited = Counter(record["task_id"] for file in epoch for record in read_trace(file))
         assert (len(visited), set(visited.values())) == (12, {2})
+
+
+def test_a_run_that_its_time_ended_goes_on_where_it_stopped(tmp_path):
+    run_dir, short = tmp_path / "run", "--trainer.max_time={milliseconds: 1}"  # checked after the first step
+    small_fit(run_dir, 2, "--rollouts.tasks_per_step=4", short)
+    assert len(list((run_dir / "traces").iterdir())) == 1
+    done = small_fit(run_dir, 1, "--rollouts.tasks_per_step=3", "--trainer.max_time=null", "--ckpt_path=last")
+    assert "within epoch 0, at step 1." in " ".join(done.stdout.split())
+    said = "trainer.max_time.milliseconds=null (was 1)"
+    assert said in " ".join(done.stdout.split())
+    files = sorted((run_dir / "traces").iterdir())
+    visited = [Counter(record["task_id"] for record in read_trace(file)) for file in files]
+    assert [len(tasks) for tasks in visited] == [4, 3, 3, 2]
+    assert set(sum(visited, Counter()).values()) == {2}
 
 
 def test_no_held_out_task_is_in_memory(whole):

@@ -98,6 +98,20 @@ def leave_a_log(path: Path, epoch: int) -> Path:
     return log
 
 
+def killed_at(path: Path, statement: str, epoch: int) -> None:
+    """Write an epoch in a process that is killed as SQLite begins the first statement that starts so."""
+    process = start_process(_die_at, str(path), statement, epoch)
+    process.join()
+    assert process.exitcode == 9
+
+
+def _die_at(path: str, statement: str, epoch: int) -> None:
+    world = World()
+    store = MemoryStore.open(path, embedder=world.embedder())
+    store.db.set_trace_callback(lambda sql: os._exit(9) if sql.startswith(statement) else None)
+    world.write_epoch(store, epoch)
+
+
 def _write_and_die(path: str, epoch: int) -> None:
     world = World()
     reader = sqlite3.connect(path, isolation_level=None)

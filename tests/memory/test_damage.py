@@ -1,9 +1,12 @@
 """A store that was damaged, cut, mixed up or locked: found out at the next opening, said in one sentence."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
+import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run_pmd
-from memory_world import World, leave_a_log
+from memory_world import World, killed_at, leave_a_log
 
 from pmd.callbacks.memory import MemoryCallback
 from pmd.cli import main
@@ -146,6 +149,105 @@ def test_a_log_left_behind_is_read(copy, world):
     assert not copy.with_name("m.sqlite-wal").exists()
     with MemoryStore.open(copy, read_only=True) as store:
         assert store.generation == 4
+
+
+def test_a_flipped_generation_is_found_with_and_without_a_checksum(copy, capsys):
+    """Raised or lowered, by any bit of the number or of its check word."""
+    db = sqlite3.connect(copy, isolation_level=None)
+    summed = copy.with_name("m.sqlite.sum").read_bytes()
+    for key, value in db.execute("SELECT key, value FROM meta WHERE key LIKE 'generation%'").fetchall():
+        for bit in range(8 * len(value)):
+            data = bytearray(value.encode())
+            data[bit // 8] ^= 1 << bit % 8
+            db.execute("UPDATE meta SET value = CAST(? AS TEXT) WHERE key = ?", (bytes(data), key))
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            copy.with_name("m.sqlite.sum").unlink(missing_ok=True)
+            with pytest.raises(MemoryStoreError, match="generation"):
+                MemoryStore.open(copy, read_only=True)
+            if bit % 8 == 0:
+                copy.with_name("m.sqlite.sum").write_bytes(summed)
+                assert "m.sqlite" in said(capsys, ("check",), copy)
+        db.execute("UPDATE meta SET value = ? WHERE key = ?", (value, key))
+    db.close()
+
+
+def test_a_flipped_bit_in_any_column_is_found(copy, capsys):
+    """Even where SQLite itself rewrote the page, so that nothing but the checksum can tell."""
+    whole = copy.read_bytes()
+    db = sqlite3.connect(copy)
+    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    columns = [(table, row[1]) for table in tables for row in db.execute(f"PRAGMA table_info({table})")]
+    db.close()
+    assert len(columns) > 60
+    num_flipped = 0
+    for number, (table, column) in enumerate(columns):
+        copy.write_bytes(whole)
+        num_flipped += flip_in_column(copy, table, column, random.Random(number))
+        if copy.read_bytes() != whole:
+            assert "damaged" in said(capsys, READING[number % len(READING)], copy), (table, column)
+    assert num_flipped > 50
+
+
+def flip_in_column(path: Path, table: str, column: str, draw: random.Random) -> bool:
+    """Flip one bit of one value of a column, if there is any; return whether it was possible."""
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA ignore_check_constraints=ON")
+    found = db.execute(f"SELECT {column} FROM {table} WHERE length({column}) > 0 ORDER BY 1 DESC LIMIT 1").fetchone()
+    if found is not None:
+        (value,) = found
+        data = bytearray(struct.pack("<d", value) if isinstance(value, float) else str(value).encode())
+        if isinstance(value, bytes):
+            data = bytearray(value)
+        data[draw.randrange(len(data))] ^= 1
+        flipped = bytes(data) if isinstance(value, bytes) else data.decode("utf-8", "replace")
+        flipped = struct.unpack("<d", data)[0] if isinstance(value, float) else flipped
+        flipped = value ^ 1 if isinstance(value, int) else flipped
+        with contextlib.suppress(sqlite3.IntegrityError):
+            db.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (flipped, value))
+    changed = found is not None and db.total_changes > 0
+    db.close()
+    return changed
+
+
+def test_killed_between_commit_and_checksum_the_log_is_the_store(copy, world):
+    killed_at(copy, "PRAGMA wal_checkpoint", 2)
+    with MemoryStore.open(copy, read_only=True) as reader:
+        assert reader.generation == 3
+    with MemoryStore.open(copy, embedder=world.embedder()):
+        pass
+    assert '"generation": 3' in copy.with_name("m.sqlite.sum").read_text()  # the next writer has summed it
+    assert main(["memory", "rebuild", str(copy)]) == 0
+    assert main(["memory", "check", str(copy)]) == 0
+
+
+def test_a_log_lost_between_commit_and_checksum_is_found(copy, capsys):
+    killed_at(copy, "PRAGMA wal_checkpoint", 2)
+    for suffix in ("-wal", "-shm"):
+        copy.with_name(f"m.sqlite{suffix}").unlink()
+    for command in (("stats",), ("check",), ("rollback", "0")):
+        assert "was being written to generation=3, and its write-ahead log was lost" in said(capsys, command, copy)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda log: log.write_bytes(b""), lambda log: log.write_bytes(log.read_bytes()[:5000])]
+)
+def test_a_log_damaged_between_commit_and_checksum_is_found(copy, capsys, harm):
+    """To the store alone, this looks as if the update had never been committed."""
+    killed_at(copy, "PRAGMA wal_checkpoint", 2)
+    harm(copy.with_name("m.sqlite-wal"))
+    copy.with_name("m.sqlite-shm").unlink()
+    assert main(["memory", "check", str(copy)]) == 1
+    assert "generation 3 was being written" in " ".join(capsys.readouterr().out.split())
+
+
+def test_killed_before_the_commit_nothing_is_lost_and_check_tells(copy, capsys, world):
+    killed_at(copy, "COMMIT", 2)
+    assert main(["memory", "stats", str(copy)]) == 0  # a reader leaves all as it is
+    assert main(["memory", "check", str(copy)]) == 1
+    assert "generation 3 was being written" in " ".join(capsys.readouterr().out.split())
+    with MemoryStore.open(copy, embedder=world.embedder()) as store:
+        assert store.generation == 2
+    assert main(["memory", "check", str(copy)]) == 0
 
 
 def flip_in_the_middle(log: Path) -> None:

@@ -105,7 +105,7 @@ def test_snapshot_and_restore(world, tmp_path):
     later = dump(store)
     store.close()
     MemoryStore.restore(path, data)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.sqlite"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.sqlite", "m.sqlite.sum"]
     store = MemoryStore.open(path, embedder=world.embedder())
     assert dump(store) == content != later
     assert store.snapshot() == data
@@ -136,7 +136,9 @@ def test_restore_refuses_bad_bytes_and_leaves_the_file(open_store, tmp_path):
             MemoryStore.restore(store.path, bad)
     reopened = open_store()
     assert reopened.generation == 0
-    assert sorted(p.suffix for p in tmp_path.iterdir() if not p.name.startswith("memory.sqlite-")) == [".sqlite"]
+    assert sorted(p.suffix for p in tmp_path.iterdir() if not p.name.startswith("memory.sqlite-")) == [
+        ".sqlite", ".sum"
+    ]  # fmt: skip
 
 
 def test_open_refuses_another_embedder(open_store):
@@ -207,11 +209,13 @@ def kill_and_reopen(world, folder: Path, moments: random.Random, kills: int) -> 
     path = folder / "m.sqlite"
     reference = MemoryStore.open(folder / "reference.sqlite", embedder=world.embedder())
     contents = {0: dump(reference)}
-    for _ in range(kills):
+    for kill in range(kills):
         receiving, sending = multiprocessing.Pipe(duplex=False)
         process = start_process(write_forever, str(path), sending)
         sending.close()
         told = [receiving.recv()]
+        if kill == 0:  # on a busy machine too, something is committed before the first kill
+            told.append(receiving.recv())
         time.sleep(moments.uniform(0.0, 0.6))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)

@@ -4,7 +4,7 @@ import pytest
 from memory_world import make_rollout, make_task
 
 from pmd.errors import MemoryStoreError
-from pmd.memory.update import open_writer, without_thinking
+from pmd.memory.update import open_writer
 from pmd.types import Message, Task
 
 
@@ -94,12 +94,6 @@ def test_what_says_nothing_is_not_kept(open_store, rollout):
     with open_writer(store) as writer:
         assert writer.add_experience(task_row, rollout, 0) is None
     assert store.experiences(None) == []
-
-
-def test_thinking_is_stripped():
-    assert without_thinking("<think>a</think> b") == "b"
-    assert without_thinking("a</think>b") == "b"
-    assert without_thinking("b <think> c") == "b"
 
 
 def test_an_insight_written_again_gains_support_and_evidence(open_store):

@@ -1,6 +1,7 @@
 """The stream of batches: each task once an epoch, prompts within their limits, no memory in the student's prompt."""
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import pytest
 from epochs import make_epoch, no_behaviours
@@ -48,6 +49,7 @@ def test_an_epoch_visits_every_task_once(tmp_path, updates):
     made = sum(len(e.completion_ids) for batch in batches for e in batch.examples)
     assert sum(batch.metrics["rollout/num_tokens"] for batch in batches) == made
     assert all(batch.metrics["time/rollout_s"] == 0 for batch in batches if batch.step % updates)
+    assert [batch.is_last for batch in batches] == [False, True] * 3 if updates == 2 else [True] * 3
 
 
 @dataclass
@@ -107,3 +109,50 @@ def test_only_the_teachers_prompt_contains_memory(tmp_path):
 def test_a_prompt_that_is_too_long_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"rollouts.max_prompt_tokens=5 is exceeded by 20 of 20 tasks"):
         run_with(tmp_path, max_prompt_tokens=5)
+
+
+def task_ids(batches):
+    """Return the tasks of each batch, in order."""
+    return [list(dict.fromkeys(e.rollout.task_id for e in batch.examples)) for batch in batches]
+
+
+@pytest.mark.parametrize(("size", "updates"), [(5, 1), (5, 2), (4, 3), (12, 2)])
+def test_a_position_counts_tasks_whatever_the_batches_were(tmp_path, size, updates):
+    """After any step, batches of the same size go on as if nothing had stopped, and others leave no gap."""
+    data = run_with(tmp_path, tasks_per_step=size, updates_per_batch=updates, group_size=1).data
+    stream, whole, positions = data.epoch(0), [], []
+    for batch in stream:
+        whole.append(batch)
+        positions.append(data.state_dict())
+    everything = sorted(task.task_id for task in data.tasks["train"])
+    assert sorted(chain(*task_ids(whole))) == everything
+    assert (positions[-1]["epoch"], positions[-1]["step"], positions[-1]["num_rollouts"]) == (1, len(whole), 12)
+    for done, state in enumerate(positions[:-1], start=1):
+        data.load_state_dict(state)
+        rest = list(data.train_dataloader().dataset)
+        assert task_ids(rest) == task_ids(whole[done:])
+        assert [batch.step for batch in rest] == [batch.step for batch in whole[done:]]
+        assert [batch.is_last for batch in rest] == [batch.is_last for batch in whole[done:]]
+        assert data.state_dict() == positions[-1]
+        data.config = replace(
+            data.config, rollouts=replace(data.config.rollouts, tasks_per_step=3, updates_per_batch=1)
+        )
+        data.load_state_dict(state)
+        stream = data.train_dataloader().dataset
+        num_steps = len(stream)
+        rest = list(stream)
+        assert len(rest) == num_steps
+        assert sorted(chain(*task_ids(whole[:done] + rest))) == everything
+        assert data.position.epoch == 1
+        assert data.position.num_rollouts == 12
+        rollouts = replace(data.config.rollouts, tasks_per_step=size, updates_per_batch=updates)
+        data.config = replace(data.config, rollouts=rollouts)
+
+
+def test_a_run_does_not_go_on_with_other_tasks(tmp_path):
+    run = run_with(tmp_path)
+    digest = run.data.state_dict()["tasks"]
+    build(run.config, RunDir(tmp_path / "again"), digest)
+    changed = replace(run.config, data=replace(run.config.data, world=replace(WORLD, train_per_family=2)))
+    with pytest.raises(ConfigError, match=r"tasks are not those that this run began with"):
+        build(changed, RunDir(tmp_path / "changed"), digest)

@@ -16,7 +16,7 @@ DEEP = "[" * 5000 + "]" * 5000
     ("text", "status"),
     [
         ("<answer> B </answer>", "ok"), ("B</answer>", "ok"), ("<answer><answer>B</answer></answer>", "ok"),
-        ("<think><answer>B</answer></think> C", "ok"), ("<answer>" * 100_000 + "B", "ok"),
+        ("<think><answer>B</answer></think> C", "wrong_answer"), ("<answer>" * 100_000 + "B", "ok"),
         ("<answer>C</answer> <answer>B</answer>", "ok"), ("<answer>B</answer> <answer>C</answer>", "wrong_answer"),
         ("<answer>(B)</answer>", "format"), ("<answer>B, C</answer>", "format"), ("<answer>two</answer>", "format"),
         ("<answer>\N{CYRILLIC CAPITAL LETTER VE}</answer>", "format"), ("<answer>B\u200b</answer>", "format"),
@@ -31,7 +31,7 @@ def test_choices(text, status):
 @pytest.mark.parametrize(
     ("answer", "text", "correct"),
     [
-        ("blue", "blue\r\n", True), ("blue", "red <answer>blue", True), ("\ud800", "\ud800", True),
+        ("blue", "blue\r\n", True), ("blue", "red <answer>blue", True),
         ("9" * 10_000, "9" * 10_000, True), ("nan", "nan", True), ("a\nb", "a\r\nb", False), ("1", "1.0", False),
         ("blue", "b\N{CYRILLIC SMALL LETTER IE}lue", False), ("blue", "blue\u200b", False), ("blue", '"blue"', False),
         ("1", "\N{ARABIC-INDIC DIGIT ONE}", False), ("\N{LATIN SMALL LETTER E WITH ACUTE}", "e\u0301", False),
@@ -50,15 +50,18 @@ def test_texts(answer, text, correct):
         ('{"n": 9007199254740993}', '{"n": 9007199254740992.0}', "wrong_answer"),
         ('{"q": "\u00e9"}', '{"q": "e\u0301"}', "wrong_answer"), ('{"n": [1, 2]}', '{"n": [2, 1]}', "wrong_answer"),
         ('{"n": 1}', '{"n": 1, "m": null}', "wrong_answer"), ('{"n": 1}', '{"n": 2, "n": 3}', "wrong_answer"),
-        ('{"n": 1}', f'{{"n": {"1" * 5000}}}', "format"), ('{"n": 1}', f'{{"n": {DEEP}}}', "format"),
+        ('{"n": 1}', f'{{"n": {"1" * 50_001}}}', "format"), ('{"n": 1}', f'{{"n": {DEEP}}}', "format"),
         ('{"n": 1}', '{"n": Infinity}', "format"), ('{"n": 1}', "{'n': 1}", "format"), ('{"n": 1}', '{"n": 1,}', "format"),
         ('{"n": 1}', '["n", 1]', "format"),
     ],
 )  # fmt: skip
 def test_inputs_of_calls(inputs, text, status):
     answer = json.dumps([{"Action": "f", "Action_Input": inputs}])
-    verdict = verify(Task("t", QUESTION, "tool_use", "test", answer=answer), f"Action: f\nAction Input: {text}\nDone.")
-    assert verdict.status == status
+    for reading in ("strict", "sdpo"):
+        task = Task("t", QUESTION, "tool_use", "test", answer=answer, tests={"reading": reading})
+        verdict = verify(task, f"Action: f\nAction Input: {text}\nDone.")
+        assert verdict.correct == (status == "ok")
+        assert verdict.status == status or (reading, status) == ("sdpo", "format")
 
 
 def program_verdict(program, **tests):

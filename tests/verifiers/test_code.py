@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmd.tasks.jsonl import read_task_file
 from pmd.types import Message, Task
 from pmd.verifiers.code import MAX_EXCERPT, extract_program, run_test, same_output, same_value
 from pmd.verifiers.pool import verify
@@ -147,6 +148,29 @@ def test_only_the_beginning_of_an_output_is_kept():
     assert (result.status, result.output) == ("ok", "3")
     result = run_test("import sys\nfor out in (sys.stderr, sys.stdout): print('x' * 10**6, file=out)", CODE, case)
     assert (result.status, len(result.output), len(result.error)) == ("wrong_answer", MAX_EXCERPT, MAX_EXCERPT)
+
+
+LONG = 10**49_999 + 7
+
+
+def test_integers_of_fifty_thousand_digits():
+    text = str(LONG)
+    assert verify(task([{"input": text, "output": text}]), fence("print(int(input()))")).status == "ok"
+    assert verify(task([{"input": text, "output": "7"}]), fence("print(int(input()) % 10)")).status == "ok"
+    assert verify(task([{"args": [LONG], "expected": LONG + 1}]), fence("def f(x): return x + 1")).status == "ok"
+    assert verify(task([{"args": [LONG], "expected": LONG}]), fence("def f(x): return x + 1")).status == "wrong_answer"
+    printed = verify(task([{"input": "", "output": "1"}]), fence("print(10**50_000)"))
+    assert (printed.status, "50000 digits" in printed.feedback) == ("runtime_error", True)
+    assert not same_value("9" * 50_001, 9)
+
+
+def test_a_task_file_may_hold_such_integers(tmp_path):
+    tests = {"kind": "functional", "entry": "f", "cases": [{"args": [1], "expected": LONG}]}
+    line = json.dumps({"id": "t", "prompt": "p", "verifier": "code", "tests": tests})
+    (tmp_path / "t.jsonl").write_text(line)
+    (read,), problems = read_task_file(tmp_path / "t.jsonl", "test")
+    assert problems == []
+    assert read.tests["cases"][0]["expected"] == LONG
 
 
 def test_functional_cases():

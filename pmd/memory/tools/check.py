@@ -2,9 +2,12 @@
 
 import numpy as np
 
+from pmd.memory.checksum import interrupted
+from pmd.memory.files import one_line
 from pmd.memory.index import TaskIndex
 from pmd.memory.store import MemoryStore
 
+_HISTORY_FROM = "coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'history_from'), 0)"
 #: Each problem, and a statement that selects the rows that have it.
 RULES = {
     "a task is not of the training split": "SELECT id FROM tasks WHERE split != 'train'",
@@ -20,7 +23,8 @@ RULES = {
     " AND id NOT IN (SELECT child_id FROM links WHERE child_level = 2)",
     "a leaking item is not quarantined": "SELECT id FROM insights WHERE leak != '' AND status = 'active'",
     "an item has no history": "SELECT id FROM insights WHERE id NOT IN (SELECT item_id FROM ops WHERE level = 1)"
-    " UNION ALL SELECT id FROM behaviours WHERE id NOT IN (SELECT item_id FROM ops WHERE level = 2)",
+    f" AND generation > {_HISTORY_FROM} UNION ALL SELECT id FROM behaviours"
+    f" WHERE id NOT IN (SELECT item_id FROM ops WHERE level = 2) AND generation > {_HISTORY_FROM}",
     "something is newer than the store's generation": "SELECT id FROM ops WHERE generation >"
     " (SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'generation')",
 }
@@ -28,7 +32,9 @@ RULES = {
 
 def check(store: MemoryStore) -> list[str]:
     """Return what is wrong with the store and its index file, one sentence each; empty if nothing is."""
-    wrong = [f"the file is damaged: {row[0]}" for row in store.query("PRAGMA integrity_check(5)") if row[0] != "ok"]
+    wrong = [
+        f"the file is damaged: {one_line(row[0])}" for row in store.query("PRAGMA integrity_check(5)") if row[0] != "ok"
+    ]
     wrong += [f"a reference of {row[0]} row {row[1]} points nowhere" for row in store.query("PRAGMA foreign_key_check")]
     for meaning, sql in RULES.items():
         found = store.query(sql)
@@ -40,6 +46,8 @@ def check(store: MemoryStore) -> list[str]:
             bad = int((~(np.abs(lengths - 1.0) < 1e-3)).sum())
             if bad:
                 wrong.append(f"vectors of {table} are not of length 1: {bad}")
+    unfinished = interrupted(store.path, store.generation)
+    wrong += [unfinished] if unfinished else []
     stale = TaskIndex(store).mismatch()
     if stale:
         wrong.append(f"the index file is not the store's: {stale}; `pmd memory rebuild` rebuilds it")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmd.errors import MemoryStoreError
+from pmd.memory.content import known_columns
 from pmd.memory.store import TABLES, Ledger, MemoryStore
 from pmd.memory.update import open_writer
 
@@ -50,9 +51,11 @@ def diff(store: MemoryStore, old: int, new: int) -> list[Difference]:
         MemoryStoreError: the store has no such generation.
     """
     for generation in (old, new):
-        if not 0 <= generation <= store.generation:
+        if not store.history_from <= generation <= store.generation:
+            kept = " (memory.keep_generations; earlier ones were dropped)" if store.history_from else ""
             raise MemoryStoreError(
-                f"generation={generation} is not in the store, which has 0 to {store.generation}; choose one of them."
+                f"generation={generation} is not in the store, which has {store.history_from} to {store.generation}"
+                f"{kept}; choose one of them."
             )
     earlier, later = min(old, new), max(old, new)
     now, then = dict(states(store, later, since=earlier)), dict(states(store, earlier, since=earlier))
@@ -67,8 +70,10 @@ def rollback(store: MemoryStore, generation: int) -> list[Difference]:
     undone = diff(store, generation, store.generation)
     reason = f"rollback to generation {generation}"
     with open_writer(store) as writer:
-        # Deletions first: a restored item may have the same text as one added since.
-        for difference in sorted(undone, key=lambda d: (d.old is not None, -d.level, d.item_id)):
+        # Deletions first: a restored item may have the same text as one added since. Later versions of an insight are
+        # deleted before, and restored after, the earlier ones that they refer to.
+        deletions = [d for d in undone if d.old is None]
+        for difference in deletions[::-1] + [d for d in undone if d.old is not None]:
             _put(writer.ledger, difference, reason)
     return undone
 
@@ -85,10 +90,29 @@ def states(store: MemoryStore, generation: int, *, since: int) -> Iterator[tuple
             generation,
         )
         for action, before in changes:
-            row = None if action == "add" else {**(row or {}), **json.loads(before)}
+            if action == "add":
+                row = None
+            elif action == "delete" or row is not None:
+                row = {**(row or {}), **_read_change(level, before, whole=action == "delete")}
+            else:
+                raise ValueError(f"its history changes item {item_id} of table {TABLES[level]}, which it has not")
         if row is not None:
             row.pop("last_generation", None)  # a time, not content
         yield (level, item_id), row
+
+
+def _read_change(level: int, text: str, *, whole: bool) -> Row:
+    """Parse what a change replaced.
+
+    Raises:
+        ValueError: a name, which becomes part of SQL statements, is no column of the table, or one is missing.
+    """
+    row = json.loads(text)
+    columns = known_columns(TABLES[level]).keys() - {"embedding"} | {"parents"}
+    wrong = sorted(row.keys() ^ columns if whole else row.keys() - columns)
+    if wrong:
+        raise ValueError(f"its history of table {TABLES[level]} is wrong in the column {wrong[0]!r}")
+    return row
 
 
 def _present(store: MemoryStore, level: int, item_id: int) -> Row | None:

@@ -15,6 +15,8 @@ from pmd.memory.store import LIVE, TABLES, MemoryStore
 from pmd.memory.tools.report_charts import HALF, bars, lines, scatter
 
 ROWS = 8
+MAX_AGE = 50  # updates; older insights share a bar
+MAX_TICKS = 400  # points of a curve
 MAX_POINTS = 3_000  # texts on the map, the best supported ones
 LEVELS = ("experiences", "insights", "behaviours")
 
@@ -22,6 +24,7 @@ LEVELS = ("experiences", "insights", "behaviours")
 def render(store: MemoryStore, title: str) -> str:
     """Return the page as HTML."""
     stats, history = store.stats(), growth(store)
+    history = history[:: -(-len(history) // MAX_TICKS)][:-1] + history[-1:]
     frame = resources.files("pmd.memory.tools").joinpath("report.html").read_text(encoding="utf-8")
     live = sum(history[-1]["live"])
     subtitle = f"Generation {store.generation}, {live:,} live items, embedder {store.embedder.name}. Schema version "
@@ -50,25 +53,29 @@ def render(store: MemoryStore, title: str) -> str:
 
 
 def growth(store: MemoryStore) -> list[dict[str, Any]]:
-    """Return how many items of each level were live after each update, reconstructed from the log of changes."""
+    """Return how many items of each level were live after each update, reconstructed from the log of changes.
+
+    A compacted store reaches back to `history_from`.
+    """
     status: dict[tuple[int, int], str] = {}
     for level, table in TABLES.items():
         status |= {(level, item_id): now for item_id, now in store.query(f"SELECT id, status FROM {table}")}
     counts = Counter((level, now) for (level, _), now in status.items())
     changes = store.query(
-        "SELECT generation, level, item_id, action, json_extract(before, '$.status') FROM ops"
-        " WHERE action != 'change' OR json_extract(before, '$.status') IS NOT NULL ORDER BY id DESC"
+        "SELECT generation, level, item_id, action, json_extract(before, '$.status') FROM ops WHERE generation > ?"
+        " AND (action != 'change' OR json_extract(before, '$.status') IS NOT NULL) ORDER BY generation DESC, id DESC",
+        store.history_from,
     )
     rows: list[dict[str, Any]] = []
     position = 0
-    for generation in range(store.generation, -1, -1):
+    for generation in range(store.generation, store.history_from - 1, -1):
         live = [counts[level, "active"] + counts[level, "internalized"] for level in TABLES]
         rows.append({"generation": generation, "live": live, "internalized": counts[1, "internalized"]})
         while position < len(changes) and changes[position][0] == generation:
             _, level, item_id, action, before = changes[position]
             position += 1
             if action != "delete":
-                counts[level, status[level, item_id]] -= 1
+                counts[level, status.get((level, item_id), "")] -= 1
             if action != "add":
                 status[level, item_id] = before
                 counts[level, before] += 1
@@ -152,13 +159,13 @@ def _item_row(store: MemoryStore, row: dict[str, Any]) -> str:
         f"<li>{escape(group.rsplit('/train/')[-1])}: correct {_lift(correct)}, wrong {_lift(wrong)}</li>"
         for group, correct, wrong in audits
     )
-    name = f"{'behaviour' if row['level'] == 2 else row['kind']} {row['id']}"
+    name = escape(f"{'behaviour' if row['level'] == 2 else row['kind']} {row['id']}")
     evidence = f"<details><summary>{name}, support {row['support']}: lifts by group</summary><ul>{shown}</ul></details>"
     sign = "pos" if row["usefulness"] > 0 else "neg"
     return (
         f'<tr><td class="n {sign}">{row["usefulness"]:+.3f}</td>'
         f'<td class="text">{escape(row["content"])}{evidence}</td>'
-        f'<td><span class="tag">{row["status"]}</span></td></tr>'
+        f'<td><span class="tag">{escape(row["status"])}</span></td></tr>'
     )
 
 
@@ -168,12 +175,13 @@ def _lift(value: float | None) -> str:
 
 def _ages(store: MemoryStore) -> str:
     ages = Counter(
-        store.generation - generation
+        min(store.generation - generation, MAX_AGE)
         for (generation,) in store.query(f"SELECT last_generation FROM insights WHERE {LIVE}")
     )
     if not ages:
         return _NOTHING.format("No insights.")
-    return bars([(str(age), ages[age]) for age in range(max(ages) + 1)], "updates ago", width=HALF)
+    names = [f"{age}+" if age == MAX_AGE else str(age) for age in range(max(ages) + 1)]
+    return bars([(name, ages[age]) for age, name in enumerate(names)], "updates ago", width=HALF)
 
 
 def _internalized(store: MemoryStore) -> str:
@@ -197,8 +205,8 @@ def _leaks(store: MemoryStore) -> str:
         f" FROM insights i JOIN tasks t ON t.id = task_row WHERE status = 'quarantined' ORDER BY i.id LIMIT {ROWS}"
     )
     body = "".join(
-        f'<tr><td class="n">{item_id}</td><td>{kind}</td><td class="text">{escape(task)}</td>'
-        f"<td>{escape(leak or reason)}</td></tr>"
+        f'<tr><td class="n">{item_id}</td><td>{escape(kind)}</td><td class="text">{escape(task)}</td>'
+        f"<td>{escape(leak or reason or 'not recorded')}</td></tr>"
         for item_id, task, kind, leak, reason in rows
     )
     total = store.query("SELECT count(*) FROM insights WHERE status = 'quarantined'")[0][0]

@@ -18,6 +18,7 @@ from pathlib import Path
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun
 from pmd.run_dir import RunDir, write_json
+from pmd.run_lock import locked
 
 
 def log_file(run: PlannedRun) -> Path:
@@ -85,7 +86,8 @@ def _arguments(run: PlannedRun) -> list[str]:
     directory = RunDir(run.run_dir)
     resume = (directory.checkpoints / "last.ckpt").is_file()
     if not resume and run.run_dir.exists():
-        shutil.rmtree(run.run_dir)  # it never reached a checkpoint
+        with locked(run.run_dir):  # so it is not another sweep's, which has only just begun
+            shutil.rmtree(run.run_dir)  # it never reached a checkpoint
     run.run_dir.parent.mkdir(parents=True, exist_ok=True)
     write_json(_marker(run), run.config)
     return ["fit", *run.arguments, f"--run_dir={run.run_dir}", *(["--ckpt_path=last"] if resume else [])]

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pmd.errors import ConfigError
-from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line, strip_thinking
+from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line
+from pmd.tasks.thinking import strip_thinking
 from pmd.types import Message, Rollout, Task
 
 if TYPE_CHECKING:

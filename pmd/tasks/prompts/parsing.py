@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
+from pmd.tasks.thinking import strip_thinking
 from pmd.types import INSIGHT_KINDS, InsightAction, ItemKind
 
 ACTIONS: tuple[InsightAction, ...] = ("add", "keep", "edit", "retire")
@@ -17,7 +18,6 @@ MAX_ITEMS = 3  # per output
 MAX_ITEM_CHARACTERS = 1200  # an item longer than this is a transcript, not an insight
 MAX_CHARACTERS = 40_000  # only the end of a longer output is parsed
 MAX_FAILURES = 200  # opening braces that may fail to parse
-THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 HEADING = re.compile(r"^[\W_]*(action|kind|title|content|insight)\b[\W_]*?:[\W_]*(.*)$", re.IGNORECASE | re.MULTILINE)
 
@@ -48,11 +48,6 @@ def parse_items(text: str) -> Reply:
 def parse_line(text: str) -> str | None:
     """Return `title: content` of the first well-formed item, or None."""
     return next((line for item in _objects(text)[0] if (line := _line(item))), None)
-
-
-def strip_thinking(text: str) -> str:
-    """Remove <think> blocks (closed, unclosed, or opened by the prompt) and surrounding white space."""
-    return THINKING.sub("", text).rpartition("</think>")[2].strip()
 
 
 def _reflected(item: dict[str, Any]) -> ParsedInsight | None:
@@ -95,7 +90,7 @@ def _printable(text: str) -> str:
 
 def _objects(text: str) -> tuple[list[dict[str, Any]], int]:
     """Return the objects found by the first method that finds any, and 1 if some text was unreadable."""
-    shown = strip_thinking(text[-MAX_CHARACTERS:].rsplit("</think>", 1)[-1])
+    shown = strip_thinking(text[-MAX_CHARACTERS:])
     fences = FENCE.findall(shown)
     broken = 0
     for source in (*fences[-1:], shown):

@@ -1,7 +1,7 @@
 """The child process: confines itself, then runs one program. It writes bytes to its pipes and never returns.
 
-No part of the program runs before the child writes a byte to the `ready` pipe. A child that ends without this byte
-failed to confine itself, and a program cannot fake such a failure.
+No part of the program runs before the child writes to the `ready` pipe: a byte, then its process id as /proc knows it.
+A child that ends without this byte failed to confine itself, and a program cannot fake such a failure.
 """
 
 import _multiprocessing
@@ -16,6 +16,7 @@ import io
 import json
 import linecache
 import math
+import mmap
 import os
 import random
 import resource
@@ -26,7 +27,8 @@ import traceback
 import types
 from typing import Any, NamedTuple, NoReturn
 
-from pmd.verifiers.sandbox import filesystem, kernel, landlock, seccomp
+from pmd.verifiers.sandbox import clock, filesystem, kernel, landlock, seccomp
+from pmd.verifiers.sandbox.mappings import PrivateMap
 from pmd.verifiers.sandbox.protocol import EXIT_MEMORY, Request
 from pmd.verifiers.sandbox.semaphores import ThreadSemLock
 
@@ -36,8 +38,10 @@ RESULT, READY, RULESET = 3, 4, 5
 #: Address space granted beyond the limit, because thread stacks reserve far more than they use (some programs ask for
 #: half a gigabyte). Memory actually used is checked after the run.
 RESERVED_BYTES = 640 << 20
-STACK_BYTES, FILE_BYTES, NUM_FILES, NUM_THREADS = 120 << 20, 16 << 20, 128, 256
+STACK_BYTES, FILE_BYTES, NUM_FILES, NUM_THREADS, NUM_SIGNALS = 120 << 20, 16 << 20, 128, 256, 256
 RECURSION_LIMIT = 50_000
+#: Of an integer that is read or printed, as LiveCodeBench's grader allows.
+MAX_INT_DIGITS = 50_000
 #: Garbage collection threshold of the youngest generation; Python's default of 700 makes programs with many objects
 #: five times slower.
 GC_THRESHOLD = 50_000
@@ -58,8 +62,10 @@ class Confinement(NamedTuple):
     stdin_writer: int | None  # at level namespaces: for writing the input into the root directory
     writable: str  # path of a small writable directory; empty if there is none
     user: int | None  # user id to switch to
+    reads_as_root: bool  # keep the capability to read what that user may not; Landlock still allows only what it lists
     ruleset: int | None  # descriptor of the Landlock rule set
     filter: bytes | None  # seccomp program
+    proc: int | None  # descriptor of a /proc, for the zygote
     zygote: int  # process id of the parent of every child
     base_bytes: int  # address space of the interpreter before a program runs
 
@@ -77,9 +83,11 @@ def prepare(packages: str) -> int:
     sys.path_importer_cache.clear()
     sys.argv[:] = [FILE_NAME]
     sys.setrecursionlimit(RECURSION_LIMIT)
+    sys.set_int_max_str_digits(MAX_INT_DIGITS)
     os.environ.clear()
     os.putenv("OPENBLAS_NUM_THREADS", "1")  # visible to C only; one thread per core would use up the CPU limit
     _multiprocessing.SemLock = ThreadSemLock  # type: ignore[misc]
+    mmap.mmap = PrivateMap  # type: ignore[misc]
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -89,9 +97,10 @@ def main(request: Request, stdin: int, ready: int, confinement: Confinement, off
     files = request.files
     try:
         code, payload = _read(files.code), _read(files.payload) if request.entry else b""
+        pid = clock.own_pid(confinement.proc)
         _arrange_descriptors((stdin, files.stdout, files.stderr, files.result, ready), confinement.ruleset)
         _confine(request, confinement, offsets)
-        os.write(READY, b"!")
+        os.write(READY, f"!{pid}".encode())
         os.close(READY)
     except BaseException as error:
         os.write(2, f"the sandbox could not be set up: {error!r}".encode())
@@ -118,10 +127,11 @@ def _confine(request: Request, confinement: Confinement, offsets: tuple[int, ...
     os.chdir(confinement.writable or "/")
     _set_limits(request, confinement)
     if confinement.user is not None:
+        kernel.prctl(kernel.PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         os.setresgid(confinement.user, confinement.user, confinement.user)
         os.setresuid(confinement.user, confinement.user, confinement.user)
-    kernel.drop_capabilities()
+    kernel.set_capabilities(kernel.CAP_DAC_READ_SEARCH if confinement.reads_as_root else 0)
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != confinement.zygote:
         raise ProcessLookupError("the zygote ended first")  # so its death did not kill this process
@@ -144,6 +154,7 @@ def _set_limits(request: Request, confinement: Confinement) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: NUM_SIGNALS,
     }
     in_own_user_namespace = confinement.user is None and confinement.stdin_writer is not None
     if in_own_user_namespace or (confinement.user or 0) >= filesystem.FIRST_FREE_USER:

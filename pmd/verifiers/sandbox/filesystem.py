@@ -18,7 +18,8 @@ NAMESPACES = (
     | kernel.CLONE_NEWCGROUP
 )
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+#: Not /dev/zero: a shared mapping of it is anonymous memory (see seccomp.py).
+DEVICES = ("/dev/null", "/dev/urandom", "/dev/random")
 #: Packages that programs may import if they are installed, with the libraries they load.
 PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
 #: Candidate mount points for the new root; the first one with nothing readable below it is used.

@@ -11,14 +11,14 @@ CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 22, 38
 SECCOMP_MODE_FILTER = 2
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_RECURSIVE, AT_FDCWD = 0x8000, -100
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYS_MOUNT_SETATTR = 442
 SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
-CAPABILITY_VERSION_3 = 0x20080522
+CAPABILITY_VERSION_3, CAP_DAC_READ_SEARCH = 0x20080522, 1 << 2
 MACHINE = platform.machine()
 
 
@@ -68,10 +68,10 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
     checked(LIBC.prctl(ctypes.c_int(option), ctypes.c_ulong(value), pointer, None, None), f"prctl {option}")
 
 
-def drop_capabilities() -> None:
-    """Give up every capability permanently."""
+def set_capabilities(kept: int) -> None:
+    """Give up every capability except those of the mask `kept`, permanently."""
     header = struct.pack("<Ii", CAPABILITY_VERSION_3, 0)
-    checked(LIBC.capset(header, bytes(24)), "capset")
+    checked(LIBC.capset(header, struct.pack("<6I", kept, kept, 0, 0, 0, 0)), "capset")
 
 
 class FilterProgram(ctypes.Structure):

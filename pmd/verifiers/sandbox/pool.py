@@ -1,7 +1,8 @@
 """The trainer's side of the sandbox: `Sandbox.run`, from any thread; it blocks while all workers are busy.
 
 A worker is a supervisor with its zygote. A worker that dies, hangs or returns garbage is replaced and its run repeated
-once; if that fails too, the outcome is `sandbox_error`, which says nothing about the program.
+once. A program that the machine was too busy to run is repeated once, alone. If that fails too, the outcome is
+`sandbox_error`, which says nothing about the program.
 """
 
 import atexit
@@ -21,15 +22,19 @@ from pathlib import Path
 from typing import Literal
 
 from pmd.verifiers.sandbox import filesystem, protocol
+from pmd.verifiers.sandbox.gate import Gate
 from pmd.verifiers.sandbox.protocol import Limits, Reply, Request
 from pmd.verifiers.sandbox.streams import Streams
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "rlimits"]
 End = Literal["finished", "runtime_error", "timeout", "memory", "output_limit", "sandbox_error"]
 START_S = 60.0
-#: A worker that has not reported a run this long after its wall limit counts as hung.
+#: A worker that has not reported a run this long after the run must have ended counts as hung.
 GRACE_S = 10.0
 CLOSING_S = 2.0
+#: CPU time that a program may use beyond its limit before the clock is read.
+CPU_TOLERANCE_S = 0.1
+TOO_BUSY = "this machine was too busy to run it"
 PROBE = b"""
 import ctypes, os, socket
 def refused(attempt):
@@ -106,15 +111,16 @@ class Worker:
         with self._in_use, Streams(limits.output_bytes, has_entry=bool(program.entry)) as streams:
             code, payload = protocol.memory_file(program.code), protocol.memory_file(program.payload)
             files = protocol.Files(code, payload, *streams.writers)
-            cpu_s = math.ceil(limits.wall_s) + 1
-            self.peer.settimeout(limits.wall_s + grace_s)
+            cpu_s = math.ceil(limits.time_s) + 1
+            longest_s = limits.longest_s + grace_s
+            self.peer.settimeout(longest_s)
             try:
-                request = Request(limits.wall_s, limits.memory_mb, cpu_s, program.entry, files)
+                request = Request(limits.time_s, limits.longest_s, limits.memory_mb, cpu_s, program.entry, files)
                 protocol.send_request(self.peer, request)
             finally:
                 for descriptor in files:
                     os.close(descriptor)
-            if not streams.follow(self.peer, time.monotonic() + limits.wall_s + grace_s):
+            if not streams.follow(self.peer, time.monotonic() + longest_s):
                 raise TimeoutError("the worker did not answer in time")
             reply = protocol.receive_reply(self.peer)
             streams.drain()
@@ -157,9 +163,10 @@ class Sandbox:
         self.level: Level | None = level
         self.reasons: list[str] = []
         self.missing = ""
-        self.num_runs = self.num_repeated = self.num_hung = 0
+        self.num_runs = self.num_repeated = self.num_hung = self.num_starved = 0
         self._owner, self._closed = os.getpid(), False
         self._lock = threading.Lock()
+        self._gate = Gate()
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self._all: set[Worker] = set()
         for _ in range(self.num_workers):
@@ -184,12 +191,14 @@ class Sandbox:
         for number in range(2):
             if number and self._closed:
                 break
-            outcome = self._attempt(program, limits)
+            with self._gate.alone() if number and reason == TOO_BUSY else self._gate.together():
+                outcome = self._attempt(program, limits)
             if isinstance(outcome, Outcome):
                 return outcome
             reason = outcome
             with self._lock:
                 self.num_repeated += 1
+                self.num_starved += reason == TOO_BUSY
         return Outcome("sandbox_error", stderr=reason.encode())
 
     def _attempt(self, program: Program, limits: Limits) -> Outcome | str:
@@ -199,6 +208,8 @@ class Sandbox:
             reply, streams = worker.run(program, limits, self.grace_s)
             keep = reply.end != protocol.NOT_STARTED
             self.num_runs += keep
+            if reply.end == protocol.STARVED:
+                return TOO_BUSY
             return outcome_of(reply, streams, limits) if keep else streams.texts[1].decode(errors="replace")
         except (EOFError, OSError) as error:
             self.num_hung += isinstance(error, TimeoutError)
@@ -258,7 +269,7 @@ class Sandbox:
         """Raise SandboxUnavailable if a probe program can do what the level should prevent."""
         if level == "rlimits":
             return
-        _, streams = worker.run(Program(PROBE), Limits(wall_s=20.0))
+        _, streams = worker.run(Program(PROBE), Limits(time_s=20.0))
         if streams.texts[0].strip() != b"True":
             worker.close()
             output = b"".join(streams.texts)[-200:].decode(errors="replace")
@@ -285,7 +296,7 @@ def outcome_of(reply: Reply, streams: Streams, limits: Limits) -> Outcome:
     end: End = "finished" if code == 0 else "runtime_error"
     if streams.flooded or code == -signal.SIGXFSZ:
         end = "output_limit"
-    elif reply.end == protocol.TIMED_OUT or code == -signal.SIGXCPU or reply.cpu_s > math.ceil(limits.wall_s) + 0.9:
+    elif reply.end == protocol.TIMED_OUT or code == -signal.SIGXCPU or reply.cpu_s > limits.time_s + CPU_TOLERANCE_S:
         end = "timeout"
     elif code == protocol.EXIT_MEMORY or memory_full:
         end = "memory"

@@ -12,21 +12,31 @@ import struct
 from typing import NamedTuple
 
 HELLO = struct.Struct("<II")  # 1 ready or 0 failed, length of the text that follows
-REQUEST = struct.Struct("<dIII")  # followed by the entry's name; the descriptors are sent alongside
+REQUEST = struct.Struct("<ddIII")  # followed by the entry's name; the descriptors are sent alongside
 REPLY = struct.Struct("<Biddi")
 KILL = b"K"  # sent by the trainer during a run: the program wrote too much
-ENDED, TIMED_OUT, NOT_STARTED = range(3)
+ENDED, TIMED_OUT, NOT_STARTED, STARVED = range(4)
 EXIT_MEMORY = 97  # a child's exit status when memory ran out
 NUM_FILES = 5
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
+#: A machine that gives a program less of a CPU than one part in BUSY_FACTOR, for BUSY_S and longer, is too busy.
+BUSY_FACTOR, BUSY_S = 10.0, 10.0
+
+
 class Limits(NamedTuple):
     """What one run may use."""
 
-    wall_s: float = 6.0
+    time_s: float = 6.0  # on a CPU; sleeping and waiting are limited too (see clock.py)
     memory_mb: int = 512
     output_bytes: int = 4 << 20
+    busy_s: float | None = None  # see `longest_s`
+
+    @property
+    def longest_s(self) -> float:
+        """After how many seconds a program ends that has not used its time because it was not given a CPU."""
+        return BUSY_FACTOR * self.time_s + BUSY_S if self.busy_s is None else self.busy_s
 
 
 class Files(NamedTuple):
@@ -42,7 +52,8 @@ class Files(NamedTuple):
 class Request(NamedTuple):
     """One run, as sent to the zygote. `entry` is empty for a program that reads stdin."""
 
-    wall_s: float
+    time_s: float
+    longest_s: float
     memory_mb: int
     cpu_s: int
     entry: str
@@ -62,7 +73,7 @@ class Reply(NamedTuple):
 def send_request(peer: socket.socket, request: Request) -> None:
     """Send one request with its descriptors."""
     name = request.entry.encode()
-    header = REQUEST.pack(request.wall_s, request.memory_mb, request.cpu_s, len(name))
+    header = REQUEST.pack(request.time_s, request.longest_s, request.memory_mb, request.cpu_s, len(name))
     socket.send_fds(peer, [header + name], request.files)
 
 
@@ -74,8 +85,8 @@ def receive_request(peer: socket.socket) -> Request | None:
             first, descriptors, _, _ = socket.recv_fds(peer, 1, NUM_FILES)
         if not first:
             return None
-        wall_s, memory_mb, cpu_s, length = REQUEST.unpack(first + receive(peer, REQUEST.size - 1))
-        return Request(wall_s, memory_mb, cpu_s, receive(peer, length).decode(), Files(*descriptors))
+        time_s, longest_s, memory_mb, cpu_s, length = REQUEST.unpack(first + receive(peer, REQUEST.size - 1))
+        return Request(time_s, longest_s, memory_mb, cpu_s, receive(peer, length).decode(), Files(*descriptors))
     except EOFError:
         return None
 

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from pmd.verifiers.sandbox import child, filesystem, kernel, landlock, seccomp
+from pmd.verifiers.sandbox import child, clock, filesystem, kernel, landlock, seccomp
 from pmd.verifiers.sandbox.child import Confinement
 from pmd.verifiers.sandbox.protocol import HELLO
 from pmd.verifiers.sandbox.zygote import serve
@@ -55,7 +55,8 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
     readable = filesystem.readable_paths(site_packages)
     writable = filesystem.writable_place(readable) if level in ("namespaces", "bubblewrap") else ""
     missing: list[str] = []
-    stdin_writer = None
+    proc = clock.open_proc()
+    stdin_writer, reads_as_root = None, False
     if level == "namespaces":
         filesystem.enter_namespaces()
         stdin_writer = filesystem.build_root(readable, writable)
@@ -63,9 +64,9 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
         missing.append("a limit on the number of files and threads")
     else:
         missing.append("namespaces")
-        if user is not None and not _reachable_by(user, readable):
-            user = None
+        if user is None and os.getuid() == 0:
             missing.append("a separate user")
+        reads_as_root = user is not None and not _reachable_by(user, readable)
     read_write = [*([writable] if writable else []), *filesystem.DEVICES]
     readable_now = [*readable, filesystem.STDIN_FILE] if level == "namespaces" else readable
     ruleset, program = _landlock_and_seccomp(level, (readable_now, read_write, [site_packages]), missing)
@@ -79,8 +80,10 @@ def _fork_zygote(level: str, site_packages: str, peer: socket.socket) -> int:
             stdin_writer=stdin_writer,
             writable=writable,
             user=user,
+            reads_as_root=reads_as_root,
             ruleset=ruleset,
             filter=program,
+            proc=proc,
             zygote=os.getpid(),
             base_bytes=base_bytes,
         )

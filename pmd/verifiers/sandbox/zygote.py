@@ -1,7 +1,7 @@
 """The zygote: serves one request at a time by forking a confined child, and reports how the child ended.
 
 It is single-threaded and has imported the common modules once, so a run costs only a fork. It waits for the child on a
-pidfd, never for the end of a pipe, and kills it at the wall limit, at the trainer's request, or if the trainer is gone.
+pidfd, never for the end of a pipe, and kills it when its time is up, when the trainer asks, or if the trainer is gone.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from pmd.verifiers.sandbox import child, filesystem, protocol, seccomp
 from pmd.verifiers.sandbox.child import Confinement
+from pmd.verifiers.sandbox.clock import Clock, end_of, pause_s
 from pmd.verifiers.sandbox.protocol import Reply, Request
 
 #: If a killed child takes longer than this to die, the zygote exits.
@@ -48,7 +49,7 @@ def run(request: Request, confinement: Confinement, offsets: tuple[int, ...], pe
         child.main(request, stdin, ready_writer, confinement, offsets)
     for descriptor in {stdin, ready_writer, *request.files}:
         os.close(descriptor)
-    watched = _watch(pid, ready, request.wall_s, peer)
+    watched = _watch(pid, ready, request, peer, confinement.proc)
     os.close(ready)
     if watched is None:
         return None
@@ -69,34 +70,40 @@ class Watched(NamedTuple):
     wall_s: float
 
 
-def _watch(pid: int, ready: int, wall_s: float, peer: socket.socket) -> Watched | None:
+def _watch(pid: int, ready: int, request: Request, peer: socket.socket, proc: int | None) -> Watched | None:
     """Wait for the child and kill it if it must end; return None if the trainer is gone or the child does not die.
 
-    The wall limit starts with the child's byte on `ready`; without that byte the program has not started.
+    Its time starts with the child's byte on `ready`; without that byte the program has not started.
     """
-    process, started, begun = os.pidfd_open(pid), time.monotonic(), False
-    deadline = started + STARTING_S
+    process, created = os.pidfd_open(pid), time.monotonic()
+    clock: Clock | None = None
+    left_s, end = STARTING_S, protocol.ENDED
     poll = select.poll()
     for descriptor in (process, peer.fileno(), ready):
         poll.register(descriptor, select.POLLIN)
     try:
         while True:
-            events = {descriptor for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+            events = {descriptor for descriptor, _ in poll.poll(left_s * 1000)}
             if ready in events:
                 poll.unregister(ready)
-                if os.read(ready, 1):
-                    begun, started = True, time.monotonic()
-                    deadline = started + wall_s
-            if process in events:
-                return Watched(protocol.ENDED if begun else protocol.NOT_STARTED, time.monotonic() - started)
-            if events - {ready} or not events:
+                if written := os.read(ready, 32):
+                    clock = Clock(pid, proc, written[1:].decode())
+            if events - {ready} or not (events or clock):  # it ended, or must end, or has not started in time
                 break
-        os.kill(pid, signal.SIGKILL)
-        if events and peer.recv(1) != protocol.KILL:
-            return None
-        has_died = select.select([process], [], [], DYING_S)[0]
-        end = protocol.ENDED if events else protocol.TIMED_OUT
-        return Watched(end if begun else protocol.NOT_STARTED, time.monotonic() - started) if has_died else None
+            if clock:
+                used = clock.read()
+                if (due := end_of(used, request.time_s, request.longest_s)) is not None:
+                    end = due
+                    break
+                left_s = pause_s(used, request.time_s, request.longest_s)
+        wall_s = time.monotonic() - (clock.started if clock else created)
+        if process not in events:
+            os.kill(pid, signal.SIGKILL)
+            if events - {ready} and peer.recv(1) != protocol.KILL:
+                return None
+            if not select.select([process], [], [], DYING_S)[0]:
+                return None
+        return Watched(end if clock else protocol.NOT_STARTED, wall_s)
     finally:
         os.close(process)
 

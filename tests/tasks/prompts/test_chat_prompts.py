@@ -5,7 +5,7 @@ import pytest
 from pmd.config.schema import ModelConfig
 from pmd.pretrained import load_tokenizer
 from pmd.tasks.prompts.chat import ChatPrompts
-from pmd.tasks.prompts.parsing import ParsedInsight, strip_thinking
+from pmd.tasks.prompts.parsing import ParsedInsight
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
 TOKENIZER = load_tokenizer(ModelConfig(path="tiny_exam"))
@@ -52,20 +52,6 @@ def test_the_teacher_sees_items_success_and_failure_without_thinking():
         assert text in shown, text
     for text in ("QQQ", "ZZZ", "SECRET"):
         assert text not in shown, text
-
-
-@pytest.mark.parametrize(
-    ("text", "left"),
-    [
-        ("<think>a</think>b", "b"),
-        ("<think>never closed", ""),
-        ("a<think>x</think>b<think>y", "ab"),
-        (" b ", "b"),
-        ("x</think>b", "b"),
-    ],
-)
-def test_thinking_is_stripped(text, left):
-    assert strip_thinking(text) == left
 
 
 def test_a_reflection_prompt_has_the_verdicts_but_not_the_answer():

@@ -88,4 +88,5 @@ PROGRAMS = {
     "dlopen from tmp": "import ctypes,shutil,glob\ns=(glob.glob('/lib/x86_64-linux-gnu/libm.so*')+glob.glob('/usr/lib/x86_64-linux-gnu/libm.so*'))[0]\nshutil.copyfile(s,'m.so')\ntry: ctypes.CDLL('./m.so'); print(4)\nexcept OSError: print(4)",
     "getdents root": "import os\ntry: print(3 if os.scandir('/') and list(os.scandir('/')) else 4)\nexcept OSError: print(4)",
     "own module in place of ours": "open('json.py','w').write('dumps=lambda *a,**k: \"3\"'); import sys; sys.modules.pop('json'); import json; print(4)",
+    "two locks on one file": "import fcntl\na=open('x','w'); b=open('x','w'); fcntl.flock(a,fcntl.LOCK_EX); fcntl.flock(b,fcntl.LOCK_EX)",
 }

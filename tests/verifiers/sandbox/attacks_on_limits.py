@@ -55,7 +55,6 @@ TIME = {
     "class lies": "class M(type):\n    def __subclasscheck__(c,s):\n        while 1: pass\n    def __instancecheck__(c,s):\n        while 1: pass\nimport io\nio.TextIOWrapper=M('X',(),{})\nx=[]\nx.append(x)",
     "sleep loop": "import time\nwhile 1:\n    try: time.sleep(99)\n    except BaseException: pass",
     "mass flush": "import time\nwhile 1: print(3,flush=True); time.sleep(.01)",
-    "flock self deadlock": "import fcntl\na=open('x','w'); b=open('x','w'); fcntl.flock(a,fcntl.LOCK_EX); fcntl.flock(b,fcntl.LOCK_EX)",
     "asyncio cancel resist": "import asyncio\nasync def f():\n    while 1:\n        try: await asyncio.sleep(99)\n        except BaseException: pass\nasync def m():\n    t=asyncio.create_task(f()); await asyncio.sleep(0); t.cancel(); await t\nasyncio.run(m())",
     "atexit thread": "import atexit,threading\natexit.register(lambda: threading.Event().wait())\nprint(3)",
     "decimal huge": "from decimal import *\ngetcontext().prec=10**7\nDecimal(2).sqrt()",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pmd.types import Task, Verdict
-from pmd.verifiers.math import MathWorker
+from pmd.verifiers.math_helpers import MathWorker
 from pmd.verifiers.pool import verify
 
 #: Environment variable with the path of a file that is created once the math helper gets its question.
@@ -44,5 +44,5 @@ class NeverReturns:
             worker = MathWorker(deadline_s=600)
             worker.ask({"gold": "1", "text": "1"})
             Path(os.environ[ASKED]).touch()
-            worker.ask({"gold": "1", "text": "$9^{9^{9^{9}}}$"})
+            worker.ask({"gold": "1", "text": "\\boxed{\\int_0^1 9^{9^{9^{9}}} dx}"})
         return verify(replace(task, verifier="code", tests=CODE), f"```python\n{PROGRAM}\n```")
