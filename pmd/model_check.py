@@ -1,6 +1,6 @@
 """Finds models and tokenizers that cannot serve a run, before any weights load and anything is generated.
 
-Each check is a sentence with key, value and remedy; `check_model` raises all of them at once.
+Each check is a sentence with key, value and remedy; `check_pretrained` raises all of them at once.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ PROBE = "Answer: (a) 12 + 34 = 46, and 90 / 5 = 18. Is it 'so'? Yes; x_7 < y[8]!
 NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
-def check_model(
+def check_pretrained(
     run: RunConfig, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]
 ) -> None:
     """Refuse a model or tokenizer that cannot serve the tasks.

@@ -13,7 +13,7 @@ from pmd.bootstrap.random_model import make_random_model
 from pmd.cli.run import build
 from pmd.config.schema import DataConfig, ModelConfig, ReflectionConfig, RolloutsConfig, RunConfig, TeacherConfig
 from pmd.errors import ConfigError
-from pmd.model_check import check_model, fit_to_positions, max_positions
+from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.policy import make_policy
 from pmd.pretrained import describe_noise, load_base, load_model_config, load_tokenizer
 from pmd.run_dir import RunDir
@@ -56,7 +56,7 @@ def problems_of(folder: Path, tasks=TASKS) -> list[str]:
     run = run_with(folder)
     problems = []
     try:
-        check_model(run, load_model_config(run.model), load_tokenizer(run.model), tasks)
+        check_pretrained(run, load_model_config(run.model), load_tokenizer(run.model), tasks)
     except ConfigError as error:
         problems = error.problems
     assert all(f"model.path={folder}" in problem or problem.startswith("model: ") for problem in problems), problems

@@ -65,7 +65,7 @@ def _export(loaded: LoadedConfig, checkpoint: Path, out: Path) -> None:
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
     with complete_folder(out) as folder:
-        save_student(module, folder, loaded.run.model.finetune != "full")
+        save_student(module, folder, is_adapter=loaded.run.model.finetune != "full")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from pmd.evaluation.report import (
 from pmd.memory import EpochRecord, ProceduralMemory
 from pmd.memory.held_out import HeldOut
 from pmd.metrics_log import MetricsLog
-from pmd.model_check import check_model, fit_to_positions, max_positions
+from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.engine_memory import plan_here
 from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
@@ -225,7 +225,7 @@ def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir
     title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}"
     draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
     write_results(out, results, phases)
-    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", soft_wrap=True)
+    CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
 
 
 def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -> Run:
@@ -287,7 +287,7 @@ def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
 def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tuple[RunConfig, PromptFormat]:
     """Refuse a model or tokenizer that cannot serve the tasks; return the limits that it can hold, and the prompts."""
     architecture, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
-    check_model(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
+    check_pretrained(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
     prompts = make_prompts(config.model.prompts, tokenizer)
     longest = refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
     config, lines = fit_to_positions(config, max_positions(architecture), longest)
@@ -387,7 +387,8 @@ def report(
             write()
         except Exception as error:
             problems.append(error)
-    CONSOLE.print(f"Everything of this run is in {run_dir.root}: results.json, curves.png, metrics.csv, checkpoints/")
+    files = "results.json, curves.png, metrics.csv, checkpoints/"
+    CONSOLE.print(f"Everything of this run is in {run_dir.root}: {files}", markup=False)
     if problems:
         said = "; ".join(describe(error, run_dir).rstrip(".") for error in problems)
         raise RunFailed(f"training is complete, but not all of its results are: {said}. What is there was reported.")

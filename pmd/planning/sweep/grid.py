@@ -91,8 +91,8 @@ def plan(file: Path, out: Path) -> list[PlannedRun]:
                     try:
                         runs.append(_plan_run(grid, block, (name, arm), choices, seed, out))
                     except ConfigError as error:
-                        label = row_label(name, choices)
-                        problems |= dict.fromkeys(f"{block.title}, {label}: {problem}" for problem in error.problems)
+                        place = ", ".join(filter(None, (block.title, row_label(name, choices))))
+                        problems |= dict.fromkeys(f"{place}: {problem}" for problem in error.problems)
     if len({run.run_dir for run in runs}) < len(runs):
         problems["two rows of the grid have the same block, arm and choices; name them differently."] = None
     if problems:
