@@ -67,7 +67,8 @@ OWN_TYPES: dict[str, Any] = {
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
 UNITS = ("days", "hours", "minutes", "seconds")
-SECONDS = {"weeks": 604_800, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+SECONDS = {"weeks": 604_800, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1,
+           "milliseconds": 1e-3, "microseconds": 1e-6}  # fmt: skip
 MAX_DAYS = 10_000
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
 

@@ -44,13 +44,13 @@ def test_harmless_changes_are_used(override):
 )  # fmt: skip
 def test_others_are_refused(override):
     with pytest.raises(ConfigError) as refused:
-        check_changes(changes_of(override, "optimizer.lr=2.0"))
+        check_changes(changes_of(override, "optimizer.lr=0.5"))
     problems = refused.value.problems
     key, _, value = override.partition("=")
     assert len(problems) == 2
     assert problems[0].startswith(f"{key}={value} (was ")
     assert "cannot change when a run is resumed" in problems[0]
-    assert "optimizer.lr=2.0 (was 1e-05)" in problems[1]  # and what could have been used
+    assert "optimizer.lr=0.5 (was 1e-05)" in problems[1]  # and what could have been used
 
 
 def test_nothing_has_changed_in_the_same_run():
