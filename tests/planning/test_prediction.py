@@ -13,7 +13,7 @@ from pmd.planning.gpu_memory import predict, read_shape
 from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 from pmd.pretrained import resolve_model_path
 
-ROWS, LENGTHS = 4, Lengths(96, 96, 64, 64)
+ROWS, LENGTHS = 2, Lengths(96, 96, 64, 64)
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,9 @@ CORRECT = {
     "functions": Group(correct_functions.FUNCTIONS, CALL, 20, {"ok"}),
 }
 GROUPS = HOSTILE | CORRECT
-#: Seconds each, to fill memory up to the same limit that `memory at once` reaches in a moment.
-SLOW = ["memory", "several limits"]
+#: Seconds each, to fill memory up to the same limit that `memory at once` reaches in a moment, or to use up a time limit
+#: that is the same code at every level.
+SLOW = ["memory", "several limits", "time"]
 #: What a level does not offer: a writable directory, modes of files; as root, a bound on threads; a bound on files.
 GAPS = {
     "namespaces": set(),
@@ -157,7 +158,7 @@ def test_every_verdict_is_right_and_nothing_is_left_behind_under_landlock(tmp_pa
 
 
 @pytest.mark.slow
-def test_memory_that_is_filled_slowly_is_limited_under_landlock(tmp_path):
+def test_memory_filled_slowly_and_time_are_limited_under_landlock(tmp_path):
     check(tmp_path, SLOW, "landlock")
 
 
