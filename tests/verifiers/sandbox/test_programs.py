@@ -75,8 +75,8 @@ CORRECT = {
     "functions": Group(correct_functions.FUNCTIONS, CALL, 20, {"ok"}),
 }
 GROUPS = HOSTILE | CORRECT
-#: Seconds each, to fill memory up to the same limit that `memory at once` reaches in a moment, or to use up a time limit
-#: that is the same code at every level.
+#: Seconds each, to fill memory up to the same limit that `memory at once` reaches in a moment, or to use up a limit of
+#: time, which is the same code at every level.
 SLOW = ["memory", "several limits", "time"]
 #: What a level does not offer: a writable directory, modes of files; as root, a bound on threads; a bound on files.
 GAPS = {
