@@ -90,7 +90,6 @@ def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *
     facts = {
         "task": record["task_id"],
         "verdict": f"{record['status']}, reward {record['reward']:g}" + _in_brackets(record["feedback"]),
-        "explanation": record.get("explanation") or "none",  # missing in traces of earlier versions
         "advantage": f"{record['advantage']:+.3f}",
         "completion": f"{len(record['completion_ids'])} tokens, ended by {record['finish_reason']}",
         "sampled by": f"policy version {record['policy_version']}",
@@ -98,6 +97,8 @@ def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *
         + (f", {record['items_dropped']} dropped to fit" if record["items_dropped"] else ""),
         "also shown": _shown_attempt(record),
     }
+    if record.get("explanation"):  # missing in traces of earlier versions
+        facts = facts | {"explanation": record["explanation"]}
     for name, value in facts.items():
         console.print(printable(f"{name:>11}  {value}"), markup=False, highlight=False, soft_wrap=True)
     for heading, key in (("student's prompt", "student_prompt_ids"), ("teacher's prompt", "teacher_prompt_ids")):
