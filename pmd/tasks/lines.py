@@ -88,7 +88,8 @@ def describe_unusable(value: Any) -> str | None:
     while waiting:
         place, part = waiting.pop()
         if isinstance(part, dict):
-            waiting += [(f"{place}.{key}" if place else str(key), item) for key, item in part.items()]
+            names = [(str(key).encode("utf-8", "backslashreplace").decode(), item) for key, item in part.items()]
+            waiting += [(f"{place}.{name}" if place else name, item) for name, item in names]
             halves += [f"{place or 'the line'} has a key that" for key in part if is_half(str(key))]
         elif isinstance(part, list):
             waiting += [(f"{place}[{number}]", item) for number, item in enumerate(part)]
