@@ -339,8 +339,9 @@ class Writer:
         """Enforce the caps, embed new texts, drop what is older than the kept generations, count the generation."""
         self.bound()
         self.embed_new()
-        if self._config.keep_generations is not None:
-            self.compact(self._config.keep_generations, archive=self._config.archive)
+        keep = self._config.keep_generations
+        if keep is not None and self.ledger.generation > keep:  # until then nothing is old enough
+            self.compact(keep, archive=self._config.archive)
         write_generation(self._db, self.ledger.generation)
 
     def _insert_insight(self, values: dict[str, Any], reason: str, parents: Iterable[int]) -> int:
