@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             part.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -37,7 +37,7 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a renaming in this folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

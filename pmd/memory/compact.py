@@ -7,10 +7,11 @@ A retired item that is written again after it was dropped begins anew.
 """
 
 import json
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+
+from pmd.atomic import replace_text
 
 MAX_AUDITS = 100  # of one version of an item; two standard errors of a mean of 100 are small enough for any verdict
 
@@ -134,9 +135,4 @@ def _lines(db: sqlite3.Connection, table: str, ids: list[int]) -> Iterator[str]:
 
 def _write(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_text(path, "".join(lines))

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
+from pmd.atomic import sync_folder
 from pmd.errors import MemoryStoreError
 from pmd.memory.checksum import (
     forget,
@@ -197,7 +198,7 @@ def replace(path: Path, data: bytes) -> None:
         forget(path)
         fold_in_log(path)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         write_sum(path, generation, hashlib.sha256(data).hexdigest())
     except OSError as error:
         raise unusable(path, error) from error
@@ -214,14 +215,6 @@ def _check_snapshot(path: Path) -> int:
         return read_generation(db)
     finally:
         db.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def one_line(error: object) -> str:
