@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # No deadline, because a busy machine is not a bug. The same examples every time, so that everyone sees a failure.
 settings.register_profile("pmd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pmd")
+
+# Read when Triton is imported, which other packages do too: without a GPU, its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Files that take 10 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
 LONG = [

@@ -13,8 +13,11 @@ trained:
 Chunks are as large as memory allows, so that the products with the head are efficient: two tensors [chunk, V], one for
 the student and one for the teacher. Everything between the products runs block by block, to stay in a CPU's cache. The
 gradients (`Scoring.logit_gradient`) overwrite the student's logits; autograd would keep eight tensors.
+
+On a GPU with Triton, `fused_triton.py` computes what it can, the same way with kernels between the products.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +61,33 @@ def token_terms(
     check_comparison(alpha, top_k, temperature)
     check_aligned(student_hidden, student_head, target_ids, teacher)
     device = student_hidden.device.type
+    score = torch_token_terms
+    if device == "cuda" and has_kernels():
+        from pmd.losses import fused_triton
+
+        if fused_triton.supports(student_hidden, student_head, teacher, top_k):
+            score = fused_triton.token_terms
+    with torch.autocast(device, enabled=False):
+        return score(
+            student_hidden, student_head, target_ids, teacher,
+            alpha=alpha, top_k=top_k, tail=tail, temperature=temperature, chunk_tokens=chunk_tokens,
+        )  # fmt: skip
+
+
+def torch_token_terms(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    target_ids: Tensor,
+    teacher: Sequence[TeacherPart] = (),
+    *,
+    alpha: Alpha = 1.0,
+    top_k: int | None = None,
+    tail: bool = True,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> TokenTerms:
+    """Return `token_terms` without Triton, from arguments that have been checked."""
+    device = student_hidden.device.type
     chunk_tokens = chunk_tokens or chunk_size(device, len(student_head))
     scoring = Scoring(
         tuple(TeacherPart(part.hidden.detach(), part.head.detach(), part.weight) for part in teacher),
@@ -65,9 +95,12 @@ def token_terms(
         chunk_tokens, block_size(device, chunk_tokens),
         wants_gradient=torch.is_grad_enabled(),
     )  # fmt: skip
-    with torch.autocast(device, enabled=False):
-        terms = cast(tuple[Tensor, ...], ChunkedTerms.apply(student_hidden, student_head, target_ids, scoring))
-    return TokenTerms(*terms)
+    return TokenTerms(*cast(tuple[Tensor, ...], ChunkedTerms.apply(student_hidden, student_head, target_ids, scoring)))
+
+
+def has_kernels() -> bool:
+    """Whether Triton is installed and compiles for the GPU: from compute capability 8.0 on, it has bfloat16."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def block_size(device_type: str, chunk_tokens: int) -> int:

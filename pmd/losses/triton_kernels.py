@@ -40,6 +40,7 @@ class Launch:
 
     lanes: int = 4096  # columns of a tile
     warps: int = 8
+    stages: int = 1  # tiles on their way from memory; above 1 they are copied to shared memory ahead of time
     capacity: int = 1024  # logits that may pass the first threshold
 
 
@@ -81,6 +82,7 @@ def absorb(logits: Tensor, first: int, num_removed: int, scale: float, rows: Row
         *(logits, logits.stride(0), width, first, rows.ids, rows.picked, num_picks, num_removed),
         *(rows.maximum, rows.total, rows.moment, scale),
         LANES=launch.lanes,
+        STAGES=launch.stages,
         PICKS=_power_of_two(num_picks),
         REMOVES=num_removed > 0,
         num_warps=launch.warps,
@@ -102,6 +104,7 @@ def select(logits: Tensor, targets: Tensor, top_k: int, scale: float, launch: La
         *(logits, logits.stride(0), vocabulary, candidates, rows.ids, rows.picked, top_k),
         *(rows.maximum, rows.total, rows.moment, scale),
         LANES=launch.lanes,
+        STAGES=launch.stages,
         CAPACITY=launch.capacity,
         num_warps=launch.warps,
     )
@@ -139,6 +142,7 @@ def write_gradient(logits: Tensor, gradient: Gradient, scale: float, dtype: torc
         TWO_TERMS=len(gradient.terms) == 2,
         SHORTENS=dtype != logits.dtype,
         LANES=launch.lanes,
+        STAGES=launch.stages,
         PICKS=_power_of_two(num_picks),
         num_warps=launch.warps,
     )
@@ -194,7 +198,7 @@ def _combine(maximum, total, moment, other_maximum, other_total, other_moment):
 @no_type_check
 def _absorb(
     logits, row_stride, width, first, ids, picked, num_picks, num_removed, maxima, totals, moments, scale,
-    LANES: tl.constexpr, PICKS: tl.constexpr, REMOVES: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr, PICKS: tl.constexpr, REMOVES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row = logits + row * row_stride
@@ -211,7 +215,7 @@ def _absorb(
     maximum = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     moment = tl.zeros([LANES], tl.float32)
-    for start in range(0, width, LANES):
+    for start in tl.range(0, width, LANES, num_stages=STAGES):
         column = start + lane
         x = tl.load(x_row + column, mask=column < width, other=float("-inf")).to(tl.float32)
         maximum, total, moment = _add_to_lanes(x * scale, maximum, total, moment)
@@ -264,7 +268,7 @@ def _kth_key(keys, k, num_bits):
 @no_type_check
 def _collect(
     x_row, vocabulary, candidates, bound, num_equal, scale,
-    ROUNDED: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
+    ROUNDED: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Write the columns of the logits above the bound; return their number, and the lanes of all other logits.
 
@@ -276,7 +280,7 @@ def _collect(
     moment = tl.zeros([LANES], tl.float32)
     count = tl.sum(tl.zeros([LANES], tl.int32), 0)
     equals = count
-    for start in range(0, vocabulary, LANES):
+    for start in tl.range(0, vocabulary, LANES, num_stages=STAGES):
         column = start + lane
         inside = column < vocabulary
         x = tl.load(x_row + column, mask=inside, other=float("-inf")).to(tl.float32)
@@ -301,24 +305,24 @@ def _collect(
 @no_type_check
 def _select(
     logits, row_stride, vocabulary, candidates, ids, picked, k, maxima, totals, moments, scale,
-    LANES: tl.constexpr, CAPACITY: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row, candidates = logits + row * row_stride, candidates + row * CAPACITY
     ids, picked = ids + row * (k + 1), picked + row * (k + 1)
     lane = tl.arange(0, LANES)
     largest = tl.full([LANES], float("-inf"), tl.float32)
-    for start in range(0, vocabulary, LANES):
+    for start in tl.range(0, vocabulary, LANES, num_stages=STAGES):
         column = start + lane
         x = tl.load(x_row + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
         largest = tl.maximum(largest, x)
     bound = _kth_key(_key(largest), k, 31 - COARSE_BITS)
-    count, maximum, total, moment = _collect(x_row, vocabulary, candidates, bound, 0, scale, True, LANES, CAPACITY)
+    count, maximum, total, moment = _collect(x_row, vocabulary, candidates, bound, 0, scale, True, LANES, STAGES, CAPACITY)
     if count > CAPACITY:
         bound = _kth_key_of_row(x_row, vocabulary, k, LANES)
         num_equal = k - _count_at_least(x_row, vocabulary, bound + 1, LANES)
         count, maximum, total, moment = _collect(
-            x_row, vocabulary, candidates, bound, num_equal, scale, False, LANES, CAPACITY
+            x_row, vocabulary, candidates, bound, num_equal, scale, False, LANES, STAGES, CAPACITY
         )
     tl.debug_barrier()  # the candidates are written
     top, sums, sums_of_moments = _combine_lanes(maximum, total, moment)
@@ -353,7 +357,7 @@ def _select(
 def _gradient(
     logits, row_stride, out, out_stride, vocabulary, scale, maxima, first, first_norm, second, second_norm,
     ids, values, num_picks,
-    TWO_TERMS: tl.constexpr, SHORTENS: tl.constexpr, LANES: tl.constexpr, PICKS: tl.constexpr,
+    TWO_TERMS: tl.constexpr, SHORTENS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, PICKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row, out_row = logits + row * row_stride, out + row * out_stride
@@ -361,7 +365,7 @@ def _gradient(
     weight, norm = tl.load(first + row), tl.load(first_norm + row)
     second_weight, second_log = tl.load(second + row), tl.load(second_norm + row)
     lane = tl.arange(0, LANES)
-    for start in range(0, vocabulary, LANES):
+    for start in tl.range(0, vocabulary, LANES, num_stages=STAGES):
         column = start + lane
         inside = column < vocabulary
         x = tl.load(x_row + column, mask=inside, other=float("-inf")).to(tl.float32) * scale - maximum
