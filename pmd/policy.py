@@ -125,12 +125,11 @@ class AdapterPolicy(Policy):
     """LoRA adapters on one frozen base. `student` is trained; the base alone is the reference policy."""
 
     def __init__(self, model: PreTrainedModel, config: ModelConfig, teacher: TeacherConfig):
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import LoraConfig, get_peft_model
+
+        from pmd.adapters import multiply_in_base_dtype
 
         super().__init__(teacher)
-        if config.finetune == "qlora":
-            # Checkpointing is set up where the model is loaded; PEFT would replace it by the reentrant kind.
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         lora = LoraConfig(
             r=config.lora_rank,
             # PEFT's type is int, but any number works; a whole number is saved as an int in the adapter's config.
@@ -144,6 +143,7 @@ class AdapterPolicy(Policy):
             self.peft_model.add_adapter("teacher", lora)
             for own, student in self.teacher_pairs():
                 own.data.copy_(student)
+        multiply_in_base_dtype(self.peft_model)
         self._activate("student")
         self.peft_model.train()
 

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled here; tests/gpu tests those", allow_module_level=True)
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's numpy meets inf and NaN
+
 from pmd.losses import fused_triton
 from pmd.losses.fused_triton import Plan
 from pmd.losses.triton_kernels import Launch, absorb, empty_rows, select
@@ -54,26 +56,26 @@ def narrowed(result):
     ],
 )
 def test_float32_is_as_good_as_the_reference_in_float64(parts, alpha, top_k, tail, temperature, trains_head, plan):
-    tensors = draw_tensors(7, (5, 4, 37), parts, 1.0, torch.float32)
-    tensors["mix"][:, 3] = 0.0  # a masked token
-    options = {"alpha": alpha, "top_k": top_k, "tail": tail, "temperature": temperature, "chunk_tokens": 3}
+    tensors = draw_tensors(7, (3, 4, 37), parts, 1.0, torch.float32)
+    tensors["mix"][:, 1] = 0.0  # a masked token
+    options = {"alpha": alpha, "top_k": top_k, "tail": tail, "temperature": temperature, "chunk_tokens": 2}
     found = compute(fused_triton.token_terms, tensors, trains_head, plan=plan, **options)
     expected = narrowed(compute(distillation.token_terms, in_float64(tensors), trains_head, **options))
     assert_equal(found, expected, PRECISE)
-    assert not found[1][0][3].any()
+    assert not found[1][0][1].any()
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
 def test_a_bfloat16_head_gives_the_references_numbers(trains_head):
     """The gradient is written into the first half of each row of float32 logits."""
-    tensors = draw_tensors(3, (4, 6, 70), 1, 1.0, torch.bfloat16)
+    tensors = draw_tensors(3, (2, 6, 52), 1, 1.0, torch.bfloat16)
     one = compute(fused_triton.token_terms, tensors, trains_head, plan=PLAN, alpha=0.5, top_k=5)
     other = compute(distillation.token_terms, tensors, trains_head, alpha=0.5, top_k=5)
     assert_equal(one, other, TOLERANCES[torch.bfloat16])
 
 
 def test_without_gradients_no_chunk_of_logits_exists():
-    tensors = draw_tensors(2, (6, 3, 40), 0, 1.0, torch.float32)
+    tensors = draw_tensors(2, (3, 3, 40), 0, 1.0, torch.float32)
     with torch.no_grad():
         found = fused_triton.token_terms(tensors["hidden"], tensors["head"], tensors["targets"], plan=PLAN)
         expected = distillation.token_terms(tensors["hidden"], tensors["head"], tensors["targets"])
@@ -82,20 +84,20 @@ def test_without_gradients_no_chunk_of_logits_exists():
 
 
 def rows_of_logits() -> dict[str, torch.Tensor]:
-    """Rows of 80 logits, 5 for each of 16 lanes, that are hard for a search for the top 6."""
+    """Rows of 48 logits, 3 for each of 16 lanes, that are hard for a search for the top 6."""
     generator = torch.Generator().manual_seed(1)
-    plain = torch.randn(80, generator=generator)
+    plain = torch.randn(48, generator=generator)
     one_lane = plain.clone()
-    one_lane[3::16] += 50.0  # all of the top 5 in one lane
-    three_lanes = plain - 100.0 * ~torch.isin(torch.arange(80) % 16, torch.tensor([1, 2, 9]))
+    one_lane[3::16] += 50.0  # the top 3 in one lane
+    three_lanes = plain - 100.0 * ~torch.isin(torch.arange(48) % 16, torch.tensor([1, 2, 9]))
     return {
         "plain": plain,
-        "equal": torch.zeros(80),
+        "equal": torch.zeros(48),
         "two values": (plain > 0).float(),
         "ties": (plain * 2).round(),
         "one lane": one_lane,
         "three lanes": three_lanes,
-        "few finite": torch.where(torch.arange(80) % 20 == 7, plain, -torch.inf),
+        "few finite": torch.where(torch.arange(48) % 12 == 7, plain, -torch.inf),
         "negative": -plain.abs() - 1e-30,
         "tiny differences": 12.0 + plain * 1e-6,
         "far": 100.0 * plain,
@@ -106,7 +108,7 @@ def rows_of_logits() -> dict[str, torch.Tensor]:
 def test_the_top_k_are_exact_whatever_the_logits():
     named, k = rows_of_logits(), 6
     logits = torch.stack(list(named.values()))
-    targets = torch.arange(len(logits)) * 7
+    targets = torch.arange(len(logits)) * 4
     rows = select(logits.clone(), targets, k, 1.0, LAUNCH)
     for row, name in enumerate(named):
         ids = rows.ids[row, :k].long()
@@ -160,12 +162,10 @@ def test_forbidden_tokens_have_no_mass_and_no_gradient():
 
 
 def test_a_logit_that_is_not_a_number_is_not_lost():
-    for bad in (torch.nan, torch.inf):
-        for place in (0, 33):
-            logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
-            logits[0, place] = bad
-            rows = empty_rows(torch.tensor([[4]], dtype=torch.int32))
-            absorb(logits, 0, 0, 1.0, rows, LAUNCH)
-            assert not (rows.maximum + rows.total + rows.moment).isfinite().all()
-            rows = select(logits, torch.tensor([4]), 3, 1.0, LAUNCH)
-            assert not torch.cat([rows.picked[0], rows.maximum, rows.total, rows.moment]).isfinite().all()
+    logits = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+    logits[0, 20], logits[1, 0] = torch.nan, torch.inf
+    rows = empty_rows(torch.tensor([[4], [4]], dtype=torch.int32))
+    absorb(logits, 0, 0, 1.0, rows, LAUNCH)
+    assert not (rows.maximum + rows.total + rows.moment).isfinite().any()
+    rows = select(logits, torch.tensor([4, 4]), 3, 1.0, LAUNCH)
+    assert not (rows.picked.sum(-1) + rows.maximum + rows.total + rows.moment).isfinite().any()
