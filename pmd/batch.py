@@ -8,6 +8,7 @@ models compute it once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -31,6 +32,8 @@ MIN_SAVED_TOKENS = 256
 MIN_SAVED_SHARE = 0.25
 #: Each row has a copy of its prefix's keys and values; this many copied tokens take the memory of one computed token.
 TOKENS_PER_COPY = 8
+#: Without gradient, a token takes less than this share of the memory that it takes with one, layers recomputed or not.
+TEACHER_TOKEN_MEMORY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ class Batch:
     is_last: bool = True  # of the optimizer steps of its rollout batch
 
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
-        """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout gets its own."""
+        """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout has its own."""
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         pairs = {side: [_pair(example, side) for example in self.examples] for side in SIDES}
         groups = self._groups()
@@ -288,7 +291,11 @@ class Splitter:
         return [group_size([pairs[i] for i in group], side in self.shared) for side, pairs in self.pairs.items()]
 
     def _num_tokens(self, sizes: Sequence[Size]) -> int:
-        return max(size.num_tokens(self.packs) for size in sizes)
+        """Return the tokens that count: the larger side's, but half of the teacher's if rows are packed."""
+        tokens = {side: size.num_tokens(self.packs) for side, size in zip(self.pairs, sizes, strict=True)}
+        if self.packs and "teacher" in tokens:
+            tokens["teacher"] = math.ceil(tokens["teacher"] * TEACHER_TOKEN_MEMORY)
+        return max(tokens.values())
 
 
 def group_size(group: Sequence[Pair], shares: bool) -> Size:

@@ -113,7 +113,7 @@ def _segments(lengths: Sequence[int]) -> Segments:
 
 
 def moved(record: Record, device: torch.device) -> Record:
-    """Return a dataclass with its tensors on the device, those of dataclasses in it included; a GPU is not waited for."""
+    """Return a dataclass with its tensors, and those of dataclasses in it, on the device; a GPU is not waited for."""
     changes: dict[str, Any] = {}
     for field in fields(record):  # pyright: ignore[reportArgumentType]
         value = getattr(record, field.name)

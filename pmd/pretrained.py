@@ -89,7 +89,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             resolve_model_path(config.path),
             config=architecture,
             dtype=DTYPES[config.dtype],
-            attn_implementation="sdpa" if config.attention in ("auto", attention.NAME) else config.attention,
+            attn_implementation=_own_attention(config),
             quantization_config=quantization,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
@@ -100,16 +100,38 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             f"model.path={config.path} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}, "
             "...); give a complete checkpoint of a causal language model."
         )
+    if config.finetune == "qlora":
+        _keep_packing(model)
+    return prepare_base(model, config)
+
+
+def prepare_base(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """Set up a base as its section says: no dropout, attention, recomputation, kernels; eval mode. It may be repeated.
+
+    Raises:
+        ConfigError: the architecture attends in a way that packed rows do not know.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    if config.finetune == "qlora":
-        _keep_packing(model)
-    if config.attention == attention.NAME or (config.attention == "auto" and _packs_fast(model, config)):
-        _pack_rows(model)
+    _set_attention(model, config)
     _checkpoint_layers(model, config)
     _replace_kernels(model, config)
     return model.eval()
+
+
+def _set_attention(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Use `model.attention`; `auto` packs rows where that is fast."""
+    packs = config.attention == attention.NAME or (config.attention == "auto" and _packs_fast(model, config))
+    reason = attention.unsupported(model) if packs else None
+    if reason is not None:
+        raise ConfigError(f"model.attention={attention.NAME}: {type(model).__name__} {reason}; use sdpa.")
+    model.set_attn_implementation(attention.NAME if packs else _own_attention(config))
+
+
+def _own_attention(config: ModelConfig) -> str:
+    """Return the attention that transformers is asked for."""
+    return "sdpa" if config.attention in ("auto", attention.NAME) else config.attention
 
 
 def _packs_fast(model: PreTrainedModel, config: ModelConfig) -> bool:
@@ -118,19 +140,9 @@ def _packs_fast(model: PreTrainedModel, config: ModelConfig) -> bool:
     return capable and config.dtype == "bfloat16" and attention.unsupported(model) is None
 
 
-def _pack_rows(model: PreTrainedModel) -> None:
-    """Use attention over packed rows.
-
-    Raises:
-        ConfigError: the architecture attends in a way that it does not know.
-    """
-    if reason := attention.unsupported(model):
-        raise ConfigError(f"model.attention={attention.NAME}: {type(model).__name__} {reason}; use sdpa.")
-    model.set_attn_implementation(attention.NAME)
-
-
 def _checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     """Recompute all layers, or every second one, in the backward pass, as `model.gradient_checkpointing` says."""
+    model.gradient_checkpointing_disable()
     if config.gradient_checkpointing in (False, "auto"):  # `auto` is replaced at a run's start if there is a GPU
         return
     # Only LoRA's dropout is random.

@@ -95,9 +95,7 @@ class PolicyScorer:
         return scores
 
 
-def completion_hidden_states(
-    model: PreTrainedModel, sequences: Sequences | PackedSequences
-) -> Float[Tensor, "N H"]:
+def completion_hidden_states(model: PreTrainedModel, sequences: Sequences | PackedSequences) -> Float[Tensor, "N H"]:
     """Return the final hidden states that predict each completion token, [N, H], row after row.
 
     Shared prefixes are computed once. Padded rows are computed pass by pass, packed ones in a single pass.
@@ -196,9 +194,7 @@ def packed_states(model: PreTrainedModel, sequences: PackedSequences) -> Float[T
         ).last_hidden_state[0]  # [T, H]
     else:
         assert layout.shared is None
-        hidden = forward(
-            input_ids=ids, position_ids=sequences.position_ids[None], use_cache=False
-        ).last_hidden_state[0]
+        hidden = forward(input_ids=ids, position_ids=sequences.position_ids[None], use_cache=False).last_hidden_state[0]
     return hidden.index_select(0, sequences.predicts)
 
 

@@ -59,8 +59,8 @@ class ModelConfig:
     lora_dropout: float = option(0.0, "Dropout inside the adapter.", minimum=0, maximum=0.9)
     gradient_checkpointing: Literal["auto", "selective"] | bool = option(
         "auto",
-        "Recompute activations in the backward pass: slower, far less memory; `selective` in every second layer, `auto` "
-        "as the GPU's memory asks for (never on a CPU).",
+        "Recompute activations in the backward pass: slower, far less memory; `selective` in every second layer, "
+        "`auto` as the GPU's memory asks for (never on a CPU).",
     )
     offload_activations: bool = option(
         False, "Keep what the backward pass needs in main memory, for the longest sequences; with checkpointing (CUDA)."

@@ -19,7 +19,7 @@ from pmd.planning.gpu_memory import Shape, max_micro_batch_tokens, predict, read
 EFFICIENT_TOKENS = 8192
 #: The largest micro-batch that is chosen, and the step in which sizes are tried.
 MAX_CHOSEN_TOKENS, TOKEN_STEP = 32768, 1024
-#: Share of the free memory that a step may be predicted to need; the rest is for fragmentation and the prediction's error.
+#: Share of the free memory that a step may be predicted to need; the rest is for fragmentation and errors.
 USED_SHARE = 0.88
 #: What vLLM leaves to the trainer if it never sleeps and its own share is not set.
 SHARE_BESIDE_VLLM = 0.5

@@ -8,6 +8,8 @@ allocator keeps is not included.
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from pmd.config.schema import MICRO_BATCH_TOKENS, ModelConfig, RunConfig
 from pmd.losses.distillation import chunk_size
 from pmd.losses.fused import block_size
@@ -59,7 +61,12 @@ class Shape:
 
 def read_shape(config: ModelConfig) -> Shape:
     """Read the architecture of `config.path` without its weights."""
-    hf = load_model_config(config).get_text_config()
+    return shape_of(load_model_config(config))
+
+
+def shape_of(architecture: PretrainedConfig) -> Shape:
+    """Return the sizes of an architecture."""
+    hf = architecture.get_text_config()
     head = hf.head_dim if "head_dim" in hf.to_dict() else hf.hidden_size // hf.num_attention_heads
     return Shape(
         layers=hf.num_hidden_layers,
