@@ -1,4 +1,4 @@
-"""Turns verified rollouts into tensors: micro-batches, padding, packing, and prompts shared within a group.
+"""Turns verified rollouts into tensors: micro-batches, padded or packed, and prompts shared within a group.
 
 A `Batch` holds the examples of one optimizer step. Its micro-batches hold at most a given number of tokens each, and
 their losses add up to the loss of the whole step, however it was split: every token's weight is fixed beforehand.
@@ -8,6 +8,7 @@ models compute it once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pmd.errors import AlignmentError
 from pmd.losses.reduce import token_weights
+from pmd.packing import MIN_PREFIX, PackedSequences, moved, pack
 from pmd.teacher import TeacherContext
 from pmd.types import Rollout
 
@@ -30,6 +32,8 @@ MIN_SAVED_TOKENS = 256
 MIN_SAVED_SHARE = 0.25
 #: Each row has a copy of its prefix's keys and values; this many copied tokens take the memory of one computed token.
 TOKENS_PER_COPY = 8
+#: Without gradient, a token takes less than this share of the memory that it takes with one, layers recomputed or not.
+TEACHER_TOKEN_MEMORY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class BatchLayout:
     no_context_weight: float  # distillation weight of rollouts whose teacher saw nothing extra
     reduction: Literal["token", "sequence"]
     shared: frozenset[str] = frozenset()  # sides whose prompts are computed once per group, where that pays off
-    packs: bool = False  # whether rows are packed, without padding between them
+    packs: bool = False  # whether rows are packed behind one another instead of padded (packing.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +117,8 @@ class MicroBatch:
     """Some rollouts of a step, as tensors. N counts their completion tokens, row after row."""
 
     examples: tuple[Example, ...]  # B of them
-    student: Sequences
-    teacher: Sequences
+    student: Sequences | PackedSequences
+    teacher: Sequences | PackedSequences
     tokens: CompletionTokens
 
 
@@ -129,15 +133,18 @@ class Batch:
     is_last: bool = True  # of the optimizer steps of its rollout batch
 
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
-        """Yield micro-batches of at most `layout.max_tokens` padded tokens; a longer rollout gets its own."""
+        """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout has its own."""
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         pairs = {side: [_pair(example, side) for example in self.examples] for side in SIDES}
         groups = self._groups()
-        shared = {side for side in layout.shared if sharing_pays([[pairs[side][i] for i in rows] for rows in groups])}
+        shared = set(layout.shared)
+        if not layout.packs:  # packed rows lose nothing by sharing
+            shared = {side for side in shared if sharing_pays([[pairs[side][i] for i in rows] for rows in groups])}
         for rows in Splitter(pairs, shared, layout.max_tokens, layout.packs).split(groups):
-            padded = {side: _padded(pairs[side], rows, side in shared, layout.pad_id, device) for side in SIDES}
             chosen = [(self.examples[row.rollout], weights[row.rollout]) for row in rows]
-            yield _collate([e for e, _ in chosen], [weight for _, weight in chosen], padded, layout)
+            sides = {side: _sequences(pairs[side], rows, side in shared, layout, device) for side in SIDES}
+            micro_batch = _collate([e for e, _ in chosen], [weight for _, weight in chosen], sides, layout)
+            yield moved(micro_batch, device) if layout.packs else micro_batch
 
     @property
     def longest_sequence(self) -> int:
@@ -158,18 +165,38 @@ def _pair(example: Example, side: str) -> Pair:
     return prompt_ids, example.completion_ids
 
 
-def _padded(pairs: Sequence[Pair], rows: Sequence[Row], shares: bool, pad_id: int, device: torch.device) -> Sequences:
-    """Pad one side of a micro-batch; rows stay whole if no two of them could share a prompt."""
+def _sequences(
+    pairs: Sequence[Pair], rows: Sequence[Row], shares: bool, layout: BatchLayout, device: torch.device
+) -> Sequences | PackedSequences:
+    """Pack one side of a micro-batch, on the CPU, or pad it; rows stay whole if no two of them could share a prompt."""
     chosen, groups = [pairs[row.rollout] for row in rows], [row.group for row in rows]
+    if layout.packs:
+        return pack_rows(chosen, groups, shares)
     if shares and len(set(groups)) < len(groups):
-        return pad_after_prefixes(chosen, groups, pad_id, device)
-    return pad_sequences(chosen, pad_id, device)
+        return pad_after_prefixes(chosen, groups, layout.pad_id, device)
+    return pad_sequences(chosen, layout.pad_id, device)
+
+
+def pack_rows(pairs: Sequence[Pair], groups: Sequence[int], shares: bool) -> PackedSequences:
+    """Pack rows on the CPU, the beginning that a group's prompts have in common only once if `shares`.
+
+    Args:
+        groups: each row's group index, from 0 without gaps.
+    """
+    prompts: list[list[Sequence[int]]] = [[] for _ in range(max(groups) + 1)]
+    for (prompt, _), group in zip(pairs, groups, strict=True):
+        prompts[group].append(prompt)
+    lengths = [common_length(members) if shares and len(members) > 1 else 0 for members in prompts]
+    return pack(pairs, [length if length >= MIN_PREFIX else 0 for length in lengths], groups)
 
 
 def _collate(
-    examples: list[Example], weights: list[float], padded: dict[str, Sequences], layout: BatchLayout
+    examples: list[Example],
+    weights: list[float],
+    sides: dict[str, Sequences | PackedSequences],
+    layout: BatchLayout,
 ) -> MicroBatch:
-    student, teacher = padded["student"], padded["teacher"]
+    student, teacher = sides["student"], sides["teacher"]
     if not torch.equal(student.completion_ids, teacher.completion_ids):
         raise AlignmentError("student and teacher would score different completion tokens.")
     completions = [example.rollout.completion for example in examples]
@@ -206,8 +233,8 @@ class Size:
         )
 
     def num_tokens(self, packs: bool) -> int:
-        """Return the tokens of the forward pass; rows without a shared prefix may be packed without padding."""
-        if packs and not self.prefix:
+        """Return the tokens of the forward pass, padding included."""
+        if packs:
             return self.real
         copies = self.rows * self.prefix // TOKENS_PER_COPY
         return self.prefixes * self.prefix + self.rows * self.row + copies
@@ -228,7 +255,7 @@ class Splitter:
     pairs: Mapping[str, Sequence[Pair]]  # by side, one for each rollout
     shared: Collection[str]  # sides whose groups share their prompts' beginnings
     max_tokens: int
-    packs: bool  # whether rows are packed without padding
+    packs: bool
 
     def split(self, groups: Sequence[list[int]]) -> Iterator[list[Row]]:
         """Yield micro-batches, the longest completion first. A single rollout above the limit gets its own."""
@@ -264,7 +291,11 @@ class Splitter:
         return [group_size([pairs[i] for i in group], side in self.shared) for side, pairs in self.pairs.items()]
 
     def _num_tokens(self, sizes: Sequence[Size]) -> int:
-        return max(size.num_tokens(self.packs) for size in sizes)
+        """Return the tokens that count: the larger side's, but half of the teacher's if rows are packed."""
+        tokens = {side: size.num_tokens(self.packs) for side, size in zip(self.pairs, sizes, strict=True)}
+        if self.packs and "teacher" in tokens:
+            tokens["teacher"] = math.ceil(tokens["teacher"] * TEACHER_TOKEN_MEMORY)
+        return max(tokens.values())
 
 
 def group_size(group: Sequence[Pair], shares: bool) -> Size:

@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,16 +19,18 @@ import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
-from pmd.config.schema import ObjectiveConfig, OptimizerConfig, RunConfig
+from pmd.config.schema import MICRO_BATCH_TOKENS, ObjectiveConfig, OptimizerConfig, RunConfig
 from pmd.errors import AlignmentError, TrainingError
 from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
 from pmd.losses.policy_gradient import per_token_policy_loss
 from pmd.losses.reduce import weighted_sum
+from pmd.offload import OffloadedActivations
 from pmd.policy import eval_mode, make_policy
 from pmd.pretrained import load_base, load_tokenizer
-from pmd.scoring import can_share_prefixes, packs_rows, score, teacher_part
+from pmd.scoring import can_share_prefixes, packs_rows, score, shares_packed_prefixes, teacher_part
 from pmd.seeds import derive_seed
 from pmd.trace import StepTrace
 
@@ -92,17 +95,20 @@ def rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
 class PMDModule(LightningModule):
     """Trains the student by distillation from its memory-conditioned teacher, by policy gradient, or by both."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, base: PreTrainedModel | None = None):
+        """Wrap `base`, or load it if there is none."""
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave out what is loaded from model.path
         self.seed = config.seed_everything
         self.objective = config.objective
         self.optimizer_config = config.optimizer
+        self.offloads = config.model.offload_activations
         self.tokenizer = load_tokenizer(config.model)
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         needs_reference = config.objective.kl_weight > 0
-        base = load_base(config.model)
+        if base is None:
+            base = load_base(config.model)
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
         self.policy_version = 0  # optimizer steps applied to the student
@@ -214,13 +220,17 @@ class PMDModule(LightningModule):
 
     def _layout(self, config: RunConfig) -> BatchLayout:
         """Return how batches become tensors, limited to what the models support."""
+        tokens = config.rollouts.micro_batch_tokens
         wanted = {"off": (), "teacher": ("teacher",), "both": ("student", "teacher")}[config.rollouts.share_prefixes]
         with self.policy.weights("student") as model:
-            packs, able = packs_rows(model), {"student": can_share_prefixes(model)}
-            with eval_mode(model):  # the teacher scores in eval mode
-                able["teacher"] = can_share_prefixes(model)
+            if packs := packs_rows(model):
+                able = dict.fromkeys(("student", "teacher"), shares_packed_prefixes(model))
+            else:
+                able = {"student": can_share_prefixes(model)}
+                with eval_mode(model):  # the teacher scores in eval mode
+                    able["teacher"] = can_share_prefixes(model)
         return BatchLayout(
-            max_tokens=config.rollouts.micro_batch_tokens,
+            max_tokens=MICRO_BATCH_TOKENS if tokens == "auto" else tokens,
             pad_id=cast(int, self.tokenizer.pad_token_id),
             no_context_weight=config.objective.no_context_weight,
             reduction=config.objective.reduction,
@@ -238,10 +248,14 @@ class PMDModule(LightningModule):
         if self.objective.kl_weight > 0:
             with _Timer(self, "time/reference_s"):
                 reference.append(teacher_part(self.policy, "reference", micro_batch.student))
-        with _Timer(self, "time/student_s"):
+        with _Timer(self, "time/student_s"), self._saving():
             return score(
                 self.policy, micro_batch.student, teacher=teacher, reference=reference, objective=self.objective
             )
+
+    def _saving(self) -> AbstractContextManager[object]:
+        """Return the context in which what the backward pass needs is saved."""
+        return OffloadedActivations(self.parameters()) if self.offloads else nullcontext()
 
     def _accumulate_in_memory(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Accumulate the gradient; where memory runs out, begin again with micro-batches of half the size.

@@ -14,8 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
+from pmd import attention
 from pmd.config.schema import ModelConfig
 from pmd.errors import ConfigError
 from pmd.tasks.thinking import MARK, OPENED
@@ -87,7 +89,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             resolve_model_path(config.path),
             config=architecture,
             dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
+            attn_implementation=_own_attention(config),
             quantization_config=quantization,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
@@ -98,14 +100,69 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             f"model.path={config.path} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}, "
             "...); give a complete checkpoint of a causal language model."
         )
+    if config.finetune == "qlora":
+        _keep_packing(model)
+    return prepare_base(model, config)
+
+
+def prepare_base(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """Set up a base as its section says: no dropout, attention, recomputation, kernels; eval mode. It may be repeated.
+
+    Raises:
+        ConfigError: the architecture attends in a way that packed rows do not know.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    if config.finetune == "qlora":
-        _keep_packing(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _set_attention(model, config)
+    _checkpoint_layers(model, config)
+    _replace_kernels(model, config)
     return model.eval()
+
+
+def _set_attention(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Use `model.attention`; `auto` packs rows where that is fast."""
+    packs = config.attention == attention.NAME or (config.attention == "auto" and _packs_fast(model, config))
+    reason = attention.unsupported(model) if packs else None
+    if reason is not None:
+        raise ConfigError(f"model.attention={attention.NAME}: {type(model).__name__} {reason}; use sdpa.")
+    model.set_attn_implementation(attention.NAME if packs else _own_attention(config))
+
+
+def _own_attention(config: ModelConfig) -> str:
+    """Return the attention that transformers is asked for."""
+    return "sdpa" if config.attention in ("auto", attention.NAME) else config.attention
+
+
+def _packs_fast(model: PreTrainedModel, config: ModelConfig) -> bool:
+    """Whether torch's flash attention serves this GPU and this model."""
+    capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return capable and config.dtype == "bfloat16" and attention.unsupported(model) is None
+
+
+def _checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Recompute all layers, or every second one, in the backward pass, as `model.gradient_checkpointing` says."""
+    model.gradient_checkpointing_disable()
+    if config.gradient_checkpointing in (False, "auto"):  # `auto` is replaced at a run's start if there is a GPU
+        return
+    # Only LoRA's dropout is random.
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0})
+    if config.gradient_checkpointing == "selective":
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers[1::2]:
+            layer.gradient_checkpointing = False
+
+
+def _replace_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Fuse norms, rotary embedding and SwiGLU, as `model.layer_kernels` says."""
+    if config.layer_kernels == "compiled":
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True)
+    elif config.layer_kernels == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+
+        _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def describe_noise(architecture: PretrainedConfig) -> list[str]:

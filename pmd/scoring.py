@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from pmd import attention
 from pmd.batch import Sequences, SharedPrefixes, pad_sequences, split_by_tokens
 from pmd.config.schema import ObjectiveConfig
 from pmd.errors import AlignmentError, ConfigError
 from pmd.losses import distillation, fused
 from pmd.losses.distillation import TeacherPart, TokenTerms
+from pmd.packing import PackedSequences
 from pmd.policy import Policy, eval_mode
 from pmd.types import PromptAndCompletion, Role
 
@@ -40,7 +42,7 @@ LOGIT_SETTINGS = {
 
 def score(
     policy: Policy,
-    sequences: Sequences,
+    sequences: Sequences | PackedSequences,
     role: Role = "student",
     *,
     teacher: Sequence[TeacherPart] = (),
@@ -65,7 +67,9 @@ def score(
 
 
 @torch.no_grad()
-def teacher_part(policy: Policy, role: Role, sequences: Sequences, weight: float = 1.0) -> TeacherPart:
+def teacher_part(
+    policy: Policy, role: Role, sequences: Sequences | PackedSequences, weight: float = 1.0
+) -> TeacherPart:
     """Return the hidden states of `role` for `score` to compare with; no dropout, even if `role` is the student."""
     with policy.weights(role) as model, eval_mode(model):
         return TeacherPart(completion_hidden_states(model, sequences), output_head(model), weight)
@@ -91,22 +95,22 @@ class PolicyScorer:
         return scores
 
 
-def completion_hidden_states(model: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "N H"]:
+def completion_hidden_states(model: PreTrainedModel, sequences: Sequences | PackedSequences) -> Float[Tensor, "N H"]:
     """Return the final hidden states that predict each completion token, [N, H], row after row.
 
-    Shared prefixes are computed once; rows are packed where the attention allows it, otherwise padded, pass by pass.
+    Shared prefixes are computed once. Padded rows are computed pass by pass, packed ones in a single pass.
 
     Raises:
         AlignmentError: a token to be scored is padding, or has no real token before it.
     """
+    if isinstance(sequences, PackedSequences):
+        return packed_states(model, sequences)
     real = sequences.attention_mask.bool()
     predictable = real & real.roll(1, dims=1)
     predictable[:, 0] = False
     if (sequences.completion_mask & ~predictable).any():
         raise AlignmentError("completion_mask marks padding, or a token that no real token precedes.")
     forward = backbone(model)
-    if sequences.prefixes is None and packs_rows(model):
-        return packed_states(forward, sequences)
     kept = None if sequences.prefixes is None else KeptPrefixes(forward, sequences.prefixes)
     states = []
     for rows, columns in sequences.passes:
@@ -163,24 +167,35 @@ def describe_logit_settings(architecture: PretrainedConfig, name: str) -> list[s
 
 
 def packs_rows(model: PreTrainedModel) -> bool:
-    """Whether packing saves work under the model's attention implementation (`model.attention`)."""
-    return is_flash_attention_requested(model.config)
+    """Whether rows are packed under the model's attention implementation (`model.attention`)."""
+    return shares_packed_prefixes(model) or is_flash_attention_requested(model.config)
 
 
-def packed_states(backbone: nn.Module, sequences: Sequences) -> Float[Tensor, "N H"]:
-    """Return what `completion_hidden_states` returns, with all rows concatenated into one.
+def shares_packed_prefixes(model: PreTrainedModel) -> bool:
+    """Whether packed rows may share prefixes: with our attention they may, whatever the layers and checkpointing."""
+    return model.config._attn_implementation == attention.NAME
 
-    Positions restart with each row, which is how transformers tells the rows apart. Flash attention then computes each
-    row by itself (varlen); other implementations build a full quadratic mask, which is correct but slow.
+
+def packed_states(model: PreTrainedModel, sequences: PackedSequences) -> Float[Tensor, "N H"]:
+    """Return what `completion_hidden_states` returns, for packed rows.
+
+    Flash attention as transformers calls it tells rows apart by their positions, which restart with each; it cannot
+    share prefixes. Other implementations build a full quadratic mask of the rows, which is correct but slow.
     """
-    real = sequences.attention_mask.bool()
-    positions = sequences.attention_mask.cumsum(1) - 1
-    hidden = backbone(
-        input_ids=sequences.input_ids[real][None], position_ids=positions[real][None], use_cache=False
-    ).last_hidden_state[0]  # [real tokens, H]
-    predicts = torch.zeros_like(real)
-    predicts[:, :-1] = sequences.completion_mask[:, 1:]
-    return hidden[predicts[real]]
+    forward, ids, layout = backbone(model), sequences.input_ids[None], sequences.layout
+    if shares_packed_prefixes(model):
+        mask = ids.new_ones(1, 1, 1, 1)  # transformers leaves four dimensions alone, and the layout says it all
+        hidden = forward(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=sequences.position_ids[None],
+            use_cache=False,
+            packed_layout=layout,
+        ).last_hidden_state[0]  # [T, H]
+    else:
+        assert layout.shared is None
+        hidden = forward(input_ids=ids, position_ids=sequences.position_ids[None], use_cache=False).last_hidden_state[0]
+    return hidden.index_select(0, sequences.predicts)
 
 
 def can_share_prefixes(model: PreTrainedModel) -> bool:

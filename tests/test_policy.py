@@ -1,5 +1,7 @@
 """Roles: who is trained, who is frozen, who follows; for whole weights and for adapters."""
 
+import re
+
 import pytest
 import torch
 from examples import small_qwen
@@ -161,17 +163,21 @@ def test_the_student_starts_in_training_mode_throughout(finetune):
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False, "auto", "selective"])
 def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(finetune, checkpointing):
+    """`selective` recomputes the first layer and every second one after it; on a CPU, `auto` recomputes none."""
     config = ModelConfig(path="tiny", finetune=finetune, lora_rank=2, gradient_checkpointing=checkpointing)
     policy = make_policy(load_base(config), config, TeacherConfig())
     with policy.weights("student") as model:
-        layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
-        passes = []
-        layer.register_forward_pre_hook(lambda *_: passes.append(1))
+        named = ((module, re.search(r"layers\.(\d)\.mlp$", name)) for name, module in model.named_modules())
+        layers, passes = {module: int(found[1]) for module, found in named if found}, []
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, _: passes.append(layers[layer]))
         hidden = completion_hidden_states(model, Sequences(IDS, REAL, SCORED))
         token_terms(hidden, output_head(model), IDS[SCORED]).student_logprobs.sum().backward()
-    assert len(passes) == (2 if checkpointing else 1)
+    recomputed = {True: list(layers.values()), "selective": list(layers.values())[::2]}.get(checkpointing, [])
+    assert len(layers) > 2
+    assert sorted(passes) == sorted([*layers.values(), *recomputed])
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(4.0, 2.0), (1.5, 0.75), (0.5, 0.25)])

@@ -1,22 +1,26 @@
 """Shared prompts, passes and packing: the same hidden states and gradients as each row computed whole, by itself."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
 from examples import CPU, random_ids, small_qwen
 from transformers import Qwen3ForCausalLM
 
+from pmd import attention
 from pmd.batch import (
     MIN_SAVED_PADDING,
     Pair,
     Sequences,
     common_length,
+    pack_rows,
     pad_after_prefixes,
     pad_sequences,
     passes,
 )  # fmt: skip
-from pmd.scoring import backbone, can_share_prefixes, completion_hidden_states, packed_states, packs_rows
+from pmd.packing import PackedSequences
+from pmd.scoring import can_share_prefixes, completion_hidden_states, packs_rows, shares_packed_prefixes
 
 
 def small_model(**changes: object) -> Qwen3ForCausalLM:
@@ -41,6 +45,12 @@ def one_by_one(model: Qwen3ForCausalLM, pairs: list[Pair]) -> torch.Tensor:
     return torch.cat([completion_hidden_states(model, pad_sequences([pair], 0, CPU)) for pair in pairs])
 
 
+@cache
+def expected_states_and_gradients(sliding: bool) -> list[torch.Tensor]:
+    model, (pairs, _) = small_model(**(SLIDING if sliding else {})), rows_of_three_groups()
+    return states_and_gradients(model, lambda: one_by_one(model, pairs))
+
+
 def states_and_gradients(model: Qwen3ForCausalLM, way) -> list[torch.Tensor]:
     model.zero_grad()
     hidden = way()
@@ -48,28 +58,50 @@ def states_and_gradients(model: Qwen3ForCausalLM, way) -> list[torch.Tensor]:
     return [hidden.detach(), *(p.grad.clone() for p in model.model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("way", ["prefixes", "passes", "packed"])
-@pytest.mark.parametrize("sliding", [False, True])
-def test_every_way_equals_rows_computed_one_by_one_with_gradient(way, sliding):
-    model = small_model(use_sliding_window=True, sliding_window=16, max_window_layers=1) if sliding else small_model()
-    pairs, groups = rows_of_three_groups()
-    if way == "prefixes":
-        if sliding:
-            assert not can_share_prefixes(model)
-            return
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+AFTER = (1 + 4 + 300) + (1 + 290) + (1 + 3 + 40) + (1 + 30) + (1 + 2 + 9) + (1 + 8) + (1 + 4) + (1 + 1 + 1)
+
+
+def sequences_of(way: str, pairs: list[Pair], groups: list[int]) -> Sequences | PackedSequences:
+    """Padded or packed rows, with their beginnings shared or not."""
+    if way == "padded, shared":
         sequences = pad_after_prefixes(pairs, groups, 0, CPU)
         assert sequences.prefixes.attention_mask.sum(1).tolist() == [49, 6, 399]  # one token stays
-        after = (1 + 4 + 300) + (1 + 290) + (1 + 3 + 40) + (1 + 30) + (1 + 2 + 9) + (1 + 8) + (1 + 4) + (1 + 1 + 1)
-        assert sequences.num_real_tokens == 49 + 6 + 399 + after
-    else:
-        sequences = pad_sequences(pairs, 0, CPU)
-    assert len(sequences.passes) > 1
-    ways = {"packed": lambda: packed_states(backbone(model), sequences)}
-    computed = states_and_gradients(model, ways.get(way, lambda: completion_hidden_states(model, sequences)))
-    expected = states_and_gradients(model, lambda: one_by_one(model, pairs))
+        assert sequences.num_real_tokens == 49 + 6 + 399 + AFTER
+        return sequences
+    if way == "padded":
+        return pad_sequences(pairs, 0, CPU)
+    sequences = pack_rows(pairs, groups, shares=way == "packed, shared")
+    if way == "packed, shared":  # a beginning of 6 tokens is too short to be shared by its two rows
+        assert sequences.num_real_tokens == 49 + 2 * 6 + 399 + AFTER
+        assert sequences.layout.own.lengths[:4] == (6 + 1 + 3 + 40, 6 + 1 + 8, 49, 399)
+    return sequences
+
+
+@pytest.mark.parametrize("way", ["padded", "padded, shared", "packed", "packed, shared", "packed, quadratic mask"])
+@pytest.mark.parametrize("sliding", [False, True])
+def test_every_way_equals_rows_computed_one_by_one_with_gradient(way, sliding):
+    model, (pairs, groups) = small_model(**(SLIDING if sliding else {})), rows_of_three_groups()
+    expected = expected_states_and_gradients(sliding)
+    if way == "padded, shared" and sliding:
+        assert not can_share_prefixes(model)
+        return
+    if way in ("packed", "packed, shared"):
+        model.set_attn_implementation(attention.NAME)
+    sequences = sequences_of(way, pairs, groups)
+    computed = states_and_gradients(model, lambda: completion_hidden_states(model, sequences))
     assert len(computed) == len(expected) > 10
     for one, other in zip(computed, expected, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()  # the model's norms are float32
+
+
+def test_padded_rows_and_a_cache_work_with_the_attention_of_packed_rows():
+    """What is scored outside of training is padded, and the hf engine generates with a cache."""
+    model, (pairs, groups) = small_model(), rows_of_three_groups()
+    expected = one_by_one(model, pairs)
+    model.set_attn_implementation(attention.NAME)
+    for way in ("padded", "padded, shared"):
+        torch.testing.assert_close(completion_hidden_states(model, sequences_of(way, pairs, groups)), expected)
 
 
 def test_a_rollout_of_a_group_of_one_has_a_prefix_of_its_own():
@@ -83,10 +115,12 @@ def test_a_rollout_of_a_group_of_one_has_a_prefix_of_its_own():
 
 
 def test_packing_needs_an_attention_that_gains_from_it():
-    model = small_model()
-    assert not packs_rows(model)
-    model.config._attn_implementation = "flash_attention_2"
-    assert packs_rows(model)
+    model, found = small_model(), {}
+    for name in ("sdpa", "eager", "flash_attention_2", attention.NAME):
+        model.config._attn_implementation = name
+        found[name] = packs_rows(model), shares_packed_prefixes(model)
+    no, packs = (False, False), (True, False)
+    assert found == {"sdpa": no, "eager": no, "flash_attention_2": packs, attention.NAME: (True, True)}
 
 
 def test_a_prefix_leaves_a_token_before_what_is_scored():

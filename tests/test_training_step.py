@@ -112,5 +112,26 @@ def test_checkpointing_and_shared_prompts_change_no_gradient(kind, finetune):
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_packed_rows_and_every_way_of_recomputing_change_no_gradient(finetune):
+    """With rows packed, prompts are shared while layers are recomputed, too."""
+    gradients, losses, examples = {}, {}, examples_of_one_prompt()
+    for attention, mode in (("sdpa", False), *(("varlen", mode) for mode in (False, "selective", True))):
+        module = tiny_module(METHODS["pmd"], finetune=finetune, attention=attention, gradient_checkpointing=mode)
+        for shared in (module.layout.shared, frozenset()) if attention == "varlen" else (frozenset(),):
+            module.layout = replace(module.layout, shared=shared)
+            found = backward(module, examples)
+            ((micro_batch, _),) = found.scored
+            if attention == "varlen":
+                layouts = micro_batch.student.layout, micro_batch.teacher.layout
+                assert all((layout.shared is not None) == bool(shared) for layout in layouts)
+            key = attention, mode, bool(shared)
+            gradients[key], losses[key] = gradient_of(module), found.totals["loss/total"]
+    assert len(gradients) == 1 + 3 * 2
+    for key, gradient in gradients.items():
+        assert losses[key] == pytest.approx(losses["sdpa", False, False], abs=1e-6)
+        torch.testing.assert_close(gradient, gradients["sdpa", False, False], rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_without_any_scored_rollout_has_no_micro_batches():
     assert list(Batch((), 0, 0).micro_batches(tiny_module().layout, CPU)) == []

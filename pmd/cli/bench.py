@@ -96,8 +96,12 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         with closing(run.data.engine):
             return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
     from pmd.module import PMDModule
+    from pmd.planning.choose_memory import choose_here
     from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 
+    config, chosen = choose_here(config)
+    if chosen is not None:
+        print(chosen)
     module = PMDModule(config)
     completion = lengths["completion"]
     examples = synthetic_examples(

@@ -47,11 +47,20 @@ def main(argv: list[str]) -> int:
 def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, console: Console) -> int:
     import torch
 
+    from pmd.planning.choose_memory import available_bytes, choose, is_open, without_gpu
     from pmd.planning.engine_memory import Gpu, plan_engine, read_cache, refuse_small_cache
     from pmd.planning.gpu_memory import libraries_bytes, max_micro_batch_tokens, predict, read_shape
 
     on_cuda = gpu_gb is not None or (torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu")
-    run, shape, tokens = loaded.run, read_shape(loaded.run.model), tokens or max_micro_batch_tokens(loaded.run)
+    free, total = _gpu_bytes(gpu_gb) if on_cuda else (0.0, 0.0)
+    run, shape = loaded.run, read_shape(loaded.run.model)
+    if is_open(run) and on_cuda:
+        choice = choose(shape, run, available_bytes(run, free, total))
+        run = choice.applied(run)
+        console.print(str(choice), markup=False, soft_wrap=True)
+    elif is_open(run):
+        run = without_gpu(run)
+    tokens = tokens or max_micro_batch_tokens(run)
     parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu")
     if run.rollouts.engine == "vllm":
         refuse_small_cache(read_cache(run), run)
@@ -60,7 +69,6 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
         console.print("On a CPU the process may hold half as much again, because the C library keeps what torch frees.")
         return code
-    free, total = (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
     if run.rollouts.engine != "vllm":
         return _verdict(run, {"peak": parts}, tokens, free, console)
     try:
@@ -75,6 +83,13 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     )
     console.print(f"{plan}{asleep}", markup=False)
     return code
+
+
+def _gpu_bytes(gpu_gb: float | None) -> tuple[float, float]:
+    """Return the free and the total memory of the GPU, this machine's or one of `gpu_gb` GB."""
+    import torch
+
+    return (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
 
 
 def _verdict(
@@ -99,9 +114,9 @@ def _verdict(
 def remedies(run: RunConfig) -> list[str]:
     """Return changes that would need less memory, the cheapest first."""
     found = []
-    if not run.model.gradient_checkpointing:
+    if run.model.gradient_checkpointing is not True:
         found.append("set model.gradient_checkpointing=true")
-    if run.rollouts.micro_batch_tokens > 4096:
+    if run.rollouts.micro_batch_tokens == "auto" or run.rollouts.micro_batch_tokens > 4096:
         found.append("lower rollouts.micro_batch_tokens")
     if run.rollouts.engine == "hf":
         found.append("lower rollouts.engine_batch")

@@ -50,6 +50,7 @@ from pmd.memory.held_out import HeldOut
 from pmd.metrics_log import MetricsLog
 from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
+from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import plan_here
 from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
@@ -246,6 +247,9 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
         )
     _prepare(tasks, config)
     config, prompts = _prepare_model(config, tasks)
+    config, chosen = choose_here(config)
+    if chosen is not None:
+        CONSOLE.print(chosen, markup=False, soft_wrap=True)
     plan = plan_here(config) if config.rollouts.engine == "vllm" else None
     if plan is not None:
         CONSOLE.print(str(plan), markup=False, soft_wrap=True)
@@ -306,7 +310,7 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(ReflectionCallback(record, engine, prompts, tasks, config.reflection, run.memory, seed))
         auditor = None
         if config.memory.audit_groups:
-            scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, config.rollouts.micro_batch_tokens)
+            scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, run.module.layout.max_tokens)
             auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, run.parity)
         callbacks.append(
             MemoryCallback(record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor)

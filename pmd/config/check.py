@@ -86,6 +86,11 @@ def _model_problems(run: RunConfig) -> list[str]:
     if model.finetune == "qlora" and find_spec("bitsandbytes") is None:
         problems.append("model.finetune=qlora needs bitsandbytes; pip install 'pmd[gpu]'.")
     problems += _attention_problems(model)
+    if model.layer_kernels == "liger":
+        if not cuda_is_available():
+            problems.append("model.layer_kernels=liger needs a CUDA device and none was found; use plain.")
+        if find_spec("liger_kernel") is None:
+            problems.append("model.layer_kernels=liger needs liger-kernel; pip install liger-kernel, or use plain.")
     if run.optimizer.kind == "adamw_8bit_paged":
         if not cuda_is_available():
             problems.append("optimizer.kind=adamw_8bit_paged needs a CUDA device and none was found; use adamw.")

@@ -20,6 +20,7 @@ MAX_SEED = 2**32 - 1  # of NumPy's generators
 MAX_SECONDS = 1_728_000.0  # twenty days; timers that count milliseconds in 32 bits overflow after 24
 MAX_WEIGHT = 10_000.0  # of a term of the loss: beyond it the other terms are lost in float32
 MAX_RATIO = 1e8  # of two probabilities: log-ratios are clamped to 20 (losses/), so none exceeds 5e8
+MICRO_BATCH_TOKENS = 16384  # where rollouts.micro_batch_tokens=auto is not chosen by a GPU's memory
 MIN_TEMPERATURE = 0.01  # below it, logits divided by the temperature overflow; greedy is 0 where it is allowed
 
 
@@ -56,9 +57,22 @@ class ModelConfig:
         32.0, "Scale of the adapter: its output is multiplied by lora_alpha / lora_rank.", above=0, maximum=MAX_WEIGHT
     )
     lora_dropout: float = option(0.0, "Dropout inside the adapter.", minimum=0, maximum=0.9)
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = option(
-        "sdpa", "How attention is computed; flash attention (CUDA, its own package) also packs rows without padding."
+    gradient_checkpointing: Literal["auto", "selective"] | bool = option(
+        "auto",
+        "Recompute activations in the backward pass: slower, far less memory; `selective` in every second layer, "
+        "`auto` as the GPU's memory asks for (never on a CPU).",
+    )
+    offload_activations: bool = option(
+        False, "Keep what the backward pass needs in main memory, for the longest sequences; with checkpointing (CUDA)."
+    )
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = option(
+        "auto",
+        "How attention is computed. `varlen` (CUDA) packs rows without padding, shared prompts included, and `auto` "
+        "takes it where it can, else sdpa; flash attention, from its own package, packs rows but shares no prompts.",
+    )
+    layer_kernels: Literal["plain", "compiled", "liger"] = option(
+        "plain",
+        "Norms, rotary embedding and SwiGLU by torch, by torch.compile of each layer, or by liger-kernel (CUDA).",
     )
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model; only for a model whose authors you trust as your own code."
@@ -332,9 +346,10 @@ class RolloutsConfig:
         False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."
     )
     engine_batch: int = option(256, "Sequences that the hf engine generates at once.", minimum=1, maximum=MAX_SEQUENCES)
-    micro_batch_tokens: int = option(
-        16384,
-        "Tokens in one forward pass, padding included; fewer need less memory.",
+    micro_batch_tokens: int | Literal["auto"] = option(
+        "auto",
+        "Tokens in one forward pass, padding included; fewer need less memory. `auto` is what fits into the GPU's "
+        "memory, and 16,384 on a CPU.",
         minimum=1,
         maximum=16 * MAX_TOKENS,
     )

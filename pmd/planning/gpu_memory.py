@@ -8,7 +8,9 @@ allocator keeps is not included.
 
 from dataclasses import dataclass
 
-from pmd.config.schema import ModelConfig, RunConfig
+from transformers import PretrainedConfig
+
+from pmd.config.schema import MICRO_BATCH_TOKENS, ModelConfig, RunConfig
 from pmd.losses.distillation import chunk_size
 from pmd.losses.fused import block_size
 from pmd.pretrained import DTYPES, load_model_config
@@ -59,7 +61,12 @@ class Shape:
 
 def read_shape(config: ModelConfig) -> Shape:
     """Read the architecture of `config.path` without its weights."""
-    hf = load_model_config(config).get_text_config()
+    return shape_of(load_model_config(config))
+
+
+def shape_of(architecture: PretrainedConfig) -> Shape:
+    """Return the sizes of an architecture."""
+    hf = architecture.get_text_config()
     head = hf.head_dim if "head_dim" in hf.to_dict() else hf.hidden_size // hf.num_attention_heads
     return Shape(
         layers=hf.num_hidden_layers,
@@ -73,11 +80,16 @@ def read_shape(config: ModelConfig) -> Shape:
 
 
 def max_micro_batch_tokens(run: RunConfig) -> int:
-    """Return the number of tokens, padding included, in the largest micro-batch that the configuration allows."""
+    """Return the number of tokens, padding included, in the largest micro-batch that the configuration allows.
+
+    `auto` counts as its value on a CPU; see choose_memory.py.
+    """
+    tokens = run.rollouts.micro_batch_tokens
+    tokens = MICRO_BATCH_TOKENS if tokens == "auto" else tokens
     prompt = max(run.rollouts.max_prompt_tokens, run.teacher.max_prompt_tokens)
     longest = prompt + run.rollouts.max_new_tokens
     rollouts = run.rollouts.tasks_per_step * run.rollouts.group_size // run.rollouts.updates_per_batch
-    return min(max(run.rollouts.micro_batch_tokens, longest), rollouts * longest)
+    return min(max(tokens, longest), rollouts * longest)
 
 
 def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
@@ -116,15 +128,24 @@ def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int
     counts, ranks = SAVED_ACTIVATIONS[kind, model.dtype], 0 if kind == "full" else 7 * 4 * model.lora_rank
     widths = (shape.hidden, shape.query, shape.key, shape.intermediate)
     layer = tokens * (size * sum(n * width for n, width in zip(counts, widths, strict=True)) + ranks)
-    saved = shape.layers * (tokens * size * shape.hidden if model.gradient_checkpointing else layer)
+    recomputed = recomputed_layers(shape, model)
+    inputs = 0 if model.offload_activations else tokens * size * shape.hidden  # of a layer that is recomputed
+    saved = recomputed * inputs + (shape.layers - recomputed) * layer
     ends = 3 * tokens * size * shape.hidden  # embedding, last norm
-    backward = 2 * tokens * size * shape.intermediate + (layer if model.gradient_checkpointing else 0)
+    backward = 2 * tokens * size * shape.intermediate + (layer if recomputed else 0)
     scoring = scoring_bytes(shape, run, completion_tokens, device)
     return {
         "activations": float(saved + ends),
         "logits chunk": scoring,
         "backward pass": max(0.0, backward - scoring),
     }
+
+
+def recomputed_layers(shape: Shape, model: ModelConfig) -> int:
+    """Return how many layers keep only their input for the backward pass."""
+    if model.gradient_checkpointing == "selective":
+        return (shape.layers + 1) // 2
+    return shape.layers if model.gradient_checkpointing is True else 0
 
 
 def scoring_bytes(shape: Shape, run: RunConfig, completion_tokens: int, device: str) -> float:

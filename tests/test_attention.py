@@ -1,0 +1,73 @@
+"""Attention over packed rows: the same output and gradient as one softmax with the mask that the rows imply."""
+
+import random
+
+import pytest
+import torch
+from examples import random_ids
+
+from pmd.attention import attend_packed
+from pmd.batch import pack_rows
+from pmd.packing import PackedSequences
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def packed_rows(*, shares: bool) -> PackedSequences:
+    """Two groups that share 20 and 33 tokens, one that shares too little, and a row alone; groups mixed."""
+    draw = random.Random(0)
+    beginnings = [random_ids(draw, length) for length in (21, 5, 34, 12)]
+    rows = [(0, 3, 9), (2, 0, 4), (1, 2, 3), (0, 0, 30), (2, 4, 1), (3, 0, 6), (1, 0, 2), (2, 1, 17)]
+    pairs = [(beginnings[group] + random_ids(draw, own), random_ids(draw, length)) for group, own, length in rows]
+    return pack_rows(pairs, [group for group, _, _ in rows], shares)
+
+
+def implied_mask(packed: PackedSequences, window: int | None) -> torch.Tensor:
+    """Who sees whom, [T, T], from positions and from the prefix that each segment continues."""
+    own, shared = packed.layout.own.slices(), packed.layout.shared
+    sees = torch.zeros(len(packed.input_ids), len(packed.input_ids), dtype=torch.bool)
+    for segment in own:
+        sees[segment, segment] = True
+    if shared is not None:
+        start = sum(packed.layout.own.lengths) - shared.num_row_tokens
+        for rows, prefix in zip(shared.queries.slices(), shared.prefixes.slices(), strict=True):
+            behind, before = start - shared.num_prefix_tokens, start
+            sees[before + rows.start : before + rows.stop, behind + prefix.start : behind + prefix.stop] = True
+    distance = packed.position_ids[:, None] - packed.position_ids
+    return sees & (distance >= 0) & (distance < (window or 1000))
+
+
+def one_softmax(query, key, value, mask, scale):
+    key, value = (part.repeat_interleave(HEADS // KV_HEADS, 1) for part in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("window", [None, 6, 30, 500])
+@pytest.mark.parametrize("gather", [False, True])
+def test_output_and_gradient_are_those_of_one_softmax(shares, window, gather):
+    packed = packed_rows(shares=shares)
+    assert (packed.layout.shared is not None) == shares
+    torch.manual_seed(0)
+    parts = [
+        torch.randn(len(packed.input_ids), heads, WIDTH, dtype=torch.float64, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    direction = torch.randn(len(packed.input_ids), HEADS, WIDTH, dtype=torch.float64)
+    computed = attend_packed(*parts, packed.layout, scale=0.7, window=window, gather=gather)
+    expected = one_softmax(*parts, implied_mask(packed, window), 0.7)
+    torch.testing.assert_close(computed, expected, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad((out * direction).sum(), parts) for out in (computed, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_prefixes_are_computed_once_and_rows_go_on_behind_them():
+    packed, whole = packed_rows(shares=True), packed_rows(shares=False)
+    shared = packed.layout.shared
+    assert shared.prefixes.lengths == (20, 33)
+    assert len(whole.input_ids) - len(packed.input_ids) == 20 + 2 * 33
+    assert packed.completion_ids.tolist() == whole.completion_ids.tolist()
+    assert packed.layout.longest == whole.layout.longest == 52
+    assert shared.queries.lengths == (1 + 3 + 9 + 1 + 30, 1 + 4 + 1 + 4 + 1 + 1 + 1 + 17)
