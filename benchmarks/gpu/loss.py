@@ -74,14 +74,16 @@ def plans(device: torch.device) -> dict[str, Any]:
     from pmd.losses.triton_kernels import Launch
 
     if device.type == "cpu":
-        small = Launch(lanes=64, capacity=64)
+        small = Launch(lanes=64, select_lanes=64, capacity=64)
         return {"triton": Plan(launch=small, slab_tokens=80), "triton, torch.topk": Plan(launch=small, sorts=True)}
     return {
         "triton": Plan(),
         "triton, 3 stages": Plan(launch=Launch(stages=3)),
-        "triton, 2,048 lanes, 4 warps": Plan(launch=Launch(lanes=2048, warps=4)),
         "triton, 4,096 lanes, 16 warps": Plan(launch=Launch(warps=16)),
         "triton, 8,192 lanes, 16 warps": Plan(launch=Launch(lanes=8192, warps=16)),
+        "triton, select 2,048 lanes, 4 warps": Plan(launch=Launch(select_warps=4)),
+        "triton, select 4,096 lanes, 16 warps": Plan(launch=Launch(select_lanes=4096, select_warps=16)),
+        "triton, select 1,024 lanes, 4 warps": Plan(launch=Launch(select_lanes=1024, select_warps=4)),
         "triton, torch.topk": Plan(sorts=True),
         "triton, bfloat16 logits": Plan(logits_dtype=torch.bfloat16),
         "triton, chunks of 512": Plan(chunk_bytes=320_000_000),

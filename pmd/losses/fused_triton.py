@@ -1,4 +1,5 @@
-"""What `fused.py` computes, on a GPU: the same chunks of tokens, with Triton kernels between the products with the head.
+"""What `fused.py` computes, on a GPU: the same chunks of tokens, with Triton kernels between the products with the
+head.
 
     student's logits [n, V] of a chunk                          one product
       -> top-k tokens, mass of all others                       `select`
@@ -124,7 +125,7 @@ class Scoring:
     def student_rows(self, logits: Tensor, targets: Tensor) -> Rows:
         """Reduce the student's logits [n, V] to the support, if there is one, and the target."""
         launch, scale = self.plan.launch, self.scale
-        if self.top_k is not None and can_select(self.top_k, launch) and not self.plan.sorts:
+        if self.top_k is not None and can_select(self.top_k, logits.shape[1], launch) and not self.plan.sorts:
             return select(logits, targets, self.top_k, scale, launch)
         picks = targets[:, None]
         if self.top_k is not None:

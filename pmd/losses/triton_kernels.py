@@ -11,10 +11,11 @@ end of the row: a tile costs neither a reduction nor a barrier, and a lane's run
 small they are.
 
 The top-k are found without sorting. Each of the L lanes holds the largest of V / L logits; the k-th largest of these
-maxima is a lower bound of the k-th largest logit, and few logits pass it: about -L log(1 - k / L), 101 for L = 4,096 and
-k = 100. The second pass collects those, and the best k of them are the support. If too many pass (thousands of equal
-logits, or all large ones in few lanes), the k-th largest logit is searched for bit by bit, one pass for each bit. Of
-equal logits at the end of the support, those of the lowest token ids belong to it.
+maxima is a lower bound of the k-th largest logit, and few logits pass it: about -L log(1 - k / L), 103 for L = 2,048 and
+k = 100. In the second pass each lane notes the tiles in which it met one, and the best k of those are the support. If too
+many pass (thousands of equal logits, or all large ones in few lanes), `_select_crowded` does the row over: it numbers what
+passes, tile by tile, and where that is too much it searches for the k-th largest logit bit by bit, one pass for each bit.
+Of equal logits at the end of the support, those of the lowest token ids belong to it.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,12 @@ SMALLEST_KEY = tl.constexpr(-(2**31))
 #: exp(-200) is 0 in float32; the bound keeps -inf * 0 out of sums.
 FAR_BELOW = tl.constexpr(-200.0)
 #: Lower bits of a key that the threshold of the first pass leaves out: a few more logits pass, with fewer iterations.
-COARSE_BITS = tl.constexpr(11)
+COARSE_BITS = tl.constexpr(14)
+#: Logits above the bound that a lane can note, and the bits that note one: 1 + the number of its tile.
+NOTES = tl.constexpr(4)
+NOTE_BITS = tl.constexpr(8)
+NOTE_MASK = tl.constexpr(255)
+MAX_TILES = 254
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,9 @@ class Launch:
     lanes: int = 4096  # columns of a tile
     warps: int = 8
     stages: int = 1  # tiles on their way from memory; above 1 they are copied to shared memory ahead of time
-    capacity: int = 1024  # logits that may pass the first threshold
+    select_lanes: int = 2048  # the same for `select`, which keeps more for each lane
+    select_warps: int = 8
+    capacity: int = 1024  # logits of a crowded row that may pass the first threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +108,22 @@ def select(logits: Tensor, targets: Tensor, top_k: int, scale: float, launch: La
     ids[:, top_k] = targets
     rows = empty_rows(ids)
     candidates = torch.empty(num_rows, launch.capacity, dtype=torch.int32, device=logits.device)
-    _select[(num_rows,)](
-        *(logits, logits.stride(0), vocabulary, candidates, rows.ids, rows.picked, top_k),
+    is_crowded = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    arguments = (
+        *(logits, logits.stride(0), vocabulary, candidates, is_crowded, rows.ids, rows.picked, top_k),
         *(rows.maximum, rows.total, rows.moment, scale),
-        LANES=launch.lanes,
-        STAGES=launch.stages,
-        CAPACITY=launch.capacity,
-        num_warps=launch.warps,
     )
+    tiles = {"LANES": launch.select_lanes, "STAGES": launch.stages, "CAPACITY": launch.capacity}
+    most = min(launch.capacity, _power_of_two(2 * top_k))
+    _select[(num_rows,)](*arguments, **tiles, MOST=most, BLOCK=min(most, 32), num_warps=launch.select_warps)
+    _select_crowded[(num_rows,)](*arguments, **tiles, num_warps=launch.select_warps)
     return rows
 
 
-def can_select(top_k: int, launch: Launch) -> bool:
+def can_select(top_k: int, vocabulary: int, launch: Launch) -> bool:
     """Whether `select` is made for so many tokens."""
-    return 2 * top_k <= min(launch.lanes, launch.capacity)
+    num_tiles = -(-vocabulary // launch.select_lanes)
+    return 2 * top_k <= min(launch.select_lanes, launch.capacity) and num_tiles <= MAX_TILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +213,13 @@ def _absorb(
     row = tl.program_id(0).to(tl.int64)
     x_row = logits + row * row_stride
     slot = tl.arange(0, PICKS)
-    column = tl.load(ids + row * num_picks + slot, mask=slot < num_picks, other=-1) - first
-    here = (column >= 0) & (column < width) & (slot < num_picks)
-    x = tl.load(x_row + column, mask=here, other=0.0).to(tl.float32)
-    tl.store(picked + row * num_picks + slot, x * scale, mask=here)
+    pick = tl.load(ids + row * num_picks + slot, mask=slot < num_picks, other=-1) - first
+    here = (pick >= 0) & (pick < width) & (slot < num_picks)
+    logit = tl.load(x_row + pick, mask=here, other=0.0).to(tl.float32)
+    tl.store(picked + row * num_picks + slot, logit * scale, mask=here)
     if REMOVES:
         tl.debug_barrier()  # every logit has been read
-        tl.store(x_row + column, float("-inf"), mask=here & (slot < num_removed))
+        tl.store(x_row + pick, float("-inf"), mask=here & (slot < num_removed))
         tl.debug_barrier()
     lane = tl.arange(0, LANES)
     maximum = tl.full([LANES], LOWEST, tl.float32)
@@ -295,61 +305,133 @@ def _collect(
         slot = count + tl.cumsum(above.to(tl.int32), 0) - 1
         tl.store(candidates + slot, column, mask=above & (slot < CAPACITY))
         count += tl.sum(above.to(tl.int32), 0)
-        maximum, total, moment = _add_to_lanes(
-            tl.where(above, float("-inf"), x * scale), maximum, total, moment
-        )
+        maximum, total, moment = _add_to_lanes(tl.where(above, float("-inf"), x * scale), maximum, total, moment)
     return count, maximum, total, moment
 
 
 @triton.jit
 @no_type_check
-def _select(
-    logits, row_stride, vocabulary, candidates, ids, picked, k, maxima, totals, moments, scale,
-    LANES: tl.constexpr, STAGES: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_row, candidates = logits + row * row_stride, candidates + row * CAPACITY
-    ids, picked = ids + row * (k + 1), picked + row * (k + 1)
+def _bound_of_row(x_row, vocabulary, k, LANES: tl.constexpr, STAGES: tl.constexpr):
+    """Return a key that the k largest logits of a row reach, and few others: from the largest of each lane."""
     lane = tl.arange(0, LANES)
     largest = tl.full([LANES], float("-inf"), tl.float32)
     for start in tl.range(0, vocabulary, LANES, num_stages=STAGES):
         column = start + lane
         x = tl.load(x_row + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, x)
-    bound = _kth_key(_key(largest), k, 31 - COARSE_BITS)
-    count, maximum, total, moment = _collect(x_row, vocabulary, candidates, bound, 0, scale, True, LANES, STAGES, CAPACITY)
-    if count > CAPACITY:
-        bound = _kth_key_of_row(x_row, vocabulary, k, LANES)
-        num_equal = k - _count_at_least(x_row, vocabulary, bound + 1, LANES)
-        count, maximum, total, moment = _collect(
-            x_row, vocabulary, candidates, bound, num_equal, scale, False, LANES, STAGES, CAPACITY
-        )
-    tl.debug_barrier()  # the candidates are written
+        largest = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
+    return _kth_key(_key(largest), k, 31 - COARSE_BITS)
+
+
+@triton.jit
+@no_type_check
+def _select(
+    logits, row_stride, vocabulary, candidates, is_crowded, ids, picked, k, maxima, totals, moments, scale,
+    LANES: tl.constexpr, STAGES: tl.constexpr, CAPACITY: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_row, candidates = logits + row * row_stride, candidates + row * CAPACITY
+    ids, picked = ids + row * (k + 1), picked + row * (k + 1)
+    lane = tl.arange(0, LANES)
+    bound = _bound_of_row(x_row, vocabulary, k, LANES, STAGES)
+    maximum = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    moment = tl.zeros([LANES], tl.float32)
+    notes = tl.zeros([LANES], tl.int32)
+    count = tl.zeros([LANES], tl.int32)
+    for start in tl.range(0, vocabulary, LANES, num_stages=STAGES):
+        place = start + lane
+        inside = place < vocabulary
+        x = tl.load(x_row + place, mask=inside, other=float("-inf")).to(tl.float32)
+        above = inside & (_key(x) >= bound)
+        notes = tl.where(above, (notes << NOTE_BITS) | (start // LANES + 1), notes)
+        count += above.to(tl.int32)
+        maximum, total, moment = _add_to_lanes(tl.where(above, float("-inf"), x * scale), maximum, total, moment)
     top, sums, sums_of_moments = _combine_lanes(maximum, total, moment)
+    num_above = tl.sum(count, 0)
+    fits = (num_above <= MOST) & (tl.max(count, 0) <= NOTES)
+    tl.store(is_crowded + row, tl.where(fits, 0, 1))
+    if fits:
+        first = tl.cumsum(count, 0) - count
+        for n in tl.static_range(NOTES):
+            tile = ((notes >> (n * NOTE_BITS)) & NOTE_MASK) - 1
+            tl.store(candidates + first + n, tile * LANES + lane, mask=count > n)
+        tl.debug_barrier()  # the candidates are written
+        slot = tl.arange(0, MOST)
+        valid = slot < num_above
+        column = tl.load(candidates + slot, mask=valid, other=0)
+        logit = tl.load(x_row + column, mask=valid, other=float("-inf")).to(tl.float32)
+        key = _key(logit)
+        rank = tl.zeros([MOST], tl.int32)
+        for other_first in range(0, MOST, BLOCK):
+            other_slot = other_first + tl.arange(0, BLOCK)
+            other_valid = other_slot < num_above
+            other = tl.load(candidates + other_slot, mask=other_valid, other=0)
+            other_key = _key(tl.load(x_row + other, mask=other_valid, other=float("-inf")).to(tl.float32))
+            ahead = (other_key[None, :] > key[:, None]) | (
+                (other_key[None, :] == key[:, None]) & (other[None, :] < column[:, None])
+            )
+            rank += tl.sum((ahead & other_valid[None, :]).to(tl.int32), 1)
+        chosen = valid & (rank < k)
+        tl.store(ids + rank, column, mask=chosen)
+        tl.store(picked + rank, logit * scale, mask=chosen)
+        tl.store(picked + k, tl.load(x_row + tl.load(ids + k)).to(tl.float32) * scale)
 
-    slot = tl.arange(0, CAPACITY)
-    candidate = slot < count
-    column = tl.load(candidates + slot, mask=candidate, other=0)
-    x = tl.load(x_row + column, mask=candidate, other=float("-inf")).to(tl.float32)
-    key = _key(x)
-    kth = _kth_key(tl.where(candidate, key, SMALLEST_KEY), k, 31)
-    greater = candidate & (key > kth)
-    equal = candidate & (key == kth)
-    rank = tl.sum(greater.to(tl.int32), 0) + tl.cumsum(equal.to(tl.int32), 0)
-    chosen = greater | (equal & (rank <= k))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(ids + place, column, mask=chosen)
-    tl.store(picked + place, x * scale, mask=chosen)
-    tl.store(picked + k, tl.load(x_row + tl.load(ids + k)).to(tl.float32) * scale)
+        rest = tl.where(valid & ~chosen, logit * scale, float("-inf"))
+        rest_top = tl.maximum(tl.max(rest, 0), LOWEST)
+        step = tl.maximum(rest - rest_top, FAR_BELOW)
+        e = tl.exp(step)
+        top, sums, sums_of_moments = _combine(top, sums, sums_of_moments, rest_top, tl.sum(e, 0), tl.sum(step * e, 0))
+        tl.store(maxima + row, top)
+        tl.store(totals + row, sums)
+        tl.store(moments + row, sums_of_moments)
 
-    rest = tl.where(candidate & ~chosen, x * scale, float("-inf"))
-    rest_top = tl.maximum(tl.max(rest, 0), LOWEST)
-    step = tl.maximum(rest - rest_top, FAR_BELOW)
-    e = tl.exp(step)
-    top, sums, sums_of_moments = _combine(top, sums, sums_of_moments, rest_top, tl.sum(e, 0), tl.sum(step * e, 0))
-    tl.store(maxima + row, top)
-    tl.store(totals + row, sums)
-    tl.store(moments + row, sums_of_moments)
+
+@triton.jit
+@no_type_check
+def _select_crowded(
+    logits, row_stride, vocabulary, candidates, is_crowded, ids, picked, k, maxima, totals, moments, scale,
+    LANES: tl.constexpr, STAGES: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_row, candidates = logits + row * row_stride, candidates + row * CAPACITY
+    if tl.load(is_crowded + row) != 0:
+        ids, picked = ids + row * (k + 1), picked + row * (k + 1)
+        bound = _bound_of_row(x_row, vocabulary, k, LANES, STAGES)
+        count, maximum, total, moment = _collect(
+            x_row, vocabulary, candidates, bound, 0, scale, True, LANES, STAGES, CAPACITY
+        )
+        if count > CAPACITY:
+            bound = _kth_key_of_row(x_row, vocabulary, k, LANES)
+            num_equal = k - _count_at_least(x_row, vocabulary, bound + 1, LANES)
+            count, maximum, total, moment = _collect(
+                x_row, vocabulary, candidates, bound, num_equal, scale, False, LANES, STAGES, CAPACITY
+            )
+        tl.debug_barrier()  # the candidates are written
+        top, sums, sums_of_moments = _combine_lanes(maximum, total, moment)
+
+        slot = tl.arange(0, CAPACITY)
+        candidate = slot < count
+        column = tl.load(candidates + slot, mask=candidate, other=0)
+        x = tl.load(x_row + column, mask=candidate, other=float("-inf")).to(tl.float32)
+        key = _key(x)
+        kth = _kth_key(tl.where(candidate, key, SMALLEST_KEY), k, 31)
+        greater = candidate & (key > kth)
+        equal = candidate & (key == kth)
+        rank = tl.sum(greater.to(tl.int32), 0) + tl.cumsum(equal.to(tl.int32), 0)
+        chosen = greater | (equal & (rank <= k))
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(ids + place, column, mask=chosen)
+        tl.store(picked + place, x * scale, mask=chosen)
+        tl.store(picked + k, tl.load(x_row + tl.load(ids + k)).to(tl.float32) * scale)
+
+        rest = tl.where(candidate & ~chosen, x * scale, float("-inf"))
+        rest_top = tl.maximum(tl.max(rest, 0), LOWEST)
+        step = tl.maximum(rest - rest_top, FAR_BELOW)
+        e = tl.exp(step)
+        top, sums, sums_of_moments = _combine(top, sums, sums_of_moments, rest_top, tl.sum(e, 0), tl.sum(step * e, 0))
+        tl.store(maxima + row, top)
+        tl.store(totals + row, sums)
+        tl.store(moments + row, sums_of_moments)
 
 
 @triton.jit
@@ -377,7 +459,7 @@ def _gradient(
         tl.store(out_row + column, (gradient * scale).to(out.dtype.element_ty), mask=inside)
     tl.debug_barrier()
     slot = tl.arange(0, PICKS)
-    inside = slot < num_picks
-    column = tl.load(ids + row * num_picks + slot, mask=inside, other=0)
-    value = tl.load(values + row * num_picks + slot, mask=inside, other=0.0) * scale
-    tl.store(out_row + column, value.to(out.dtype.element_ty), mask=inside)
+    valid = slot < num_picks
+    pick = tl.load(ids + row * num_picks + slot, mask=valid, other=0)
+    value = tl.load(values + row * num_picks + slot, mask=valid, other=0.0) * scale
+    tl.store(out_row + pick, value.to(out.dtype.element_ty), mask=valid)

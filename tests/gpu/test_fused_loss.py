@@ -83,7 +83,7 @@ def test_the_compiled_search_for_the_top_k_is_exact():
     logits = torch.cat([logits, torch.where(plain > 3.3, plain, -torch.inf)[None]])
     targets = torch.arange(len(logits), device="cuda")
     for k in (1, 100, 500):
-        for launch in (Launch(), Launch(stages=3), Launch(lanes=2048, warps=4)):
+        for launch in (Launch(), Launch(stages=3), Launch(lanes=2048, warps=4, select_lanes=4096, select_warps=16)):
             rows = select(logits.clone(), targets, k, 1.0, launch)
             ids = rows.ids[:, :k].long()
             assert all(row.unique().numel() == k for row in ids)

@@ -22,7 +22,7 @@ from pmd.losses import fused_triton
 from pmd.losses.fused_triton import Plan
 from pmd.losses.triton_kernels import Launch, absorb, empty_rows, select
 
-LAUNCH = Launch(lanes=16, capacity=16)
+LAUNCH = Launch(lanes=16, select_lanes=16, capacity=16)
 PLAN = Plan(slab_tokens=13, launch=LAUNCH)
 SORTS = Plan(slab_tokens=13, launch=LAUNCH, sorts=True)
 PRECISE = (1e-6, 1e-6)  # terms and gradients, relative to a tensor's largest value, or 1
