@@ -283,8 +283,8 @@ def _attend(
     dtype = value.dtype
     if value.is_cuda and dtype not in (torch.bfloat16, torch.float16):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.bfloat16
-    parts = (part.transpose(1, 2)[0].to(dtype) for part in (query, key, value))
-    return attend_packed(*parts, layout, scale=scale, window=window).to(value.dtype)[None]
+    q, k, v = (part.transpose(1, 2)[0].to(dtype) for part in (query, key, value))
+    return attend_packed(q, k, v, layout, scale=scale, window=window).to(value.dtype)[None]
 
 
 def packed_attention(
@@ -298,7 +298,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks, [1, heads, T, D] to [1, T, heads, D]; without a layout as `sdpa` does."""
     if packed_layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return cast(Any, sdpa_attention_forward)(module, query, key, value, attention_mask, **settings)
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
     return _attend(query, key, value, packed_layout, scale, settings.get("sliding_window")), None
 

@@ -6,7 +6,7 @@ Everything is built on the CPU and moved to the device at once, so that nothing 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -114,14 +114,14 @@ def _segments(lengths: Sequence[int]) -> Segments:
 
 def moved(record: Record, device: torch.device) -> Record:
     """Return a dataclass with its tensors, and those of dataclasses in it, on the device; a GPU is not waited for."""
-    changes: dict[str, Any] = {}
-    for field in fields(record):  # pyright: ignore[reportArgumentType]
+    whole, changes = cast(Any, record), {}
+    for field in fields(whole):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = _on_device(value, device)
         elif is_dataclass(value) and not isinstance(value, type):
             changes[field.name] = moved(value, device)
-    return replace(record, **changes)  # pyright: ignore[reportType]
+    return replace(whole, **changes)
 
 
 def _on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,12 +1,15 @@
 """Attention over packed rows: the same output and gradient as one softmax with the mask that the rows imply."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from examples import random_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pmd.attention import attend_packed
+from pmd import attention
+from pmd.attention import Call, Segments, attend_packed
 from pmd.batch import pack_rows
 from pmd.packing import PackedSequences
 
@@ -61,6 +64,25 @@ def test_output_and_gradient_are_those_of_one_softmax(shares, window, gather):
     gradients = [torch.autograd.grad((out * direction).sum(), parts) for out in (computed, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_the_calls_on_cuda_fit_torchs_operators():
+    """Without a GPU: tensors without data run through the operators' own checks of arguments and shapes."""
+    packed = packed_rows(shares=True)
+    with FakeTensorMode():
+
+        def on_cuda(segments: Segments) -> Segments:
+            return replace(segments, bounds=torch.empty(len(segments.lengths) + 1, dtype=torch.int32, device="cuda"))
+
+        own, keys = on_cuda(packed.layout.own), on_cuda(packed.layout.shared.keys)
+        query = torch.empty(sum(own.lengths), HEADS, 64, dtype=torch.bfloat16, device="cuda")
+        key = torch.empty(sum(keys.lengths), KV_HEADS, 64, dtype=torch.bfloat16, device="cuda")
+        for call in (Call(own, keys, 0.1), Call(own, keys, 0.1, causal=False), Call(own, keys, 0.1, window=7)):
+            out, lse = attention._forward(query, key, key, call)
+            gradients = attention._backward(out, query, key, key, out, lse, call)
+            assert out.device.type == "cuda"
+            assert (out.shape, lse.shape) == (query.shape, (HEADS, len(query)))
+            assert [grad.shape for grad in gradients] == [query.shape, key.shape, key.shape]
 
 
 def test_prefixes_are_computed_once_and_rows_go_on_behind_them():
