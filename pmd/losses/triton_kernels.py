@@ -11,11 +11,13 @@ end of the row: a tile costs neither a reduction nor a barrier, and a lane's run
 small they are.
 
 The top-k are found without sorting. Each of the L lanes holds the largest of V / L logits; the k-th largest of these
-maxima is a lower bound of the k-th largest logit, and few logits pass it: about -L log(1 - k / L), 101 for L = 4,096 and
-k = 100. The second pass collects those, and the best k of them are the support. If too many pass (thousands of equal
+maxima is a lower bound of the k-th largest logit, and few logits pass it: about -L log(1 - k / L), 101 for L = 4,096
+and k = 100. The second pass collects those, and the best k of them are the support. If too many pass (thousands of equal
 logits, or all large ones in few lanes), the k-th largest logit is searched for bit by bit, one pass for each bit. Of
 equal logits at the end of the support, those of the lowest token ids belong to it.
 """
+
+# pyright: reportCallIssue=false  (Triton adds num_warps to a kernel's parameters)
 
 from dataclasses import dataclass
 from typing import no_type_check
@@ -295,9 +297,7 @@ def _collect(
         slot = count + tl.cumsum(above.to(tl.int32), 0) - 1
         tl.store(candidates + slot, column, mask=above & (slot < CAPACITY))
         count += tl.sum(above.to(tl.int32), 0)
-        maximum, total, moment = _add_to_lanes(
-            tl.where(above, float("-inf"), x * scale), maximum, total, moment
-        )
+        maximum, total, moment = _add_to_lanes(tl.where(above, float("-inf"), x * scale), maximum, total, moment)
     return count, maximum, total, moment
 
 
@@ -317,7 +317,9 @@ def _select(
         x = tl.load(x_row + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
         largest = tl.maximum(largest, x)
     bound = _kth_key(_key(largest), k, 31 - COARSE_BITS)
-    count, maximum, total, moment = _collect(x_row, vocabulary, candidates, bound, 0, scale, True, LANES, STAGES, CAPACITY)
+    count, maximum, total, moment = _collect(
+        x_row, vocabulary, candidates, bound, 0, scale, True, LANES, STAGES, CAPACITY
+    )
     if count > CAPACITY:
         bound = _kth_key_of_row(x_row, vocabulary, k, LANES)
         num_equal = k - _count_at_least(x_row, vocabulary, bound + 1, LANES)
