@@ -45,9 +45,13 @@ def test_the_base_is_packed_to_four_bits_and_only_the_adapter_is_trained(checkpo
     assert len(packed) == 2 * 7  # every linear layer of both blocks
 
 
-def test_the_head_stays_whole(checkpoint):
-    with policy_of(checkpoint).weights("student") as model:
+def test_what_is_not_packed_keeps_its_dtype(checkpoint):
+    """Norms, embedding and head: in float32, the head would be twice as large and its products many times slower."""
+    policy = policy_of(checkpoint)
+    with policy.weights("student") as model:
         assert output_head(model).shape == (64, 64)
+    base = {p.dtype for name, p in policy.named_parameters() if "lora_" not in name}
+    assert base == {torch.uint8, torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["frozen", "ema"])

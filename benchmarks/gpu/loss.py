@@ -3,10 +3,10 @@
     python benchmarks/gpu/loss.py --json loss.json            # under a minute on an H100 or H200
     TRITON_INTERPRET=1 python benchmarks/gpu/loss.py          # on a CPU: tiny shapes, a rehearsal without meaning
 
-V=151,936, H=4,096, k=100, alpha .5, bfloat16 hidden states and frozen head, as for Qwen3-8B with LoRA. `whole` is the loss
-and its gradient w.r.t. the student's hidden states, with everything that is needed beside the inputs in `extra_gb`;
-`limit` is the three products with the head alone. `parts` times each product and kernel on one chunk. `error` compares a
-few tokens with float64, `||found - exact|| / ||exact||`, for flat and for peaked distributions.
+V=151,936, H=4,096, k=100, alpha .5, bfloat16 hidden states and frozen head, as for Qwen3-8B with LoRA. `whole` is the
+loss and its gradient w.r.t. the student's hidden states, with the peak of memory beside the inputs in `extra_gb`; `limit`
+is the three products with the head alone. `parts` times each product and kernel on one chunk. `error` compares a few
+tokens with float64, `||found - exact|| / ||exact||`, for flat and for peaked distributions.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def plans(device: torch.device) -> dict[str, Any]:
         "triton, select 1,024 lanes, 4 warps": Plan(launch=Launch(select_lanes=1024, select_warps=4)),
         "triton, torch.topk": Plan(sorts=True),
         "triton, bfloat16 logits": Plan(logits_dtype=torch.bfloat16),
-        "triton, chunks of 512": Plan(chunk_bytes=320_000_000),
+        "triton, chunks of 512": Plan(chunk_tokens=512),
         "triton, slabs of 16,384": Plan(slab_tokens=16_384),
     }
 
@@ -178,7 +178,6 @@ def whole(device: torch.device, sizes: Sizes, quick: bool) -> list[dict[str, Any
     from importlib.util import find_spec
 
     inputs, rows = draw(device, sizes), []
-    loss = partial(pmd_loss, sizes=sizes)
     kernels: dict[str, Score] = {
         name: partial(kernel_score(), plan=plan)
         for name, plan in plans(device).items()
@@ -195,8 +194,9 @@ def whole(device: torch.device, sizes: Sizes, quick: bool) -> list[dict[str, Any
         ways[f"{name}, no teacher"] = (partial(pmd_loss, score, sizes, False), False, False)
         ways[f"{name}, head trained"] = (partial(pmd_loss, score, sizes, True), True, False)
     for name, (loss, trains_head, at_all_sizes) in ways.items():
-        for tokens in [sizes.trained] if not at_all_sizes else sizes.tokens:
-            rows.append({"way": name, "tokens": tokens} | attempt(lambda: time_loss(loss, inputs.first(tokens), sizes, trains_head)))
+        for tokens in sizes.tokens if at_all_sizes else [sizes.trained]:
+            found = attempt(partial(time_loss, loss, inputs.first(tokens), sizes, trains_head))
+            rows.append({"way": name, "tokens": tokens} | found)
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -235,24 +235,20 @@ def parts(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         rows.append({"part": name, "tokens": tokens} | found)
         print(json.dumps(rows[-1]), flush=True)
 
-    note("logits, float32", lambda: product(logits))
-    note("logits, bfloat16", lambda: inputs.student @ inputs.head.T)
-    note("torch.topk", lambda: logits.topk(sizes.top_k, dim=-1, sorted=False))
-    for name, plan in plans(device).items():
-        if plan.sorts or plan.logits_dtype != torch.float32:
-            continue
-        launch = plan.launch
-        note(f"select ({name})", lambda: select(logits, inputs.targets, sizes.top_k, 1.0, launch))
-        note(f"absorb ({name})", lambda: absorb(logits, 0, 0, 1.0, empty_rows(picks), launch))
-    for name, plan in plans(device).items():
-        if plan.sorts or plan.logits_dtype != torch.float32:
-            continue
-        gradient = Gradient(zeros + 20.0, ((ones, zeros),), picks, values)
-        note(f"gradient ({name})", lambda: write_gradient(logits, gradient, 1.0, torch.bfloat16, plan.launch))
+    launches = {n: p.launch for n, p in plans(device).items() if not p.sorts and p.logits_dtype == torch.float32}
+    note("logits, float32", partial(product, logits))
+    note("logits, bfloat16", partial(torch.mm, inputs.student, inputs.head.T))
+    note("torch.topk", partial(torch.topk, logits, sizes.top_k, dim=-1, sorted=False))
+    for name, launch in launches.items():
+        note(f"select ({name})", partial(select, logits, inputs.targets, sizes.top_k, 1.0, launch))
+        note(f"absorb ({name})", partial(absorb, logits, 0, 0, 1.0, empty_rows(picks), launch))
+    gradient = Gradient(zeros + 20.0, ((ones, zeros),), picks, values)
+    for name, launch in launches.items():
+        note(f"gradient ({name})", partial(write_gradient, logits, gradient, 1.0, torch.bfloat16, launch))
         product(logits)
-    narrow = logits.view(torch.bfloat16)[:, : sizes.vocabulary].zero_()
+    narrow = logits.view(torch.bfloat16)[:, : sizes.vocabulary].normal_()
     out = torch.empty_like(inputs.student)
-    note("hidden states' gradient", lambda: torch.mm(narrow, inputs.head, out=out))
+    note("hidden states' gradient", partial(torch.mm, narrow, inputs.head, out=out))
     return rows
 
 
@@ -268,7 +264,7 @@ def errors(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         wide = Inputs(inputs.student.double(), inputs.teacher.double(), inputs.head.double(), inputs.targets)
         exact = terms_and_gradient(distillation.token_terms, wide, sizes)
         for name, score in ways.items():
-            found = attempt(lambda: compare(terms_and_gradient(score, inputs, sizes), exact))
+            found = attempt(partial(compare, score, inputs, sizes, exact))
             rows.append({"way": name, "distribution": shape} | found)
             print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -288,7 +284,8 @@ def terms_and_gradient(score: Score, inputs: Inputs, sizes: Sizes) -> dict[str, 
     }
 
 
-def compare(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any]:
+def compare(score: Score, inputs: Inputs, sizes: Sizes, exact: dict[str, Tensor]) -> dict[str, Any]:
+    found = terms_and_gradient(score, inputs, sizes)
     apart = {name: (found[name].double() - exact[name]).norm() / exact[name].norm() for name in exact}
     lowest = found["divergence"].min().item()
     return {name: value.item() for name, value in apart.items()} | {"smallest divergence": lowest}

@@ -92,6 +92,7 @@ def run(command: str, loaded: LoadedConfig) -> int:
     interrupt_on_sigterm()
     if loaded.run.cpu_threads is not None:
         torch.set_num_threads(loaded.run.cpu_threads)
+    torch.set_float32_matmul_precision("highest")  # what is float32 is meant to be: no TF32, whatever was set before
     return _fit_command(loaded) if command == "fit" else _evaluate_command(command, loaded)
 
 

@@ -28,6 +28,10 @@ Alpha = float | Literal["symmetric"]
 #: Elements of one tensor [chunk, V]; 224 MB in float32 on a CPU, more on a GPU, whose matrix products need more rows.
 CHUNK_ELEMENTS = {"cpu": 56 * 2**20, "cuda": 64 * 2**20}
 CHUNK_MULTIPLE = 16  # a matrix product of 320 rows takes less time than one of 331
+#: With Triton kernels: bytes of the student's logits that exist at once, and how much of the vocabulary the teacher's
+#: logits cover at a time. A product with fewer than 1,024 rows would leave half of a large GPU idle.
+KERNEL_CHUNK_BYTES, SLAB_TOKENS = 640_000_000, 32_768
+KERNEL_CHUNK_MULTIPLE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,12 @@ def chunk_size(device_type: str, vocabulary: int) -> int:
     """Return how many tokens' logits exist at once."""
     size = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary
     return size // CHUNK_MULTIPLE * CHUNK_MULTIPLE or max(1, size)
+
+
+def kernel_chunk_size(vocabulary: int, logit_bytes: int = 4) -> int:
+    """Return how many tokens' logits exist at once where Triton kernels work on them."""
+    size = KERNEL_CHUNK_BYTES // (vocabulary * logit_bytes)
+    return size // KERNEL_CHUNK_MULTIPLE * KERNEL_CHUNK_MULTIPLE or max(1, size)
 
 
 def check_comparison(alpha: Alpha, top_k: int | None, temperature: float = 1.0) -> None:

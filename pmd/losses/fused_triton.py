@@ -1,19 +1,18 @@
-"""What `fused.py` computes, on a GPU: the same chunks of tokens, with Triton kernels between the products with the
-head.
+"""What `fused.py` computes, on a GPU: the same chunks of tokens, with Triton kernels between the products.
 
-    student's logits [n, V] of a chunk                          one product
-      -> top-k tokens, mass of all others                       `select`
+    student's logits [n, V] of a chunk                              one product with the head
+      -> top-k tokens, mass of all others                           `select`
     teacher's logits, one slab [n, W] of the vocabulary at a time   one product
-      -> logits at the student's top-k, mass of all others      `absorb`
-    divergence and its gradient on [n, K + 1] numbers           the reference implementation itself, by autograd
-      -> gradient w.r.t. the student's logits, in their place   `write_gradient`
-      -> gradient w.r.t. the hidden states                      one product
+      -> logits at the student's top-k, mass of all others          `absorb`
+    divergence and its gradient on [n, K + 1] numbers               the reference implementation itself, by autograd
+      -> gradient w.r.t. the student's logits, in their place       `write_gradient`
+      -> gradient w.r.t. the hidden states                          one product
 
-Logits are float32 even if the head is bfloat16: rounded to bfloat16, logits near 20 are off by up to 0.06, more than most
-divergences. Their gradient is rounded to the head's dtype, as autograd would.
+Logits are float32 even if the head is bfloat16: rounded to bfloat16, logits near 20 are off by up to 0.06, more than
+most divergences. Their gradient is rounded to the head's dtype, as autograd would.
 
-Bytes per student logit with a teacher and top-k: 4 written by a product, 3 x 4 read and 2 written by kernels, 2 read by a
-product; per teacher logit 4 written and 4 read. So the kernels move 18 bytes a pair of logits: 22 GB, 5 to 8 ms on a
+Bytes per student logit with a teacher and top-k: 4 written by a product, 3 x 4 read and 2 written by kernels, 2 read by
+a product; per teacher logit 4 written and 4 read. So the kernels move 18 bytes a pair of logits: 22 GB, 5 to 8 ms on a
 Hopper GPU, for 8,192 tokens of 151,936, beside 39 ms for the products.
 
 Not done here, but in `fused.py`: comparisons over the whole vocabulary, and float64.
@@ -28,7 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmd.losses.distillation import Alpha, TeacherPart, TokenTerms, per_token_divergence
+from pmd.losses.distillation import (
+    SLAB_TOKENS,
+    Alpha,
+    TeacherPart,
+    TokenTerms,
+    kernel_chunk_size,
+    per_token_divergence,
+)
 from pmd.losses.triton_kernels import Gradient, Launch, Rows, absorb, can_select, empty_rows, select, write_gradient
 
 #: Whether a product can have float32 results of half-precision factors (torch 2.8, CUDA).
@@ -37,19 +43,13 @@ WIDENS = "dtype_out" in torch.ops.aten.mm.overloads()
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What limits memory, and which kernels run; `benchmarks/gpu/loss.py` compares a few."""
+    """What exists at once, and which kernels run; `benchmarks/gpu/loss.py` compares a few."""
 
-    chunk_bytes: int = 640_000_000  # of the student's logits
-    chunk_multiple: int = 128  # rows of a tile of a matrix product
-    slab_tokens: int = 32_768  # of the vocabulary
+    chunk_tokens: int | None = None  # None uses `kernel_chunk_size`
+    slab_tokens: int = SLAB_TOKENS
     sorts: bool = False  # top-k by torch.topk
     logits_dtype: torch.dtype = torch.float32
     launch: Launch = field(default_factory=Launch)
-
-    def chunk_tokens(self, vocabulary: int) -> int:
-        """Return how many tokens' logits exist at once."""
-        tokens = self.chunk_bytes // (vocabulary * self.logits_dtype.itemsize)
-        return tokens // self.chunk_multiple * self.chunk_multiple or max(1, tokens)
 
 
 def supports(hidden: Tensor, head: Tensor, teacher: Sequence[TeacherPart], top_k: int | None) -> bool:
@@ -79,7 +79,7 @@ def token_terms(
     scoring = Scoring(
         tuple(TeacherPart(part.hidden.detach(), part.head.detach(), part.weight) for part in teacher),
         alpha, top_k if teacher else None, tail, 1.0 / temperature,
-        chunk_tokens or plan.chunk_tokens(len(student_head)), plan,
+        chunk_tokens or plan.chunk_tokens or kernel_chunk_size(len(student_head), plan.logits_dtype.itemsize), plan,
         wants_gradient=torch.is_grad_enabled(),
     )  # fmt: skip
     terms = KernelTerms.apply(student_hidden, student_head, target_ids, scoring)

@@ -18,6 +18,8 @@ passes, tile by tile, and where that is too much it searches for the k-th larges
 Of equal logits at the end of the support, those of the lowest token ids belong to it.
 """
 
+# pyright: reportCallIssue=false  (Triton adds num_warps to a kernel's parameters)
+
 from dataclasses import dataclass
 from typing import no_type_check
 

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from pmd.config.schema import MICRO_BATCH_TOKENS, ModelConfig, RunConfig
-from pmd.losses.distillation import chunk_size
+from pmd.losses.distillation import SLAB_TOKENS, chunk_size, kernel_chunk_size
 from pmd.losses.fused import block_size
 from pmd.pretrained import DTYPES, load_model_config
 
 #: Bytes per weight in NF4 with double quantisation: half a byte and the scales of its blocks.
 NF4_BYTES = 0.516
 #: How many activations of each width (hidden state, queries, keys, MLP) a Qwen3 layer saves per token for its backward
-#: pass. Norms save float32; a bfloat16 layer saves a float32 copy of its input for each adapter.
+#: pass. Norms save float32.
 SAVED_ACTIVATIONS = {
     ("full", "float32"): (6, 4, 4, 4),
     ("full", "bfloat16"): (8, 5, 5, 4),
     ("adapter", "float32"): (4, 3, 3, 4),
-    ("adapter", "bfloat16"): (14, 6, 4, 5),
+    ("adapter", "bfloat16"): (6, 4, 4, 4),
 }
 #: Additional tensors [block, V] in a comparison over the whole vocabulary, by alpha; the default is for 0 < alpha < 1.
 VOCABULARY_TENSORS = {0.0: 3.25, 1.0: 3.25, "symmetric": 5.0}
@@ -151,16 +151,23 @@ def recomputed_layers(shape: Shape, model: ModelConfig) -> int:
 def scoring_bytes(shape: Shape, run: RunConfig, completion_tokens: int, device: str) -> float:
     """Return the bytes needed for scoring: logits of a chunk, work on a block, and the gradient of a trained head."""
     objective = run.objective
+    compares = objective.distillation > 0
+    over_vocabulary = compares and objective.top_k is None  # recomputed in the backward pass if the head is trained
+    head = (4.0 if run.model.dtype == "float32" else 6.0) * shape.vocabulary * shape.hidden
+    trained_head = head if run.model.finetune == "full" else 0.0
+    if device == "cuda" and not over_vocabulary and objective.implementation == "fused":  # Triton's kernels
+        rows = 4.0 * min(kernel_chunk_size(shape.vocabulary), completion_tokens)
+        chunk = rows * shape.vocabulary
+        return max(
+            chunk + compares * rows * min(SLAB_TOKENS, shape.vocabulary), chunk * bool(trained_head) + trained_head
+        )
     chunk_tokens = chunk_size(device, shape.vocabulary)
     sizes = chunk_tokens, block_size(device, chunk_tokens)
     chunk, block = (4.0 * min(num_tokens, completion_tokens) * shape.vocabulary for num_tokens in sizes)
-    compares = objective.distillation > 0
-    over_vocabulary = compares and objective.top_k is None  # recomputed in the backward pass if the head is trained
     work = VOCABULARY_TENSORS.get(objective.alpha, DEFAULT_VOCABULARY_TENSORS) * block if over_vocabulary else 0.0
     forward = (1 + compares) * (chunk + block) + work
     if run.model.finetune != "full":
         return forward
-    head = (4.0 if run.model.dtype == "float32" else 6.0) * shape.vocabulary * shape.hidden
     return max(forward, (1 + over_vocabulary) * (chunk + block) + work + head)
 
 

@@ -16,12 +16,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled here; tests/gpu tests those", allow_module_level=True)
 
+from pmd.losses import fused_triton  # noqa: E402
+from pmd.losses.fused_triton import Plan  # noqa: E402
+from pmd.losses.triton_kernels import Launch, absorb, empty_rows, select  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's numpy meets inf and NaN
-
-from pmd.losses import fused_triton
-from pmd.losses.fused_triton import Plan
-from pmd.losses.triton_kernels import Launch, absorb, empty_rows, select
-
 LAUNCH = Launch(lanes=16, select_lanes=16, capacity=16)
 PLAN = Plan(slab_tokens=13, launch=LAUNCH)
 SORTS = Plan(slab_tokens=13, launch=LAUNCH, sorts=True)
@@ -65,7 +64,7 @@ def test_float32_is_as_good_as_the_reference_in_float64(parts, alpha, top_k, tai
     assert not found[1][0][1].any()
 
 
-@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("trains_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_bfloat16_head_gives_the_references_numbers(trains_head):
     """The gradient is written into the first half of each row of float32 logits."""
     tensors = draw_tensors(3, (2, 6, 52), 1, 1.0, torch.bfloat16)
@@ -105,8 +104,12 @@ def rows_of_logits() -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_top_k_are_exact_whatever_the_logits():
-    named, k = rows_of_logits(), 6
+QUICK = ("plain", "two values", "one lane", "few finite", "tiny differences")
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(rows_of_logits()), marks=pytest.mark.slow)])
+def test_the_top_k_are_exact_whatever_the_logits(names):
+    named, k = {name: rows_of_logits()[name] for name in names}, 6
     logits = torch.stack(list(named.values()))
     targets = torch.arange(len(logits)) * 4
     rows = select(logits.clone(), targets, k, 1.0, LAUNCH)
@@ -125,7 +128,7 @@ def test_the_top_k_are_exact_whatever_the_logits():
         torch.testing.assert_close(mass, others.double().logsumexp(-1), rtol=1e-6, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("sorts", [False, True])
+@pytest.mark.parametrize("sorts", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_tail_beyond_float32_keeps_its_value_and_its_gradient(sorts):
     """The last tokens are 150 nats less likely than the first: their probabilities are 0 in float32."""
     hidden = torch.tensor([[1.0, 0.2], [0.9, -0.1]])
@@ -151,8 +154,8 @@ def test_forbidden_tokens_have_no_mass_and_no_gradient():
     head[12:] = torch.tensor([0.0, 0.0, -torch.inf])
     targets, teacher = torch.tensor([0, 3]), [TeacherPart(hidden.flip(0), head)]
     found = fused_triton.token_terms(hidden, head, targets, teacher, alpha=0.5, top_k=7, plan=PLAN)
-    expected = distillation.token_terms(hidden.double(), head[:12].double(), targets,
-                                        [TeacherPart(hidden.flip(0).double(), head[:12].double())], alpha=0.5, top_k=7)  # fmt: skip
+    wide, real = hidden.double(), head[:12].double()
+    expected = distillation.token_terms(wide, real, targets, [TeacherPart(wide.flip(0), real)], alpha=0.5, top_k=7)
     for name in ("student_logprobs", "entropy", "per_token_divergence", "teacher_logprobs"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-6, atol=1e-6)
     student = torch.randn(2, 20)
