@@ -1,9 +1,9 @@
 """LoRA layers that multiply in their base's dtype.
 
 The weights of an adapter are float32, so that small updates are not lost. PEFT's forward pass converts each layer's
-input to float32 as well, which costs a copy of it, kept for the backward pass, and products without the tensor cores. On
-a base in half precision, this one converts the two small matrices instead, in every pass, and adds their product to the
-base's result in the same matrix product. Gradients reach the float32 weights, and are added up there, in float32.
+input to float32 as well, which costs a copy of it, kept for the backward pass, and products without the tensor cores.
+On a base in half precision, this one converts the two small matrices instead, in every pass, and adds their product to
+the base's result in the same matrix product. Gradients reach the float32 weights, and are added up there, in float32.
 
 A base in float32 keeps PEFT's own forward pass, and all else of PEFT stays in place: names in the state dict, switching
 of adapters, dropout, export, 4-bit bases.

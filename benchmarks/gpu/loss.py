@@ -4,9 +4,9 @@
     TRITON_INTERPRET=1 python benchmarks/gpu/loss.py          # on a CPU: tiny shapes, a rehearsal without meaning
 
 V=151,936, H=4,096, k=100, alpha .5, bfloat16 hidden states and frozen head, as for Qwen3-8B with LoRA. `whole` is the
-loss and its gradient w.r.t. the student's hidden states, with the peak of memory beside the inputs in `extra_gb`; `limit`
-is the three products with the head alone. `parts` times each product and kernel on one chunk. `error` compares a few
-tokens with float64, `||found - exact|| / ||exact||`, for flat and for peaked distributions.
+loss and its gradient w.r.t. the student's hidden states, with the peak of memory beside the inputs in `extra_gb`;
+`limit` is the three products with the head alone. `parts` times each product and kernel on one chunk. `error` compares
+a few tokens with float64, `||found - exact|| / ||exact||`, for flat and for peaked distributions.
 """
 
 import argparse

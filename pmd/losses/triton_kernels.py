@@ -11,14 +11,15 @@ end of the row: a tile costs neither a reduction nor a barrier, and a lane's run
 small they are.
 
 The top-k are found without sorting. Each of the L lanes holds the largest of V / L logits; the k-th largest of these
-maxima is a lower bound of the k-th largest logit, and few logits pass it: about -L log(1 - k / L), 103 for L = 2,048 and
-k = 100. In the second pass each lane notes the tiles in which it met one, and the best k of those are the support. If too
-many pass (thousands of equal logits, or all large ones in few lanes), `_select_crowded` does the row over: it numbers what
-passes, tile by tile, and where that is too much it searches for the k-th largest logit bit by bit, one pass for each bit.
-Of equal logits at the end of the support, those of the lowest token ids belong to it.
+maxima is a lower bound of the k-th largest logit, and few logits pass it: about -L log(1 - k / L), 103 for L = 2,048
+and k = 100. In the second pass each lane notes the tiles in which it met one, and the best k of those are the support.
+If too many pass (thousands of equal logits, or all large ones in few lanes), `_select_crowded` does the row over: it
+numbers what passes, tile by tile, and where that is too much it searches for the k-th largest logit bit by bit, one
+pass for each bit. Of equal logits at the end of the support, those of the lowest token ids belong to it.
 """
 
-# pyright: reportCallIssue=false  (Triton adds num_warps to a kernel's parameters)
+# pyright: reportCallIssue=false
+# (Triton adds num_warps to a kernel's parameters)
 
 from dataclasses import dataclass
 from typing import no_type_check

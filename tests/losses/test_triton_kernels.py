@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled here; tests/gpu tests those", allow_module_level=True)
 
-from pmd.losses import fused_triton  # noqa: E402
-from pmd.losses.fused_triton import Plan  # noqa: E402
-from pmd.losses.triton_kernels import Launch, absorb, empty_rows, select  # noqa: E402
+from pmd.losses import fused_triton
+from pmd.losses.fused_triton import Plan
+from pmd.losses.triton_kernels import Launch, absorb, empty_rows, select
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's numpy meets inf and NaN
 LAUNCH = Launch(lanes=16, select_lanes=16, capacity=16)
