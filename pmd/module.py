@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, RunConfig
@@ -92,7 +93,8 @@ def rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
 class PMDModule(LightningModule):
     """Trains the student by distillation from its memory-conditioned teacher, by policy gradient, or by both."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, base: PreTrainedModel | None = None):
+        """Wrap `base`, or load it if there is none."""
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave out what is loaded from model.path
@@ -102,7 +104,8 @@ class PMDModule(LightningModule):
         self.tokenizer = load_tokenizer(config.model)
         torch.manual_seed(derive_seed(self.seed, "adapters"))
         needs_reference = config.objective.kl_weight > 0
-        base = load_base(config.model)
+        if base is None:
+            base = load_base(config.model)
         self.policy = make_policy(base, config.model, config.teacher, needs_reference=needs_reference)
         self.layout = self._layout(config)
         self.policy_version = 0  # optimizer steps applied to the student
@@ -110,6 +113,10 @@ class PMDModule(LightningModule):
         self.num_skipped = 0  # steps in a row, up to the latest, whose losses or gradient were not finite
         self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
+
+    def cpu(self) -> "PMDModule":
+        """Leave the weights where they are: Lightning calls this after training, and the evaluation uses them."""
+        return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on all rollouts of `batch`."""

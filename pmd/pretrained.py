@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import init_empty_weights
 from jinja2 import TemplateError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -98,14 +101,36 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             f"model.path={config.path} lacks {len(missing)} of the weights of {type(model).__name__} ({missing[0]}, "
             "...); give a complete checkpoint of a causal language model."
         )
+    if config.finetune == "qlora":
+        _keep_packing(model)
+    return ready_base(model, config)
+
+
+def ready_base(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """Return a base whose weights are in place in eval mode, without dropout, with checkpointing if configured."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    if config.finetune == "qlora":
-        _keep_packing(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval()
+
+
+def empty_base(config: ModelConfig) -> PreTrainedModel:
+    """Return the unquantised base on the meta device, without weights; what it computes for itself is on the CPU."""
+    architecture = load_model_config(config)
+    for owner, name, _ in noise_in(architecture):
+        _set(owner, name, 0.0)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    with suppress(OSError):  # without a file of its own, generation_config is derived from the architecture
+        model.generation_config = GenerationConfig.from_pretrained(resolve_model_path(config.path))
+    return model
 
 
 def describe_noise(architecture: PretrainedConfig) -> list[str]:

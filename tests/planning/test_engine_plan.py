@@ -17,7 +17,7 @@ GPU = Gpu(total=100e9, free=100e9)
 
 
 def run_with(finetune="full", dtype="float32", **vllm) -> RunConfig:
-    settings = {"parity_completions": 0, "enforce_eager": True, "max_num_seqs": 10} | vllm
+    settings = {"parity_completions": 0, "enforce_eager": True, "max_num_seqs": 10, "sleep": True} | vllm
     return RunConfig(
         model=ModelConfig(path="tiny", finetune=finetune, dtype=dtype, lora_rank=4),
         rollouts=RolloutsConfig(engine="vllm", vllm=VLLMConfig(**settings)),
