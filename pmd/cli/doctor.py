@@ -63,7 +63,7 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     free, total = (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
     if run.rollouts.engine != "vllm":
         return _verdict(run, {"peak": parts}, tokens, free, console)
-    shares_weights, lines = shares_base(run)
+    shares_weights, lines = shares_base(run, on_gpu=True)
     try:
         plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free), shares_weights=shares_weights)
     except ConfigError as error:

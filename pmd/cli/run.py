@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from pmd.atomic import replace_text
 from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
@@ -31,7 +32,7 @@ from pmd.config.load import LoadedConfig
 from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig
-from pmd.engines.make import check_engine, lend_base, make_engine, start_vllm
+from pmd.engines.make import check_engine, make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
@@ -247,8 +248,8 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
         )
     _prepare(tasks, config)
     config, prompts = _prepare_model(config, tasks)
-    runtime = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else None
-    module = PMDModule(config, None if runtime is None else lend_base(config, runtime))
+    runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
+    module = PMDModule(config, base)
     with module.policy.weights("student") as model:
         output_head(model)  # refuses an unusual one before anything is generated
     engine = make_engine(config, module.policy, module.tokenizer, runtime)
@@ -273,8 +274,8 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
     return Run(config, run_dir, tasks, module, data, memory, evaluator, parity)
 
 
-def _start_vllm(config: RunConfig, run_dir: RunDir) -> VLLMRuntime:
-    """Divide the GPU between trainer and vLLM, print how, and start vLLM."""
+def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTrainedModel]:
+    """Divide the GPU between trainer and vLLM, print how, and start vLLM; return the trainer's base as well."""
     share, lines = share_gpu(config)
     for line in lines:
         CONSOLE.print(line, markup=False, soft_wrap=True)

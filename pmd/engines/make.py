@@ -12,7 +12,7 @@ from pmd.config.values import shown
 from pmd.engines.base import Engine
 from pmd.engines.hf import HFEngine
 from pmd.engines.server import VLLMServerEngine
-from pmd.engines.shared_weights import NotShareable, shared_base
+from pmd.engines.shared_weights import NotShareable, share_weights
 from pmd.engines.vllm import VLLMEngine
 from pmd.engines.vllm_runtime import (
     EngineSettings,
@@ -23,7 +23,7 @@ from pmd.engines.vllm_runtime import (
 )
 from pmd.errors import ConfigError
 from pmd.policy import AdapterPolicy, Policy
-from pmd.pretrained import load_model_config, resolve_model_path
+from pmd.pretrained import empty_base, load_base, load_model_config, resolve_model_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +46,27 @@ def check_engine(config: RunConfig) -> None:
             print(line, flush=True)
 
 
-def start_vllm(config: RunConfig, share: GpuShare, cache_dir: Path | None = None) -> VLLMRuntime:
-    """Start vLLM in this process, before the trainer's weights load: it may lend them its own."""
-    max_positions = load_model_config(config.model).get_text_config().max_position_embeddings
-    return VLLMRuntime(engine_settings(config, max_positions, share, cache_dir))
+def start_vllm(
+    config: RunConfig, share: GpuShare, cache_dir: Path | None = None
+) -> tuple[VLLMRuntime, PreTrainedModel]:
+    """Start vLLM in this process; return it with the trainer's base, which may have vLLM's weights.
 
-
-def lend_base(config: RunConfig, runtime: VLLMRuntime) -> PreTrainedModel | None:
-    """Return the trainer's base made of vLLM's weights; None, with a printed line, if each needs a copy.
+    The base is made first: for some architectures vLLM changes the classes of transformers that it is made of.
 
     Raises:
         ConfigError: sharing was planned for, and vLLM holds the weights in another form.
     """
-    if not runtime.settings.shares_weights:
-        return None
-    try:
-        return shared_base(config.model, runtime.weights())
-    except NotShareable as error:
-        asked = config.rollouts.vllm.share_weights
-        if runtime.settings.on_gpu or asked is True:  # the memory was divided for one copy
-            raise ConfigError(f"rollouts.vllm.share_weights={shown(asked)}: {error}; set it to false.") from error
-        print(f"Trainer and vLLM each hold a copy of the base: {error}.", flush=True)
-        return None
+    base = empty_base(config.model) if share.shares_weights else load_base(config.model)
+    max_positions = load_model_config(config.model).get_text_config().max_position_embeddings
+    runtime = VLLMRuntime(engine_settings(config, max_positions, share, cache_dir))
+    exempt_from_compilation(base)
+    if share.shares_weights:
+        try:
+            share_weights(base, runtime.weights(), config.model)
+        except NotShareable as error:  # the GPU was divided for one base, so there is no room for two
+            asked = shown(config.rollouts.vllm.share_weights)
+            raise ConfigError(f"rollouts.vllm.share_weights={asked}: {error}; set it to false.") from error
+    return runtime, base
 
 
 def make_engine(
@@ -86,7 +85,6 @@ def make_engine(
         # Servers run in other directories, so the path must be absolute.
         return VLLMServerEngine(policy, tokenizer, config.rollouts.server, folder.absolute())
     assert runtime is not None
-    exempt_from_compilation(policy)
     return VLLMEngine(policy, tokenizer, runtime)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pmd.config.schema import ModelConfig, RunConfig
 from pmd.errors import EngineError
-from pmd.pretrained import empty_base, load_model_config, ready_base
+from pmd.pretrained import load_model_config, ready_base
 
 #: Values of `model_type` for which the views are tested against Hugging Face's own loading.
 SHAREABLE = ("llama", "mistral", "olmo3", "qwen2", "qwen3")
@@ -47,18 +47,17 @@ def why_not_shared(run: RunConfig) -> str | None:
     return None
 
 
-def shared_base(config: ModelConfig, fused: FusedWeights) -> PreTrainedModel:
-    """Return the base model in eval mode, with vLLM's weights as its own.
+def share_weights(base: PreTrainedModel, fused: FusedWeights, config: ModelConfig) -> PreTrainedModel:
+    """Give a base without weights (`empty_base`) those of vLLM; return it, frozen and in eval mode.
 
     Raises:
         NotShareable: some weight is not to be found in vLLM's model.
     """
-    model = empty_base(config)
-    views = views_by_name(fused, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    model.load_state_dict(views, assign=True)
-    model.tie_weights()
-    model.to(next(iter(views.values())).device)  # moves what was computed, such as rotary frequencies
-    return ready_base(model.requires_grad_(False), config)
+    views = views_by_name(fused, {name: tensor.shape for name, tensor in base.state_dict().items()})
+    base.load_state_dict(views, assign=True)
+    base.tie_weights()
+    base.to(next(iter(views.values())).device)  # moves what was computed, such as rotary frequencies
+    return ready_base(base.requires_grad_(False), config)
 
 
 def views_by_name(fused: FusedWeights, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

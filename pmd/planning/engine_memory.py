@@ -161,7 +161,7 @@ def without_shared(trainer: Mapping[str, float], *, shares_weights: bool) -> dic
     return {part: size for part, size in trainer.items() if not (shares_weights and part == "base")}
 
 
-def shares_base(run: RunConfig) -> tuple[bool, list[str]]:
+def shares_base(run: RunConfig, *, on_gpu: bool) -> tuple[bool, list[str]]:
     """Return whether trainer and vLLM are to compute with one copy of the base, and a line if they could not.
 
     Raises:
@@ -169,6 +169,8 @@ def shares_base(run: RunConfig) -> tuple[bool, list[str]]:
     """
     asked = run.rollouts.vllm.share_weights
     reason = why_not_shared(run) if asked else None
+    if asked == "auto" and reason is None and not on_gpu:
+        reason = "vLLM's CPU build repacks its weights"
     if reason is None:
         return bool(asked), []
     if asked is True:
@@ -182,9 +184,10 @@ def share_gpu(run: RunConfig) -> tuple[GpuShare, list[str]]:
     Raises:
         ConfigError: engine and trainer do not fit on the GPU, or one sequence does not fit into the KV cache.
     """
-    cache, (shares_weights, lines) = read_cache(run), shares_base(run)
+    cache, on_gpu = read_cache(run), torch.cuda.is_available()
     refuse_small_cache(cache, run)
-    if not torch.cuda.is_available():
+    shares_weights, lines = shares_base(run, on_gpu=on_gpu)
+    if not on_gpu:
         return GpuShare(None, shares_weights, sleeps=False), lines
     shape, tokens, (free, total) = read_shape(run.model), max_micro_batch_tokens(run), torch.cuda.mem_get_info()
     trainer = predict(shape, run, tokens, tokens, "cuda")

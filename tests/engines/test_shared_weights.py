@@ -8,9 +8,9 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pmd.config.schema import ModelConfig, RolloutsConfig, RunConfig, TeacherConfig, VLLMConfig
-from pmd.engines.shared_weights import FusedWeights, NotShareable, shared_base, why_not_shared
+from pmd.engines.shared_weights import FusedWeights, NotShareable, share_weights, why_not_shared
 from pmd.policy import make_policy
-from pmd.pretrained import load_base
+from pmd.pretrained import empty_base, load_base
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 VOCABULARY = 300  # vLLM pads it to 320
@@ -47,6 +47,10 @@ def fuse(model: PreTrainedModel) -> FusedWeights:
         else:
             tensors[name] = tensor.clone()
     return FusedWeights(tensors, PACKED)
+
+
+def shared_base(config: ModelConfig, fused: FusedWeights) -> PreTrainedModel:
+    return share_weights(empty_base(config), fused, config)
 
 
 @pytest.mark.parametrize(("kind", "tied"), LAYOUTS)

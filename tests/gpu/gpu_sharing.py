@@ -10,7 +10,7 @@ import torch
 
 from pmd.config.schema import ModelConfig, RolloutsConfig, RunConfig, TeacherConfig, VLLMConfig
 from pmd.engines.base import Request, Sampling
-from pmd.engines.make import GpuShare, lend_base, make_engine, start_vllm
+from pmd.engines.make import GpuShare, make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
 from pmd.policy import make_policy
 from pmd.pretrained import load_base, load_tokenizer
@@ -28,10 +28,8 @@ def main(checkpoint: str) -> None:
         model=ModelConfig(path=checkpoint, dtype="bfloat16", finetune="lora", lora_rank=8, prompts="chat"),
         teacher=TeacherConfig(), rollouts=RolloutsConfig(engine="vllm", vllm=vllm),
     )  # fmt: skip
-    runtime = start_vllm(run, GpuShare(0.2, shares_weights=True, sleeps=True))
-    base = lend_base(run, runtime)
-    assert base is not None
     own = load_base(run.model).state_dict()
+    runtime, base = start_vllm(run, GpuShare(0.2, shares_weights=True, sleeps=True))
     assert all(torch.equal(weight.cpu(), own[name].cpu()) for name, weight in base.state_dict().items())
     held = {tensor.untyped_storage().data_ptr() for tensor in runtime.weights().tensors.values()}
     assert all(parameter.untyped_storage().data_ptr() in held for parameter in base.parameters())

@@ -15,7 +15,7 @@ from vllm_checkpoints import disturb
 
 from pmd.config.schema import ModelConfig, RolloutsConfig, RunConfig, TeacherConfig, VLLMConfig
 from pmd.engines.base import Request, Sampling
-from pmd.engines.make import GpuShare, lend_base, make_engine, start_vllm
+from pmd.engines.make import GpuShare, make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
 from pmd.policy import make_policy
 from pmd.pretrained import load_tokenizer
@@ -33,9 +33,7 @@ def main(checkpoint: str) -> None:
         model=ModelConfig(path=checkpoint, finetune="lora", lora_rank=4, prompts="chat"),
         teacher=TeacherConfig(kind="ema"), rollouts=RolloutsConfig(engine="vllm", vllm=cpu),
     )  # fmt: skip
-    runtime = start_vllm(run, GpuShare(None, shares_weights=True, sleeps=False))
-    base = lend_base(run, runtime)
-    assert base is not None
+    runtime, base = start_vllm(run, GpuShare(None, shares_weights=True, sleeps=False))
     held = {tensor.untyped_storage().data_ptr() for tensor in runtime.weights().tensors.values()}
     own = [parameter for parameter in base.parameters() if parameter.untyped_storage().data_ptr() not in held]
     assert not own, "the trainer has weights of its own"
