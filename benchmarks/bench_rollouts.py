@@ -10,9 +10,9 @@ On a CPU the model is tiny. With a CUDA device,
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024 --part step
 
-use a Qwen3-8B with random weights (16 GB on disk). GPU figures: unmeasured. Measured on a busy 2-core Linux machine
-without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; a tiny model is the worst case
-for the engine's overhead); 1.50 s per step with `--part step --tokens 64`.
+use a Qwen3-8B with random weights (16 GB on disk); benchmarks/gpu/run.py does both, and more. Measured on a busy 2-core
+Linux machine without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; a tiny model is the
+worst case for the engine's overhead); 1.50 s per step with `--part step --tokens 64`.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def make_model(folder: Path, shape: str) -> Path:
         )
         with torch.device("cuda"):
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        torch.cuda.empty_cache()  # vLLM shares the GPU
     return folder
 
 

@@ -4,7 +4,6 @@ Figures: the start of vLLM; what sharing the base saves; seconds of a step by pa
 with and without a seed for each request; sleep, wake and sync. Weights are random, so all rollouts have full length.
 """
 
-import json
 import shutil
 import tempfile
 import time
@@ -14,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pmd.bootstrap.random_model import make_random_model
+from benchmarks.bench_rollouts import make_model, make_questions
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.cli.run import Run, build
 from pmd.config.load import load_config
@@ -26,10 +23,6 @@ from pmd.planning.bench import measure_steps, summarise
 from pmd.planning.engine_bench import measure_engine
 from pmd.run_dir import RunDir
 
-QWEN3_8B = {
-    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
-}  # fmt: skip
 CONFIGS = Path(__file__).parents[2] / "configs"
 GROUP_SIZE = 8
 
@@ -49,9 +42,9 @@ def _measure(device: str, quick: bool, folder: Path) -> Iterator[dict[str, Any]]
     tasks, tokens, steps = (2, 16, 1) if quick else (32, 1024, 1)
     found: dict[str, Any] = {"rollouts": tasks * GROUP_SIZE, "tokens_each": tokens}
     started = time.perf_counter()
-    model = write_model(folder / "model", quick)
+    model = make_model(folder / "model", "tiny" if quick else "qwen3_8b")
     found["write_model_s"] = time.perf_counter() - started
-    run = start(device, model, write_questions(folder, 2 * tasks * (steps + 1)), tasks, tokens, steps)
+    run = start(device, model, make_questions(folder, 2 * tasks * (steps + 1)), tasks, tokens, steps)
     engine = run.data.engine
     assert isinstance(engine, VLLMEngine)
     with closing(engine):
@@ -102,36 +95,3 @@ def shared_bytes(run: Run, engine: VLLMEngine) -> int:
     held = {tensor.untyped_storage().data_ptr() for tensor in engine.runtime.weights().tensors.values()}
     shared = {p.data_ptr(): p for p in run.module.parameters() if p.untyped_storage().data_ptr() in held}
     return sum(parameter.numel() * parameter.element_size() for parameter in shared.values())
-
-
-def write_model(folder: Path, quick: bool) -> Path:
-    """Write a model with random weights: tiny, or of Qwen3-8B's shape, built on the device."""
-    make_random_model(folder)
-    if not quick:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.for_model(
-            "qwen3", max_position_embeddings=40960, eos_token_id=258, pad_token_id=256, **QWEN3_8B
-        )
-        with torch.device("cuda"):
-            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        torch.cuda.empty_cache()
-    return folder
-
-
-def write_questions(folder: Path, count: int) -> Path:
-    """Write made-up questions in SciKnowEval's format; answers are right only by chance."""
-    rows = [
-        {
-            "question": f"Which element has {number} protons?",
-            "choices": {"text": ["helium", "boron", "neon", "iron"], "label": ["A", "B", "C", "D"]},
-            "answerKey": "ABCD"[number % 4],
-            "type": "mcq-4-choices",
-            "domain": "Chemistry",
-            "details": {"level": "L3", "task": "t", "subtask": "s"},
-        }
-        for number in range(count)
-    ]
-    path = folder / "questions.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path

@@ -1,12 +1,14 @@
 """Trainer and vLLM on one base on a GPU: test_gpu_engine.py runs this file as a script.
 
-python gpu_sharing.py CHECKPOINT
+python gpu_sharing.py CHECKPOINT        (a folder that does not exist is filled with a tiny model)
 """
 
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
+from gpu_model import make_gpu_model
 
 from pmd.config.schema import ModelConfig, RolloutsConfig, RunConfig, TeacherConfig, VLLMConfig
 from pmd.engines.base import Request, Sampling
@@ -20,6 +22,8 @@ CACHE_BYTES = 1 << 30
 
 
 def main(checkpoint: str) -> None:
+    if not Path(checkpoint).exists():
+        make_gpu_model(Path(checkpoint))
     vllm = VLLMConfig(
         kv_cache_memory_bytes=CACHE_BYTES, enforce_eager=True, max_num_seqs=16, max_model_len=512, parity_bound=0.05,
         parity_completions=len(PROMPTS), parity_tokens=16,

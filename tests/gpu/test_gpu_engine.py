@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from pmd.bootstrap.random_model import make_random_model
+from gpu_model import make_gpu_model
 
 ROOT = Path(__file__).parents[2]
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -39,13 +37,7 @@ def metrics(run_dir: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny Qwen3 in bfloat16 whose heads have the smallest size that every attention kernel for GPUs supports."""
-    folder = make_random_model(tmp_path_factory.mktemp("model") / "qwen3")  # for its tokenizer
-    config = AutoConfig.from_pretrained(folder)
-    config.update({"hidden_size": 128, "head_dim": 64, "initializer_range": 0.05})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    return make_gpu_model(tmp_path_factory.mktemp("model") / "qwen3")
 
 
 @pytest.fixture(scope="module")
