@@ -85,7 +85,7 @@ def start(device: str, model: Path, questions: Path, tasks: int, tokens: int, st
 def batches_of(run: Run) -> list[list[Request]]:
     """Return a small batch to warm up, and one of a whole step."""
     tasks = run.tasks["train"][: run.config.rollouts.tasks_per_step]
-    prompts = [run.data.prompts.student(task) for task in tasks for _ in range(GROUP_SIZE)]
+    prompts = [tuple(run.data.prompts.student(task)) for task in tasks for _ in range(GROUP_SIZE)]
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     return [requests[:GROUP_SIZE], requests]
 

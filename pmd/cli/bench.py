@@ -124,7 +124,7 @@ def _measure_engine(run: "Run") -> dict[str, float] | None:
         return None
     rollouts = run.config.rollouts
     tasks = run.tasks["train"][: rollouts.tasks_per_step]
-    prompts = [run.data.prompts.student(task) for task in tasks for _ in range(rollouts.group_size)]
+    prompts = [tuple(run.data.prompts.student(task)) for task in tasks for _ in range(rollouts.group_size)]
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     return measure_engine(run.data.engine, [requests], Sampling(rollouts.temperature, rollouts.max_new_tokens))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pmd.config.schema import ModelConfig, RunConfig
@@ -56,7 +56,7 @@ def share_weights(base: PreTrainedModel, fused: FusedWeights, config: ModelConfi
     views = views_by_name(fused, {name: tensor.shape for name, tensor in base.state_dict().items()})
     base.load_state_dict(views, assign=True)
     base.tie_weights()
-    base.to(next(iter(views.values())).device)  # moves what was computed, such as rotary frequencies
+    nn.Module.to(base, next(iter(views.values())).device)  # moves what was computed, such as rotary frequencies
     return ready_base(base.requires_grad_(False), config)
 
 

@@ -9,9 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
-from vllm import LLM
-from vllm.lora.lora_model import LoRAModel
-from vllm.v1.worker.gpu_worker import Worker
+from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
+from vllm.v1.worker.gpu_worker import Worker  # pyright: ignore[reportMissingImports]
 
 
 class TimedWorker(Worker):
@@ -76,7 +75,7 @@ class AdaptersInMemory:
         )
 
 
-def read_adapters_from(handed_over: Mapping[str, Mapping[str, Tensor]], llm: LLM) -> None:
+def read_adapters_from(handed_over: Mapping[str, Mapping[str, Tensor]], llm: Any) -> None:
     """Make vLLM read adapters from `handed_over`, by folder, instead of from the folder itself."""
 
     def replace(worker: Any) -> None:

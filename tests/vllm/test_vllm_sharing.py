@@ -19,7 +19,7 @@ def test_trainer_and_vllm_compute_with_one_base(tmp_path, architecture):
     model = make_random_model(tmp_path / "model", architecture)
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("sharing.py")), str(model)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=550, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
     assert done.stdout.splitlines()[-1] == "one base"
