@@ -155,7 +155,9 @@ def test_a_layer_with_sliding_window_attention_caches_only_its_window(tmp_path):
 def test_the_doctor_explains_the_plan_for_a_gpu_that_is_not_there(tmp_path, capsys):
     model = make_random_model(tmp_path / "model")
     arguments = ["doctor", "--config", "configs/qwen3_8b.yaml", f"--model.path={model}"]
-    assert main([*arguments, "--gpu-gb=24"]) == 0
+    assert main([*arguments, "--gpu-gb=24"]) == 0  # all of so small a model fits, so vLLM need not sleep
+    assert "GB, always" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--gpu-gb=24", "--rollouts.vllm.sleep=true"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     for words in ("GB, training", "GB, generating", "vLLM: KV cache", "chosen from the plan", "It fits"):
         assert words in output
