@@ -10,16 +10,14 @@ On a CPU the model is tiny. With a CUDA device,
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024
     python benchmarks/bench_rollouts.py --shape qwen3_8b --requests 256 --tokens 1024 --part step
 
-use a Qwen3-8B with random weights (16 GB on disk). GPU figures: unmeasured. Measured on a busy 2-core Linux machine
-without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; a tiny model is the worst case
-for the engine's overhead); 1.50 s per step with `--part step --tokens 64`.
+use a Qwen3-8B with random weights (16 GB on disk); benchmarks/gpu/run.py does both, and more. Measured on a busy 2-core
+Linux machine without a GPU, one thread: ratio 0.989 with `--rounds 15` (6,277 and 6,346 tokens/s; a tiny model is the
+worst case for the engine's overhead); 1.50 s per step with `--part step --tokens 64`.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -29,6 +27,7 @@ from pmd.config.schema import ModelConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
 from pmd.engines.vllm import VLLMEngine
 from pmd.engines.vllm_runtime import EngineSettings, VLLMRuntime
+from pmd.planning.engine_bench import measure_engine
 from pmd.policy import make_policy
 from pmd.pretrained import load_base, load_tokenizer
 
@@ -63,6 +62,7 @@ def make_model(folder: Path, shape: str) -> Path:
         )
         with torch.device("cuda"):
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        torch.cuda.empty_cache()  # vLLM shares the GPU
     return folder
 
 
@@ -75,40 +75,24 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         model=str(folder), dtype=model.dtype, max_model_len=arguments.prompt + arguments.tokens,
         max_num_seqs=min(256, arguments.requests), memory_fraction=0.6,
         kv_cache_memory_bytes=None if on_gpu else 256 << 20, block_size=None if on_gpu else 32, enforce_eager=False,
-        quantization="none", sleep=True, num_adapters=1, lora_rank=16, seed=0, on_gpu=on_gpu, stall_s=600.0,
+        quantization="none", sleep=True, shares_weights=False,
+        request_seeds=True, num_adapters=1, lora_rank=16, seed=0, on_gpu=on_gpu, stall_s=600.0,
     )  # fmt: skip
     engine = VLLMEngine(policy, tokenizer, VLLMRuntime(settings))
-    engine.sync(0)
     draw = torch.Generator().manual_seed(0)
     prompts = [tuple(torch.randint(0, 250, (arguments.prompt,), generator=draw).tolist()) for _ in range(10**4)]
-    sampling = Sampling(1.0, arguments.tokens)
-    rates: dict[str, list[float]] = {"ours": [], "direct": []}  # tokens per second
-    for number in range(arguments.rounds + 1):
-        requests = [
-            Request(prompts[(number * arguments.requests + i // 8) % 10**4], i) for i in range(arguments.requests)
-        ]
-        counts = set()
-        for name in ("ours", "direct") if number % 2 else ("direct", "ours"):
-            engine.runtime.reset_cache()
-            started = time.perf_counter()
-            if name == "ours":
-                count = sum(len(c.token_ids) for _, c in engine.generate(requests, sampling))
-            else:
-                count = direct(engine, requests, sampling)
-            if number:  # the first round warms up
-                rates[name].append(count / (time.perf_counter() - started))
-            counts.add(count)
-        assert len(counts) == 1, "the same seeds gave completions of different lengths"
-    rate = {name: statistics.median(values) for name, values in rates.items()}
+    batches = [
+        [Request(prompts[(number * arguments.requests + i // 8) % 10**4], i) for i in range(arguments.requests)]
+        for number in range(arguments.rounds + 1)
+    ]
+    found = measure_engine(engine, batches, Sampling(1.0, arguments.tokens))
     print(
-        f"ours {rate['ours']:.0f} tokens/s, vLLM directly {rate['direct']:.0f} tokens/s, "
-        f"ratio {rate['ours'] / rate['direct']:.3f}"
+        f"ours {found['tokens_per_s']:.0f} tokens/s, vLLM directly {found['vllm_tokens_per_s']:.0f} tokens/s, "
+        f"ratio {found['share_of_vllm']:.3f}"
     )
     for name in ("sync", "sleep", "wake"):
-        started = time.perf_counter()
-        engine.sync(1) if name == "sync" else engine.sleep() if name == "sleep" else engine.wake()
         note = "" if on_gpu or name == "sync" else " (nothing to do on a CPU)"
-        print(f"{name}: {time.perf_counter() - started:.3f} s{note}")
+        print(f"{name}: {found[f'{name}_s']:.3f} s{note}")
     engine.close()
 
 
@@ -148,29 +132,6 @@ def make_questions(folder: Path, count: int) -> Path:
     path = folder / "questions.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
-
-
-def direct(engine: VLLMEngine, requests: list[Request], sampling: Sampling) -> int:
-    """Call vLLM's own `LLM.generate` and read ids and log-probs; return the number of tokens."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    params = [
-        SamplingParams(
-            temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=request.seed, logprobs=0,
-            detokenize=False,
-            stop_token_ids=list(engine.stop_ids),
-            ignore_eos=True,
-        )
-        for request in requests
-    ]  # fmt: skip
-    prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-    lora = LoRARequest("student", 1, str(engine.adapter_folder("student")))
-    outputs = engine.runtime.llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
-    logprobs = [
-        [row[t].logprob for row, t in zip(o.outputs[0].logprobs, o.outputs[0].token_ids, strict=True)] for o in outputs
-    ]
-    return sum(map(len, logprobs))
 
 
 if __name__ == "__main__":

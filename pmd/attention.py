@@ -300,7 +300,7 @@ def packed_attention(
     if packed_layout is None:
         return cast(Any, sdpa_attention_forward)(module, query, key, value, attention_mask, **settings)
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
-    return _attend(query, key, value, packed_layout, scale, settings.get("sliding_window")), None
+    return cast(Any, _attend)(query, key, value, packed_layout, scale, settings.get("sliding_window")), None
 
 
 def unsupported(model: PreTrainedModel) -> str | None:

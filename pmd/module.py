@@ -117,6 +117,10 @@ class PMDModule(LightningModule):
         self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
 
+    def cpu(self) -> "PMDModule":
+        """Leave the weights where they are: Lightning calls this after training, and the evaluation uses them."""
+        return self
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on all rollouts of `batch`."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers())

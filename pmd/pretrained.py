@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import init_empty_weights
 from jinja2 import TemplateError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -163,6 +166,23 @@ def _replace_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
 
         _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def empty_base(config: ModelConfig) -> PreTrainedModel:
+    """Return the unquantised base on the meta device, without weights; what it computes for itself is on the CPU."""
+    architecture = load_model_config(config)
+    for owner, name, _ in noise_in(architecture):
+        _set(owner, name, 0.0)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=_own_attention(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+    with suppress(OSError):  # without a file of its own, generation_config is derived from the architecture
+        model.generation_config = GenerationConfig.from_pretrained(resolve_model_path(config.path))
+    return model
 
 
 def describe_noise(architecture: PretrainedConfig) -> list[str]:

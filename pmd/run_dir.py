@@ -5,6 +5,7 @@ metrics.csv      the logged metrics, by step
 checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position
 memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
+cache/           what vLLM compiled at its first start, for the next one; may be deleted
 samples.jsonl    every evaluation sample behind the final table
 results.json     the final table
 curves.png       the learning curves
@@ -29,7 +30,7 @@ from pmd.errors import ConfigError
 from pmd.run_lock import LOCK_FILE, describe_holder
 
 #: What may lie in the directory of a run that failed to start.
-LEFT_BY_A_FAILED_START = {"config.yaml", "error.log", LOCK_FILE}
+LEFT_BY_A_FAILED_START = {"config.yaml", "error.log", "cache", LOCK_FILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,10 @@ class RunDir:
     @property
     def traces(self) -> Path:
         return self.root / "traces"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
 
     @property
     def samples(self) -> Path:

@@ -16,6 +16,7 @@ from pmd.config.load import LoadedConfig
 from pmd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pmd.cli.run import Run
     from pmd.planning.bench import Measurement
 
 
@@ -49,9 +50,9 @@ def main(argv: list[str]) -> int:
             loaded.run.model = write_random_model(loaded.run.model, Path(folder) / "model")
         from pmd.planning.bench import summarise
 
-        measured = _measure(loaded, arguments, Path(folder))
+        measured, engine = _measure(loaded, arguments, Path(folder))
         facts = {"model": dataclasses.asdict(loaded.run.model), "lengths": _lengths(arguments)}
-        result = facts | summarise(measured)
+        result = facts | summarise(measured) | {"engine": engine}
     _show(result, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -80,8 +81,10 @@ def _lengths(arguments: argparse.Namespace) -> dict[str, int] | None:
     return lengths
 
 
-def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) -> "Measurement":
-    """Take one step more than requested, because the first one is a warm-up."""
+def _measure(
+    loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path
+) -> tuple["Measurement", dict[str, float] | None]:
+    """Take one step more than requested, because the first one is a warm-up; then measure vLLM if it is the engine."""
     from pmd.planning.bench import measure_steps
 
     config, accelerator = loaded.run, str(loaded.trainer.get("accelerator", "auto"))
@@ -94,7 +97,8 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         run = build(config, RunDir(folder / "run"))
         callbacks = [WeightSyncCallback(run.data.engine, run.parity)]
         with closing(run.data.engine):
-            return measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
+            measured = measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
+            return measured, _measure_engine(run)
     from pmd.module import PMDModule
     from pmd.planning.choose_memory import choose_here
     from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
@@ -110,7 +114,23 @@ def _measure(loaded: LoadedConfig, arguments: argparse.Namespace, folder: Path) 
         Lengths(lengths["prompt"], lengths["teacher_prompt"], completion, completion),
         len(module.tokenizer),
     )
-    return measure_steps(module, FixedBatches(examples, arguments.steps + 1), arguments.steps + 1, accelerator)
+    batches = FixedBatches(examples, arguments.steps + 1)
+    return measure_steps(module, batches, arguments.steps + 1, accelerator), None
+
+
+def _measure_engine(run: "Run") -> dict[str, float] | None:
+    """Generate a batch of the run's prompts through vLLM, ours and alone; None for other engines."""
+    from pmd.engines.base import Request, Sampling
+    from pmd.engines.vllm import VLLMEngine
+    from pmd.planning.engine_bench import measure_engine
+
+    if not isinstance(run.data.engine, VLLMEngine):
+        return None
+    rollouts = run.config.rollouts
+    tasks = run.tasks["train"][: rollouts.tasks_per_step]
+    prompts = [tuple(run.data.prompts.student(task)) for task in tasks for _ in range(rollouts.group_size)]
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    return measure_engine(run.data.engine, [requests], Sampling(rollouts.temperature, rollouts.max_new_tokens))
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
@@ -123,5 +143,18 @@ def _show(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"{result['tokens_per_step']:.0f} tokens a step; {result['tokens_per_s']:.0f} tokens/s in all, "
         f"{result['training_tokens_per_s']:.0f} in training; {result['tflops_per_s']:.3f} TFLOP/s, "
-        f"model FLOPs utilisation {mfu}; peak memory {result['peak_memory_gb']:.2f} GB"
+        f"model FLOPs utilisation {mfu}; peak memory {result['peak_memory_gb']:.2f} GB{_reserved(result)}"
     )
+    if result["rollout_tokens_per_s"] is not None:
+        console.print(f"{result['rollout_tokens_per_s']:.0f} tokens/s in rollouts, verification included")
+    if result["engine"] is not None:
+        engine = result["engine"]
+        console.print(
+            f"engine alone {engine['tokens_per_s']:.0f} tokens/s, {100 * engine['share_of_vllm']:.0f} % of vLLM called "
+            f"directly; sleep {engine['sleep_s']:.2f} s, wake {engine['wake_s']:.2f} s, sync {engine['sync_s']:.2f} s"
+        )
+
+
+def _reserved(result: dict[str, Any]) -> str:
+    reserved = result["reserved_memory_gb"]
+    return "" if reserved is None else f" allocated, {reserved:.2f} GB reserved by torch"

@@ -48,7 +48,7 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     import torch
 
     from pmd.planning.choose_memory import available_bytes, choose, is_open, without_gpu
-    from pmd.planning.engine_memory import Gpu, plan_engine, read_cache, refuse_small_cache
+    from pmd.planning.engine_memory import Gpu, plan_engine, read_cache, refuse_small_cache, shares_base
     from pmd.planning.gpu_memory import libraries_bytes, max_micro_batch_tokens, predict, read_shape
 
     on_cuda = gpu_gb is not None or (torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu")
@@ -71,17 +71,16 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         return code
     if run.rollouts.engine != "vllm":
         return _verdict(run, {"peak": parts}, tokens, free, console)
+    shares_weights, lines = shares_base(run, on_gpu=True)
     try:
-        plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free))
+        plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free), shares_weights=shares_weights)
     except ConfigError as error:
         _verdict(run, {"training": parts}, tokens, free, console)
         console.print(f"vLLM does not fit beside it: {error}", markup=False)
         return 1
-    code = _verdict(run, plan.phases(parts, run), tokens, free, console)
-    asleep = (
-        f" Asleep, it takes {plan.parts['weights'] / 1e9:.1f} GB of main memory." if run.rollouts.vllm.sleep else ""
-    )
-    console.print(f"{plan}{asleep}", markup=False)
+    code = _verdict(run, plan.phases(parts), tokens, free, console)
+    for line in [*lines, str(plan)]:
+        console.print(line, markup=False)
     return code
 
 

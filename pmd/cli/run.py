@@ -14,6 +14,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from pmd.atomic import replace_text
 from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
@@ -31,8 +32,9 @@ from pmd.config.load import LoadedConfig
 from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig
-from pmd.engines.make import check_engine, make_engine
+from pmd.engines.make import check_engine, make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
+from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
 from pmd.evaluation.metrics import score_samples
@@ -51,7 +53,7 @@ from pmd.metrics_log import MetricsLog
 from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
-from pmd.planning.engine_memory import plan_here
+from pmd.planning.engine_memory import share_gpu
 from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
@@ -251,13 +253,11 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
     config, chosen = choose_here(config)
     if chosen is not None:
         CONSOLE.print(chosen, markup=False, soft_wrap=True)
-    plan = plan_here(config) if config.rollouts.engine == "vllm" else None
-    if plan is not None:
-        CONSOLE.print(str(plan), markup=False, soft_wrap=True)
-    module = PMDModule(config)
+    runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
+    module = PMDModule(config, base)
     with module.policy.weights("student") as model:
         output_head(model)  # refuses an unusual one before anything is generated
-    engine = make_engine(config, module.policy, module.tokenizer, None if plan is None else plan.fraction)
+    engine = make_engine(config, module.policy, module.tokenizer, runtime)
     memory = None
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
@@ -277,6 +277,14 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
     return Run(config, run_dir, tasks, module, data, memory, evaluator, parity)
+
+
+def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTrainedModel]:
+    """Divide the GPU between trainer and vLLM, print how, and start vLLM; return the trainer's base as well."""
+    share, lines = share_gpu(config)
+    for line in lines:
+        CONSOLE.print(line, markup=False, soft_wrap=True)
+    return start_vllm(config, share, run_dir.cache)
 
 
 def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:

@@ -31,9 +31,9 @@ FIRST_PAUSE_S = 1.0
 def main(argv: list[str]) -> int:
     """Serve until SIGINT or SIGTERM; return 0."""
     arguments, rest = split_options(_parser(), argv, _option_problems)
-    loaded = load_checked("serve", rest, ["rollouts.engine=vllm", "rollouts.vllm.sleep=false"])
+    loaded = load_checked("serve", rest, ["rollouts.engine=vllm"])
 
-    from pmd.engines.make import engine_settings
+    from pmd.engines.make import GpuShare, engine_settings
     from pmd.engines.vllm_runtime import check_version, server_command, server_environment
     from pmd.planning.engine_memory import read_cache, refuse_small_cache
     from pmd.pretrained import load_model_config
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     refuse_small_cache(read_cache(loaded.run), loaded.run)
     model = load_model_config(loaded.run.model).get_text_config()
     # The server is assumed to have a GPU of its own; without memory_fraction vLLM takes its usual share.
-    settings = engine_settings(loaded.run, model.max_position_embeddings, loaded.run.rollouts.vllm.memory_fraction)
+    alone = GpuShare(loaded.run.rollouts.vllm.memory_fraction, shares_weights=False, sleeps=False)
+    settings = engine_settings(loaded.run, model.max_position_embeddings, alone)
     sizes = {
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "data_parallel_size": arguments.data_parallel_size,

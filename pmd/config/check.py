@@ -5,6 +5,7 @@ All problems are raised as one `ConfigError` before any weights load, and nothin
 
 import re
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -198,7 +199,7 @@ def _engine_problems(run: RunConfig) -> list[str]:
             "max_prompt_tokens or max_new_tokens."
         )
     problems += _rank_problems(run)
-    if vllm.quantization == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
+    if vllm.quantization == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None and not _includes_bnb(package):
         problems.append(
             "rollouts.vllm.quantization=bitsandbytes needs vllm-bnb-plugin, which vLLM no longer includes; "
             "pip install 'pmd[gpu]', or use fp8 or none."
@@ -216,6 +217,12 @@ def _engine_problems(run: RunConfig) -> list[str]:
             "rollouts.vllm.quantization; use bfloat16."
         )
     return problems
+
+
+def _includes_bnb(package: ModuleSpec | None) -> bool:
+    """Whether vLLM itself can quantise with bitsandbytes, as early versions can."""
+    quantization = Path(package.origin or "").parent / "model_executor" / "layers" / "quantization" if package else None
+    return quantization is not None and (quantization / "bitsandbytes.py").is_file()
 
 
 def _rank_problems(run: RunConfig) -> list[str]:

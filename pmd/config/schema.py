@@ -282,7 +282,19 @@ class VLLMConfig:
     quantization: Literal["none", "fp8", "bitsandbytes"] = option(
         "none", "vLLM's own quantisation of the frozen base; adapters go on top of it."
     )
-    sleep: bool = option(True, "Free the GPU while training: weights move to main memory, and the KV cache is dropped.")
+    share_weights: bool | Literal["auto"] = option(
+        "auto",
+        "Trainer and vLLM compute with the same copy of the base (LoRA); `auto` where the architecture allows it.",
+    )
+    sleep: bool | Literal["auto"] = option(
+        "auto",
+        "Free the KV cache, and weights that are not shared, while training; `auto` unless both are predicted to fit.",
+    )
+    request_seeds: bool = option(
+        True,
+        "Each completion is drawn with a seed of its own, so that it does not depend on the others in its batch; false "
+        "draws them from one stream.",
+    )
     parity_completions: int = option(
         4, "Completions scored by the trainer after each sync; 0 turns it off.", minimum=0, maximum=1000
     )

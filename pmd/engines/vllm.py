@@ -1,7 +1,7 @@
-"""Generates completions with vLLM in this process, which holds a copy of the weights.
+"""Generates completions with vLLM in this process, which shares the trainer's base or holds a copy of the weights.
 
-An adapter is loaded separately, never merged into the base; with full fine-tuning all weights are reloaded. The prefix
-cache is emptied after every weight change; otherwise attention would use keys and values from the old weights.
+An adapter is handed over in memory, never merged into the base; with full fine-tuning all weights are reloaded. The
+prefix cache is emptied after every weight change; otherwise attention would use keys and values from the old weights.
 """
 
 import math
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pmd.engines.base import Request, Sampling
@@ -24,7 +25,7 @@ MAX_TRIES = 3  # for a request that vLLM returns unfinished
 
 
 class VLLMEngine:
-    """Generates with a copy of the weights; a lock keeps `sync` from changing them in the middle of a batch."""
+    """Generates with vLLM; a lock keeps `sync` from changing them in the middle of a batch."""
 
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, runtime: VLLMRuntime):
         self.policy, self.tokenizer, self.runtime = policy, tokenizer, runtime
@@ -35,7 +36,10 @@ class VLLMEngine:
         # Full fine-tuning: the role whose weights vLLM holds. LoRA: `student` once its adapter has been loaded.
         self._loaded: Role | None = None
         self._lock = threading.RLock()
-        self._adapters = tempfile.TemporaryDirectory(prefix="pmd-adapters-")
+        self._adapters = tempfile.TemporaryDirectory(prefix="pmd-adapters-")  # their settings, without weights
+        if isinstance(policy, AdapterPolicy):
+            for role, settings in policy.peft_model.peft_config.items():
+                settings.save_pretrained(str(Path(self._adapters.name) / role))
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
@@ -77,7 +81,7 @@ class VLLMEngine:
             self.runtime.wake()
 
     def close(self) -> None:
-        """Shut vLLM down and remove the adapter files."""
+        """Shut vLLM down and remove the adapters' folder."""
         self.runtime.close()
         self._adapters.cleanup()
 
@@ -92,8 +96,7 @@ class VLLMEngine:
 
     def _load(self, role: Role) -> None:
         if isinstance(self.policy, AdapterPolicy):
-            save_adapter(self.policy, role, Path(self._adapters.name))
-            self.runtime.load_adapter(self.adapter_folder(role))
+            self.runtime.load_adapter(self.adapter_folder(role), adapter_weights(self.policy, role))
             self._loaded = "student" if role == "student" else self._loaded
         else:
             with self.policy.weights(role) as model:
@@ -104,7 +107,7 @@ class VLLMEngine:
         self.runtime.reset_cache()
 
     def adapter_folder(self, role: Role) -> Path:
-        """Return the folder in which the adapter of `role` is saved."""
+        """Return the folder that stands for the adapter of `role`."""
         return Path(self._adapters.name) / role
 
     def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
@@ -144,6 +147,13 @@ def to_completion(
             "raise rollouts.vllm.max_model_len."
         )
     return Completion(ids, logprobs, decode(ids), finish_reason, policy_version)
+
+
+def adapter_weights(policy: AdapterPolicy, role: Role) -> dict[str, Tensor]:
+    """Return the adapter of `role` under PEFT's names."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(policy.peft_model, adapter_name=role, save_embedding_layers=False)
 
 
 def save_adapter(policy: AdapterPolicy, role: Role, folder: Path) -> None:

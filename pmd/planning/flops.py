@@ -13,8 +13,8 @@ from pmd.scoring import output_head
 
 #: Dense bfloat16 operations per second, from the manufacturers' data sheets; matched as part of the device's name.
 PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "A10G": 70e12, "L4": 121e12,
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12, "A10G": 70e12, "L4": 121e12,
 }  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """Engine settings that cannot work are refused before anything is loaded; none of it needs vLLM."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 
 from pmd.cli import main
 from pmd.config.check import check_config
 from pmd.config.load import load_config
+from pmd.engines.make import GpuShare, check_engine, engine_settings
+from pmd.engines.vllm_runtime import process_environment
 from pmd.errors import ConfigError
 
 
@@ -40,18 +43,40 @@ def sigterm():
     signal.signal(signal.SIGTERM, handler)
 
 
+def install_empty_vllm(folder, monkeypatch, version):
+    """Put an empty package with that name and version first on the path."""
+    (folder / "vllm").mkdir()
+    (folder / "vllm" / "__init__.py").write_text("")
+    (folder / f"vllm-{version}.dist-info").mkdir()
+    (folder / f"vllm-{version}.dist-info" / "METADATA").write_text(f"Name: vllm\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
 @pytest.mark.usefixtures("sigterm")
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0"])
-def test_an_untested_version_of_vllm_is_refused(tmp_path, monkeypatch, capsys, version):
-    """An empty package with that name and version comes first on the path."""
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text("")
-    (tmp_path / f"vllm-{version}.dist-info").mkdir()
-    (tmp_path / f"vllm-{version}.dist-info" / "METADATA").write_text(f"Name: vllm\nVersion: {version}\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_an_old_version_of_vllm_is_refused(tmp_path, monkeypatch, capsys):
+    install_empty_vllm(tmp_path, monkeypatch, "0.25.1")
     arguments = [
         "fit", "--config", "configs/tiny.yaml", "--rollouts.engine=vllm", f"--run_dir={tmp_path / 'run'}",
         "--rollouts.vllm.kv_cache_memory_bytes=33554432",
     ]  # fmt: skip
     assert main(arguments) == 2
-    assert f"needs vLLM >=0.32,<0.33; vllm {version} is installed" in capsys.readouterr().err
+    assert "needs vLLM >=0.26; vllm 0.25.1 is installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("version", "warns"), [("0.26.0", False), ("0.33.2", False), ("0.34.0", True), ("1.0", True)])
+def test_a_version_of_vllm_newer_than_any_that_was_tried_is_warned_of(tmp_path, monkeypatch, capsys, version, warns):
+    install_empty_vllm(tmp_path, monkeypatch, version)
+    check_engine(load_config(["configs/tiny.yaml"], ["rollouts.engine=vllm"]).run)
+    said = capsys.readouterr().out
+    assert (f"vLLM {version} has not been tried with pmd (known: below 0.34)" in said) == warns
+    assert bool(said) == warns
+
+
+def test_the_environment_keeps_flashinfer_off_where_it_is_missing_and_compiled_code_in_the_run(tmp_path):
+    vllm = load_config(["configs/tiny.yaml"], ["rollouts.engine=vllm", "model.finetune=lora"]).run
+    settings = engine_settings(vllm, 4096, GpuShare(None, shares_weights=True, sleeps=False), tmp_path / "cache")
+    environment = process_environment(settings)
+    assert environment["VLLM_CACHE_ROOT"] == str(tmp_path / "cache")
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"  # the package is not installed here
+    assert (settings.shares_weights, settings.request_seeds, settings.num_adapters) == (True, True, 1)
+    assert "VLLM_CACHE_ROOT" not in process_environment(replace(settings, cache_dir=None))

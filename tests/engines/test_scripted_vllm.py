@@ -70,7 +70,7 @@ class ScriptedRuntime:
             if answer is not None:
                 yield answer
 
-    def load_adapter(self, folder):
+    def load_adapter(self, folder, weights):
         self.loaded.append(folder.name)
 
     def load_weights(self, weights):

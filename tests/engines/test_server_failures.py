@@ -83,7 +83,7 @@ def test_servers_are_given_absolute_paths_of_adapters(tmp_path, monkeypatch):
     overrides = ["rollouts.engine=vllm_server", "rollouts.server.adapter_dir=shared", "model.finetune=lora"]
     loaded = load_config([ROOT / "configs" / "tiny.yaml"], overrides)
     policy = make_policy(load_base(loaded.run.model), loaded.run.model, loaded.run.teacher)
-    engine = make_engine(loaded.run, policy, load_tokenizer(loaded.run.model), None)
+    engine = make_engine(loaded.run, policy, load_tokenizer(loaded.run.model))
     assert isinstance(engine, VLLMServerEngine)
     assert engine.adapters.parent == tmp_path / "shared"
     assert f"adapter_dir: {tmp_path / 'shared'}" in saved_yaml(loaded)

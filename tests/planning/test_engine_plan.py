@@ -5,8 +5,18 @@ import pytest
 from pmd.bootstrap.random_model import make_random_model
 from pmd.cli import main
 from pmd.config.schema import ModelConfig, RolloutsConfig, RunConfig, VLLMConfig
+from pmd.engines.make import GpuShare
 from pmd.errors import ConfigError
-from pmd.planning.engine_memory import TRANSIENT, Cache, Gpu, engine_parts, plan_engine, read_cache, refuse_small_cache
+from pmd.planning.engine_memory import (
+    TRANSIENT,
+    Cache,
+    Gpu,
+    engine_parts,
+    plan_engine,
+    read_cache,
+    refuse_small_cache,
+    shares_base,
+)
 from pmd.planning.gpu_memory import Shape, predict
 
 #: Linear layers: 2 x (100 x (2 x 100 + 2 x 50) + 3 x 100 x 200) = 180,000 weights; embedding 100,000.
@@ -17,7 +27,7 @@ GPU = Gpu(total=100e9, free=100e9)
 
 
 def run_with(finetune="full", dtype="float32", **vllm) -> RunConfig:
-    settings = {"parity_completions": 0, "enforce_eager": True, "max_num_seqs": 10} | vllm
+    settings = {"parity_completions": 0, "enforce_eager": True, "max_num_seqs": 10, "sleep": True} | vllm
     return RunConfig(
         model=ModelConfig(path="tiny", finetune=finetune, dtype=dtype, lora_rank=4),
         rollouts=RolloutsConfig(engine="vllm", vllm=VLLMConfig(**settings)),
@@ -83,6 +93,50 @@ def test_a_plan_that_does_not_fit_is_refused_with_remedies():
     plan_engine(SHAPE, CACHE, run_with(sleep=True), TRAINER, Gpu(36e9, 36e9))
 
 
+def test_a_shared_base_is_counted_once_and_stays_while_vllm_frees_its_cache():
+    run = run_with("lora", "bfloat16")
+    alone, shared = (plan_engine(SHAPE, CACHE, run, TRAINER, GPU, shares_weights=shares) for shares in (False, True))
+    assert (alone.fraction, shared.fraction) == (0.82, 0.92)  # the trainer's 10 of base are vLLM's
+    phases = shared.phases(TRAINER)
+    assert "base" not in phases["training"] | phases["generating"]
+    assert phases["training"]["vLLM: weights"] == phases["generating"]["vLLM: weights"] > 0
+    assert "vLLM: KV cache" not in phases["training"]
+    assert "vLLM: weights" not in alone.phases(TRAINER)["training"]
+    assert "share one base; vLLM frees its KV cache" in str(shared)
+    assert "each hold a base; vLLM sleeps while the policy trains, with 0.0 GB of weights in main memory" in str(alone)
+    assert shared.share == GpuShare(0.92, shares_weights=True, sleeps=True)
+
+
+@pytest.mark.parametrize(
+    ("total", "sleeps"),
+    [
+        (36.8e9, True),  # 34 for the trainer, 1.5 of context, 3 %: .14 are left beside vLLM, and 256 sequences take .2
+        (45.0e9, False),
+    ],
+)
+def test_vllm_sleeps_on_its_own_only_if_step_and_cache_do_not_both_fit(total, sleeps):
+    run = run_with(sleep="auto", max_num_seqs=256)
+    run.rollouts.tasks_per_step, run.rollouts.group_size = 32, 8
+    plan = plan_engine(SHAPE, CACHE, run, TRAINER, Gpu(total, total))
+    assert plan.sleeps == sleeps
+    assert set(plan.phases(TRAINER)) == ({"training", "generating"} if sleeps else {"always"})
+    if not sleeps:
+        assert plan.parts["KV cache"] >= 256 * CACHE.one_sequence
+        assert "stays awake" in str(plan)
+
+
+def test_sharing_that_is_asked_for_but_impossible_is_refused():
+    run = run_with("full", share_weights=True)
+    with pytest.raises(ConfigError, match=r"share_weights=true, but model\.finetune=full .*; use auto or false"):
+        shares_base(run, on_gpu=True)
+    assert shares_base(run_with("full"), on_gpu=True) == (False, [])
+    assert shares_base(run_with("lora", share_weights=False), on_gpu=True) == (False, [])
+    assert shares_base(run_with("lora"), on_gpu=True) == (True, [])
+    shares, (line,) = shares_base(run_with("lora"), on_gpu=False)
+    assert not shares
+    assert "each hold a copy of the base: vLLM's CPU build repacks its weights" in line
+
+
 def test_a_cache_too_small_for_one_sequence_is_refused_with_the_needed_size():
     assert CACHE.one_sequence == 800_000
     refuse_small_cache(CACHE, run_with(kv_cache_memory_bytes=800_000))
@@ -101,7 +155,9 @@ def test_a_layer_with_sliding_window_attention_caches_only_its_window(tmp_path):
 def test_the_doctor_explains_the_plan_for_a_gpu_that_is_not_there(tmp_path, capsys):
     model = make_random_model(tmp_path / "model")
     arguments = ["doctor", "--config", "configs/qwen3_8b.yaml", f"--model.path={model}"]
-    assert main([*arguments, "--gpu-gb=24"]) == 0
+    assert main([*arguments, "--gpu-gb=24"]) == 0  # all of so small a model fits, so vLLM need not sleep
+    assert "GB, always" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--gpu-gb=24", "--rollouts.vllm.sleep=true"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     for words in ("GB, training", "GB, generating", "vLLM: KV cache", "chosen from the plan", "It fits"):
         assert words in output

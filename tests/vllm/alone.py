@@ -21,7 +21,8 @@ def settings(checkpoint: str, cache_bytes: int, stall_s: float = 600.0, num_adap
     return EngineSettings(
         model=checkpoint, dtype="float32", max_model_len=512, max_num_seqs=32, memory_fraction=0.5,
         kv_cache_memory_bytes=cache_bytes, block_size=32, enforce_eager=True, quantization="none", sleep=True,
-        num_adapters=num_adapters, lora_rank=4, seed=0, on_gpu=False, stall_s=stall_s,
+        shares_weights=False, request_seeds=True, num_adapters=num_adapters, lora_rank=4, seed=0, on_gpu=False,
+        stall_s=stall_s,
     )  # fmt: skip
 
 

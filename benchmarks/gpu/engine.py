@@ -1,0 +1,97 @@
+"""The whole step with vLLM on the trainer's GPU: Qwen3-8B, LoRA rank 32, 256 rollouts of 1,024 tokens; by part.
+
+Figures: the start of vLLM; what sharing the base saves; seconds of a step by part; the engine beside vLLM called alone,
+with and without a seed for each request; sleep, wake and sync. Weights are random, so all rollouts have full length.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_rollouts import make_model, make_questions
+from pmd.callbacks.sync import WeightSyncCallback
+from pmd.cli.run import Run, build
+from pmd.config.load import load_config
+from pmd.engines.base import Request, Sampling
+from pmd.engines.vllm import VLLMEngine
+from pmd.planning.bench import measure_steps, summarise
+from pmd.planning.engine_bench import measure_engine
+from pmd.run_dir import RunDir
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GROUP_SIZE = 8
+
+
+def measure(device: str, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the figures, more each time."""
+    shared_memory = Path("/dev/shm")
+    parent = shared_memory if not quick and shared_memory.is_dir() else None
+    folder = Path(tempfile.mkdtemp(prefix="pmd-bench-", dir=parent))
+    try:
+        yield from _measure(device, quick, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure(device: str, quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
+    tasks, tokens, steps = (2, 16, 1) if quick else (32, 1024, 1)
+    found: dict[str, Any] = {"rollouts": tasks * GROUP_SIZE, "tokens_each": tokens}
+    started = time.perf_counter()
+    model = make_model(folder / "model", "tiny" if quick else "qwen3_8b")
+    found["write_model_s"] = time.perf_counter() - started
+    run = start(device, model, make_questions(folder, 2 * tasks * (steps + 1)), tasks, tokens, steps)
+    engine = run.data.engine
+    assert isinstance(engine, VLLMEngine)
+    with closing(engine):
+        found |= {"start_s": dict(engine.runtime.seconds), "shared_gb": shared_bytes(run, engine) / 1e9}
+        found["vllm"] = {"version": engine.runtime.version, "fraction": engine.runtime.settings.memory_fraction}
+        yield found
+        callbacks = [WeightSyncCallback(engine, run.parity)]
+        step = summarise(
+            measure_steps(run.module, run.data, steps + 1, "gpu" if device == "cuda" else "cpu", callbacks)
+        )
+        kept = ("step_s", "tokens_per_s", "training_tokens_per_s", "rollout_tokens_per_s", "mfu", "peak_memory_gb")
+        found["step"] = step["seconds"] | {name: step[name] for name in (*kept, "reserved_memory_gb")}
+        turns = ("sleep", "wake", "sync")
+        found["step"]["sleep_wake_sync_s"] = sum(step["seconds"].get(part, 0.0) for part in turns)
+        yield found
+        for name, seeded in (("one_stream", False), ("request_seeds", True)):
+            engine.runtime.settings = replace(engine.runtime.settings, request_seeds=seeded)
+            found[name] = measure_engine(engine, batches_of(run), Sampling(1.0, tokens))
+            yield found
+
+
+def start(device: str, model: Path, questions: Path, tasks: int, tokens: int, steps: int) -> Run:
+    """Build the run that `configs/qwen3_8b.yaml` describes, on made-up questions."""
+    files = [CONFIGS / "qwen3_8b.yaml", *([CONFIGS / "overlays" / "cpu_vllm.yaml"] if device == "cpu" else [])]
+    overrides = {
+        "model.path": model,
+        "data.path": questions,
+        "data.max_train": tasks * (steps + 1),
+        "rollouts.tasks_per_step": tasks,
+        "rollouts.group_size": GROUP_SIZE,
+        "rollouts.max_new_tokens": tokens,
+        "rollouts.vllm.max_num_seqs": min(256, tasks * GROUP_SIZE),
+    }
+    loaded = load_config(files, [f"{key}={value}" for key, value in overrides.items()])
+    return build(loaded.run, RunDir(Path(tempfile.mkdtemp(prefix="pmd-run-"))))
+
+
+def batches_of(run: Run) -> list[list[Request]]:
+    """Return a small batch to warm up, and one of a whole step."""
+    tasks = run.tasks["train"][: run.config.rollouts.tasks_per_step]
+    prompts = [tuple(run.data.prompts.student(task)) for task in tasks for _ in range(GROUP_SIZE)]
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    return [requests[:GROUP_SIZE], requests]
+
+
+def shared_bytes(run: Run, engine: VLLMEngine) -> int:
+    """Return the bytes of the trainer's weights that are vLLM's own."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in engine.runtime.weights().tensors.values()}
+    shared = {p.data_ptr(): p for p in run.module.parameters() if p.untyped_storage().data_ptr() in held}
+    return sum(parameter.numel() * parameter.element_size() for parameter in shared.values())
