@@ -31,7 +31,7 @@ from pmd.config.check import describe_rounding
 from pmd.config.load import LoadedConfig
 from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
-from pmd.config.schema import RunConfig
+from pmd.config.schema import RunConfig, WandbConfig
 from pmd.engines.make import check_engine, make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
 from pmd.engines.vllm_runtime import VLLMRuntime
@@ -131,14 +131,28 @@ def _prepare_to_fit(
     checkpoints = CheckpointCallback(run_dir, saved_values(loaded))
     is_behind = resumed is not None and resumed.path != run_dir.last and _step_of(run_dir.last) > run.data.position.step
     loggers: list[Logger] = [MetricsLog(run_dir, step, keep_later=is_behind)]
-    if loaded.run.wandb != "off":
-        from lightning.pytorch.loggers import WandbLogger
-
-        loggers.append(WandbLogger(project="pmd", save_dir=run_dir.root, offline=loaded.run.wandb == "offline"))
+    if loaded.run.wandb.mode != "off":
+        loggers.append(_wandb_logger(loaded.run.wandb, run_dir))
     trainer = cli.trainer_for([*callbacks_of(run), checkpoints], loggers, run_dir.root)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(saved_values(loaded))
     run.module.num_steps = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps)
     _announce(run, trainer)
     return trainer, checkpoints
+
+
+def _wandb_logger(config: WandbConfig, run_dir: RunDir) -> Logger:
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(
+        name=run_dir.root.name,
+        project=config.project,
+        entity=config.entity,
+        group=config.group,
+        tags=config.tags,
+        save_dir=run_dir.root,
+        offline=config.mode == "offline",
+    )
 
 
 def _step_of(checkpoint: Path) -> int:

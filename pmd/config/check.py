@@ -315,8 +315,8 @@ def _data_problems(data: DataConfig) -> list[str]:
 
 
 def _logging_problems(run: RunConfig) -> list[str]:
-    if run.wandb != "off" and find_spec("wandb") is None:
-        return [f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'."]
+    if run.wandb.mode != "off" and find_spec("wandb") is None:
+        return [f"wandb.mode={run.wandb.mode} needs wandb; pip install 'pmd[wandb]'."]
     return []
 
 

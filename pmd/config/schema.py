@@ -510,6 +510,17 @@ class MemoryConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases (needs the extra `wandb`); `wandb: online` is short for `wandb: {mode: online}`."""
+
+    mode: Literal["off", "online", "offline"] = option("off", "Whether runs are logged there, and from where.")
+    project: str = option("pmd", "The project.")
+    entity: str | None = option(None, "The user or team; null is the account's own.")
+    group: str | None = option(None, "The group, such as the name of a sweep.")
+    tags: list[str] = option([], "Tags of the run.")
+
+
+@dataclass
 class RunConfig:
     """A whole run: all sections except `trainer`, which is Lightning's."""
 
@@ -524,9 +535,6 @@ class RunConfig:
         "CPU threads of torch; null leaves it to torch. A tiny model is fastest with one.",
         minimum=1,
         maximum=MAX_THREADS,
-    )
-    wandb: Literal["off", "online", "offline"] = option(
-        "off", "Also log to Weights & Biases (needs the extra `wandb`)."
     )
     trace_every: int = option(
         1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0, maximum=MAX_COUNT
@@ -544,6 +552,7 @@ class RunConfig:
     verification: VerificationConfig = field(default_factory=VerificationConfig)
     reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     @property
     def longest_sequence(self) -> int:
