@@ -130,6 +130,7 @@ def _train(command: str, arguments: list[str]) -> int:
     if print_config:
         print(resolved_yaml(loaded))
         return 0
+    print(f"{command} {loaded.name}: loading PyTorch and the model ...", flush=True)
     from pmd.cli.run import run
 
     return run(command, loaded)

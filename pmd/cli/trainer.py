@@ -10,10 +10,12 @@ from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from pmd.callbacks.checkpoint import VerifiedCheckpointIO
+from pmd.callbacks.progress import ProgressCallback
 from pmd.errors import ConfigError
 
 #: Warnings that Lightning gives in every run, but that do not apply: rollouts are streamed, batches stay on the host,
@@ -68,8 +70,12 @@ class TrainerCLI(LightningCLI):
         The trainer itself writes nothing outside `root`.
         """
         given = dict(self.config_init["trainer"])
+        theirs = _as_list(given["callbacks"])
+        has_bar = any(isinstance(callback, ProgressBar) for callback in theirs)
+        progress = ProgressCallback(bar=given["enable_progress_bar"] is not False and not has_bar)
         own = {
-            "callbacks": [*callbacks, *_as_list(given["callbacks"])],
+            "callbacks": [*callbacks, progress, *theirs],
+            "enable_progress_bar": has_bar,  # Lightning's would be a second one
             "logger": [*loggers, *_as_list(given["logger"])],
             # One process, whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
             "plugins": [VerifiedCheckpointIO(), LightningEnvironment()],

@@ -153,7 +153,9 @@ def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfi
     sampling = Sampling(config.temperature, config.max_new_tokens)
     texts, num_tokens = [""] * len(requests), 0
     written = engine.generate(requests, sampling, config.by)
-    for position, completion in tqdm(written, total=len(requests), desc="reflections", leave=False, delay=2.0):
+    for position, completion in tqdm(
+        written, total=len(requests), desc="reflections", leave=False, delay=2.0, disable=None
+    ):
         texts[position] = completion.text
         num_tokens += len(completion.token_ids)
     return texts, num_tokens

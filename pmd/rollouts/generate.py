@@ -84,7 +84,9 @@ def generate_rollouts(
     judged: dict[int, tuple[Completion, Future[Verdict] | Verified]] = {}  # by position in `requests`
     with VerificationPool(verifiers.workers, verifiers.deadline_s) as pool:
         arriving = engine.generate(requests, sampling)
-        for position, completion in tqdm(arriving, total=len(requests), desc="rollouts", leave=False, delay=2.0):
+        for position, completion in tqdm(
+            arriving, total=len(requests), desc="rollouts", leave=False, delay=2.0, disable=None
+        ):
             attempt = attempts[position]
             if position in judged:
                 raise EngineError(f"the engine returned rollout {attempt.rollout_id} twice.")
