@@ -94,7 +94,7 @@ class ProgressCallback(Callback):
 
 def _num_steps(module: LightningModule) -> int:
     assert isinstance(module, PMDModule)
-    return module.num_steps
+    return module.num_steps or 0
 
 
 def _written(metrics: Mapping[str, Any], shown: tuple[Any, ...]) -> str:
