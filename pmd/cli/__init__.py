@@ -40,6 +40,7 @@ policy token by token, and the final model needs no memory.
   export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
   inspect    show the teacher's prompt and the per-token divergence of a rollout: inspect step RUN
   bench      measure a step: seconds by part, tokens/s, peak memory: bench --config FILE
+  runs       list runs with method, state and score: runs [FOLDER]
   compare    compare runs by a paired bootstrap: compare RUN RUN
   sweep      run a grid of configurations and tabulate it over seeds: sweep GRID.yaml
   serve      serve rollouts with vLLM, restarted when it dies: serve --config FILE
@@ -59,6 +60,7 @@ COMMANDS = {
     "export": "pmd.cli.export",
     "inspect": "pmd.cli.inspect",
     "memory": "pmd.cli.memory",
+    "runs": "pmd.cli.runs",
     "score": "pmd.cli.score",
     "serve": "pmd.cli.serve",
     "sweep": "pmd.cli.sweep",
