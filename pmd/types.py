@@ -51,7 +51,8 @@ class Task:
     tests: Mapping[str, Any] = field(default_factory=dict)  # for verifiers that run tests
     memory_key: str = ""  # what the task is about, without template words; retrieval looks this up
     domain: str = ""
-    place: str = field(default="", compare=False)  # FILE:LINE it was read from, for error messages
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of its row, for reward functions
+    place: str = field(default="", compare=False, repr=False)  # FILE:LINE it was read from, for error messages
 
     @property
     def question(self) -> str:

@@ -224,6 +224,15 @@ class DataConfig:
         None, "Folder or file of the data; null loads it from the Hugging Face Hub, if the source is there."
     )
     validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
+    columns: dict[str, str | list[str]] = option(
+        {}, "jsonl: which column holds what, such as {prompt: question, answer: label}; see the page on own tasks."
+    )
+    verifier: str | None = option(None, "jsonl: the verifier, or reward function, of tasks that name none.")
+    answer_after: str | None = option(None, "jsonl: the answer is what follows this text, such as GSM8K's `####`.")
+    prompt_suffix: str | None = option(None, "jsonl: added to every prompt, such as the form of the answer.")
+    subset: str | None = option(None, "jsonl: subset (configuration) of a data set of the Hub.")
+    train_split: str = option("train", "jsonl: the split of a data set of the Hub to train on.")
+    test_split: str | None = option(None, "jsonl: its held-out split; null splits `train_split`.")
     allow_modules: list[str] = option(
         [],
         "jsonl: modules or packages whose verifiers the task files may name; they are imported and run. "

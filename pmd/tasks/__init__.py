@@ -9,6 +9,7 @@ from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks.lines import cap_problems
 from pmd.tasks.splits import DuplicateReport, duplicated_task_ids, find_duplicates, first_shuffled, hold_out
+from pmd.tasks.table import check_columns, is_hub_id
 from pmd.types import Split, Task
 
 __all__ = ["DuplicateReport", "describe_data_problems", "duplicated_task_ids", "find_duplicates", "load_tasks"]
@@ -45,6 +46,8 @@ def describe_data_problems(config: DataConfig) -> list[str]:
         return problems
     if config.task == "tiny" or (config.path is None and config.task in ("sciknoweval", "livecodebench")):
         return []
+    if config.task == "jsonl" and any(path and is_hub_id(path) for path in (config.path, config.validation_path)):
+        return check_columns(config)
     return cap_problems(_read(config, config.seed or 0)[1])
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from pmd.batch import Example
 from pmd.cli.inspect import show
 from pmd.cli.score import main
-from pmd.config.schema import ModelConfig
+from pmd.config.schema import DataConfig, ModelConfig
 from pmd.errors import ConfigError
 from pmd.pretrained import load_tokenizer
 from pmd.tasks.jsonl import read_task_file
@@ -138,7 +138,7 @@ def test_answers_that_cannot_be_judged_are_refused_with_their_place(tmp_path, ca
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     completions.write_text('{"id": "0", "completion": "1"}\n')
-    tasks, problems = read_task_file(file, "train")
+    tasks, problems = read_task_file(str(file), "train", DataConfig())
     assert problems == []
     with pytest.raises(ConfigError) as error:
         prepare_verifiers(tasks, "strongest")
