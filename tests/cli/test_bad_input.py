@@ -40,7 +40,7 @@ WRONG = [
     ("--trainer.devices=2", ["trainer.devices=2", "one device"]),
     ("--trainer.max_time=soon", ["trainer.max_time=soon", "DD:HH:MM:SS"]),
     ("--trainer.logger=3", ["trainer.logger=3", "class_path: lightning.pytorch.loggers.CSVLogger"]),
-    ("--trainer.callbacks=[{class_path:Mine,n:1}]", ["trainer.callbacks[0].n", "init_args"]),
+    ('--trainer.callbacks=[{"class_path":"Mine","n":1}]', ["trainer.callbacks[0].n", "init_args"]),
     ("--trainer=5", ["trainer=5", "mapping"]),
     # values that nobody can mean
     ("--optimizer.lr=.inf", ["optimizer.lr=inf", "finite"]),
