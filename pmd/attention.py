@@ -298,10 +298,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks, [1, heads, T, D] to [1, T, heads, D]; without a layout as `sdpa` does."""
     if packed_layout is None:
-        attend: Any = sdpa_attention_forward  # its annotations name no further settings, which it takes
-        return attend(module, query, key, value, attention_mask, **settings)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
-    return _attend(query, key, value, packed_layout, scale, settings.get("sliding_window")), None
+    return cast(Any, _attend)(query, key, value, packed_layout, scale, settings.get("sliding_window")), None
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
