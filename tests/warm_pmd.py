@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from importlib import import_module
 
@@ -41,10 +42,11 @@ def run(request: dict) -> None:
         if request["file_bytes"]:  # a limit on the size of files stands for a full disk
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+        os.environ.update(request["environment"])
+        tempfile.tempdir = None  # TMPDIR may be another one now
         os.chdir(request["cwd"])
-        sys.path[:0] = request["path"]
         sys.argv = ["pmd", *request["arguments"]]
-        code = import_module("pmd.cli").main(request["arguments"])
+        code = import_module(request["module"]).main(request["arguments"])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
