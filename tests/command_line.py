@@ -5,12 +5,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from warm_pmd import fork_server
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -72,22 +73,16 @@ def run_pmd(*arguments: str, code: int = 0, timeout_s: float = 550, **options: A
 
 
 def _ask_warm_server(request: object) -> int:
-    server = _warm_server()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    return int(json.loads(server.stdout.readline()))
+    requests, answers = warm_server()
+    requests.write(json.dumps(request) + "\n")
+    requests.flush()
+    return int(json.loads(answers.readline()))
 
 
 @cache
-def _warm_server() -> subprocess.Popen:
-    """Start, once a session, the process whose children run the commands."""
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm_pmd.py"))],
-        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )  # fmt: skip
+def warm_server() -> tuple[TextIO, TextIO]:
+    """Fork, once a session, the process whose children run the commands."""
+    return fork_server()
 
 
 def small_fit(run_dir: Path, epochs: int, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:

@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the long files first."""
     order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Fork the server of commands, if any test may need it, while this process has no threads of torch's."""
+    if "command_line" in sys.modules:
+        sys.modules["command_line"].warm_server()
 
 
 @pytest.fixture(scope="session")

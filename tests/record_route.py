@@ -70,7 +70,8 @@ def record(run_dir: str) -> None:
     RolloutStream.__iter__ = stream
     calls._call_callback_hooks = callback_hooks
     small = ["--data.world.families=8", "--verification.final_samples=8", "--verification.samples=2"]
-    assert run_command(["fit", "--config", "configs/tiny.yaml", *small, "--trainer.max_epochs=1", "--run_dir", run_dir]) == 0
+    small += ["--trainer.max_epochs=1", f"--run_dir={run_dir}"]
+    assert run_command(["fit", "--config", "configs/tiny.yaml", *small]) == 0
 
 
 def files_of_pmd(files: set[str]) -> list[str]:
