@@ -132,6 +132,11 @@ GOOD_GOLDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("gold", "words"), BAD_GOLDS.items(), ids=[gold[:20] for gold in BAD_GOLDS])
+def test_an_answer_that_cannot_be_judged_has_a_reason(gold, words):
+    assert words in (gold_problem(gold) or "")
+
+
 def test_answers_that_cannot_be_judged_are_refused_with_their_place(tmp_path, capsys):
     file, completions = tmp_path / "t.jsonl", tmp_path / "c.jsonl"
     rows = [
