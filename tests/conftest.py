@@ -18,9 +18,9 @@ if not torch.cuda.is_available():
 
 #: Files that take 10 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
 LONG = [
-    "test_programs.py", "test_prediction.py", "test_runs.py", "test_damage.py", "test_trainer_ends.py", "test_sweep.py",
-    "test_shipped.py", "test_training_steps.py", "test_loop.py", "test_zoo.py", "test_server_failures.py",
-    "test_import.py", "test_route.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py",
+    "test_programs.py", "test_runs.py", "test_loop.py", "test_prediction.py", "test_damage.py",
+    "test_server_failures.py", "test_import.py", "test_sweep.py", "test_shipped.py", "test_training_steps.py",
+    "test_zoo.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py", "test_trainer_ends.py",
 ]  # fmt: skip
 
 
