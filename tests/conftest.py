@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 LONG = [
     "test_programs.py", "test_runs.py", "test_loop.py", "test_prediction.py", "test_damage.py",
     "test_server_failures.py", "test_import.py", "test_sweep.py", "test_shipped.py", "test_training_steps.py",
-    "test_zoo.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py", "test_trainer_ends.py",
+    "test_zoo.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py",
+    "test_trainer_ends.py",
 ]  # fmt: skip
 
 

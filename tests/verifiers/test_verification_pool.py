@@ -93,6 +93,16 @@ def test_a_hanging_verification_gets_an_error_and_its_thread_is_replaced():
     event.set()
 
 
+def test_a_slow_verification_within_its_deadline_keeps_its_verdict():
+    def slow(task: Task, text: str) -> Verdict:
+        time.sleep(0.6)  # the pool looks for late ones every 0.5 s
+        return Verdict(1.0, True, "ok")
+
+    with VerificationPool(workers=1, deadline_s=600, verifier=slow) as pool:
+        assert pool.submit(TASK, "").result(60).correct
+    assert pool.num_hung == 0
+
+
 def test_leaving_on_an_error_drops_what_is_waiting():
     event, wait = gate()
     pool = VerificationPool(workers=1, verifier=wait)
