@@ -54,15 +54,16 @@ class PmdProcess:
 
 
 def start_pmd(
-    *arguments: str, cwd: Path = ROOT, file_bytes: int = 0, environment: Mapping[str, str] | None = None,
-    module: str = "pmd.cli",
+    *arguments: str, cwd: Path = ROOT, first_on_path: Path | None = None, file_bytes: int = 0,
+    environment: Mapping[str, str] | None = None, module: str = "pmd.cli",
 ) -> PmdProcess:  # fmt: skip
     """Start `python -m pmd ARGUMENTS`, or another module's `main`, on one thread.
 
     With `file_bytes`, no file may grow beyond that size.
     """
-    options = {"cwd": str(cwd), "file_bytes": file_bytes, "environment": dict(environment or {}), "module": module}
-    return PmdProcess(arguments, options)
+    path = [str(first_on_path)] if first_on_path else []
+    options = {"cwd": str(cwd), "path": path, "file_bytes": file_bytes, "module": module}
+    return PmdProcess(arguments, options | {"environment": dict(environment or {})})
 
 
 def run_pmd(*arguments: str, code: int = 0, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess:

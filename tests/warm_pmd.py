@@ -65,6 +65,7 @@ def run(request: dict) -> None:
         os.environ.update(request["environment"])
         tempfile.tempdir = None  # TMPDIR may be another one now
         os.chdir(request["cwd"])
+        sys.path[:0] = request["path"]
         sys.argv = ["pmd", *request["arguments"]]
         code = import_module(request["module"]).main(request["arguments"])
     except SystemExit as stop:
