@@ -18,7 +18,6 @@ from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files
 from pmd.memory.checksum import refuse_lost_log, settle
-from pmd.memory.compact import history_from
 from pmd.memory.embed import Embedder
 from pmd.types import INSIGHT_KINDS
 
@@ -401,6 +400,12 @@ class Ledger:
             "INSERT INTO ops (generation, level, item_id, action, before, after, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (self.generation, level, item_id, action, *texts, reason),
         )
+
+
+def history_from(db: sqlite3.Connection) -> int:
+    """Return the oldest generation that can be reconstructed: 0 in a store that was never compacted."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'history_from'").fetchone()
+    return int(row[0]) if row is not None else 0
 
 
 def newest_evidence(parents: Iterable[int]) -> list[int]:
