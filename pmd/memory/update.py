@@ -25,6 +25,7 @@ from pmd.memory.files import one_line
 from pmd.memory.judge import ItemAudit, judge, write_audits
 from pmd.memory.store import (
     LIVE,
+    TABLES,
     Ledger,
     MemoryStore,
     blobs_to_matrix,
@@ -196,7 +197,14 @@ class Writer:
         return experience_id
 
     def add_insight(
-        self, task_row: int, kind: str, text: str, *, policy_version: int, parents: Iterable[int] = ()
+        self,
+        task_row: int,
+        kind: str,
+        text: str,
+        *,
+        policy_version: int,
+        parents: Iterable[int] = (),
+        share: tuple[int, int] = (0, 0),
     ) -> int:
         """Store an insight that a reflection wrote about a task; return its id.
 
@@ -205,6 +213,7 @@ class Writer:
 
         Args:
             parents: ids of the experiences it is based on.
+            share: how many of how many attempts had succeeded when it was written.
         """
         text = " ".join(text.split())
         if not text or kind not in INSIGHT_KINDS:
@@ -214,13 +223,22 @@ class Writer:
             )
         known = self._find_insight(task_row, kind, text)
         if known is not None:
-            self.ledger.count_again(1, known, {"last_policy_version": policy_version}, parents)
+            self.ledger.count_again(1, known, {"last_policy_version": policy_version} | _counts(share), parents)
         values = {"task_row": task_row, "kind": kind, "content": text, "policy_version": policy_version}
+        values |= _counts(share)
         insight_id = known if known is not None else self._insert_insight(values, "reflection", parents)
         _bound_insights(self.ledger, task_row, insight_id, self._config.insights_per_task)
         return insight_id
 
-    def edit_insight(self, insight_id: int, text: str, *, policy_version: int, parents: Iterable[int] = ()) -> int:
+    def edit_insight(
+        self,
+        insight_id: int,
+        text: str,
+        *,
+        policy_version: int,
+        parents: Iterable[int] = (),
+        share: tuple[int, int] = (0, 0),
+    ) -> int:
         """Replace an insight with a new version that keeps its evidence and support; return the new id.
 
         Raises:
@@ -240,10 +258,10 @@ class Writer:
         known = self._find_insight(task_row, kind, text)
         if known is not None:
             new_id = known
-            self.ledger.count_again(1, new_id, {"last_policy_version": policy_version}, evidence)
+            self.ledger.count_again(1, new_id, {"last_policy_version": policy_version} | _counts(share), evidence)
         else:
             values = {"task_row": task_row, "kind": kind, "content": text, "policy_version": policy_version}
-            values |= {"version": version + 1, "previous_id": insight_id, "support": support}
+            values |= {"version": version + 1, "previous_id": insight_id, "support": support} | _counts(share)
             new_id = self._insert_insight(values, f"edit of {insight_id}", evidence)
         if new_id != insight_id:
             self.ledger.change(1, insight_id, {"status": "retired"}, f"edited into {new_id}")
@@ -255,8 +273,11 @@ class Writer:
         The target must be a live insight of the same task. A reflection cannot retire an insight that audits found
         useful.
         """
+        share = change.num_successes, change.num_attempts
         if change.action == "add":
-            self.add_insight(task_row, change.kind, change.text, policy_version=policy_version, parents=parents)
+            self.add_insight(
+                task_row, change.kind, change.text, policy_version=policy_version, parents=parents, share=share
+            )
             return True
         row = self._db.execute(
             f"SELECT usefulness FROM insights WHERE id = ? AND task_row = ? AND {LIVE}", (change.target_id, task_row)
@@ -264,11 +285,14 @@ class Writer:
         if row is None or change.target_id is None or (change.action == "retire" and (row[0] or 0.0) > 0):
             return False
         if change.action == "edit":
-            self.edit_insight(change.target_id, change.text, policy_version=policy_version, parents=parents)
+            self.edit_insight(
+                change.target_id, change.text, policy_version=policy_version, parents=parents, share=share
+            )
         elif change.action == "retire":
             self.set_status(1, change.target_id, "retired", "reflection")
         else:
-            self.ledger.count_again(1, change.target_id, {"last_policy_version": policy_version}, parents)
+            values = {"last_policy_version": policy_version} | _counts(share)
+            self.ledger.count_again(1, change.target_id, values, parents)
         return True
 
     def leak_of(self, task_row: int, text: str) -> str:
@@ -316,6 +340,12 @@ class Writer:
                 for rank, (item, included) in enumerate(chosen)
             ],
         )  # fmt: skip
+
+    def forget(self) -> None:
+        """Retire every item, so that only what this update writes can be retrieved."""
+        for level, table in TABLES.items():
+            for (item_id,) in self._db.execute(f"SELECT id FROM {table} WHERE {LIVE} ORDER BY id").fetchall():
+                self.set_status(level, item_id, "retired", "the memory is transient")
 
     def set_status(self, level: int, item_id: int, status: str, reason: str) -> None:
         """Retire, quarantine, internalize or reactivate one item."""
@@ -383,6 +413,11 @@ class Writer:
         if row is None:
             raise MemoryStoreError(f"task_row={task_row} is not in the store; call add_task first.")
         return row
+
+
+def _counts(share: tuple[int, int]) -> dict[str, int]:
+    """Return the columns of an insight's share of successes; none where it is not known, so that a known one stays."""
+    return {"num_successes": share[0], "num_attempts": share[1]} if share[1] else {}
 
 
 # The leak filter. The store keeps fingerprints of answers, not answers, so the filter compares fingerprints of word
