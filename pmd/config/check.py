@@ -298,6 +298,10 @@ def _update_problems(run: RunConfig) -> list[str]:
             f"memory.transient=true with memory.update={memory.update}: what an epoch's end writes would be forgotten "
             "before any teacher reads it; use update=batch."
         )
+    if memory.transient and memory.replay:
+        problems.append(
+            "memory.transient=true with memory.replay=true: a past success is kept across batches; use replay=false."
+        )
     if memory.transient and memory.frozen:
         problems.append("memory.transient=true with memory.frozen=true: a frozen memory is kept; remove one of them.")
     if memory.update == "batch" and memory.audit_groups:

@@ -24,8 +24,8 @@ class PromptFormat(Protocol):
         ...
 
     def memory_line(self, item: MemoryItem) -> str:
-        """Return an item as it stands in a prompt."""
-        ...
+        """Return an item as it stands in a prompt: its text, unless the format says more."""
+        return item.text
 
     def placebo(self, text: str) -> str:
         """Return a memory line of the same length that carries no information about the task."""
