@@ -23,6 +23,7 @@ from pmd.types import ItemKind, MemoryItem
 
 SAME_TASK = 0.999  # a neighbour this similar is the query's own task, and is ignored in setting the floor
 RELATIVE_FLOOR = 0.5  # share of the nearest other task's similarity; tasks below it share only common words
+MAX_OWN_EXPERIENCES = 2  # one of them may be the success that the teacher is shown anyway
 Hits = list[tuple[int, float]]  # task row and similarity, nearest first
 
 
@@ -49,7 +50,7 @@ class Retriever:
         """Return at most k items for one task, in an order shuffled by the seed.
 
         Quotas are filled in order: behaviours, strategies and contrasts, experience, then lessons in the remaining
-        places.
+        places. With scope `own`, behaviours come last, in places that are kept for them.
 
         Args:
             task_id: id of the task; without scope `own` its own attempts are left out, because `past_success` returns
@@ -66,16 +67,23 @@ class Retriever:
             floor = -1.0  # of behaviours: the nearest are taken, however near
         else:
             hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0])
+        behaviours = self._behaviours(items, vector[0], hits, floor)
         strategies, lessons = self._insights(items, task_id, hits)
-        max_experiences = config.k if set(config.levels) == {0} else 1
-        chosen: list[MemoryItem] = []
-        for ranking, quota in (
-            (self._behaviours(items, vector[0], hits, floor), config.max_behaviours),
+        max_experiences = config.k if set(config.levels) == {0} else MAX_OWN_EXPERIENCES if config.scope == "own" else 1
+        quotas = [
+            (behaviours, config.max_behaviours),
             (strategies, config.max_strategies),
             (self._experiences(items, task_id, hits), max_experiences),
             (lessons, config.k if config.max_lessons is None else config.max_lessons),
-        ):
-            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen)
+        ]
+        kept_free = 0
+        if config.scope == "own":  # a behaviour may repeat an insight, and only the insight says how many succeeded
+            quotas = [*quotas[1:], quotas[0]]
+            kept_free = len(behaviours.best(min(config.max_behaviours, config.k - 1), []))
+        chosen: list[MemoryItem] = []
+        for ranking, quota in quotas:
+            room = config.k - len(chosen) - (kept_free if ranking is not behaviours else 0)
+            chosen += ranking.best(min(quota, room), chosen)
         random.Random(seed).shuffle(chosen)
         return chosen
 
@@ -157,16 +165,16 @@ class Retriever:
         return ranking
 
     def _experiences(self, items: "_LiveItems", task_id: str | None, hits: Hits) -> "_Ranking":
-        """Rank the best verified success of each neighbour; the query's own task has one with scope `own` only."""
-        ranking = _Ranking(self._config)
+        """Rank the best verified success of each neighbour, or with scope `own` the best ones of the query's task."""
+        ranking, is_own = _Ranking(self._config), self._config.scope == "own"
         if 0 in self._config.levels and "experience" in self._config.kinds:
             for task_row, similarity in hits:
-                success = next(iter(items.successes.get(task_row, ())), None)
-                if success is not None and (self._config.scope == "own" or success.task_id != task_id):
-                    item = MemoryItem(
-                        success.id, 0, "experience", success.response, task_row, success.task_id, similarity
-                    )
-                    ranking.add(item, similarity)
+                for success in items.successes.get(task_row, ())[: MAX_OWN_EXPERIENCES if is_own else 1]:
+                    if is_own or success.task_id != task_id:
+                        text, row = success.response, success.task_row
+                        ranking.add(
+                            MemoryItem(success.id, 0, "experience", text, row, success.task_id, similarity), similarity
+                        )
         return ranking
 
 
