@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -80,11 +80,6 @@ def combined_loss(terms: TokenTerms, tokens: CompletionTokens, policy_version: i
     parts["sampling/missing_logprobs"] = float((~importance.known).sum())
     parts["sampling/engine_gap"] = float(weighted_sum(torch.where(importance.known, gap, 0.0), weights))
     return Loss(total, parts)
-
-
-def epoch_is_complete(trainer: Trainer) -> bool:
-    """Whether the last batch of the epoch was the latest one; false where the run ends within the epoch."""
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -156,8 +151,8 @@ class PMDModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Refresh a frozen teacher from the student if one is due (`teacher.refresh_epochs`)."""
-        if not epoch_is_complete(self.trainer):
-            return
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the run ends within the epoch
         self.log("teacher/refreshed", float(self.policy.after_epoch(self.current_epoch)), batch_size=1)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

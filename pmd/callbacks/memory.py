@@ -25,7 +25,7 @@ from pmd.memory.audit import ShownGroup, audit, choose_groups
 from pmd.memory.pending import decode, encode
 from pmd.memory.reflect import Reflector
 from pmd.memory.stream import MemoryUpdater
-from pmd.module import PMDModule, epoch_is_complete
+from pmd.module import PMDModule
 from pmd.rollouts.datamodule import RolloutDataModule
 from pmd.scoring import PolicyScorer
 
@@ -73,7 +73,7 @@ class MemoryCallback(Callback):
         An epoch that is not complete, because the run ends within it, is updated from when the run is resumed.
         """
         assert isinstance(pl_module, PMDModule)
-        if not epoch_is_complete(trainer):
+        if not self.record.is_complete:
             return
         is_due = self.memory.config.update == "epoch"
         if is_due and self.auditor is not None and not self.memory.is_closed:

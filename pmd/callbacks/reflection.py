@@ -9,7 +9,6 @@ from lightning import Callback, LightningModule, Trainer
 from pmd.batch import Batch, Example
 from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory
 from pmd.memory.reflect import Reflector
-from pmd.module import epoch_is_complete
 
 
 class ReflectionCallback(Callback):
@@ -30,6 +29,7 @@ class ReflectionCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Record the batch's rollouts and what their teachers were shown."""
+        self.record.is_complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         groups: dict[str, list[Example]] = {}
         for example in batch.examples:
             groups.setdefault(example.rollout.group_id, []).append(example)
@@ -46,8 +46,8 @@ class ReflectionCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reflect, unless the memory is closed, was updated with each batch, or the epoch is to be resumed."""
-        is_due = self.memory.config.update == "epoch" and not self.memory.is_closed and epoch_is_complete(trainer)
-        if not (is_due and self.reflector.config.enabled):
+        is_due = self.memory.config.update == "epoch" and self.record.is_complete
+        if self.memory.is_closed or not (is_due and self.reflector.config.enabled):
             return
         started = time.perf_counter()
         groups = [group.rollouts for group in self.record.groups.values()]

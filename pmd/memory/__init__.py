@@ -48,6 +48,7 @@ class EpochRecord:
     """
 
     epoch: int = 0
+    is_complete: bool = False  # whether the epoch's last batch is over; false where the run ends within the epoch
     groups: dict[str, GroupRecord] = field(default_factory=dict)  # by group id; those that no update has written yet
     num_groups: int = 0  # of the epoch
     num_hits: int = 0  # of these, groups whose teacher was shown at least one memory item
@@ -57,7 +58,8 @@ class EpochRecord:
 
     def start(self, epoch: int) -> None:
         """Begin to count a new epoch."""
-        self.epoch, self.num_groups, self.num_hits, self.num_memory_tokens = epoch, 0, 0, 0
+        self.epoch, self.is_complete = epoch, False
+        self.num_groups, self.num_hits, self.num_memory_tokens = 0, 0, 0
 
     def clear(self) -> None:
         """Forget what an update has written."""

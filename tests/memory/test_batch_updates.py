@@ -162,7 +162,7 @@ def test_a_record_survives_a_checkpoint_exactly(tmp_path):
     assert len(items) > 1
     odd = Verdict(1 / 3, False, "timeout", "caf\u00e9 \ud800 \x00", None, 1e-9, CaseCounts(3, 1, 2, 1), "why")
     rollouts = [replace(r, verdict=odd, completion=replace(r.completion, logprobs=())) for r in group("t1", 0, True)]
-    record = EpochRecord(3, {"g": GroupRecord(7, TASKS["t1"], rollouts, items[:1], items[1:], 1)}, 5, 4, 99)
+    record = EpochRecord(3, False, {"g": GroupRecord(7, TASKS["t1"], rollouts, items[:1], items[1:], 1)}, 5, 4, 99)
     kept = EpochRecord()
     decode(encode(record), kept, TASKS)
     assert kept == record
