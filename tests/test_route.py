@@ -21,7 +21,7 @@ def listed(part: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> dict[str, list[str]]:
-    """The files that run, from a real epoch of configs/tiny.yaml."""
+    """The files that run, from two real epochs of configs/tiny.yaml."""
     done = run_pmd(str(tmp_path_factory.mktemp("route") / "run"), module="record_route")
     return json.loads(done.stdout.splitlines()[-1])
 
