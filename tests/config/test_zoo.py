@@ -65,7 +65,7 @@ def found() -> list[str]:
     return complaints([*(line for base in BASES for line in lines_of(base)), WRONG])
 
 
-WRONG = "--config configs/tiny.yaml --memory.k=0"
+WRONG = "--config configs/tiny.yaml --memory.k=-1"
 
 
 @pytest.mark.parametrize("base", BASES)
