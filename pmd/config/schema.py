@@ -261,6 +261,11 @@ class DataConfig:
         minimum=0,
         maximum=0.5,
     )
+    weights: dict[str, float] = option(
+        {},
+        "Share of a domain's training tasks that each epoch visits, others in the next, in (0, 1]; domains that are not "
+        "named are visited whole.",
+    )
     max_train: int | None = option(None, "Use only this many training tasks.", minimum=1, maximum=MAX_COUNT)
     max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1, maximum=MAX_COUNT)
     max_test: int | None = option(None, "Use only this many test tasks.", minimum=1, maximum=MAX_COUNT)
@@ -368,6 +373,14 @@ class RolloutsConfig:
         "Longest student prompt, in tokens; longer tasks are refused before training.",
         minimum=1,
         maximum=MAX_TOKENS,
+    )
+    uniform_groups: Literal["keep", "drop", "resample"] = option(
+        "keep",
+        "Groups whose rewards are all equal, which give a policy gradient no signal: `drop` leaves them out; "
+        "`resample` attempts their tasks again before (DAPO draws other tasks).",
+    )
+    max_resamples: int = option(
+        2, "With uniform_groups `resample`: further groups of one task before it is left out.", minimum=1, maximum=100
     )
     prefetch: bool = option(
         False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."

@@ -149,9 +149,8 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     console.print(table)
     for name, phase in phases.items():
         if phase["num_unscored"]:
-            console.print(
-                f"{name}: {phase['num_unscored']} samples could not be verified and are left out of all scores"
-            )
+            left_out = f"{phase['num_unscored']} samples could not be verified and are left out of all scores"
+            console.print(f"{name}: {left_out}", markup=False)
     if cost := cost_of(results):
         console.print(str(cost), markup=False)
 

@@ -9,7 +9,14 @@ from datetime import date
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks.lines import cap_problems
-from pmd.tasks.splits import DuplicateReport, duplicated_task_ids, find_duplicates, first_shuffled, hold_out
+from pmd.tasks.splits import (
+    DuplicateReport,
+    duplicated_task_ids,
+    find_duplicates,
+    first_shuffled,
+    hold_out,
+    tasks_of_epoch,
+)
 from pmd.tasks.table import check_columns, is_hub_id
 from pmd.types import Split, Task
 
@@ -19,6 +26,7 @@ __all__ = [
     "duplicated_task_ids",
     "find_duplicates",
     "load_tasks",
+    "tasks_of_epoch",
     "validates_on_test",
 ]
 
@@ -43,6 +51,11 @@ def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
         share = max(config.validation_share, 1 / len(by_split["train"]))
         by_split["train"], by_split["validation"] = hold_out(by_split["train"], share, "validation", seed)
     validation = by_split["validation"] or by_split["test"]
+    if unknown := sorted(config.weights.keys() - {task.domain for task in by_split["train"]}):
+        known = ", ".join(sorted({task.domain for task in by_split["train"]}))
+        raise ConfigError(
+            f"data.weights names {', '.join(unknown)}, which has no training tasks; the domains are {known}."
+        )
     return {
         "train": first_shuffled(by_split["train"], config.max_train, seed),
         "validation": first_shuffled(validation, config.max_validation, seed),

@@ -123,7 +123,8 @@ def test_the_split_equals_that_of_datasets():
 def test_a_local_upstream_file_gives_the_same_tasks_as_the_hub(tmp_path):
     path = tmp_path / "sciknoweval_test_v2.jsonl"
     path.write_text("\n".join(map(json.dumps, UPSTREAM)))
-    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(path), domains=["chemistry"]), seed=0)
+    config = DataConfig(task="sciknoweval", path=str(path), domains=["chemistry"], validation_share=0.0)
+    tasks = load_tasks(config, seed=0)
     assert tasks["train"] + tasks["test"] == split_upstream(UPSTREAM, ["chemistry"])
 
 

@@ -7,10 +7,11 @@
       - title: G=2
         settings: {rollouts.group_size: 2}
         arms:                          # rows: each arm is run with every seed
-          GRPO: {overlays: [configs/methods/grpo.yaml]}
+          GRPO: {overlays: [configs/methods/tiny/grpo.yaml]}
           PMD: {settings: {memory.k: 4}, axes: {optimizer.lr: [0.003, 0.006]}}   # one row per choice
 
-Later settings win: base, overlays, the settings of grid, block and arm, the choice on the axes, the seed.
+A block may name a base of its own, and overlays that follow those of its arms. Later settings win: base, overlays of the
+arm, overlays of the block, the settings of grid, block and arm, the choice on the axes, the seed.
 """
 
 import itertools
@@ -47,6 +48,8 @@ class Block:
     """Rows to compare with each other."""
 
     title: str = ""
+    base: str = ""  # instead of the grid's
+    overlays: list[str] = field(default_factory=list)  # after those of the arms: data sets, after methods
     settings: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
 
@@ -74,8 +77,11 @@ class PlannedRun:
     config: str  # resolved, as the run will save it, except for run_dir and ckpt_path
 
 
-def plan(file: Path, out: Path) -> list[PlannedRun]:
+def plan(file: Path, out: Path, *, for_here: bool = True) -> list[PlannedRun]:
     """Read the grid and check each of its runs; their directories are placed under `out`.
+
+    Args:
+        for_here: also check what this machine must have: devices, packages, data.
 
     Raises:
         ConfigError: lists all problems of the grid and of its runs' configurations.
@@ -89,7 +95,7 @@ def plan(file: Path, out: Path) -> list[PlannedRun]:
                 choices = tuple(zip(arm.axes, values, strict=True))
                 for seed in grid.seeds:
                     try:
-                        runs.append(_plan_run(grid, block, (name, arm), choices, seed, out))
+                        runs.append(_plan_run(grid, block, (name, arm), choices, seed, out, for_here))
                     except ConfigError as error:
                         place = ", ".join(filter(None, (block.title, row_label(name, choices))))
                         problems |= dict.fromkeys(f"{place}: {problem}" for problem in error.problems)
@@ -152,13 +158,17 @@ def _plan_run(
     choices: tuple[tuple[str, Any], ...],
     seed: int,
     out: Path,
+    for_here: bool,
 ) -> PlannedRun:
     name, arm = named_arm
     settings = grid.settings | block.settings | arm.settings | dict(choices) | {"method": name, "seed_everything": seed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    files = [grid.base, *arm.overlays]
+    files = [block.base or grid.base, *arm.overlays, *block.overlays]
     loaded = load_config(files, overrides)
-    check_config(loaded, describe_data_problems(loaded.run.data))
+    if for_here:
+        check_config(loaded, describe_data_problems(loaded.run.data))
+    elif loaded.problems:
+        raise ConfigError(loaded.problems)
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
     return PlannedRun(
         block=block.title,
