@@ -50,9 +50,8 @@ class CheckpointCallback(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a checkpoint is due, and whether it is the best."""
         self._epoch = trainer.current_epoch
-        score, step = trainer.callback_metrics.get(MONITOR), trainer.callback_metrics.get("verify/step")
-        is_new = step is not None and int(step) == trainer.global_step  # else it is that of an earlier policy
-        if score is not None and is_new and float(score) > self.best_score:
+        score = trainer.callback_metrics.get(MONITOR)
+        if score is not None and float(score) > self.best_score:
             self.best_score, self.best_step = float(score), _step(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -31,19 +31,15 @@ class VerificationCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate every `verification.every_epochs`, and after the last epoch."""
         if self.is_due(trainer):
-            self.evaluate(trainer, pl_module)
+            metrics = self.measure()
+            pl_module.log_dict(metrics, batch_size=1)
+            pl_module.log("held_out", metrics["verify/avg"], prog_bar=True, logger=False, batch_size=1)
 
     def is_due(self, trainer: Trainer) -> bool:
         """Whether the end of the current epoch calls for an evaluation."""
         epoch = trainer.current_epoch + 1
         is_last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
         return is_last or epoch % self.evaluator.config.every_epochs == 0
-
-    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate and log the result, with the step after which the policy was so good."""
-        metrics = self.measure() | {"verify/step": float(trainer.global_step)}
-        pl_module.log_dict(metrics, batch_size=1)
-        pl_module.log("held_out", metrics["verify/avg"], prog_bar=True, logger=False, batch_size=1)
 
     def measure(self) -> dict[str, float]:
         """Evaluate on the validation tasks and return the metrics, with the seconds that it took."""
@@ -83,7 +79,9 @@ class StepVerificationCallback(Callback):
         if batch.is_last and reached > self._done:
             self._done = reached
             if not (ends_epoch and self.verification.is_due(trainer)):
-                self.verification.evaluate(trainer, pl_module)
+                metrics = self.verification.measure()
+                for logger in trainer.loggers:  # not through Lightning, which would repeat the values in the next rows
+                    logger.log_metrics(metrics, step=trainer.global_step - 1)
 
 
 def _flatten(scores: Scores) -> dict[str, float]:

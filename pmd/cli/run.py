@@ -56,6 +56,7 @@ from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
+from pmd.planning.estimate import estimate_run
 from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
@@ -479,12 +480,15 @@ def _sync_engine(run: Run) -> None:
 
 
 def _announce(run: Run, trainer: Trainer) -> None:
-    """Print how many rollouts and updates the run will make."""
+    """Print how many rollouts and updates the run will make, and what that will cost."""
     rollouts, steps = run.config.rollouts, run.data.steps_per_epoch
     epochs = trainer.max_epochs or 0
+    left = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps) - run.data.position.step
+    estimate = estimate_run(run.config, run.run_dir, left)
     CONSOLE.print(
         f"{run.config.method}: {rollouts.tasks_per_step} tasks x {rollouts.group_size} attempts = "
         f"{rollouts.tasks_per_step * rollouts.group_size} rollouts a batch, {rollouts.updates_per_batch} update(s) "
         f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}",
         markup=False,
     )
+    CONSOLE.print(estimate, markup=False, soft_wrap=True)

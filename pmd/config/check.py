@@ -316,7 +316,7 @@ def _data_problems(data: DataConfig) -> list[str]:
         problems.append("data.domains=[] names no domain; name at least one.")
     if data.test_domains is not None and data.task != "sciknoweval":
         problems.append(
-            f"data.test_domains={data.test_domains} applies to SciKnowEval only, not to data.task={data.task}; remove it."
+            f"data.test_domains={data.test_domains} applies to SciKnowEval only, not to {data.task}; remove it."
         )
     if data.test_domains == []:
         problems.append("data.test_domains=[] names no domain; name at least one, or use null.")

@@ -263,8 +263,8 @@ class DataConfig:
     )
     weights: dict[str, float] = option(
         {},
-        "Share of a domain's training tasks that each epoch visits, others in the next, in (0, 1]; domains that are not "
-        "named are visited whole.",
+        "Share of a domain's training tasks that an epoch visits, the next ones in every epoch, in (0, 1]; domains "
+        "without a weight are visited whole.",
     )
     max_train: int | None = option(None, "Use only this many training tasks.", minimum=1, maximum=MAX_COUNT)
     max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1, maximum=MAX_COUNT)

@@ -52,12 +52,13 @@ def scores_within(rows: Sequence[Mapping[str, str]], max_tokens: float) -> dict[
     Args:
         rows: of metrics.csv, in order.
     """
+    counted = sorted((float(row["step"]), float(row[GENERATED_SO_FAR])) for row in rows if row.get(GENERATED_SO_FAR))
     found: dict[str, float] = {}
-    tokens = 0.0
-    for row in rows:
-        tokens = max(tokens, float(row.get(GENERATED_SO_FAR) or 0.0))
-        if row.get(SCORES["avg"]) and tokens <= max_tokens:
-            found = {name: float(row[key]) for name, key in SCORES.items() if row.get(key)} | {"tokens": tokens}
+    for number, row in enumerate(rows):
+        if row.get(SCORES["avg"]):  # the first row is of the untrained policy
+            tokens = max((made for step, made in counted if step <= float(row["step"]) and number), default=0.0)
+            if tokens <= max_tokens:
+                found = {name: float(row[key]) for name, key in SCORES.items() if row.get(key)} | {"tokens": tokens}
     return found
 
 

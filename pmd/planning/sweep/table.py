@@ -63,7 +63,10 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
         groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
     rows: list[Row] = []
     for (block, arm, label), own in groups.items():
-        results = [json.loads(p.read_text()) for run in own if (p := RunDir(run.run_dir).results).is_file()]
+        results = [json.loads(run.results.read_text()) for run in own if run.results.is_file()]
+        if own[0].command == "test":
+            rows.append(_row(block, arm, label, results, "initial", len(own) - len(results)))
+            continue
         if block not in [row.block for row in rows]:
             rows.append(_row(block, BASE, BASE, [r for r in results if "initial" in r["phases"]], "initial", 0))
         rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
@@ -160,8 +163,7 @@ def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], 
     several = {row.arm for row in rows if row.best}
     chosen = [row for row in rows if row.tokens and (row.best or row.arm not in several)]
     finished = {
-        row.label: [run for run in groups[row.block, row.arm, row.label] if RunDir(run.run_dir).results.is_file()]
-        for row in chosen
+        row.label: [run for run in groups[row.block, row.arm, row.label] if run.results.is_file()] for row in chosen
     }
     budgets: dict[int, float] = {}
     for run in (run for own in finished.values() for run in own):
@@ -184,7 +186,7 @@ def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], 
 
 
 def _generated(run: PlannedRun) -> float:
-    cost = cost_of(json.loads(RunDir(run.run_dir).results.read_text()))
+    cost = cost_of(json.loads(run.results.read_text()))
     return cost.tokens if cost else 0.0
 
 
