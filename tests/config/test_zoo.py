@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BASES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml"))
-OVERLAYS = sorted(
-    path.relative_to(ROOT).as_posix()
-    for folder in ("configs/methods", "ablations")
-    for path in (ROOT / folder).glob("*.yaml")
-)
+FOLDERS = ("configs/methods", "configs/data", "ablations")
+#: Overlays by the kind of base that they are for; those of data sets are one of a kind.
+OVERLAYS = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).glob("*.yaml"))
+REAL = [overlay for overlay in OVERLAYS if "sciknoweval_" not in overlay or "chemistry" in overlay]
+TINY = [overlay for overlay in OVERLAYS if not overlay.startswith("configs/")]
+TINY += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs/methods/tiny").glob("*.yaml"))
 #: Gives each line of standard input to `fit ... --print_config`, and what that prints to `fit` once more.
 CHILD = """
 import contextlib, io, sys, tempfile, pathlib
@@ -50,9 +51,10 @@ def complaints(lines: list[str]) -> str:
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_shipped_run_parses_alone_and_under_every_overlay(base):
-    assert OVERLAYS
-    suffix = "" if base.startswith("configs/tiny") else f" {ELSEWHERE}"
-    lines = [f"--config {base}{suffix}", *(f"--config {base} --config {overlay}{suffix}" for overlay in OVERLAYS)]
+    is_tiny = base.startswith("configs/tiny")
+    suffix, overlays = ("", TINY) if is_tiny else (f" {ELSEWHERE}", REAL)
+    assert len(overlays) > 10
+    lines = [f"--config {base}{suffix}", *(f"--config {base} --config {overlay}{suffix}" for overlay in overlays)]
     assert complaints(lines) == ""
 
 

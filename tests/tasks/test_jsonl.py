@@ -6,7 +6,7 @@ import pytest
 
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
-from pmd.tasks import describe_data_problems, load_tasks
+from pmd.tasks import describe_data_problems, load_tasks, validates_on_test
 from pmd.tasks.jsonl import NAMED_VERIFIERS
 from pmd.tasks.lines import describe_unusable
 
