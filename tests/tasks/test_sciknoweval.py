@@ -86,6 +86,13 @@ def test_validation_share_keeps_equal_stems_on_one_side(data_folder):
     assert not {t.memory_key for t in first["train"]} & {t.memory_key for t in first["validation"]}
 
 
+def test_other_domains_may_be_tested_than_trained(data_folder):
+    config = DataConfig(task="sciknoweval", path=str(data_folder), domains=["physics"], test_domains=["biology"])
+    tasks = load_tasks(config, seed=0)
+    domains = {split: {task.domain for task in part} for split, part in tasks.items()}
+    assert domains == {"train": {"physics"}, "validation": {"physics"}, "test": {"biology"}}
+
+
 def test_smaller_subsets_are_prefixes_of_larger_ones(data_folder):
     def ids(max_train, part):
         config = DataConfig(
