@@ -113,7 +113,8 @@ def _solved(method: str, criterion: str, pairs: Sequence[tuple[MethodRun, Method
     alone: dict[tuple[bool, bool], set[str]] = defaultdict(set)
     for one, other in pairs:
         for task_id, question in one.questions.items():
-            solved = tuple(CRITERIA[criterion](q.value) for q in (question, other.questions[task_id]))
+            solves = CRITERIA[criterion]
+            solved = solves(question.value), solves(other.questions[task_id].value)
             counts[solved] += 1
             alone[solved].add(task_id)
             total += 1

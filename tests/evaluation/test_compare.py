@@ -43,7 +43,7 @@ def test_by_hand():
 
 
 def test_what_one_method_solves_and_the_other_does_not():
-    """Seed 0: both, only ours, only theirs (ours is right less often than not), neither. Seed 1: only ours, all four."""
+    """Seed 0: both, only ours, only theirs (ours is mostly wrong), neither. Seed 1: only ours, all four."""
     base = [run("base", 0, [1.0, 0.0, 0.75, 0.0]), run("base", 1, [0.0] * 4)]
     ours = [run("pmd", 1, [1.0] * 4), run("pmd", 0, [1.0, 0.75, 0.25, 0.0])]
     any_sample, most = solved_sets([*base, *ours])

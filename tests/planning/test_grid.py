@@ -50,7 +50,9 @@ def test_the_more_specific_setting_wins(tmp_path):
 
 
 def test_a_block_may_have_a_base_and_overlays_that_follow_the_arms(tmp_path):
-    text = GRID.replace("title: small groups", "title: t\n    base: configs/tiny_sciknoweval.yaml\n    overlays: [LAST]")
+    text = GRID.replace(
+        "title: small groups", "title: t\n    base: configs/tiny_sciknoweval.yaml\n    overlays: [LAST]"
+    )
     text = text.replace("LAST", str(tmp_path / "last.yaml"))
     (tmp_path / "last.yaml").write_text("objective: {kl_weight: 0.5}")
     runs = plan(write(tmp_path, text), tmp_path, for_here=False)
