@@ -185,8 +185,13 @@ def _engine_problems(run: RunConfig) -> list[str]:
             f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device "
             "that trains; use vllm_server, or prefetch=false."
         )
+    if run.rollouts.prefetch and run.verification.every_steps is not None:
+        problems.append(
+            f"verification.every_steps={run.verification.every_steps} with rollouts.prefetch=true: the servers would "
+            "evaluate while they generate the next batch; use every_epochs alone, or prefetch=false."
+        )
     if run.rollouts.engine == "vllm_server":
-        return _server_problems(run)
+        return problems + _server_problems(run)
     if run.rollouts.engine != "vllm":
         return problems
     package = find_spec("vllm")

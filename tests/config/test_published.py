@@ -17,13 +17,13 @@ SHARED = {
     "rollouts.tasks_per_step": 32, "rollouts.group_size": 8, "rollouts.updates_per_batch": 1,
     "rollouts.temperature": 1.0, "rollouts.max_prompt_tokens": 2048, "rollouts.max_new_tokens": 8192,
     "rollouts.uniform_groups": "keep", "objective.kl_weight": 0.0, "objective.tis_cap": 2.0,
-    "objective.reduction": "sequence", "objective.update_policy": True, "memory.enabled": False,
+    "objective.update_policy": True, "memory.enabled": False,
     "verification.temperature": 0.6, "verification.top_p": 0.95, "verification.final_samples": 16,
     "trainer.max_epochs": 30,
 }  # fmt: skip
 SDPO = {
     "method": "sdpo", "objective.distillation": 1.0, "objective.policy_gradient": 0.0, "objective.alpha": 0.5,
-    "objective.top_k": 100, "objective.tail": True, "objective.no_context_weight": 0.0,
+    "objective.top_k": 100, "objective.tail": True, "objective.no_context_weight": 0.0, "objective.reduction": "sequence",
     "objective.importance_clip": 2.0, "teacher.kind": "ema", "teacher.ema_rate": 0.05, "teacher.context": "sibling",
     "teacher.feedback": False,
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The table of a sweep: costs, equal tokens, domains without training tasks, checkpoints chosen on test."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_arms_are_compared_at_the_tokens_of_the_cheapest_seed_by_seed(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "| method | avg | pass@8 | tokens | seconds | seeds |" in table
     assert "| PMD | 50.0 ± 0.0 | 75.0 ± 0.0 | 800 | 60 CPU | 2 |" in table
+
+
+def test_a_score_with_memory_in_the_prompt_stands_in_its_own_column(tmp_path):
+    """Transfer: the untrained policy, tested without memory and with that of another run."""
+    runs = []
+    for arm, facts in (("no memory", {}), ("k=3", {"memory": {"store": "runs/a", "k": 3}})):
+        run = finished(tmp_path, arm, 0, 100.0, phases={"initial": PHASE}, totals={}, **facts)
+        runs.append(replace(run, command="test"))
+    rows = make_rows(runs)
+    assert [(row.label, sorted(row.quantities)) for row in rows] == [
+        ("no memory", ["avg", "pass@8"]), ("k=3", ["with memory"]),
+    ]  # fmt: skip
+    write_rows(rows, tmp_path, "title")
+    assert "| k=3 | - | - | 50.0 | - | - | 1 |" in (tmp_path / "table.md").read_text()
 
 
 def test_other_domains_and_a_choice_on_test_tasks_have_columns(tmp_path, capsys):

@@ -134,6 +134,8 @@ def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]],
         values = {"avg": scores["avg"]}
         values |= {f"pass@{k}": value for k, value in scores["pass_at"].items() if k != "1"}
         values["with memory"] = scores["memory_conditioned"]
+        if result.get("memory"):  # a test with memory in the prompt: no other column may hold its score
+            values = {"with memory": scores["avg"]}
         if elsewhere := result["phases"].get(phase + ELSEWHERE):
             values["other domains"] = elsewhere["domain_mean"]["avg"]
         if phase == "last" and result.get("selected_on") == "test" and "best" in result["phases"]:
@@ -241,6 +243,8 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     blocks = list(dict.fromkeys(row.block for row in shown))
     arms = list(dict.fromkeys(row.arm for row in shown))
     names = [name for name in _quantity_names(rows) if name not in LAST]
+    if any("avg" not in row.quantities for row in rows if row.num_seeds):
+        names.append("with memory")
     figure, axes = plt.subplots(1, len(names), figsize=(7 * len(names), 4.5), layout="constrained", squeeze=False)
     width = 0.85 / len(arms)
     for axis, name in zip(axes[0], names, strict=True):
@@ -250,7 +254,8 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
             heights = [100 * r.quantities[name].mean for r in own]
             errors = [0.0 if math.isnan(e := r.quantities[name].error) else 100 * e for r in own]
             axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
-        axis.set(title=f"{name}, no memory in the prompt", ylabel="percent", ylim=(0, 102))
+        memory = "memory in the prompt" if name == "with memory" else f"{name}, no memory in the prompt"
+        axis.set(title=memory, ylabel="percent", ylim=(0, 102))
         axis.set_xticks(range(len(blocks)), blocks)
         axis.grid(axis="y", alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
