@@ -23,7 +23,8 @@ SHARED = {
 }  # fmt: skip
 SDPO = {
     "method": "sdpo", "objective.distillation": 1.0, "objective.policy_gradient": 0.0, "objective.alpha": 0.5,
-    "objective.top_k": 100, "objective.tail": True, "objective.no_context_weight": 0.0, "objective.reduction": "sequence",
+    "objective.top_k": 100, "objective.tail": True, "objective.no_context_weight": 0.0,
+    "objective.reduction": "sequence",
     "objective.importance_clip": 2.0, "teacher.kind": "ema", "teacher.ema_rate": 0.05, "teacher.context": "sibling",
     "teacher.feedback": False,
 }  # fmt: skip
