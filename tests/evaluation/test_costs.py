@@ -61,13 +61,13 @@ def test_an_evaluation_within_an_epoch_counts_the_step_that_it_follows(tmp_path)
 
 def test_a_cost_leaves_evaluations_out():
     totals = {
-        "rollout/num_tokens": 1e6, "reflect/num_tokens": 5e5, "memory/num_tokens": 1e4, "time/cpu_s": 60.0,
+        "rollout/num_tokens": 1e6, "reflect/num_tokens": 5e5, "time/cpu_s": 60.0,
         "time/verification_cpu_s": 10.0, "time/verification_s": 20.0, "time/student_s": 30.0, "time/rollout_s": 40.0,
     }  # fmt: skip
     on_cpu = cost_of({"totals": totals, "device": "cpu"})
     assert on_cpu
-    assert (on_cpu.tokens, on_cpu.reflection_tokens, on_cpu.seconds, on_cpu.device) == (1.51e6, 5.1e5, 50.0, "CPU")
-    assert str(on_cpu) == "1.51 M tokens generated in training, 510 k of them reflections; 50 CPU seconds"
+    assert (on_cpu.tokens, on_cpu.reflection_tokens, on_cpu.seconds, on_cpu.device) == (1.5e6, 5e5, 50.0, "CPU")
+    assert str(on_cpu) == "1.5 M tokens generated in training, 500 k of them reflections; 50 CPU seconds"
     on_gpu = cost_of({"totals": totals, "device": "cuda"})
     assert on_gpu
     assert (on_gpu.seconds, on_gpu.device) == (70.0, "GPU")
