@@ -25,7 +25,8 @@ CHANGEABLE = (
     "rollouts.updates_per_batch", "rollouts.prefetch", "rollouts.engine_batch", "rollouts.micro_batch_tokens",
     "rollouts.share_prefixes", "rollouts.max_prompt_tokens",
     "verifiers",
-    "verification.every_epochs", "verification.samples", "verification.final_samples", "verification.pass_at",
+    "verification.every_epochs", "verification.every_steps", "verification.samples", "verification.final_samples",
+    "verification.pass_at",
     "verification.memory_conditioned",
     "reflection.max_groups", "reflection.max_prompt_tokens",
 )  # fmt: skip

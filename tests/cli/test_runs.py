@@ -106,6 +106,22 @@ def test_evaluation_needs_no_memory_and_no_place(run, request, tmp_path):
     assert tested == trained
 
 
+def test_a_memory_of_another_run_is_shown_read_only_and_named_in_every_output(full_run, tmp_path):
+    store = RunDir(full_run).memory
+    before, run_dir = store.read_bytes(), tmp_path / "run"
+    done = run_pmd(
+        "test", "--config", "configs/tiny.yaml", *SMALL, f"--run_dir={run_dir}", "--memory", str(full_run),
+        "--memory.k=3",
+    )  # fmt: skip
+    assert "WITH MEMORY" in done.stdout
+    assert store.read_bytes() == before
+    results = json.loads((run_dir / "test-initial-memory-k3" / "results.json").read_text())
+    assert results["memory"] == {"store": str(store), "k": 3}
+    assert results["method"] == "pmd with memory, k=3"
+    without = json.loads((full_run / "results.json").read_text())["phases"]["initial"]["avg"]
+    assert results["phases"]["initial"]["avg"] != without
+
+
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_can_be_continued(full_run, which, tmp_path):
     run_dir = tmp_path / "run"
