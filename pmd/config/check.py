@@ -341,9 +341,6 @@ def _data_problems(data: DataConfig) -> list[str]:
             f"data.validation_path={data.validation_path} applies to data.task=jsonl only, not to {data.task}; "
             "remove it."
         )
-    for domain, weight in data.weights.items():
-        if not 0 < weight <= 1:
-            problems.append(f"data.weights.{domain}={weight} must be above 0 and at most 1: the share of an epoch.")
     if not data.domains:
         problems.append("data.domains=[] names no domain; name at least one.")
     if data.test_domains is not None and data.task != "sciknoweval":

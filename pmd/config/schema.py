@@ -265,6 +265,8 @@ class DataConfig:
         {},
         "Share of a domain's training tasks that an epoch visits, the next ones in every epoch, in (0, 1]; domains "
         "without a weight are visited whole.",
+        above=0,
+        maximum=1,
     )
     max_train: int | None = option(None, "Use only this many training tasks.", minimum=1, maximum=MAX_COUNT)
     max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1, maximum=MAX_COUNT)

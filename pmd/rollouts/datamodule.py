@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from random import Random
 from typing import Any
 
@@ -101,11 +101,11 @@ class RolloutDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch, and a digest of the tasks that it counts."""
-        return dataclasses.asdict(self.position) | {"tasks": self.tasks_digest}
+        return asdict(self.position) | {"tasks": self.tasks_digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was saved."""
-        self.position = Position(**{field.name: state_dict[field.name] for field in dataclasses.fields(Position)})
+        self.position = Position(**{field.name: state_dict[field.name] for field in fields(Position)})
 
     def num_steps(self, max_epochs: int, max_steps: int) -> int:
         """Return the optimizer steps of the whole run, from its start to its end; -1 means no limit.
