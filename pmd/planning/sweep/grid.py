@@ -4,7 +4,7 @@
     seeds: [0, 1, 2]
     settings: {trace_every: 0}         # for every run; keys as on the command line
     blocks:                            # sections of the table
-      - title: G=2
+      - title: G=2                     # may name a base of its own
         settings: {rollouts.group_size: 2}
         arms:                          # rows: each arm is run with every seed
           GRPO: {overlays: [configs/methods/grpo.yaml]}
@@ -47,6 +47,7 @@ class Block:
     """Rows to compare with each other."""
 
     title: str = ""
+    base: str = ""  # instead of the grid's
     settings: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
 
@@ -156,7 +157,7 @@ def _plan_run(
     name, arm = named_arm
     settings = grid.settings | block.settings | arm.settings | dict(choices) | {"method": name, "seed_everything": seed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    files = [grid.base, *arm.overlays]
+    files = [block.base or grid.base, *arm.overlays]
     loaded = load_config(files, overrides)
     check_config(loaded, describe_data_problems(loaded.run.data))
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
