@@ -70,7 +70,7 @@ class HardWordPrompts(WordPrompts):
         if failure is not None:
             lines += [
                 f"solved {name} {box}" if right else Line("failed", name, box).text
-                for name, box, right in self._judged(failure)
+                for name, box, right in self.judged(failure)
             ]
         return self._ids(solve_prompt(task.question, lines))
 
@@ -82,11 +82,11 @@ class HardWordPrompts(WordPrompts):
         prompts: dict[tuple[str, str, bool], str] = {}
         for rollout in rollouts:
             text = self._without_specials(rollout.completion.text)
-            for name, box, right in self._judged(rollout):
+            for name, box, right in self.judged(rollout):
                 prompts.setdefault((name, box, right), reflect_prompt(task.question, text, name, right))
         return [self._ids(prompt) for prompt in prompts.values()]
 
-    def _judged(self, rollout: Rollout) -> list[tuple[str, str, bool]]:
+    def judged(self, rollout: Rollout) -> list[tuple[str, str, bool]]:
         """Return (name, box word, right) for both names of an attempt; empty if its verdict says nothing about them."""
         said = re.findall(r"box (right|wrong)", rollout.verdict.feedback)
         chosen = stated_choices(self._without_specials(rollout.completion.text))
