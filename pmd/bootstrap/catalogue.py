@@ -64,7 +64,7 @@ def _tiny_hard(size: TinySize) -> Blueprint:
     def draw(stream: random.Random, progress: float) -> Sample:
         return draw_hard_sample(stream, Difficulty.at(progress))
 
-    recipe = Recipe(steps=3000, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3, decay_from=0.35)
+    recipe = Recipe(steps=2600, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3, decay_from=0.35)
 
     def make(seed: int) -> Qwen3ForCausalLM:
         return make_tiny_model(seed, size)

@@ -59,15 +59,23 @@ class HardWordPrompts(WordPrompts):
     names = HARD_NAMES
     rules = BOXES
 
-    def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
+    def teacher(
+        self,
+        task: Task,
+        items: Sequence[str],
+        success: str | None,
+        failure: Rollout | None,
+        show_attempt: bool = True,
+    ) -> list[int]:
         """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines.
 
-        An item that is a raw attempt is a verified success. Of a failure, each name is shown with its verdict.
+        An item that is a raw attempt is a verified success. Of a failure, each name is shown with its box and verdict;
+        the language has no words for a verdict alone.
         """
         lines = [solved_line(item) if stated_choices(item) else item for item in map(self._without_specials, items)]
         if success is not None and stated_choices(success):
             lines.append(solved_line(self._without_specials(success)))
-        if failure is not None:
+        if failure is not None and show_attempt:
             lines += [
                 f"solved {name} {box}" if right else Line("failed", name, box).text
                 for name, box, right in self.judged(failure)
