@@ -296,19 +296,6 @@ def _memory_problems(run: RunConfig) -> list[str]:
     return problems
 
 
-def _hard_world_problems(world: TinyWorldConfig) -> list[str]:
-    problems = []
-    if world.families % 2:
-        problems.append(f"data.world.families={world.families} must be even: names come in pairs of look-alikes.")
-    plans = world.train_per_family + world.validation_per_family + world.test_per_family
-    if plans >= world.families:
-        problems.append(
-            f"data.world has {plans} tasks per family for {world.families} names; a name begins at most "
-            f"{world.families - 1} plans, so lower them or raise families."
-        )
-    return problems
-
-
 def _data_problems(data: DataConfig) -> list[str]:
     problems = _hard_world_problems(data.world) if data.task == "tiny_hard" else []
     if data.own_split and data.task != "sciknoweval":
@@ -329,6 +316,19 @@ def _data_problems(data: DataConfig) -> list[str]:
         problems.append(
             f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "
             "jsonl task names its own in `tests`)."
+        )
+    return problems
+
+
+def _hard_world_problems(world: TinyWorldConfig) -> list[str]:
+    problems = []
+    if world.families % 2:
+        problems.append(f"data.world.families={world.families} must be even: names come in pairs of look-alikes.")
+    plans = world.train_per_family + world.validation_per_family + world.test_per_family
+    if plans >= world.families:
+        problems.append(
+            f"data.world has {plans} tasks per family for {world.families} names; a name begins at most "
+            f"{world.families - 1} plans, so lower them or raise families."
         )
     return problems
 
