@@ -1,8 +1,8 @@
 """Does a memory help models of other sizes that only read it? The paper's transfer protocol in the hard tiny world.
 
     python -m pmd bootstrap --model tiny_hard_large
-    python -m pmd sweep ablations/grids/table3.yaml
-    python benchmarks/transfer_prompt.py --runs runs/table3/hard_world --out runs/transfer_prompt \
+    python -m pmd sweep ablations/grids/tiny_table3.yaml
+    python benchmarks/transfer_prompt.py --runs runs/tiny_table3/hard_world --out runs/transfer_prompt \
         --model tiny_hard --model bootstrapped/tiny_hard_large
 
 The untrained models are tested with the top k items of a memory in their prompt: a co-evolved one (the sweep's arm
