@@ -1,7 +1,7 @@
 """How do scores grow with more samples? pass@k and headroom (pass@k - maj@k) of a sweep's arms, over its seeds.
 
     python -m pmd sweep ablations/grids/tiny_table3.yaml
-    python benchmarks/curves_tiny.py --runs runs/tiny_table3/hard_world --out docs/scaling_tiny_hard.png --arm GRPO --arm PMD
+    python benchmarks/curves_tiny.py --runs runs/tiny_table3/hard_world --out docs/scaling_tiny_hard.png
 
 The last checkpoint's samples of the test tasks, without memory in the prompt. Printed: both quantities at k = 1, 4, 8
 and 16, mean and standard error over the seeds; drawn: all k. In the paper, PMD keeps gaining with more samples, and its
