@@ -24,9 +24,8 @@ from pmd import attention
 from pmd.config.schema import ModelConfig
 from pmd.errors import ConfigError
 from pmd.tasks.thinking import MARK, OPENED
-from pmd.tiny import shipped_model_path
+from pmd.tiny import SHIPPED_MODELS, shipped_model_path
 
-SHIPPED = ("tiny", "tiny_exam")
 CONTROL_TOKEN = re.compile(r"<\|.*\|>")
 #: Control tokens of gpt-oss without which its thinking cannot be told from its answer.
 CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>")
@@ -38,7 +37,7 @@ Loaded = TypeVar("Loaded")
 
 def resolve_model_path(path: str) -> str:
     """Return what `from_pretrained` takes: the shipped directory for the shipped names, else `path` itself."""
-    return str(shipped_model_path(path)) if path in SHIPPED else path
+    return str(shipped_model_path(path)) if path in SHIPPED_MODELS else path
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -70,7 +69,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     Raises:
         ConfigError: the weights cannot be read, or some are missing.
     """
-    if config.path in SHIPPED:
+    if config.path in SHIPPED_MODELS:
         hf_logging.disable_progress_bar()  # they load in well under a second
     quantization = None
     if config.finetune == "qlora":

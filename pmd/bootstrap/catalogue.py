@@ -10,6 +10,8 @@ from pmd.bootstrap.exam_model import make_exam_model, sharpen
 from pmd.bootstrap.exam_probes import exam_probes
 from pmd.bootstrap.exam_samples import draw_exam_sample
 from pmd.bootstrap.exam_tokenizer import make_exam_tokenizer
+from pmd.bootstrap.hard_probes import hard_probes
+from pmd.bootstrap.hard_samples import draw_hard_sample
 from pmd.bootstrap.probe import Probe
 from pmd.bootstrap.sample import Sample
 from pmd.bootstrap.tiny_model import TinySize, make_tiny_model
@@ -17,8 +19,13 @@ from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.bootstrap.tiny_samples import Difficulty, draw_sample
 from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.bootstrap.train import DrawSample, Recipe, rounded_to_bfloat16
+from pmd.tasks.prompts.hard_words import HARD_VOCABULARY
 
 TINY_SIZES = {"tiny": TinySize(), "tiny_large": TinySize(layers=4, width=160)}
+HARD_SIZES = {
+    "tiny_hard": TinySize(width=96, vocabulary=HARD_VOCABULARY),
+    "tiny_hard_large": TinySize(layers=4, width=128, vocabulary=HARD_VOCABULARY),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,9 @@ class Blueprint:
 
 
 def find_blueprint(name: str) -> Blueprint:
-    """Return the blueprint of `tiny`, `tiny_large` or `tiny_exam`."""
+    """Return the blueprint of one of the models that the `bootstrap` command names."""
+    if name in HARD_SIZES:
+        return _tiny_hard(HARD_SIZES[name])
     return _tiny_exam() if name == "tiny_exam" else _tiny(TINY_SIZES[name])
 
 
@@ -49,6 +58,21 @@ def _tiny(size: TinySize) -> Blueprint:
         return make_tiny_model(seed, size)
 
     return Blueprint(make, make_tokenizer, draw, recipe, rounded_to_bfloat16, tiny_probes, probe_samples=1000)
+
+
+def _tiny_hard(size: TinySize) -> Blueprint:
+    def draw(stream: random.Random, progress: float) -> Sample:
+        return draw_hard_sample(stream, Difficulty.at(progress))
+
+    recipe = Recipe(steps=2600, tokens_per_batch=2000, matrix_lr=0.015, other_lr=4e-3, decay_from=0.35)
+
+    def make(seed: int) -> Qwen3ForCausalLM:
+        return make_tiny_model(seed, size)
+
+    def tokenizer() -> PreTrainedTokenizerBase:
+        return make_tokenizer(HARD_VOCABULARY)
+
+    return Blueprint(make, tokenizer, draw, recipe, rounded_to_bfloat16, hard_probes, probe_samples=1000)
 
 
 def _tiny_exam() -> Blueprint:

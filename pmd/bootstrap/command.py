@@ -28,6 +28,7 @@ MODEL_FILES = {
     "tokenizer_config.json",
     "special_tokens_map.json",
 }
+MODELS = ("tiny", "tiny_large", "tiny_hard", "tiny_hard_large", "tiny_exam")
 DESCRIPTION = """\
 Make one of the models that ship with pmd, from a seed, on one CPU core.
 
@@ -35,6 +36,9 @@ Make one of the models that ship with pmd, from a seed, on one CPU core.
              prompt, reflects on attempts and abstracts patterns; it knows no family's rule. About 12 minutes.
   tiny_large one million parameters, otherwise like tiny. For experiments across model sizes, such as using a memory
              that a model of another size has built. About 25 minutes.
+  tiny_hard  0.3 million parameters, the language of the hard tiny world. It hardly ever opens a rare box unless memory
+             excludes the common ones, and its reflections name a wrong box now and then. About 7 minutes.
+  tiny_hard_large  0.7 million parameters, otherwise like tiny_hard. Not tried yet.
   tiny_exam  0.2 million parameters, bytes. It writes in the format of a multiple-choice exam but knows nothing: it
              picks letters uniformly and repeats stock study tips. For running the whole loop on real questions
              without downloading weights. About 5 minutes.
@@ -84,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", choices=("tiny", "tiny_large", "tiny_exam"), default="tiny", help="which model (default: tiny)"
-    )
+    parser.add_argument("--model", choices=MODELS, default="tiny", help="which model (default: tiny)")
     parser.add_argument("--seed", type=int, default=0, help="draws initial weights and samples (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="where to write it (default: bootstrapped/MODEL)")
     parser.add_argument("--steps", type=int, help="train for this many steps instead of the recipe's, for experiments")

@@ -1,4 +1,4 @@
-"""The tiny model before training: a small Qwen3 with a planted induction circuit.
+"""The tiny models before training: a small Qwen3 with a planted induction circuit.
 
 The planted heads are not a result of training, and we do not present them as one: from random weights, a model of this
 size does not learn in this time to look up "the rule that followed this name". Three attention heads are therefore set
@@ -8,6 +8,7 @@ what followed the same token earlier. There are two of them because one head pas
 tell 30 rules apart.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,11 @@ CONSTANT = 0.25  # value of dimension 0 of every embedding, which the positional
 
 @dataclass(frozen=True, slots=True)
 class TinySize:
-    """Layers and width of a tiny model."""
+    """Layers, width and vocabulary of a tiny model."""
 
     layers: int = 3
     width: int = 128
+    vocabulary: Sequence[str] = VOCABULARY
 
     @property
     def half(self) -> int:
@@ -41,7 +43,7 @@ def make_tiny_model(seed: int, size: TinySize = TinySize()) -> Qwen3ForCausalLM:
     """Build the model with its planted heads, in float32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(size.vocabulary),
         hidden_size=size.width,
         intermediate_size=2 * size.width,
         num_hidden_layers=size.layers,
@@ -52,9 +54,9 @@ def make_tiny_model(seed: int, size: TinySize = TinySize()) -> Qwen3ForCausalLM:
         initializer_range=INIT,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        bos_token_id=VOCABULARY.index(BOS),
-        eos_token_id=VOCABULARY.index(EOS),
-        pad_token_id=VOCABULARY.index(PAD),
+        bos_token_id=size.vocabulary.index(BOS),
+        eos_token_id=size.vocabulary.index(EOS),
+        pad_token_id=size.vocabulary.index(PAD),
     )
     model = Qwen3ForCausalLM(config)
     plant_induction_head(model, size.half)

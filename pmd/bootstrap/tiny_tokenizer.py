@@ -1,7 +1,9 @@
-"""The tiny world's tokenizer: one token per word, as a plain Hugging Face fast tokenizer.
+"""The tokenizer of the tiny worlds: one token per word, as a plain Hugging Face fast tokenizer.
 
 It adds no special tokens; prompts contain their own `<bos>`. Unknown words raise, so that a typo is never trained on.
 """
+
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -13,9 +15,9 @@ from pmd.tasks.prompts.words import BOS, EOS, PAD, VOCABULARY
 MAX_POSITIONS = 512
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer; decoding joins words with single spaces."""
-    words = WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unknown word>")
+def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a world's language; decoding joins words with single spaces."""
+    words = WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unknown word>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(

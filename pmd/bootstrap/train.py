@@ -105,6 +105,9 @@ def batch_loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> Tensor:
         if uniform is not None and len(uniform) > 1:
             labels[index] = 0.0
             labels[index, list(uniform)] = 1 / len(uniform)
+        if shares := samples[row].shares.get(position):
+            labels[index] = 0.0
+            labels[index, list(shares)] = torch.tensor(list(shares.values()))
     per_token = (torch.special.xlogy(labels, labels) - labels * logprobs).sum(-1)  # [N]
     return (per_token * weights).sum() / weights.sum()
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from pmd.cli import main as run_command
 from pmd.cli.arguments import make_parser
 from pmd.errors import ConfigError
-from pmd.planning.sweep.grid import PlannedRun, plan, row_label
+from pmd.planning.sweep.grid import PlannedRun, plan, read_grid, row_label
 from pmd.planning.sweep.launch import launch, log_file, unfinished
 
 DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one process per run, and tabulate it over seeds.
@@ -26,7 +26,8 @@ DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one proce
 
 Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
 tried again by the next call. The table (mean and standard error over seeds) is printed and goes to the output folder
-as table.md, sweep.json and sweep.png."""
+as table.md, sweep.json and sweep.png. If the grid names a reference, the differences of the other arms from it, paired
+by seed, go to differences.md."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     rows = make_rows(runs)
     write_rows(rows, out, options.grid.stem)
     print_rows(rows, options.grid.stem, console)
+    _compare(runs, read_grid(options.grid)[0].reference, out, console)
     for run in failed:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
     console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
@@ -91,6 +93,16 @@ def _print_hours(runs: Sequence[PlannedRun], console: Console) -> None:
     for block, hours in [*totals.items(), ("all", [h for own in totals.values() for h in own])]:
         table.add_row(escape(block or "-"), str(len(hours)), f"{sum(hours):,.0f}")
     console.print(table)
+
+
+def _compare(runs: Sequence[PlannedRun], reference: str, out: Path, console: Console) -> None:
+    """Print and write the differences from the grid's reference, if it names one."""
+    from pmd.planning.sweep.paired import difference_rows, print_differences, write_differences
+
+    rows = difference_rows(runs, reference) if reference else []
+    if rows:
+        print_differences(rows, reference, console)
+        write_differences(rows, reference, out)
 
 
 def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Console) -> list[PlannedRun]:

@@ -11,13 +11,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pmd.config.load import LoadedConfig
-from pmd.config.schema import MIN_TEMPERATURE, DataConfig, ModelConfig, RunConfig
+from pmd.config.schema import MIN_TEMPERATURE, DataConfig, ModelConfig, RunConfig, TinyWorldConfig
 from pmd.config.trainer import cuda_is_available, trainer_problems
 from pmd.errors import ConfigError
+from pmd.tiny import SHIPPED_MODELS
 
 #: NAME or OWNER/NAME, as the Hub writes them.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MAX_VLLM_RANK = 512
+#: The tiny worlds, which are also the names of their models, and the prompt format of each.
+TINY_LANGUAGES = {"tiny": "words", "tiny_hard": "hard_words"}
 #: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
 MIN_BFLOAT16_LR = 1e-4
 #: The module and package from which transformers loads each flash attention.
@@ -100,17 +103,20 @@ def _model_problems(run: RunConfig) -> list[str]:
     looks_like_path = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1
     if looks_like_path and not (Path(model.path) / "config.json").is_file():
         problems.append(f"model.path={model.path} holds no config.json; give a Hugging Face model directory or id.")
-    elif not looks_like_path and model.path not in ("tiny", "tiny_exam") and not HUB_ID.fullmatch(model.path):
+    elif not looks_like_path and model.path not in SHIPPED_MODELS and not HUB_ID.fullmatch(model.path):
         problems.append(f"model.path={model.path} is not a Hugging Face id (OWNER/NAME); give an id or a directory.")
     is_copy = (Path(model.path) / "config.json").is_file()
-    if (model.path == "tiny") != (run.data.task == "tiny") and not (run.data.task == "tiny" and is_copy):
+    language = TINY_LANGUAGES.get(run.data.task, "chat")
+    own_world = model.path if model.path in TINY_LANGUAGES else None
+    needed = run.data.task if run.data.task in TINY_LANGUAGES else None
+    if own_world != needed and not (needed and is_copy):
         problems.append(
-            f"model.path={model.path} with data.task={run.data.task}: the model `tiny` knows only the 110 words "
-            "of the tiny world; use both or neither (`tiny_exam` reads any text)."
+            f"model.path={model.path} with data.task={run.data.task}: the models `tiny` and `tiny_hard` know only the "
+            "words of their worlds; set both to the same name, or use another model with other tasks "
+            "(`tiny_exam` reads any text)."
         )
-    if (model.prompts == "words") != (run.data.task == "tiny"):
-        expected = "words" if run.data.task == "tiny" else "chat"
-        problems.append(f"model.prompts={model.prompts} with data.task={run.data.task}; use {expected}.")
+    if model.prompts != language:
+        problems.append(f"model.prompts={model.prompts} with data.task={run.data.task}; use {language}.")
     return problems
 
 
@@ -328,13 +334,13 @@ def _update_problems(run: RunConfig) -> list[str]:
 
 
 def _data_problems(data: DataConfig) -> list[str]:
-    problems = []
+    problems = _hard_world_problems(data.world) if data.task == "tiny_hard" else []
     if data.own_split and data.task != "sciknoweval":
         problems.append(f"data.own_split=true applies to SciKnowEval only, not to data.task={data.task}; remove it.")
-    if data.task == "tiny" and data.path is not None:
+    if data.task in TINY_LANGUAGES and data.path is not None:
         problems.append(
-            f"data.path={data.path} with data.task=tiny: the tiny world reads no file; set data.task=jsonl for a file "
-            "of your own (or sciknoweval, livecodebench, tooluse), or leave data.path out."
+            f"data.path={data.path} with data.task={data.task}: the tiny world reads no file; set data.task=jsonl for "
+            "a file of your own (or sciknoweval, livecodebench, tooluse), or leave data.path out."
         )
     if data.validation_path is not None and data.task != "jsonl":
         problems.append(
@@ -353,6 +359,19 @@ def _data_problems(data: DataConfig) -> list[str]:
         problems.append(
             f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "
             "jsonl task names its own in `tests`)."
+        )
+    return problems
+
+
+def _hard_world_problems(world: TinyWorldConfig) -> list[str]:
+    problems = []
+    if world.families % 2:
+        problems.append(f"data.world.families={world.families} must be even: names come in pairs of look-alikes.")
+    plans = world.train_per_family + world.validation_per_family + world.test_per_family
+    if plans >= world.families:
+        problems.append(
+            f"data.world has {plans} tasks per family for {world.families} names; a name begins at most "
+            f"{world.families - 1} plans, so lower them or raise families."
         )
     return problems
 

@@ -46,7 +46,7 @@ class ModelConfig:
     """The policy: which weights, in which precision, and which of them are trained."""
 
     path: str = option(
-        "tiny", "`tiny` or `tiny_exam` (shipped with the package), a Hugging Face id, or a local directory."
+        "tiny", "`tiny`, `tiny_hard` or `tiny_exam` (shipped with the package), a Hugging Face id, or a directory."
     )
     dtype: Literal["float32", "bfloat16"] = option("float32", "Precision of the base weights.")
     finetune: Literal["full", "lora", "qlora"] = option(
@@ -77,8 +77,9 @@ class ModelConfig:
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model; only for a model whose authors you trust as your own code."
     )
-    prompts: Literal["words", "chat"] = option(
-        "words", "`words` is the tiny world's own language; `chat` uses the tokenizer's chat template."
+    prompts: Literal["words", "hard_words", "chat"] = option(
+        "words",
+        "`words` and `hard_words` are the tiny worlds' own languages; `chat` uses the tokenizer's chat template.",
     )
 
 
@@ -206,10 +207,14 @@ class ObjectiveConfig:
 
 @dataclass
 class TinyWorldConfig:
-    """The size of the tiny world; data.seed decides which name stands for which rule."""
+    """The size of a tiny world; data.seed decides which name stands for which rule."""
 
-    boxes: Literal[4, 6] = option(4, "Boxes in a task: 4 give 12 rules, 6 give 30.")
-    families: int = option(32, "Names in use, each standing for one rule.", minimum=1, maximum=64)
+    boxes: Literal[4, 6] = option(
+        4, "Boxes in a task of the plain world: 4 give 12 rules, 6 give 30. The hard world has 6 boxes in any case."
+    )
+    families: int = option(
+        32, "Names in use, each standing for one rule, or, in the hard world, for one box.", minimum=1, maximum=64
+    )
     train_per_family: int = option(6, "Training tasks per family.", minimum=1, maximum=200)
     validation_per_family: int = option(2, "Validation tasks per family.", minimum=1, maximum=200)
     test_per_family: int = option(4, "Test tasks per family.", minimum=1, maximum=200)
@@ -219,7 +224,9 @@ class TinyWorldConfig:
 class DataConfig:
     """Where the tasks come from, and how they are split."""
 
-    task: Literal["tiny", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option("tiny", "Source of the tasks.")
+    task: Literal["tiny", "tiny_hard", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option(
+        "tiny", "Source of the tasks."
+    )
     path: str | None = option(
         None, "Folder or file of the data; null loads it from the Hugging Face Hub, if the source is there."
     )
@@ -274,7 +281,7 @@ class DataConfig:
     seed: int | None = option(
         None, "Seed of splits and of the tiny world; null uses seed_everything.", minimum=0, maximum=MAX_SEED
     )
-    world: TinyWorldConfig = field(default_factory=TinyWorldConfig, metadata={"help": "The tiny world's size."})
+    world: TinyWorldConfig = field(default_factory=TinyWorldConfig, metadata={"help": "The size of a tiny world."})
 
 
 @dataclass

@@ -72,7 +72,9 @@ def describe_data_problems(config: DataConfig) -> list[str]:
     """Return what is wrong with a run's local data files; never raises and never uses the network."""
     if problems := _window_problems(config):
         return problems
-    if config.task == "tiny" or (config.path is None and config.task in ("sciknoweval", "livecodebench")):
+    if config.task in ("tiny", "tiny_hard") or (
+        config.path is None and config.task in ("sciknoweval", "livecodebench")
+    ):
         return []
     if config.task == "jsonl" and any(path and is_hub_id(path) for path in (config.path, config.validation_path)):
         return check_columns(config)
@@ -98,6 +100,10 @@ def _read(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
             from pmd.tasks.tiny import load_tiny
 
             return [task for part in load_tiny(config.world, seed).values() for task in part], []
+        case "tiny_hard":
+            from pmd.tasks.tiny_hard import load_tiny_hard
+
+            return [task for part in load_tiny_hard(config.world, seed).values() for task in part], []
         case "sciknoweval":
             from pmd.tasks.sciknoweval import read_sciknoweval
 

@@ -18,7 +18,7 @@ from pmd.tasks.table import check_columns, read_table
 from pmd.types import Message, Split, Task
 
 #: The built-in verifiers; any other is given by its class path.
-NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes")
+NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes", "each_box")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 #: Share of a single file that is held out for the test; data.validation_share is of what remains.
 TEST_SHARE = 0.1

@@ -1,10 +1,10 @@
-"""The tiny world of synthetic puzzles, and the shipped models that run on a CPU."""
+"""The tiny worlds of synthetic puzzles, and the shipped models that run on a CPU."""
 
 from pathlib import Path
 
-SHIPPED_MODELS = {"tiny": "model", "tiny_exam": "exam"}
+SHIPPED_MODELS = {"tiny": "model", "tiny_hard": "hard", "tiny_exam": "exam"}
 
 
 def shipped_model_path(name: str) -> Path:
-    """Return the Hugging Face directory of a shipped model: `tiny` or `tiny_exam`."""
+    """Return the Hugging Face directory of a shipped model: `tiny`, `tiny_hard` or `tiny_exam`."""
     return Path(__file__).parent / SHIPPED_MODELS[name]

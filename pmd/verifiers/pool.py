@@ -29,7 +29,7 @@ from pmd.verifiers import reward
 from pmd.verifiers.resolve import find_verifier
 
 #: Run inside `submit`: their time is short and bounded by the length of the completion.
-IN_PLACE = frozenset({"boxes", "exact", "mcq", "tool_use"})
+IN_PLACE = frozenset({"boxes", "each_box", "exact", "mcq", "tool_use"})
 DEADLINE_S = 900.0
 #: More abandoned threads than this at once mean that verification as a whole is broken.
 MAX_ABANDONED = 64

@@ -37,6 +37,8 @@ def find_verifier(name: str) -> Verifier:
             from pmd.verifiers.code import verify_code as found
         case "boxes":
             from pmd.verifiers.boxes import verify_boxes as found
+        case "each_box":
+            from pmd.verifiers.boxes import verify_each_box as found
         case _:
             return load_custom_verifier(name)
     return found

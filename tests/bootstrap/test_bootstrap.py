@@ -77,6 +77,10 @@ def test_the_loss_is_zero_at_the_exact_distribution_and_kl_elsewhere():
     even[[one, two]] = 0.0
     even = even.clamp(min=-1e4)
     assert batch_loss(Constant(even), [sample]).item() == pytest.approx(0.0, abs=1e-6)
+    uneven = even.clone()
+    uneven[two] = math.log(3.0)
+    shares = Sample(encode_words).show("<bos> task").learn_shares("1", {"1": 0.25, "2": 0.75}, weight=3.0)
+    assert batch_loss(Constant(uneven), [shares]).item() == pytest.approx(0.0, abs=1e-6)
     skewed = even.clone()
     skewed[one] = math.log(3.0)
     expected = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)

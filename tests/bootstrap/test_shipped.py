@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pmd.bootstrap.exam_probes import EXAM, exam_probes
 from pmd.bootstrap.exam_text import noise
 from pmd.bootstrap.generate import sampled
+from pmd.bootstrap.hard_probes import hard_probes
 from pmd.bootstrap.tiny_probes import tiny_probes
 from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.tasks.prompts.chat import ChatPrompts
+from pmd.tasks.prompts.hard_words import HARD_VOCABULARY
 from pmd.tiny import SHIPPED_MODELS, shipped_model_path
 from pmd.types import Completion, Message, Rollout, Task, Verdict
 
@@ -38,7 +40,14 @@ def test_tiny_passes_its_probes():
     assert [f"{probe.name}: {probe.value:.4f}" for probe in probes if not probe.passed] == []
 
 
+def test_tiny_hard_passes_its_probes():
+    probes = hard_probes(load("tiny_hard"), samples=60, seed=1)
+    assert [f"{probe.name}: {probe.value:.4f}" for probe in probes if not probe.passed] == []
+
+
 def test_the_shipped_tokenizer_is_the_one_in_the_code():
+    hard = AutoTokenizer.from_pretrained(shipped_model_path("tiny_hard"))
+    assert hard.get_vocab() == make_tokenizer(HARD_VOCABULARY).get_vocab()
     assert AutoTokenizer.from_pretrained(shipped_model_path("tiny")).get_vocab() == make_tokenizer().get_vocab()
 
 

@@ -69,6 +69,14 @@ def test_an_arm_may_be_tested_with_the_memory_of_another_run(tmp_path):
     assert ends == ["test-initial", "test-initial-memory-k1", "test-initial-memory-k3", "results.json"]
 
 
+def test_a_block_may_have_a_base_of_its_own(tmp_path):
+    text = GRID + "  - {title: hard, base: configs/tiny_hard.yaml, arms: {PMD: {}}}\n"
+    runs = plan(write(tmp_path, text), tmp_path)
+    assert {run.arguments[0] for run in runs if run.block == "hard"} == {"--config=configs/tiny_hard.yaml"}
+    assert {run.arguments[0] for run in runs if run.block != "hard"} == {"--config=configs/tiny.yaml"}
+    assert all('"task": "tiny_hard"' in run.config for run in runs if run.block == "hard")
+
+
 def test_all_problems_at_once(tmp_path):
     text = GRID.replace("memory.k: [1, 4]", "memory.q: [1]").replace("optimizer.lr: 0.002", "optimizer.lr: -1")
     with pytest.raises(ConfigError) as caught:

@@ -171,7 +171,9 @@ def test_ids_shared_by_two_files_and_a_missing_path_are_named(tmp_path):
     assert "give its path" in describe_data_problems(DataConfig(task="jsonl"))[0]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMED_VERIFIERS if n not in ("code", "tool_use", "mcq", "boxes")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMED_VERIFIERS if n not in ("code", "tool_use", "mcq", "boxes", "each_box")]
+)
 def test_named_verifiers_are_accepted(tmp_path, name):
     path = write(tmp_path / "a.jsonl", [row(n, verifier=name) for n in range(20)])
     assert describe_data_problems(DataConfig(task="jsonl", path=path)) == []

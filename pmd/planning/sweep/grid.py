@@ -2,9 +2,10 @@
 
     base: configs/tiny.yaml            # a complete run
     seeds: [0, 1, 2]
+    reference: PMD                     # an arm of every block, with which the others are compared seed by seed
     settings: {trace_every: 0}         # for every run; keys as on the command line
     blocks:                            # sections of the table
-      - title: G=2
+      - title: G=2                     # may name a base of its own
         settings: {rollouts.group_size: 2}
         arms:                          # rows: each arm is run with every seed
           GRPO: {overlays: [configs/methods/tiny/grpo.yaml]}
@@ -64,6 +65,7 @@ class GridFile:
 
     base: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
+    reference: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     blocks: list[Any] = field(default_factory=list)
 
@@ -150,6 +152,11 @@ def read_grid(file: Path) -> tuple[GridFile, list[tuple[Block, dict[str, Arm]]]]
             wrong += wrong_arm
             empty = [key for key, values in arms[name].axes.items() if not values]
             wrong += [f"blocks[{number}].arms.{name}.axes.{key}=[] must not be empty." for key in empty]
+        if grid.reference and (grid.reference not in arms or arms[grid.reference].axes):
+            wrong.append(
+                f"blocks[{number}] has no arm {grid.reference!r} without axes, the grid's reference; add it, or change "
+                "reference."
+            )
         if not arms:
             wrong.append(f"blocks[{number}].arms is empty; name at least one arm.")
         problems += wrong

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 USE_KINDS = ("strategy", "pattern", "solved")  # lines that say which rule a name is bound to
 NOT_KINDS = ("lesson", "failed")  # lines that say which rule it is not bound to
-_GRAMMAR = (
+GRAMMAR = (
     *("task", "plan", ";", ".", "memory", "use", "not"),
     *("verdict", "right", "wrong", "insight", "insights"),
     *USE_KINDS,
     *NOT_KINDS,
 )
-VOCABULARY = (PAD, BOS, EOS, *_GRAMMAR, *COLOURS, *DIGITS, *ALL_RULES, *NAMES)
+VOCABULARY = (PAD, BOS, EOS, *GRAMMAR, *COLOURS, *DIGITS, *ALL_RULES, *NAMES)
 
 LineKind = Literal["strategy", "pattern", "solved", "lesson", "failed"]
 
@@ -79,12 +79,12 @@ def solved_line(name: str, attempt: str) -> str:
     return f"{Line('solved', name, rule).text} {rest}"
 
 
-def parse_line(text: str) -> Line | None:
+def parse_line(text: str, names: Sequence[str] = NAMES, rules: Sequence[str] = ALL_RULES) -> Line | None:
     """Parse a memory line of four words; a `solved` line may continue after `;`."""
     words = text.split()
     if len(words) > 4 and (words[0] != "solved" or words[4] != ";"):
         return None
-    if len(words) < 4 or words[0] not in USE_KINDS + NOT_KINDS or words[2] not in NAMES or words[3] not in ALL_RULES:
+    if len(words) < 4 or words[0] not in USE_KINDS + NOT_KINDS or words[2] not in names or words[3] not in rules:
         return None
     line = Line(words[0], words[2], words[3])  # pyright: ignore[reportArgumentType]  # checked above
     return line if line.text.split() == words[:4] else None
@@ -127,6 +127,9 @@ MAX_INSIGHTS = 12  # lines in one abstraction prompt; the tiny model was trained
 class WordPrompts:
     """Prompt format of the tiny model."""
 
+    names: Sequence[str] = NAMES
+    rules: Sequence[str] = ALL_RULES
+
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
         self.known_words = frozenset(tokenizer.get_vocab())
@@ -152,9 +155,9 @@ class WordPrompts:
     def placebo(self, text: str) -> str:
         """Return the same line about another name, so that it says nothing about this one."""
         words = text.split()
-        names = [name for name in NAMES if name not in words]
+        names = [name for name in self.names if name not in words]
         draw = Random(text)
-        return " ".join(draw.choice(names) if word in NAMES else word for word in words)
+        return " ".join(draw.choice(names) if word in self.names else word for word in words)
 
     def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
         """Return one prompt per distinct (stated rule, correct); attempts without a rule teach nothing.
@@ -172,7 +175,7 @@ class WordPrompts:
 
     def parse_reflection(self, text: str) -> Reply:
         """Return the line if the text is exactly one strategy or lesson."""
-        line = parse_line(self._without_specials(text))
+        line = self._line(self._without_specials(text))
         if line is None or line.kind not in REFLECTED_KINDS:
             return Reply([])
         return Reply([ParsedInsight(REFLECTED_KINDS[line.kind], line.text)])
@@ -182,7 +185,7 @@ class WordPrompts:
 
         The lines about the name with the most strategies come first, because the model writes about the first name.
         """
-        lines = [line for insight in insights if (line := parse_line(insight)) is not None]
+        lines = [line for insight in insights if (line := self._line(insight)) is not None]
         strategies = Counter(line.name for line in lines if line.kind == "strategy")
         if not strategies:
             return []
@@ -192,8 +195,11 @@ class WordPrompts:
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return `pattern use zib red>gold` if the text is `use zib red>gold`."""
-        line = parse_line(f"pattern {self._without_specials(text)}")
+        line = self._line(f"pattern {self._without_specials(text)}")
         return line.text if line is not None else None
+
+    def _line(self, text: str) -> Line | None:
+        return parse_line(text, self.names, self.rules)
 
     def _ids(self, text: str) -> list[int]:
         unknown = [word for word in text.split() if word not in self.known_words]
