@@ -39,8 +39,11 @@ def tasks(tmp_path):
     write(tmp_path / "train.jsonl", ["What is two and two?", "What is one and three?", "What is four times one?"])
     write(tmp_path / "held.jsonl", ["What is two and two?", "What is nine less five?"])
     config = DataConfig(
-        task="jsonl", path=str(tmp_path / "train.jsonl"), validation_path=str(tmp_path / "held.jsonl")
-    )  # fmt: skip
+        task="jsonl",
+        path=str(tmp_path / "train.jsonl"),
+        validation_path=str(tmp_path / "held.jsonl"),
+        validation_share=0,
+    )
     return load_tasks(config, 0)
 
 
