@@ -1,5 +1,6 @@
 """Has the policy reflect on the epoch's verified rollouts when the epoch ends."""
 
+import logging
 import time
 from collections.abc import Mapping
 
@@ -12,6 +13,8 @@ from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory
 from pmd.memory.reflect import reflect
 from pmd.tasks.prompts.base import PromptFormat
 from pmd.types import Task
+
+log = logging.getLogger(__name__)
 
 
 class ReflectionCallback(Callback):
@@ -78,8 +81,12 @@ class ReflectionCallback(Callback):
                 "reflect/retried": float(found.num_retried),
                 "reflect/unknown_targets": float(found.num_unknown),
                 "reflect/overlong": float(found.num_overlong),
+                "reflect/shortened": float(found.num_shortened),
+                "reflect/nothing_to_say": float(found.num_silent),
                 "reflect/num_tokens": float(found.num_tokens),
                 "time/reflect_s": time.perf_counter() - started,
             },
             batch_size=1,
         )
+        if problem := found.describe_failure(self.config):
+            log.warning("epoch %d: %s", self.record.epoch, problem)

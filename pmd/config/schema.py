@@ -127,7 +127,13 @@ class TeacherConfig:
         "both",
         "What the teacher sees besides the task: a verified success of the same group, retrieved memory, or both.",
     )
-    feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
+    feedback: bool = option(
+        True,
+        "Where no success can be shown, show the verifier's feedback on the rollout's own failure, if it gave any.",
+    )
+    failed_attempt: bool = option(
+        False, "With feedback: also show the failed attempt itself; false shows the feedback alone (SDPO)."
+    )
     max_prompt_tokens: int = option(
         2048, "Longest teacher prompt; whole memory items are dropped to fit.", minimum=8, maximum=MAX_TOKENS
     )
@@ -436,7 +442,7 @@ class ReflectionConfig:
     max_new_tokens: int = option(512, "Longest reflection, in tokens.", minimum=1, maximum=MAX_TOKENS)
     max_prompt_tokens: int = option(
         16384,
-        "Longest prompt of a reflection, in tokens; groups with longer ones are skipped and counted.",
+        "Longest prompt of a reflection, in tokens; a longer one shows fewer attempts, then shorter ones.",
         minimum=1,
         maximum=MAX_TOKENS,
     )

@@ -5,10 +5,22 @@ chat template, using the text files in `templates/`. Both are pure functions of 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from pmd.tasks.prompts.parsing import Reply
 from pmd.types import Rollout, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much of a group a reflection prompt shows."""
+
+    attempts: int = 4  # of each outcome; more would only lengthen the prompt
+    characters: int | None = None  # of an attempt, and of its feedback; longer ones are cut in the middle
+
+
+WHOLE = Extent()
 
 
 @runtime_checkable
@@ -19,16 +31,28 @@ class PromptFormat(Protocol):
         """Return the student's prompt: always the task and nothing else."""
         ...
 
-    def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
-        """Return the task with retrieved memory lines, a verified success, or the scored rollout's own failure."""
+    def teacher(
+        self,
+        task: Task,
+        items: Sequence[str],
+        success: str | None,
+        failure: Rollout | None,
+        show_attempt: bool = True,
+    ) -> list[int]:
+        """Return the task with retrieved memory lines, a verified success, or feedback on the rollout's failure.
+
+        With `show_attempt`, the failed attempt stands before its feedback.
+        """
         ...
 
     def placebo(self, text: str) -> str:
         """Return a memory line of the same length that carries no information about the task."""
         ...
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
-        """Return the prompts, possibly none, that ask what one group of verified rollouts teaches.
+    def reflection(
+        self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = (), extent: Extent = WHOLE
+    ) -> list[list[int]]:
+        """Return the prompts that ask what one group of verified rollouts teaches; none if there is nothing to say.
 
         `known` are the task's existing insights, which the reflection may revise by number.
         """

@@ -12,6 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from pmd.errors import AlignmentError
+from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.parsing import ParsedInsight, Reply
 from pmd.tiny.world import ALL_RULES, BOX_COUNTS, COLOURS, DIGITS, NAMES, Puzzle
 from pmd.types import ItemKind, Rollout, Task
@@ -136,12 +137,22 @@ class WordPrompts:
         """Return `<bos> task red 3 blue 5 green 1 gold 7 plan zib`."""
         return self._ids(solve_prompt(task.question))
 
-    def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
-        """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines."""
+    def teacher(
+        self,
+        task: Task,
+        items: Sequence[str],
+        success: str | None,
+        failure: Rollout | None,
+        show_attempt: bool = True,
+    ) -> list[int]:
+        """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines.
+
+        Of a failure, the language can state the rule that was tried, but no feedback.
+        """
         lines = [self._without_specials(item) for item in items]
         if success is not None and stated_rule(success) is not None:
             lines.append(solved_line(_name_in(task), self._without_specials(success)))
-        if failure is not None and (rule := stated_rule(failure.completion.text)) is not None:
+        if failure is not None and show_attempt and (rule := stated_rule(failure.completion.text)) is not None:
             lines.append(Line("failed", _name_in(task), rule).text)
         return self._ids(solve_prompt(task.question, lines))
 
@@ -152,10 +163,12 @@ class WordPrompts:
         draw = Random(text)
         return " ".join(draw.choice(names) if word in NAMES else word for word in words)
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
+    def reflection(
+        self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = (), extent: Extent = WHOLE
+    ) -> list[list[int]]:
         """Return one prompt per distinct (stated rule, correct); attempts without a rule teach nothing.
 
-        `known` is ignored: the language cannot express revisions.
+        `known` is ignored: the language cannot express revisions. So is `extent`: each prompt shows one short attempt.
         """
         prompts: dict[tuple[str, bool], str] = {}
         for rollout in rollouts:
