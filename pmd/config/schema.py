@@ -491,12 +491,18 @@ class MemoryConfig:
         4, "Most successes, and most failures, kept of one task.", minimum=1, maximum=MAX_SAMPLES
     )
     embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
-    cluster_similarity: float = option(
-        0.6, "Average cosine similarity from which insights form one behaviour.", above=0, maximum=1
+    cluster_similarity: float | None = option(
+        None,
+        "Average cosine similarity from which insights form one behaviour; null measures it on the insights.",
+        above=0,
+        maximum=1,
     )
     cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1, maximum=MAX_SAMPLES)
-    merge_similarity: float = option(
-        0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
+    merge_similarity: float | None = option(
+        None,
+        "Insights of one task and kind with at least this cosine similarity are merged; null measures it.",
+        above=0,
+        maximum=1,
     )
     import_path: str | None = option(None, "An export that a new memory starts with; null starts empty.")
     keep_generations: int | None = option(

@@ -1,9 +1,9 @@
 """Behaviours: clusters of similar insights from several tasks, summarised by the policy. Ids are stable.
 
 Distinct strategies and contrasts are clustered with average linkage at the cosine threshold
-`memory.cluster_similarity`. They are compared by an embedder fitted to them, because the words that distinguish tasks
-are not the ones that distinguish insights. A cluster needs insights from at least `memory.cluster_support` tasks, and
-also gets the nearest lessons of these tasks.
+`memory.cluster_similarity`, or one measured on them (`calibrate.py`). They are compared by an embedder fitted to them,
+because the words that distinguish tasks are not the ones that distinguish insights. A cluster needs insights from at
+least `memory.cluster_support` tasks, and also gets the nearest lessons of these tasks.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from pmd.config.schema import MemoryConfig
+from pmd.memory.calibrate import calibrate, choose_texts
 from pmd.memory.store import Behaviour, Insight, Ledger, MemoryStore
 
 MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; texts beyond this number join the nearest cluster
@@ -73,11 +74,14 @@ class _Text:
         return -len(self.task_rows), self.insights[0].id
 
 
-def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
-    """Return the clusters of the active insights, the best supported first, each with the behaviour it continues."""
+def find_clusters(store: MemoryStore, config: MemoryConfig) -> tuple[list[Cluster], float | None]:
+    """Return the clusters of the active insights, the best supported first, each with the behaviour it continues.
+
+    Also returns the similarity from which insights formed one; None if there was nothing to cluster.
+    """
     insights = store.insights()
     if len({insight.task_row for insight in insights}) < config.cluster_support:
-        return []
+        return [], None
     lessons = _distinct([insight for insight in insights if insight.kind == "lesson"])
     strategies = _distinct([insight for insight in insights if insight.kind != "lesson"])
     vectors = _text_vectors(store, [*strategies, *lessons])
@@ -87,7 +91,8 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
         for task_row in text.task_rows:
             lessons_of.setdefault(task_row, []).append(position)
     found: list[Cluster] = []
-    for positions in _agglomerate(vectors, config.cluster_similarity):
+    similarity = config.cluster_similarity or _calibrated_similarity(vectors, strategies)
+    for positions in _agglomerate(vectors, similarity):
         members = [strategies[position] for position in positions]
         task_rows = set().union(*(text.task_rows for text in members))
         if len(task_rows) < config.cluster_support:
@@ -97,7 +102,7 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
         found.append(_cluster(members, [lessons[rows[position]].insights[0] for position in nearest], task_rows))
     found.sort(key=lambda cluster: (-len(cluster.task_rows), cluster.member_ids))
     behaviours = _match(store, found)
-    return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)]
+    return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)], similarity
 
 
 def replace_behaviours(
@@ -190,6 +195,11 @@ def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
     ids, vectors = store.vectors("insights")
     rows = np.searchsorted(ids, [text.insights[0].id for text in texts])
     return vectors[rows]
+
+
+def _calibrated_similarity(vectors: np.ndarray, texts: list[_Text]) -> float:
+    chosen = choose_texts(len(texts))
+    return calibrate(vectors[chosen], [texts[position].insights[0].task_row for position in chosen]).cluster
 
 
 def _agglomerate(vectors: np.ndarray, similarity: float) -> list[list[int]]:

@@ -9,7 +9,7 @@ from pmd.memory.update import open_writer
 
 
 def test_clusters_are_the_families(world, grown):
-    clusters = find_clusters(grown, grown.config)
+    clusters, _ = find_clusters(grown, grown.config)
     assert len({cluster.insights[0].text.split()[1] for cluster in clusters}) == len(clusters) > 20
     for cluster in clusters:
         name = cluster.insights[0].text.split()[1]
@@ -66,9 +66,9 @@ def test_a_new_cluster_without_words_is_left_out(open_store):
 
 
 def test_above_the_cap_further_texts_join_the_nearest_cluster(grown, monkeypatch):
-    whole = find_clusters(grown, replace(grown.config, cluster_support=1))
+    whole, _ = find_clusters(grown, replace(grown.config, cluster_support=1))
     monkeypatch.setattr("pmd.memory.behaviours.MAX_CLUSTERED_TEXTS", 16)
-    capped = find_clusters(grown, replace(grown.config, cluster_support=1))
+    capped, _ = find_clusters(grown, replace(grown.config, cluster_support=1))
     assert 0 < len(capped) <= 16 < len(whole)
 
 
