@@ -6,6 +6,7 @@ every other method), and never again; a frozen memory that was imported is never
 
 import csv
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,14 @@ from pmd.engines.parity import ParityCheck
 from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
+from pmd.memory.behaviour_writer import BehaviourWriter
+from pmd.memory.behaviours import describe_absence
 from pmd.memory.reflect import abstract
 from pmd.module import PMDModule
 from pmd.scoring import PolicyScorer
 from pmd.tasks.prompts.base import PromptFormat
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,14 @@ class MemoryCallback(Callback):
         seed: int,
         items: Path,
         auditor: Auditor | None = None,
+        writer: BehaviourWriter | None = None,
     ):
         self.record, self.memory, self.engine, self.prompts = record, memory, engine, prompts
         self.reflection, self.seed = reflection, seed
         self.items = items  # folder of the item tables
         self.auditor = auditor
+        self._written: dict[str, float] = {}  # what the writer did in the latest update
+        self.writer = writer  # of behaviours; None: the policy writes them
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Audit what teachers were shown, update the memory, log its health."""
@@ -67,8 +75,17 @@ class MemoryCallback(Callback):
         store = self.memory.store
         figures = store.stats() | store.health(version) | self._figures(update)
         pl_module.log_dict({f"memory/{name}": float(value) for name, value in figures.items()}, batch_size=1)
+        if not self.memory.is_closed(self.record.epoch):
+            problem = describe_absence(store, self.memory.config, update.num_malformed_behaviours)
+            if problem:
+                log.warning("epoch %d: %s", self.record.epoch, problem)
         self._log_items(trainer, store.item_table(version))
         pl_module.log("time/memory_s", time.perf_counter() - started, batch_size=1)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the writer's connections."""
+        if self.writer is not None:
+            self.writer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole store, so that a checkpoint is complete by itself."""
@@ -94,8 +111,21 @@ class MemoryCallback(Callback):
         self.memory.restore(data)
 
     def _abstract(self, clusters: Any) -> list[str | None]:
+        if self.writer is not None:
+            return self._ask_writer(self.writer, clusters)
         key = f"{self.seed}/abstract/{self.record.epoch}"
         return abstract(self.engine, clusters, self.prompts, self.reflection, key)
+
+    def _ask_writer(self, writer: BehaviourWriter, clusters: Any) -> list[str | None]:
+        written = writer.write(clusters, len({group.step for group in self.record.groups.values()}))
+        self._written = {
+            "behaviour_calls": written.num_calls,
+            "behaviour_calls_failed": written.num_failed,
+            "behaviours_deferred": written.num_deferred,
+        }
+        if problem := written.describe_problem():
+            log.warning("epoch %d: %s", self.record.epoch, problem)
+        return written.texts
 
     def _audit(self, auditor: Auditor, trainer: Trainer, module: PMDModule) -> None:
         """Have the teacher score attempts with and without the items it was shown."""
@@ -130,6 +160,8 @@ class MemoryCallback(Callback):
             "refused_changes": update.num_refused,
             "merged": update.num_merged,
         }
+        if self.writer is not None:
+            figures |= self._written
         recall = self.memory.index.recall(10)
         if recall is not None:
             figures["recall_at_10"] = recall

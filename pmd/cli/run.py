@@ -48,6 +48,7 @@ from pmd.evaluation.report import (
     write_results,
 )
 from pmd.memory import EpochRecord, ProceduralMemory
+from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.memory.held_out import HeldOut
 from pmd.metrics_log import MetricsLog
 from pmd.model_check import check_pretrained, fit_to_positions, max_positions
@@ -335,8 +336,11 @@ def callbacks_of(run: Run) -> list[Callback]:
         if config.memory.audit_groups:
             scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, run.module.layout.max_tokens)
             auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, run.parity)
+        writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
         callbacks.append(
-            MemoryCallback(record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor)
+            MemoryCallback(
+                record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor, writer
+            )
         )
     callbacks.append(WeightSyncCallback(engine, run.parity))
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))

@@ -28,6 +28,8 @@ CHANGEABLE = (
     "verification.every_epochs", "verification.samples", "verification.final_samples", "verification.pass_at",
     "verification.memory_conditioned",
     "reflection.max_groups", "reflection.max_prompt_tokens",
+    "reflection.behaviour_writer.base_url", "reflection.behaviour_writer.api_key_env",
+    "reflection.behaviour_writer.timeout_s",
 )  # fmt: skip
 #: Why the rest of a section may not change.
 REASONS = {

@@ -431,6 +431,23 @@ class VerifiersConfig:
 
 
 @dataclass
+class BehaviourWriterConfig:
+    """An external model that writes the behaviours instead of the policy, at an OpenAI-compatible endpoint."""
+
+    base_url: str | None = option(
+        None, "Address of the endpoint up to /v1, e.g. https://api.openai.com/v1; null: the policy writes them."
+    )
+    model: str | None = option(None, "The model's name at the endpoint.")
+    api_key_env: str | None = option(
+        None, "Name of the environment variable that holds the key; null sends none. The key itself is saved nowhere."
+    )
+    max_calls_per_step: int = option(
+        1, "Calls for each optimizer step since the last update; further clusters wait.", minimum=1, maximum=MAX_COUNT
+    )
+    timeout_s: float = option(60.0, "Seconds after which a call has failed.", above=0, maximum=MAX_SECONDS)
+
+
+@dataclass
 class ReflectionConfig:
     """The policy reflects on its own rollouts and writes down what they teach."""
 
@@ -449,6 +466,9 @@ class ReflectionConfig:
     retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
     max_groups: int | None = option(
         None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
+    )
+    behaviour_writer: BehaviourWriterConfig = field(
+        default_factory=BehaviourWriterConfig, metadata={"help": "An external model that writes the behaviours."}
     )
 
 

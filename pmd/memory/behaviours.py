@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from pmd.config.schema import MemoryConfig
-from pmd.memory.calibrate import calibrate, choose_texts
+from pmd.memory.calibrate import MIN_TEXTS, calibrate, choose_texts
 from pmd.memory.store import Behaviour, Insight, Ledger, MemoryStore
 
 MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; texts beyond this number join the nearest cluster
@@ -103,6 +103,36 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> tuple[list[Cluste
     found.sort(key=lambda cluster: (-len(cluster.task_rows), cluster.member_ids))
     behaviours = _match(store, found)
     return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)], similarity
+
+
+def describe_absence(store: MemoryStore, config: MemoryConfig, num_malformed: int) -> str:
+    """Return why there is no insight, or no behaviour although there should be one; empty otherwise.
+
+    Args:
+        num_malformed: clusters of the latest update that were not put into words.
+    """
+    stats = store.stats()
+    num_insights, num_leaks = (int(stats[name]) for name in ("insights", "insights_quarantined"))
+    if num_insights == 0 and num_leaks > 0:
+        return f"memory: no insight is in use; {num_leaks} are quarantined because they give away an answer."
+    wanted = 2 in config.levels and "behaviour" in config.kinds and config.max_behaviours > 0
+    if not wanted or store.behaviours():
+        return ""
+    if num_malformed:
+        return (
+            f"memory: no behaviour; none of {num_malformed} clusters of insights could be put into words: their writer "
+            "failed, or does not keep to the form asked for (reflection.behaviour_writer can name another)."
+        )
+    strategies = _distinct([insight for insight in store.insights() if insight.kind != "lesson"])
+    num_tasks = len(set[int]().union(*(text.task_rows for text in strategies)))
+    if len(strategies) < MIN_TEXTS or num_tasks < config.cluster_support:
+        return ""
+    return (
+        f"memory: no behaviour; of {len(strategies)} insights on {num_tasks} tasks, no cluster rests on "
+        f"{config.cluster_support} tasks at a similarity of {stats.get('cluster_similarity', 0.0):.2f}. Set "
+        "memory.cluster_similarity=null to measure it, lower memory.cluster_support, or use a sentence model as "
+        "memory.embedder."
+    )
 
 
 def replace_behaviours(

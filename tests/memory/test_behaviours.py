@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from memory_world import make_task
 
-from pmd.memory.behaviours import find_clusters
+from pmd.memory.behaviours import describe_absence, find_clusters
 from pmd.memory.update import open_writer
 
 
@@ -93,3 +93,25 @@ def test_a_behaviour_whose_tasks_are_gone_is_retired(open_store):
         writer.set_status(1, ids[0], "retired", "test")
         writer.replace_behaviours([c.change(None) for c in writer.clusters()], policy_version=1)
     assert [b.status for b in store.behaviours(None)] == ["retired"]
+
+
+def test_why_there_is_no_behaviour(open_store):
+    store = open_store(cluster_similarity=0.99)
+    words = ["ash", "bay", "cob", "dew", "elm", "fig", "gum", "hop", "ivy", "jam", "kin", "lap"]
+    assert describe_absence(store, store.config, 0) == ""
+    with open_writer(store) as writer:
+        for word in words:
+            writer.add_insight(writer.add_task(make_task(word)), "strategy", f"look at the {word}", policy_version=0)
+        assert writer.clusters() == []
+    told = describe_absence(store, store.config, 0)
+    assert "of 12 insights on 12 tasks, no cluster rests on 2 tasks at a similarity of 0.99" in told
+    assert "none of 3 clusters" in describe_absence(store, store.config, 3)
+    for unwanted in ({"levels": [0, 1]}, {"kinds": ["lesson"]}, {"max_behaviours": 0}):
+        assert describe_absence(store, replace(store.config, **unwanted), 0) == ""
+    with open_writer(store) as writer:
+        writer.set_status(1, 1, "retired", "test")
+    assert describe_absence(store, store.config, 0) == ""  # eleven are too few to expect one
+    with open_writer(store) as writer:
+        for number in range(1, 13):
+            writer.set_status(1, number, "quarantined", "test")
+    assert "12 are quarantined" in describe_absence(store, store.config, 0)

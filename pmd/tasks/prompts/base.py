@@ -62,8 +62,12 @@ class PromptFormat(Protocol):
         """Return the well-formed items of a reflection and the number of malformed ones. Never raises."""
         ...
 
+    def abstraction_text(self, insights: Sequence[str]) -> str:
+        """Return the prompt that asks for the pattern behind a cluster of insights as text; empty if there is none."""
+        ...
+
     def abstraction(self, insights: Sequence[str]) -> list[int]:
-        """Return the prompt that asks for the pattern behind a cluster of insights; empty if there is none."""
+        """Return the ids of the same prompt for the policy."""
         ...
 
     def parse_abstraction(self, text: str) -> str | None:

@@ -133,10 +133,14 @@ class ChatPrompts:
         """Return the well-formed items; a malformed one does not affect the others."""
         return parse_items(text)
 
+    def abstraction_text(self, insights: Sequence[str]) -> str:
+        """Return the message that asks about one cluster."""
+        listed = "\n".join(f"- {insight}" for insight in insights)
+        return self._fill("abstraction", insights=listed).rstrip("\n")
+
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return the prompt for one cluster."""
-        listed = "\n".join(f"- {insight}" for insight in insights)
-        return self.encoder.ids([Message("user", self._fill("abstraction", insights=listed).rstrip("\n"))])
+        return self.encoder.ids([Message("user", self.abstraction_text(insights))])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return the first well-formed item."""

@@ -187,6 +187,10 @@ class WordPrompts:
         return Reply([ParsedInsight(REFLECTED_KINDS[line.kind], line.text)])
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
+        """Return the ids of `abstraction_text`."""
+        return self._ids(self.abstraction_text(insights))
+
+    def abstraction_text(self, insights: Sequence[str]) -> str:
         """Return `<bos> insights LINE . LINE . pattern`, or an empty prompt if no line is a strategy.
 
         The lines about the name with the most strategies come first, because the model writes about the first name.
@@ -194,10 +198,10 @@ class WordPrompts:
         lines = [line for insight in insights if (line := parse_line(insight)) is not None]
         strategies = Counter(line.name for line in lines if line.kind == "strategy")
         if not strategies:
-            return []
+            return ""
         name = strategies.most_common(1)[0][0]
         ordered = sorted(dict.fromkeys(lines), key=lambda line: (line.name != name, line.kind != "strategy"))
-        return self._ids(abstract_prompt([line.text for line in ordered[:MAX_INSIGHTS]]))
+        return abstract_prompt([line.text for line in ordered[:MAX_INSIGHTS]])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return `pattern use zib red>gold` if the text is `use zib red>gold`."""
