@@ -24,6 +24,7 @@ from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verification import VerificationCallback
+from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.trainer import TrainerCLI
@@ -343,6 +344,7 @@ def callbacks_of(run: Run) -> list[Callback]:
             )
         )
     callbacks.append(WeightSyncCallback(engine, run.parity))
+    callbacks.append(WordingCallback())
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     return callbacks

@@ -288,6 +288,8 @@ def _memory_problems(run: RunConfig) -> list[str]:
             "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
         )
     problems += _embedder_problems(memory.embedder) if memory.enabled else []
+    if memory.embedder_device == "cuda" and not cuda_is_available():
+        problems.append("memory.embedder_device=cuda needs a CUDA device and none was found; use cpu.")
     return problems + _writer_problems(run.reflection.behaviour_writer)
 
 

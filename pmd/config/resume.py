@@ -27,7 +27,7 @@ CHANGEABLE = (
     "verifiers",
     "verification.every_epochs", "verification.samples", "verification.final_samples", "verification.pass_at",
     "verification.memory_conditioned",
-    "reflection.max_groups", "reflection.max_prompt_tokens",
+    "reflection.max_groups", "reflection.max_prompt_tokens", "memory.embedder_device",
     "reflection.behaviour_writer.base_url", "reflection.behaviour_writer.api_key_env",
     "reflection.behaviour_writer.timeout_s",
 )  # fmt: skip

@@ -181,6 +181,12 @@ class ObjectiveConfig:
         minimum=0,
         maximum=MAX_WEIGHT,
     )
+    token_clip: float | None = option(
+        None,
+        "Distillation: upper bound on a token's divergence, in nats; tokens above it get no gradient; null: none.",
+        above=0,
+        maximum=MAX_WEIGHT,
+    )
     importance_clip: float | None = option(
         2.0,
         "Distillation: upper bound on the ratio of the current to the sampling policy; null turns it off.",
@@ -511,6 +517,9 @@ class MemoryConfig:
         4, "Most successes, and most failures, kept of one task.", minimum=1, maximum=MAX_SAMPLES
     )
     embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
+    embedder_device: Literal["cpu", "cuda"] = option(
+        "cpu", "Where a sentence-transformers model runs: beside the training on the CPU, or on its GPU."
+    )
     cluster_similarity: float | None = option(
         None,
         "Average cosine similarity from which insights form one behaviour; null measures it on the insights.",

@@ -55,8 +55,9 @@ class Retriever:
             AlignmentError: the store was written since the last `refresh`.
         """
         items, config = self._current_items(), self._config
-        vector = self._store.embedder.embed([task_key])
-        hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0])
+        vector = self._store.embedder.embed_queries([task_key])
+        own_row = items.task_rows.get(task_id or "")
+        hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0], own_row)
         strategies, lessons = self._insights(items, task_id, hits)
         max_experiences = config.k if set(config.levels) == {0} else 1
         chosen: list[MemoryItem] = []
@@ -89,9 +90,9 @@ class Retriever:
             )
         return self._items
 
-    def _neighbours(self, hits: Hits) -> tuple[Hits, float]:
+    def _neighbours(self, hits: Hits, own_row: int | None) -> tuple[Hits, float]:
         """Drop the hits below the similarity floor; return the others and the floor."""
-        others = [similarity for _, similarity in hits if similarity < SAME_TASK]
+        others = [similarity for task_row, similarity in hits if similarity < SAME_TASK and task_row != own_row]
         floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
         return [hit for hit in hits if hit[1] >= floor], floor
 
