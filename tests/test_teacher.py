@@ -79,6 +79,7 @@ def test_ones_own_failure_only_where_no_success_can_be_shown():
 def test_the_failed_attempt_is_shown_only_if_asked_for():
     (shown,) = build([rollout(0, False)], context="sibling", failed_attempt=True)
     assert (read(shown), shown.shows_failure) == ("!answer0:no!question", True)
+    assert read(build([rollout(0, False)], [item(7)])[0]) == "[7]!:no!question"  # beside memory too
 
 
 @pytest.mark.parametrize("failed_attempt", [False, True])
