@@ -16,7 +16,7 @@ import numpy as np
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.behaviours import BehaviourChange, Cluster, find_clusters, replace_behaviours
-from pmd.memory.calibrate import calibrate, choose_texts
+from pmd.memory.calibrate import MERGE, MIN_TEXTS, calibrate, choose_texts
 from pmd.memory.checksum import announce, withdraw, write_checksum, write_generation
 from pmd.memory.compact import compact
 from pmd.memory.embed import Embedder, validated
@@ -374,6 +374,8 @@ class Writer:
     def _calibrated_similarity(self) -> float:
         """Return the similarity from which insights of one task merge, measured on all live insights."""
         distinct = list({insight.text: insight for insight in reversed(self.store.insights())}.values())[::-1]
+        if len(distinct) < MIN_TEXTS:
+            return MERGE
         chosen = [distinct[position] for position in choose_texts(len(distinct))]
         if self._embedder.costly:
             ids, vectors = self.store.vectors("insights")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import ConfigError
@@ -34,7 +34,7 @@ def embedder_bytes(config: MemoryConfig) -> float:
     return float(size * (sum(weights.numel() for weights in model.parameters()) + tokens * width))
 
 
-def _read_architecture(path: str) -> AutoConfig:
+def _read_architecture(path: str) -> PretrainedConfig:
     folder = Path(path).expanduser()
     modules = folder / "modules.json"
     try:
