@@ -33,14 +33,17 @@ def url(tmp_path_factory):
     with log.open("w") as out:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         supervisor = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment)
-    server, deadline = ServerClient(f"http://127.0.0.1:{port}", 60.0), time.monotonic() + 400
-    while not server.is_healthy():
-        assert supervisor.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.5)
-    yield f"{server.url}/v1"
-    supervisor.send_signal(signal.SIGTERM)
-    assert supervisor.wait(timeout=60) == 0, log.read_text()[-3000:]
+    server, deadline = ServerClient(f"http://127.0.0.1:{port}", 60.0), time.monotonic() + 500
+    try:
+        while not server.is_healthy():
+            assert supervisor.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"{server.url}/v1"
+    finally:
+        supervisor.send_signal(signal.SIGTERM)
+        code = supervisor.wait(timeout=60)
+    assert code == 0, log.read_text()[-3000:]
 
 
 def written(url: str, model: str):
