@@ -1,6 +1,7 @@
 """Predicts the memory of a sentence embedder (`memory.embedder`) from its configuration, without its weights."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,11 +24,15 @@ def embedder_bytes(config: MemoryConfig) -> float:
     """
     if not config.enabled or config.embedder == "hash":
         return 0.0
-    architecture = _read_architecture(config.embedder)
+    return _bytes_of(config.embedder, config.embedder_device)
+
+
+@cache
+def _bytes_of(embedder: str, device: str) -> float:
+    architecture = _read_architecture(embedder)
     with torch.device("meta"):
         model = AutoModel.from_config(architecture)
-    on_cpu = config.embedder_device == "cpu"
-    size = 4 if on_cpu else DTYPES.get(str(architecture.dtype).removeprefix("torch."), torch.float32).itemsize
+    size = 4 if device == "cpu" else DTYPES.get(str(architecture.dtype).removeprefix("torch."), torch.float32).itemsize
     text = architecture.get_text_config()
     width = HIDDEN_TENSORS * text.hidden_size + MLP_TENSORS * text.intermediate_size
     tokens = BATCH_TEXTS * min(MAX_TOKENS, text.max_position_embeddings)
