@@ -43,6 +43,9 @@ class LookedUp:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return self.vectors[[int(text.split(" ", 1)[0]) for text in texts]]
 
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embed(texts)
+
     def fitted_to(self, texts: Sequence[str]) -> "LookedUp":
         return self
 

@@ -26,7 +26,7 @@ from pmd.config.schema import MICRO_BATCH_TOKENS, ObjectiveConfig, OptimizerConf
 from pmd.errors import AlignmentError, TrainingError
 from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
 from pmd.losses.policy_gradient import per_token_policy_loss
-from pmd.losses.reduce import weighted_sum
+from pmd.losses.reduce import clip_tokens, weighted_sum
 from pmd.offload import OffloadedActivations
 from pmd.policy import eval_mode, make_policy
 from pmd.pretrained import load_base, load_tokenizer
@@ -67,9 +67,13 @@ def combined_loss(terms: TokenTerms, tokens: CompletionTokens, policy_version: i
         total, parts["loss/policy_gradient"] = total + config.policy_gradient * policy_loss, policy_loss.item()
     if terms.per_token_divergence is not None:
         ratio = policy_ratio(student, importance.old_logprobs, config.importance_clip)
-        per_token = terms.per_token_divergence * ratio * importance.tis * tokens.distillation_weights
+        divergence = clip_tokens(terms.per_token_divergence, config.token_clip)
+        per_token = divergence * ratio * importance.tis * tokens.distillation_weights
         distillation = weighted_sum(per_token, weights)
         total, parts["loss/distillation"] = total + config.distillation * distillation, distillation.item()
+        if config.token_clip is not None:
+            clipped = (terms.per_token_divergence.detach() > config.token_clip).to(weights.dtype)
+            parts["student/clipped_tokens"] = float(weighted_sum(clipped, weights))
     if terms.per_token_reference_kl is not None:
         kl = weighted_sum(terms.per_token_reference_kl, weights)
         total, parts["loss/reference_kl"] = total + config.kl_weight * kl, kl.item()

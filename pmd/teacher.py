@@ -23,7 +23,7 @@ class TeacherContext:
     prompt_ids: tuple[int, ...]
     items: tuple[MemoryItem, ...] = ()
     success: str | None = None  # text of the verified success shown, of a sibling or of an earlier epoch
-    shows_failure: bool = False  # the rollout's own failure and feedback
+    shows_failure: bool = False  # the feedback on the rollout's own failure, and with `failed_attempt` the failure
     dropped: tuple[MemoryItem, ...] = ()  # memory items left out because the prompt was full
     attempt_dropped: bool = False  # a success or failure was left out because it alone made the prompt too long
     memory_generation: int = 0
@@ -59,7 +59,8 @@ class ContextBuilder:
         """Return one context per rollout of the group, in the group's order.
 
         `past_success` is a verified completion of the same task from an earlier epoch; it is used if no sibling
-        succeeded. The rollout's own failure is shown only if there is no success to show.
+        succeeded. The rollout's own failure is shown only if there is no success to show and the verifier gave feedback
+        on it (SDPO's release: feedback only where there is any).
         """
         config, contexts = self.config, []
         for rollout in group:
@@ -68,7 +69,7 @@ class ContextBuilder:
                 success = _sibling_success(rollout, group, random)
                 if success is None and config.context == "both":
                     success = past_success
-                if success is None and config.feedback and rollout.verdict.scored and not rollout.verdict.correct:
+                if success is None and config.feedback and _has_feedback(rollout):
                     failure = rollout
             shown = _without_attempt(items, rollout, success) if config.context in ("memory", "both") else ()
             wanted = TeacherContext(rollout.rollout_id, (), shown, success, memory_generation=generation)
@@ -84,15 +85,18 @@ class ContextBuilder:
 
         Items are dropped whole, never truncated: a truncated item can say the opposite of what it meant.
         """
-        success, kept, too_long = wanted.success, list(wanted.items), False
-        prompt_ids = without_memory = self.prompts.teacher(task, [], success, failure)
+        success, kept, too_long, show_attempt = wanted.success, list(wanted.items), False, self.config.failed_attempt
+        prompt_ids = without_memory = self.prompts.teacher(task, [], success, failure, show_attempt)
+        if failure is not None and without_memory == self.prompts.student(task):
+            failure = None  # the format has no words for it
         if len(without_memory) > self.config.max_prompt_tokens:
             too_long = success is not None or failure is not None
             success, failure = None, None
             prompt_ids = without_memory = self.prompts.student(task)
         limit = min(self.config.max_prompt_tokens, len(without_memory) + self.max_memory_tokens)
         while kept:
-            prompt_ids = self.prompts.teacher(task, [self.prompts.memory_line(i) for i in kept], success, failure)
+            lines = [self.prompts.memory_line(item) for item in kept]
+            prompt_ids = self.prompts.teacher(task, lines, success, failure, show_attempt)
             if len(prompt_ids) <= limit:
                 break
             kept.remove(min(kept, key=lambda item: item.similarity))
@@ -106,6 +110,12 @@ class ContextBuilder:
             dropped=tuple(item for item in wanted.items if item not in kept),
             attempt_dropped=too_long,
         )
+
+
+def _has_feedback(rollout: Rollout) -> bool:
+    """Whether the rollout failed and its verifier said why."""
+    verdict = rollout.verdict
+    return verdict.scored and not verdict.correct and bool(verdict.feedback.strip())
 
 
 def _sibling_success(rollout: Rollout, group: Sequence[Rollout], random: Random) -> str | None:

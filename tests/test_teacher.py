@@ -20,10 +20,11 @@ class Spelled(PromptFormat):
     def student(self, task):
         return ids(task.question)
 
-    def teacher(self, task, items, success, failure):
+    def teacher(self, task, items, success, failure, show_attempt=True):
         parts = [f"[{item}]" for item in items]
         parts += [f"<{success}>"] if success is not None else []
-        parts += [f"!{failure.completion.text}!"] if failure is not None else []
+        attempt = failure.completion.text if failure is not None and show_attempt else ""
+        parts += [f"!{attempt}:{failure.verdict.feedback}!"] if failure is not None else []
         return ids("".join(parts) + task.question)
 
 
@@ -35,8 +36,8 @@ def read(context) -> str:
     return "".join(chr(i) for i in context.prompt_ids)
 
 
-def rollout(number: int, correct: bool, status: str = "") -> Rollout:
-    verdict = Verdict(float(correct), correct, status or ("ok" if correct else "wrong_answer"))
+def rollout(number: int, correct: bool, status: str = "", feedback: str = "no") -> Rollout:
+    verdict = Verdict(float(correct), correct, status or ("ok" if correct else "wrong_answer"), feedback)
     return make_rollout(number, verdict=verdict)
 
 
@@ -78,11 +79,38 @@ def test_two_successes_show_each_other():
 
 def test_ones_own_failure_only_where_no_success_can_be_shown():
     alone = build([rollout(0, False), rollout(1, False)], context="sibling")
-    assert [read(c) for c in alone] == ["!answer0!question", "!answer1!question"]
+    assert [read(c) for c in alone] == ["!:no!question"] * 2
     assert all(c.shows_failure for c in alone)
     helped = build([rollout(0, False), rollout(1, True)], context="sibling")[0]
     assert not helped.shows_failure
     assert not any(c.shows_failure for c in build([rollout(0, False)] * 2, context="sibling", feedback=False))
+
+
+def test_the_failed_attempt_is_shown_only_if_asked_for():
+    (shown,) = build([rollout(0, False)], context="sibling", failed_attempt=True)
+    assert (read(shown), shown.shows_failure) == ("!answer0:no!question", True)
+    assert read(build([rollout(0, False)], [item(7)])[0]) == "[7]!:no!question"  # beside memory too
+
+
+@pytest.mark.parametrize("failed_attempt", [False, True])
+@pytest.mark.parametrize("feedback", ["", " \n"])
+def test_a_failure_without_feedback_is_never_shown(feedback, failed_attempt):
+    group = [rollout(0, False, feedback=feedback), rollout(1, False)]
+    silent, told = build(group, context="sibling", failed_attempt=failed_attempt)
+    assert (read(silent), silent.shows_anything) == ("question", False)
+    assert told.shows_failure
+
+
+def test_a_failure_that_the_prompt_has_no_words_for_is_not_counted_as_shown():
+    class Mute(Spelled):
+        def teacher(self, task, items, success, failure, show_attempt=True):
+            return super().teacher(task, items, success, None, show_attempt)
+
+    builder = ContextBuilder(Mute(), TeacherConfig(context="both"), 768)
+    bare, with_item = (builder.build(TASK, [rollout(0, False)], items, None, 0, random.Random(0))[0]
+                       for items in ((), (item(1),)))  # fmt: skip
+    assert (bare.shows_failure, bare.shows_anything) == (False, False)
+    assert (with_item.shows_failure, with_item.shows_anything) == (False, True)
 
 
 def test_an_attempt_without_a_verdict_is_no_failure():
@@ -91,7 +119,7 @@ def test_an_attempt_without_a_verdict_is_no_failure():
 
 @pytest.mark.parametrize(
     ("context", "expected"),
-    [("none", "question"), ("sibling", "!answer0!question"), ("memory", "[7]question"), ("both", "[7]<past>question")],
+    [("none", "question"), ("sibling", "!:no!question"), ("memory", "[7]question"), ("both", "[7]<past>question")],
 )
 def test_each_kind_of_context(context, expected):
     assert read(build([rollout(0, False)], [item(7)], "past", context=context)[0]) == expected

@@ -6,6 +6,7 @@ tasks, whose rollouts are counted; a frozen memory that was imported is never wr
 
 import csv
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from pmd.engines.parity import ParityCheck
 from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
+from pmd.memory.behaviours import describe_absence
 from pmd.memory.pending import decode, encode
 from pmd.memory.reflect import Reflector
 from pmd.memory.stream import MemoryUpdater
 from pmd.module import PMDModule
 from pmd.rollouts.datamodule import RolloutDataModule
 from pmd.scoring import PolicyScorer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +83,25 @@ class MemoryCallback(Callback):
         if is_due and self.auditor is not None and not self.memory.is_closed:
             self._audit(self.auditor, trainer, pl_module)
         started, version, figures = time.perf_counter(), pl_module.policy_version, self._epoch_figures()
+        num_malformed = 0
         if is_due:
             update = evolve_memory(self.record, self.memory, self._abstract, version)
+            num_malformed = update.num_malformed_behaviours
             figures |= update.figures(self.record.reflections) | self._audit_figures(update)
+            figures |= self.reflector.writer_figures()
             self.record.clear()
         store = self.memory.store
         counts = store.stats() | store.health(version) | self._recall()
         pl_module.log_dict(figures | {f"memory/{name}": float(value) for name, value in counts.items()}, batch_size=1)
+        self._warn(num_malformed)
         self._log_items(trainer, store.item_table(version))
         self.record.start(self.record.epoch + 1)
         pl_module.log("time/memory_s", time.perf_counter() - started, batch_size=1)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the writer's connections."""
+        if self.reflector.writer is not None:
+            self.reflector.writer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole store, and what awaits its next update, so that a checkpoint is complete by itself."""
@@ -119,7 +132,18 @@ class MemoryCallback(Callback):
             decode(state_dict["record"].numpy().tobytes(), self.record, self.reflector.tasks)
 
     def _abstract(self, clusters: Sequence[Sequence[str]]) -> list[str | None]:
-        return self.reflector.abstract(clusters, str(self.record.epoch))
+        num_steps = len({group.step for group in self.record.groups.values()})
+        return self.reflector.abstract(clusters, str(self.record.epoch), num_steps)
+
+    def _warn(self, num_malformed: int) -> None:
+        """Say what keeps behaviours out of the memory, if anything does."""
+        problems = (
+            [] if self.memory.is_closed else [describe_absence(self.memory.store, self.memory.config, num_malformed)]
+        )
+        if self.reflector.writer is not None:
+            problems.append(self.reflector.writer.latest.describe_problem())
+        for problem in filter(None, problems):
+            log.warning("epoch %d: %s", self.record.epoch, problem)
 
     def _audit(self, auditor: Auditor, trainer: Trainer, module: PMDModule) -> None:
         """Have the teacher score attempts with and without the items it was shown."""

@@ -1,5 +1,6 @@
 """Records the rollouts of an epoch, and has the policy reflect on them when the epoch ends."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from pmd.batch import Batch, Example
 from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory
 from pmd.memory.reflect import Reflector
+
+log = logging.getLogger(__name__)
 
 
 class ReflectionCallback(Callback):
@@ -54,6 +57,8 @@ class ReflectionCallback(Callback):
         found = self.reflector.reflect(groups, str(self.record.epoch), self.memory.known_insights)
         self.record.reflections = found
         pl_module.log_dict(found.figures() | {"time/reflect_s": time.perf_counter() - started}, batch_size=1)
+        if problem := found.describe_failure(self.reflector.config):
+            log.warning("epoch %d: %s", self.record.epoch, problem)
 
     def _group(self, step: int, examples: Sequence[Example]) -> GroupRecord:
         """Return the record of a group; its rollouts are left out where an update has written them."""

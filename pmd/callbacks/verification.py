@@ -3,6 +3,7 @@
 The gap between the two is what memory provides and the policy has not internalized yet.
 """
 
+import math
 import time
 
 from lightning import Callback, LightningModule, Trainer
@@ -88,6 +89,8 @@ def _flatten(scores: Scores) -> dict[str, float]:
     metrics = {"verify/avg": scores.avg, "verify/valid_rate": scores.valid_rate}
     metrics |= {f"verify/pass_at_{k}": value for k, value in scores.pass_at.items()}
     metrics |= {f"verify/coverage_at_{k}": value for k, value in scores.coverage_at.items()}
+    if not math.isnan(scores.procedural_rate):
+        metrics["verify/procedural_words"] = scores.procedural_rate
     if len(scores.by_domain) > 1:
         metrics |= {f"verify/{domain}_avg": part.avg for domain, part in scores.by_domain.items()}
     return metrics

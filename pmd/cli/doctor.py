@@ -69,6 +69,8 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
         console.print("On a CPU the process may hold half as much again, because the C library keeps what torch frees.")
         return code
+    if run.memory.embedder_device == "cpu":
+        _describe_embedder(run, console)
     if run.rollouts.engine != "vllm":
         return _verdict(run, {"peak": parts}, tokens, free, console)
     shares_weights, lines = shares_base(run, on_gpu=True)
@@ -89,6 +91,19 @@ def _gpu_bytes(gpu_gb: float | None) -> tuple[float, float]:
     import torch
 
     return (gpu_gb * 1e9, gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()
+
+
+def _describe_embedder(run: RunConfig, console: Console) -> None:
+    """Say how much main memory the embedder takes beside a training on the GPU."""
+    from pmd.planning.embedder_memory import embedder_bytes
+
+    try:
+        size = embedder_bytes(run.memory)
+    except ConfigError as error:  # the GPU's plan does not depend on it
+        console.print(f"Main memory for the embedder is unknown. {error}", markup=False)
+        return
+    if size:
+        console.print(f"memory.embedder={run.memory.embedder} takes {size / 1e9:.1f} GB of main memory.", markup=False)
 
 
 def _verdict(

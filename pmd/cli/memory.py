@@ -256,7 +256,7 @@ def _search(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows
     index = TaskIndex.open(store)
     retriever = Retriever(store, index, config)
     tasks = {task.id: task for task in store.tasks()}
-    hits = index.search(store.embedder.embed([arguments.text]), config.neighbours)[0]
+    hits = index.search(store.embedder.embed_queries([arguments.text]), config.neighbours)[0]
     items = sorted(retriever.retrieve(arguments.text, seed=0), key=lambda item: (-item.level, item.item_id))
     return {
         "a teacher would be shown": [

@@ -24,6 +24,7 @@ from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verification import StepVerificationCallback, VerificationCallback
+from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.trainer import TrainerCLI
@@ -50,6 +51,7 @@ from pmd.evaluation.report import (
     write_results,
 )
 from pmd.memory import EpochRecord, ProceduralMemory
+from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.memory.held_out import HeldOut
 from pmd.memory.reflect import Reflector
 from pmd.memory.stream import MemoryUpdater
@@ -296,7 +298,8 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
         output_head(model)  # refuses an unusual one before anything is generated
     engine = make_engine(config, module.policy, module.tokenizer, runtime)
     train_tasks = {task.task_id: task for task in tasks["train"]}
-    reflector = Reflector(engine, prompts, config.reflection, train_tasks, config.seed_everything)
+    writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
+    reflector = Reflector(engine, prompts, config.reflection, train_tasks, config.seed_everything, writer)
     memory, updater, record = None, None, EpochRecord()
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
@@ -365,6 +368,7 @@ def callbacks_of(run: Run) -> list[Callback]:
     callbacks.append(WeightSyncCallback(engine, run.parity))
     if config.verification.every_steps is not None:
         callbacks.append(StepVerificationCallback(verification, config.verification.every_steps))
+    callbacks.append(WordingCallback())
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     return callbacks

@@ -3,6 +3,7 @@
 All problems are raised as one `ConfigError` before any weights load, and nothing here imports torch.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -11,7 +12,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pmd.config.load import LoadedConfig
-from pmd.config.schema import MIN_TEMPERATURE, DataConfig, ModelConfig, RunConfig, TinyWorldConfig
+from pmd.config.schema import (
+    MIN_TEMPERATURE,
+    BehaviourWriterConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TinyWorldConfig,
+)
 from pmd.config.trainer import cuda_is_available, trainer_problems
 from pmd.errors import ConfigError
 from pmd.tiny import SHIPPED_MODELS
@@ -304,6 +312,36 @@ def _memory_problems(run: RunConfig) -> list[str]:
             "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
         )
     problems += _embedder_problems(memory.embedder) if memory.enabled else []
+    if memory.embedder_device == "cuda" and not cuda_is_available():
+        problems.append("memory.embedder_device=cuda needs a CUDA device and none was found; use cpu.")
+    return problems + _writer_problems(run.reflection.behaviour_writer)
+
+
+def _writer_problems(writer: BehaviourWriterConfig) -> list[str]:
+    """Check the endpoint's address and key; no message holds what may be the key itself."""
+    name, problems = "reflection.behaviour_writer", []
+    if writer.base_url is None:
+        if writer.model is not None or writer.api_key_env is not None:
+            problems.append(f"{name}.base_url=null, so nothing asks its model; give the endpoint's address.")
+        return problems
+    if not writer.base_url.startswith(("http://", "https://")) or not _names_a_server(writer.base_url):
+        problems.append(f"{name}.base_url must be http(s)://HOST[:PORT]/v1.")
+    elif re.search(r"[@?#\s]", writer.base_url):
+        problems.append(
+            f"{name}.base_url must hold no user, password or query: it is saved with the run. Put the key into an "
+            f"environment variable, and the variable's name into {name}.api_key_env."
+        )
+    if not writer.model:
+        problems.append(f"{name}.model=null; name a model that the endpoint at {name}.base_url serves.")
+    if writer.api_key_env is not None:
+        key = os.environ.get(writer.api_key_env, "").strip() if re.fullmatch(r"\w+", writer.api_key_env) else ""
+        if not key:
+            problems.append(
+                f"{name}.api_key_env must be the name of an environment variable that is set (not the key itself); "
+                "export it first."
+            )
+        elif not (key.isascii() and key.isprintable()):
+            problems.append(f"{name}.api_key_env names a variable whose value has characters that no key has.")
     return problems
 
 

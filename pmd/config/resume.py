@@ -28,7 +28,9 @@ CHANGEABLE = (
     "verification.every_epochs", "verification.every_steps", "verification.samples", "verification.final_samples",
     "verification.pass_at",
     "verification.memory_conditioned",
-    "reflection.max_groups", "reflection.max_prompt_tokens",
+    "reflection.max_groups", "reflection.max_prompt_tokens", "memory.embedder_device",
+    "reflection.behaviour_writer.base_url", "reflection.behaviour_writer.api_key_env",
+    "reflection.behaviour_writer.timeout_s",
 )  # fmt: skip
 #: Why the rest of a section may not change.
 REASONS = {

@@ -128,7 +128,13 @@ class TeacherConfig:
         "both",
         "What the teacher sees besides the task: a verified success of the same group, retrieved memory, or both.",
     )
-    feedback: bool = option(True, "Show the rollout's own failure and feedback where no success can be shown.")
+    feedback: bool = option(
+        True,
+        "Where no success can be shown, show the verifier's feedback on the rollout's own failure, if it gave any.",
+    )
+    failed_attempt: bool = option(
+        False, "With feedback: also show the failed attempt itself; false shows the feedback alone (SDPO)."
+    )
     max_prompt_tokens: int = option(
         2048, "Longest teacher prompt; whole memory items are dropped to fit.", minimum=8, maximum=MAX_TOKENS
     )
@@ -174,6 +180,12 @@ class ObjectiveConfig:
         1.0,
         "Weight of rollouts whose teacher saw nothing that the student did not; 0 leaves them out (SDPO).",
         minimum=0,
+        maximum=MAX_WEIGHT,
+    )
+    token_clip: float | None = option(
+        None,
+        "Distillation: upper bound on a token's divergence, in nats; tokens above it get no gradient; null: none.",
+        above=0,
         maximum=MAX_WEIGHT,
     )
     importance_clip: float | None = option(
@@ -459,6 +471,23 @@ class VerifiersConfig:
 
 
 @dataclass
+class BehaviourWriterConfig:
+    """An external model that writes the behaviours instead of the policy, at an OpenAI-compatible endpoint."""
+
+    base_url: str | None = option(
+        None, "Address of the endpoint up to /v1, e.g. https://api.openai.com/v1; null: the policy writes them."
+    )
+    model: str | None = option(None, "The model's name at the endpoint.")
+    api_key_env: str | None = option(
+        None, "Name of the environment variable that holds the key; null sends none. The key itself is saved nowhere."
+    )
+    max_calls_per_step: int = option(
+        1, "Calls for each optimizer step since the last update; further clusters wait.", minimum=1, maximum=MAX_COUNT
+    )
+    timeout_s: float = option(60.0, "Seconds after which a call has failed.", above=0, maximum=MAX_SECONDS)
+
+
+@dataclass
 class ReflectionConfig:
     """The policy reflects on its own rollouts and writes down what they teach."""
 
@@ -470,13 +499,16 @@ class ReflectionConfig:
     max_new_tokens: int = option(512, "Longest reflection, in tokens.", minimum=1, maximum=MAX_TOKENS)
     max_prompt_tokens: int = option(
         16384,
-        "Longest prompt of a reflection, in tokens; groups with longer ones are skipped and counted.",
+        "Longest prompt of a reflection, in tokens; a longer one shows fewer attempts, then shorter ones.",
         minimum=1,
         maximum=MAX_TOKENS,
     )
     retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
     max_groups: int | None = option(
         None, "Reflect on at most this many groups an update, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
+    )
+    behaviour_writer: BehaviourWriterConfig = field(
+        default_factory=BehaviourWriterConfig, metadata={"help": "An external model that writes the behaviours."}
     )
 
 
@@ -533,16 +565,25 @@ class MemoryConfig:
         4, "Most successes, and most failures, kept of one task.", minimum=1, maximum=MAX_SAMPLES
     )
     embedder: str = option("hash", "`hash` (seeded, no weights) or the path or id of a sentence-transformers model.")
-    cluster_similarity: float = option(
-        0.6, "Average cosine similarity from which insights form one behaviour.", above=0, maximum=1
+    embedder_device: Literal["cpu", "cuda"] = option(
+        "cpu", "Where a sentence-transformers model runs: beside the training on the CPU, or on its GPU."
+    )
+    cluster_similarity: float | None = option(
+        None,
+        "Average cosine similarity from which insights form one behaviour; null measures it on the insights.",
+        above=0,
+        maximum=1,
     )
     cluster_over: Literal["insights", "tasks"] = option(
         "insights",
         "What is clustered for behaviours: similar insights, or similar tasks with their insights (the paper).",
     )
     cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1, maximum=MAX_SAMPLES)
-    merge_similarity: float = option(
-        0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
+    merge_similarity: float | None = option(
+        None,
+        "Insights of one task and kind with at least this cosine similarity are merged; null measures it.",
+        above=0,
+        maximum=1,
     )
     import_path: str | None = option(None, "An export that a new memory starts with; null starts empty.")
     keep_generations: int | None = option(

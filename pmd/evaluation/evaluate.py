@@ -3,6 +3,7 @@
 It works without Lightning; `metrics.py` turns the samples into scores.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,12 @@ from pmd.rollouts.generate import generate_rollouts
 from pmd.seeds import derive_seed
 from pmd.teacher import ContextBuilder
 from pmd.types import UNSCORED, Task, Verdict
+
+#: Words of memory and of its prompts. Used without any memory in sight, they are a trace of what was internalized.
+PROCEDURAL = re.compile(
+    r"\b(strateg(?:y|ies)|lessons?|insights?|behaviou?rs?|patterns?|contrasts?|procedures?|heuristics?|principles?)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class Evaluator:
             self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.verifiers
         )
         samples = [
-            sample_of(task, rollout.verdict)
+            sample_of(task, rollout.verdict, rollout.completion.text)
             for (task, _), group in zip(prompts, rollouts.groups, strict=True)
             for rollout in group
         ]
@@ -75,8 +82,16 @@ def evaluation_facts(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]
     }
 
 
-def sample_of(task: Task, verdict: Verdict) -> Sample:
+def sample_of(task: Task, verdict: Verdict, text: str = "") -> Sample:
     """Return the fields of a verified completion that the metrics need."""
     return Sample(
-        task.task_id, task.domain, verdict.correct, verdict.reward, verdict.answer, verdict.status, verdict.tests
+        task.task_id,
+        task.domain,
+        verdict.correct,
+        verdict.reward,
+        verdict.answer,
+        verdict.status,
+        verdict.tests,
+        num_words=len(text.split()),
+        num_procedural_words=len(PROCEDURAL.findall(text)),
     )

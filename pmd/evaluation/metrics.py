@@ -27,6 +27,8 @@ class Sample:
     answer: str | None = None  # the extracted answer; None if none was found
     status: VerdictStatus = "ok"
     tests: CaseCounts | None = None  # of verifiers that run tests
+    num_words: int = 0  # of the completion
+    num_procedural_words: int = 0  # such as strategy, lesson, pattern
 
     @property
     def is_valid(self) -> bool:
@@ -66,6 +68,7 @@ class Scores:
     by_domain: dict[str, "Scores"] = field(default_factory=dict)
     domain_avg: float = math.nan  # unweighted mean of the domains' avg; `avg` is pooled over questions
     domain_avg_error: float = math.nan
+    procedural_rate: float = math.nan  # procedural words per thousand words; nan without words
 
 
 def score_samples(samples: Sequence[Sample], ks: Sequence[int] = (1, 8)) -> Scores:
@@ -111,6 +114,7 @@ def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Sc
         best_of={k: _mean([_best_of(g, k) for g in groups]) for k in possible},
         pass_at_error={k: clustered_error(np.array(values)) for k, values in passed.items()},
         by_domain=by_domain,
+        procedural_rate=_procedural_rate(samples),
         domain_avg=_mean([scores.avg for scores in by_domain.values()]),
         domain_avg_error=math.sqrt(sum(s.avg_error**2 for s in by_domain.values())) / max(1, len(by_domain)),
     )
@@ -187,6 +191,11 @@ def _ways_below(others: Sequence[int], num_null: int, height: int, drawn: int) -
                 following[used + cast, ties + (cast == height)] += number * math.comb(count, cast)
         ways = following
     return sum(number / (ties + 1) for (used, ties), number in ways.items() if used == drawn)
+
+
+def _procedural_rate(samples: Sequence[Sample]) -> float:
+    num_words = sum(sample.num_words for sample in samples)
+    return 1000 * sum(sample.num_procedural_words for sample in samples) / num_words if num_words else math.nan
 
 
 def best_of_n(selection_scores: Sequence[float], correct: Sequence[bool], n: int) -> float:

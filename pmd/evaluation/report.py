@@ -71,6 +71,7 @@ def _plain_scores(scores: Scores) -> dict[str, Any]:
         "reward": scores.reward,
         "valid_rate": scores.valid_rate,
         "passed_tests": scores.passed_tests,
+        "procedural_words": scores.procedural_rate,
         "num_tasks": scores.num_tasks,
         "num_samples": scores.num_samples,
     } | {name: {str(k): value for k, value in values.items()} for name, values in at_k.items()}

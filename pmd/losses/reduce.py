@@ -8,6 +8,7 @@ denominator, as in SDPO's release: it counts as zero.
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,6 +16,15 @@ from torch import Tensor
 def weighted_sum(per_token: Float[Tensor, " N"], token_weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
     """Return sum w_t x_t: this micro-batch's share of the step's mean."""
     return (per_token * token_weights).sum()
+
+
+def clip_tokens(per_token: Float[Tensor, " N"], cap: float | None) -> Float[Tensor, " N"]:
+    """Return min(x_t, cap), so that single tokens cannot rule a step; a token above the cap has no gradient.
+
+    What is clipped is a token's whole value. A divergence is a sum over the vocabulary whose parts may be negative:
+    clipped part by part, it would be another quantity, and its gradient would favour what was clipped.
+    """
+    return per_token if cap is None else torch.clamp(per_token, max=cap)
 
 
 def token_weights(lengths: Sequence[int], reduction: Literal["token", "sequence"]) -> list[float]:

@@ -115,7 +115,7 @@ class ProceduralMemory:
         self.config = config
         self.excluded = excluded
         self._held_out = held_out
-        self._embedder = make_embedder(config.embedder, train_keys)
+        self._embedder = make_embedder(config.embedder, train_keys, device=config.embedder_device)
         self._open()
         if config.import_path is not None and self.generation == 0:
             import_file(self.store, Path(config.import_path), excluded, held_out)

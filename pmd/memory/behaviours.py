@@ -1,9 +1,9 @@
 """Behaviours: clusters of similar insights from several tasks, summarised by the policy. Ids are stable.
 
 Distinct strategies and contrasts are clustered with average linkage at the cosine threshold
-`memory.cluster_similarity`. They are compared by an embedder fitted to them, because the words that distinguish tasks
-are not the ones that distinguish insights. A cluster needs insights from at least `memory.cluster_support` tasks, and
-also gets the nearest lessons of these tasks.
+`memory.cluster_similarity`, or one measured on them (`calibrate.py`). They are compared by an embedder fitted to them,
+because the words that distinguish tasks are not the ones that distinguish insights. A cluster needs insights from at
+least `memory.cluster_support` tasks, and also gets the nearest lessons of these tasks.
 
 With `memory.cluster_over: tasks`, the tasks are clustered instead, by their memory keys, and the strategies and
 contrasts of a cluster's tasks are summarised, as in the paper.
@@ -18,6 +18,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from pmd.config.schema import MemoryConfig
+from pmd.memory.calibrate import MIN_TEXTS, calibrate, choose_texts
 from pmd.memory.store import Behaviour, Insight, Ledger, MemoryStore
 
 MAX_CLUSTERED_TEXTS = 4_000  # the cost is quadratic; texts beyond this number join the nearest cluster
@@ -81,11 +82,14 @@ class _Text:
         return _Text(own, self.task_rows & task_rows)
 
 
-def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
-    """Return the clusters of the active insights, the best supported first, each with the behaviour it continues."""
+def find_clusters(store: MemoryStore, config: MemoryConfig) -> tuple[list[Cluster], float | None]:
+    """Return the clusters of the active insights, the best supported first, each with the behaviour it continues.
+
+    Also returns the similarity from which insights formed one; None if there was nothing to cluster.
+    """
     insights = store.insights()
     if len({insight.task_row for insight in insights}) < config.cluster_support:
-        return []
+        return [], None
     lessons = _distinct([insight for insight in insights if insight.kind == "lesson"])
     strategies = _distinct([insight for insight in insights if insight.kind != "lesson"])
     vectors = _text_vectors(store, [*strategies, *lessons])
@@ -95,8 +99,8 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
         for task_row in text.task_rows:
             lessons_of.setdefault(task_row, []).append(position)
     found: list[Cluster] = []
-    cluster = _similar_texts if config.cluster_over == "insights" else _texts_of_similar_tasks
-    for members, centre in cluster(store, strategies, vectors, config):
+    similarity, groups = _groups(store, strategies, vectors, config)
+    for members, centre in groups:
         task_rows = set().union(*(text.task_rows for text in members))
         if len(task_rows) < config.cluster_support:
             continue
@@ -105,30 +109,71 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
         found.append(_cluster(members, [lessons[rows[position]].insights[0] for position in nearest], task_rows))
     found.sort(key=lambda cluster: (-len(cluster.task_rows), cluster.member_ids))
     behaviours = _match(store, found)
-    return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)]
+    return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)], similarity
+
+
+def describe_absence(store: MemoryStore, config: MemoryConfig, num_malformed: int) -> str:
+    """Return why there is no insight, or no behaviour although there should be one; empty otherwise.
+
+    Args:
+        num_malformed: clusters of the latest update that were not put into words.
+    """
+    stats = store.stats()
+    num_insights, num_leaks = (int(stats[name]) for name in ("insights", "insights_quarantined"))
+    if num_insights == 0 and num_leaks > 0:
+        return f"memory: no insight is in use; {num_leaks} are quarantined because they give away an answer."
+    wanted = 2 in config.levels and "behaviour" in config.kinds and config.max_behaviours > 0
+    if not wanted or store.behaviours():
+        return ""
+    if num_malformed:
+        return (
+            f"memory: no behaviour; none of {num_malformed} clusters of insights could be put into words: their writer "
+            "failed, or does not keep to the form asked for (reflection.behaviour_writer can name another)."
+        )
+    strategies = _distinct([insight for insight in store.insights() if insight.kind != "lesson"])
+    num_tasks = len(set[int]().union(*(text.task_rows for text in strategies)))
+    if len(strategies) < MIN_TEXTS or num_tasks < config.cluster_support:
+        return ""
+    return (
+        f"memory: no behaviour; of {len(strategies)} insights on {num_tasks} tasks, no cluster rests on "
+        f"{config.cluster_support} tasks at a similarity of {stats.get('cluster_similarity', 0.0):.2f}. Set "
+        "memory.cluster_similarity=null to measure it, lower memory.cluster_support, or use a sentence model as "
+        "memory.embedder."
+    )
 
 
 #: Texts that belong together, and the mean of their vectors.
 _Group = tuple[list[_Text], np.ndarray]
 
 
-def _similar_texts(
+def _groups(
     store: MemoryStore, texts: Sequence[_Text], vectors: np.ndarray, config: MemoryConfig
-) -> Iterator[_Group]:
+) -> tuple[float, Iterator[_Group]]:
+    """Return the similarity from which insights, or their tasks, form one group, and the groups."""
+    if config.cluster_over == "insights":
+        similarity = config.cluster_similarity or _calibrated_similarity(vectors, texts)
+        return similarity, _similar_texts(texts, vectors, similarity)
+    with_texts = sorted(set().union(*(text.task_rows for text in texts)))
+    ids, task_vectors = store.vectors("tasks")
+    task_vectors = task_vectors[np.searchsorted(ids, with_texts)]
+    chosen = choose_texts(len(with_texts))
+    measured = calibrate(task_vectors[chosen], [with_texts[position] for position in chosen]).cluster
+    similarity = config.cluster_similarity or measured
+    return similarity, _texts_of_similar_tasks(texts, vectors, with_texts, _agglomerate(task_vectors, similarity))
+
+
+def _similar_texts(texts: Sequence[_Text], vectors: np.ndarray, similarity: float) -> Iterator[_Group]:
     """Yield groups of similar texts."""
-    for positions in _agglomerate(vectors, config.cluster_similarity):
+    for positions in _agglomerate(vectors, similarity):
         yield [texts[position] for position in positions], vectors[positions].mean(0)
 
 
 def _texts_of_similar_tasks(
-    store: MemoryStore, texts: Sequence[_Text], vectors: np.ndarray, config: MemoryConfig
+    texts: Sequence[_Text], vectors: np.ndarray, task_rows: Sequence[int], groups: Sequence[Sequence[int]]
 ) -> Iterator[_Group]:
-    """Yield the texts of each group of similar tasks; a text of tasks in several groups is in each of them."""
-    with_texts = sorted(set().union(*(text.task_rows for text in texts)))
-    ids, task_vectors = store.vectors("tasks")
-    task_vectors = task_vectors[np.searchsorted(ids, with_texts)]
-    for members in _agglomerate(task_vectors, config.cluster_similarity):
-        rows = frozenset(with_texts[position] for position in members)
+    """Yield the texts of each group of tasks; a text of tasks in several groups is in each of them."""
+    for members in groups:
+        rows = frozenset(task_rows[position] for position in members)
         positions = [position for position, text in enumerate(texts) if text.task_rows & rows]
         yield [texts[position].within(rows) for position in positions], vectors[positions].mean(0)
 
@@ -223,6 +268,11 @@ def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
     ids, vectors = store.vectors("insights")
     rows = np.searchsorted(ids, [text.insights[0].id for text in texts])
     return vectors[rows]
+
+
+def _calibrated_similarity(vectors: np.ndarray, texts: Sequence[_Text]) -> float:
+    chosen = choose_texts(len(texts))
+    return calibrate(vectors[chosen], [texts[position].insights[0].task_row for position in chosen]).cluster
 
 
 def _agglomerate(vectors: np.ndarray, similarity: float) -> list[list[int]]:

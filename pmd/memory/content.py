@@ -5,6 +5,7 @@ numbers become lengths of lists, so each value is checked once, when the store i
 """
 
 import json
+import re
 import sqlite3
 from functools import cache
 from importlib import resources
@@ -18,7 +19,8 @@ MAX_GENERATION = 1_000_000
 MAX_NUMBER = 2**53  # the largest whole number up to which floats are exact
 MAX_DIMENSION = 65_536
 MAX_WORD_TABLE = 10_000_000
-META = {"dimension", "embedder", "embedder_state", "generation", "generation_check", "history_from"}
+SIMILARITIES = {"cluster_similarity", "merge_similarity"}  # thresholds that the latest update used
+META = {"dimension", "embedder", "embedder_state", "generation", "generation_check", "history_from"} | SIMILARITIES
 _STATUSES = "('active', 'internalized', 'retired', 'quarantined')"
 _KINDS = "(" + ", ".join(f"'{kind}'" for kind in INSIGHT_KINDS) + ")"
 _JSON_OBJECT = "({0} IS NULL OR (substr({0}, 1, 1) = '{{' AND json_valid({0})))"
@@ -88,6 +90,9 @@ def _meta_problem(db: sqlite3.Connection, generation: int) -> str:
         return f"its generation={generation} exceeds {MAX_GENERATION}"
     if since is not None and not (str(since[0]).isdecimal() and len(since[0]) < 9 and int(since[0]) <= generation):
         return f"its history begins at {str(since[0])[:60]!r}, which is no generation up to {generation}"
+    for key, value in db.execute("SELECT key, value FROM meta WHERE key LIKE '%_similarity'"):
+        if not re.fullmatch(r"-?[01](\.\d{1,17})?", str(value)):
+            return f"its {key}={str(value)[:60]!r} is no cosine similarity"
     return ""
 
 

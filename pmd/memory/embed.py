@@ -2,7 +2,8 @@
 
 `HashEmbedder` needs no model. It weights words by their rarity among the training tasks, because rare words are what
 distinguishes tasks: in the tiny world, an unweighted bag of words finds the right family a third of the time, the
-weighted one always. `SentenceEmbedder` wraps a sentence-transformers model (extra `embed`).
+weighted one always. `SentenceEmbedder` wraps a sentence-transformers model (extra `embed`). If the model has an
+instruction for queries, as Qwen3-Embedding has, a task that is looked up gets it, and what is stored does not.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from pmd.errors import ConfigError, MemoryStoreError
 Vectors = np.ndarray  # float32 [n, D], rows of length 1
 DEFAULT_DIMENSION = 512
 SMOOTHING = 0.01  # weight of a word that every training task contains, so that no text becomes the zero vector
+BATCH_TEXTS = 8  # embedded at once by a sentence model
+MAX_TOKENS = 2048  # of one text for a sentence model; the rest of a longer text is ignored
 HASHES_PER_WORD = 4  # for words without a slot of their own
 _EDGES = ".,;:!?\"'`()[]{}"
 
@@ -44,6 +47,10 @@ class Embedder(Protocol):
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return one unit vector per text, float32 [n, D]."""
+        ...
+
+    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """Return one unit vector per text that is looked up among embedded ones, float32 [n, D]."""
         ...
 
     def fitted_to(self, texts: Sequence[str]) -> "Embedder":
@@ -125,6 +132,10 @@ class HashEmbedder:
         vectors[cancelled, 0] = lengths[cancelled] = 1.0
         return (vectors / lengths).astype(np.float32)
 
+    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """Return what `embed` returns."""
+        return self.embed(texts)
+
     def fitted_to(self, texts: Sequence[str]) -> "HashEmbedder":
         """Return the same hashing with the word rarities of these texts."""
         return HashEmbedder.fit(texts, dimension=self._dimension, seed=self.seed)
@@ -184,8 +195,9 @@ class SentenceEmbedder:
 
     costly = True
 
-    def __init__(self, path: str, recorded: tuple[str, int] | None = None):
+    def __init__(self, path: str, recorded: tuple[str, int] | None = None, device: str = "cpu"):
         """Load the model, or take name and dimension as a store recorded them and load it when needed."""
+        self.device = device
         self.path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
         self._model: Any = None
         if recorded is None:
@@ -206,12 +218,22 @@ class SentenceEmbedder:
             raise ConfigError(
                 f"memory.embedder={self.path} is not an existing directory; give one, or a Hugging Face id."
             )
-        self._model = SentenceTransformer(self.path, device="cpu", trust_remote_code=False)
+        on_cpu = {"dtype": "float32"} if self.device == "cpu" else {}  # half precision is slow there
+        try:
+            self._model = SentenceTransformer(
+                self.path, device=self.device, trust_remote_code=False, model_kwargs=on_cpu
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"memory.embedder={self.path} cannot be loaded ({' '.join(str(error).split())[:200]}); give the folder "
+                "or Hugging Face id of a sentence-transformers model, or hash."
+            ) from error
         self._model.eval()
+        self._model.max_seq_length = min(self._model.max_seq_length or MAX_TOKENS, MAX_TOKENS)
         weights = hashlib.sha256()
         for key, tensor in sorted(self._model.state_dict().items()):
             weights.update(key.encode())
-            weights.update(tensor.detach().float().numpy().tobytes())
+            weights.update(tensor.detach().float().cpu().numpy().tobytes())
         self._dimension = len(self.embed(["dimension"])[0])
         name = f"sentence-{self._dimension}-{weights.hexdigest()[:12]}"
         if self._name not in ("", name):
@@ -233,13 +255,19 @@ class SentenceEmbedder:
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return one unit vector per text."""
+        return self._encode(texts, "encode_document")
+
+    def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """Return one unit vector per text, embedded with the model's instruction for queries, if it has one."""
+        return self._encode(texts, "encode_query")
+
+    def _encode(self, texts: Sequence[str], method: str) -> Vectors:
         if not texts:
             return np.zeros((0, self._dimension), dtype=np.float32)
-        model = self._model if self._model is not None else self._load()
-        vectors = model.encode(
-            list(texts), batch_size=64, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
-        return np.ascontiguousarray(vectors, dtype=np.float32)
+        encode = getattr(self._model if self._model is not None else self._load(), method)
+        found = encode(list(texts), batch_size=BATCH_TEXTS, convert_to_numpy=True, show_progress_bar=False)
+        vectors = np.asarray(found, dtype=np.float32)  # a model in half precision normalizes to three digits only
+        return np.ascontiguousarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
     def fitted_to(self, texts: Sequence[str]) -> "SentenceEmbedder":
         """Return itself: the model does not depend on the texts."""
@@ -250,9 +278,9 @@ class SentenceEmbedder:
         return {"kind": "sentence", "path": self.path}
 
 
-def make_embedder(choice: str, train_keys: Sequence[str], *, seed: int = 0) -> Embedder:
+def make_embedder(choice: str, train_keys: Sequence[str], *, seed: int = 0, device: str = "cpu") -> Embedder:
     """Return the embedder that `memory.embedder` names; `hash` is fitted to the training tasks' memory keys."""
-    return HashEmbedder.fit(train_keys, seed=seed) if choice == "hash" else SentenceEmbedder(choice)
+    return HashEmbedder.fit(train_keys, seed=seed) if choice == "hash" else SentenceEmbedder(choice, device=device)
 
 
 def load_embedder(state: Mapping[str, Any], recorded: tuple[str, int] | None = None) -> Embedder:

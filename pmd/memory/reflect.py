@@ -1,7 +1,8 @@
 """Reflection by the policy: verified groups -> insights; clusters of insights -> behaviours (paper, levels 1 and 2).
 
 A reflection proposes changes to a task's insights, linked by id to the attempts they came from. A malformed output is
-retried once, then dropped and counted; its meaning is never guessed. Works without Lightning and writes nothing.
+retried once, then dropped and counted; its meaning is never guessed. A group whose prompt is too long is asked with
+fewer attempts, then with shortened ones. Works without Lightning and writes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +14,21 @@ from tqdm.auto import tqdm
 
 from pmd.config.schema import ReflectionConfig
 from pmd.engines.base import Engine, Request, Sampling
+from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.seeds import derive_seed
-from pmd.tasks.prompts.base import PromptFormat
+from pmd.tasks.prompts.base import Extent, PromptFormat
 from pmd.tasks.prompts.parsing import ParsedInsight
-from pmd.types import InsightChange, MemoryItem, Rollout, Task
+from pmd.types import Completion, InsightChange, MemoryItem, Rollout, Task
 
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same output
 MAX_KNOWN = 12  # insights of one task listed in a reflection prompt
+#: What a prompt that is too long is tried with: whole attempts are left out first, then each is shortened.
+EXTENTS = (
+    *(Extent(attempts) for attempts in (3, 2, 1)),
+    *(Extent(1, characters) for characters in (8192, 4096, 2048, 1024, 512, 256)),
+)
+MIN_READABLE = 0.1  # share of reflections that must be well-formed, or else the memory is called dead
+MAX_QUOTED = 100  # characters of a malformed output in a message
 T = TypeVar("T")
 Known = Callable[[str], Sequence[MemoryItem]]  # task id -> the insights that a reflection on it may change
 
@@ -32,10 +41,38 @@ class Reflections:
     num_prompts: int = 0
     num_malformed: int = 0  # outputs without a single well-formed item
     num_tokens: int = 0  # generated
-    num_overlong: int = 0  # prompts skipped because they exceed reflection.max_prompt_tokens
+    num_overlong: int = 0  # prompts skipped because they exceed reflection.max_prompt_tokens even when shortened
     num_retried: int = 0  # malformed at first, and retried
     num_unknown: int = 0  # changes to an insight that the prompt does not list; dropped
     num_rejected: int = 0  # malformed or surplus items, in any output
+    num_groups: int = 0
+    num_silent: int = 0  # groups without a prompt: no attempt succeeded, and nothing is known of why
+    num_shortened: int = 0  # groups whose prompt shows fewer or shorter attempts
+    num_cut_off: int = 0  # malformed outputs that reached reflection.max_new_tokens
+    example: str = ""  # the first malformed output
+
+    def describe_failure(self, config: ReflectionConfig) -> str:
+        """Return what keeps the memory empty and its likely cause; empty if enough reflections are well-formed."""
+        num_readable = self.num_prompts - self.num_malformed
+        if self.num_groups == 0 or num_readable > MIN_READABLE * self.num_prompts:
+            return ""
+        if self.num_prompts == 0:
+            reasons = []
+            if self.num_silent:
+                reasons.append(f"{self.num_silent} had no success and no feedback on any failure")
+            if self.num_overlong:
+                reasons.append(f"{self.num_overlong} prompts exceed reflection.max_prompt_tokens")
+            return f"memory: none of {self.num_groups} groups could be reflected on: {'; '.join(reasons)}."
+        if 2 * self.num_cut_off >= self.num_malformed:
+            cause = f"most were cut off, so raise reflection.max_new_tokens={config.max_new_tokens}"
+        elif not self.example.strip():
+            cause = "the policy writes nothing, so check its chat template"
+        else:
+            cause = "the policy does not keep to the form asked for, so it may be too small, or not instruction-tuned"
+        quoted = "".join(c if c.isprintable() else " " for c in self.example[: 4 * MAX_QUOTED])
+        quoted = " ".join(quoted.split())[:MAX_QUOTED]
+        share = f"{num_readable} of {self.num_prompts}"
+        return f'memory: {share} reflections readable, e.g. "{quoted}". Likely cause: {cause}.'
 
     def figures(self) -> dict[str, float]:
         """Return the metrics of this round."""
@@ -47,6 +84,8 @@ class Reflections:
             "reflect/retried": float(self.num_retried),
             "reflect/unknown_targets": float(self.num_unknown),
             "reflect/overlong": float(self.num_overlong),
+            "reflect/shortened": float(self.num_shortened),
+            "reflect/nothing_to_say": float(self.num_silent),
             "reflect/num_tokens": float(self.num_tokens),
         }
 
@@ -68,24 +107,53 @@ def reflect(
     if config.max_groups is not None and len(chosen) > config.max_groups:
         chosen = Random(derive_seed(key, "groups")).sample(chosen, config.max_groups)
     wanted: list[_Question] = []
+    num_silent = num_shortened = 0
     for group in chosen:
-        task, listed = tasks[group[0].task_id], tuple(known(group[0].task_id)[:MAX_KNOWN])
-        wanted += [_Question(group, ids, listed) for ids in prompts.reflection(task, group, [i.text for i in listed])]
+        listed = tuple(known(group[0].task_id)[:MAX_KNOWN])
+        found, shortened = _prompts_of(group, tasks[group[0].task_id], listed, prompts, config.max_prompt_tokens)
+        wanted += [_Question(group, ids, listed) for ids in found]
+        num_silent += not found
+        num_shortened += shortened
     asked = [question for question in wanted if len(question.prompt_ids) <= config.max_prompt_tokens]
     answers, num_retried, num_tokens = _ask(
         engine, [q.prompt_ids for q in asked], prompts.parse_reflection, lambda reply: bool(reply.items), config, key
     )
-    changes = [question.change(item) for question, reply in zip(asked, answers, strict=True) for item in reply.items]
+    replies = [reply for reply, _ in answers]
+    changes = [question.change(item) for question, reply in zip(asked, replies, strict=True) for item in reply.items]
+    malformed = [completion for reply, completion in answers if not reply.items]
     return Reflections(
         tuple(change for change in changes if change is not None),
-        len(asked),
-        sum(not reply.items for reply in answers),
-        num_tokens,
-        len(wanted) - len(asked),
-        num_retried,
-        sum(change is None for change in changes),
-        sum(reply.num_rejected for reply in answers),
+        num_prompts=len(asked),
+        num_malformed=len(malformed),
+        num_tokens=num_tokens,
+        num_overlong=len(wanted) - len(asked),
+        num_retried=num_retried,
+        num_unknown=sum(change is None for change in changes),
+        num_rejected=sum(reply.num_rejected for reply in replies),
+        num_groups=len(chosen),
+        num_silent=num_silent,
+        num_shortened=num_shortened,
+        num_cut_off=sum(completion.finish_reason == "length" for completion in malformed),
+        example=malformed[0].text if malformed else "",
     )
+
+
+def _prompts_of(
+    group: Sequence[Rollout], task: Task, listed: Sequence[MemoryItem], prompts: PromptFormat, limit: int
+) -> tuple[list[list[int]], bool]:
+    """Return a group's prompts, and whether they show less than the whole group so that they fit into `limit` tokens.
+
+    If they do not fit however little is shown, they are returned whole.
+    """
+    known = [item.text for item in listed]
+    whole = prompts.reflection(task, group, known)
+    if all(len(ids) <= limit for ids in whole):
+        return whole, False
+    for extent in EXTENTS:
+        found = prompts.reflection(task, group, known, extent)
+        if all(len(ids) <= limit for ids in found):
+            return found, True
+    return whole, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +185,17 @@ def _ask(
     usable: Callable[[T], bool],
     config: ReflectionConfig,
     key: str,
-) -> tuple[list[T], int, int]:
-    """Return the parsed answers, the number of retried prompts, and the number of generated tokens."""
-    texts, num_tokens = _write(engine, asked, config, key)
-    answers = [parse(text) for text in texts]
-    failed = [position for position, answer in enumerate(answers) if not usable(answer)] if config.retry else []
+) -> tuple[list[tuple[T, Completion]], int, int]:
+    """Return each answer as parsed and as written, the number of retried prompts, and of generated tokens."""
+    answers = [(parse(written.text), written) for written in _write(engine, asked, config, key)]
+    num_tokens = sum(len(written.token_ids) for _, written in answers)
+    failed = [position for position, (answer, _) in enumerate(answers) if not usable(answer)] if config.retry else []
     if failed:
-        again = replace(config, temperature=max(config.temperature, RETRY_TEMPERATURE))
-        texts, more = _write(engine, [asked[position] for position in failed], again, f"{key}/again")
-        num_tokens += more
-        for position, text in zip(failed, texts, strict=True):
-            answers[position] = parse(text)
+        warmer = replace(config, temperature=max(config.temperature, RETRY_TEMPERATURE))
+        again = _write(engine, [asked[position] for position in failed], warmer, f"{key}/again")
+        for position, written in zip(failed, again, strict=True):
+            answers[position] = parse(written.text), written
+            num_tokens += len(written.token_ids)
     return answers, len(failed), num_tokens
 
 
@@ -141,11 +209,11 @@ def abstract(
     """Return the behaviour for each cluster of insight texts; None if no prompt fits or the output is malformed."""
     wanted = [(position, _fitting(prompts, insights, config)) for position, insights in enumerate(clusters)]
     asked = [(position, ids) for position, ids in wanted if ids]
-    texts, _, _ = _ask(
+    answers, _, _ = _ask(
         engine, [ids for _, ids in asked], prompts.parse_abstraction, lambda text: text is not None, config, key
     )
     behaviours: list[str | None] = [None] * len(clusters)
-    for (position, _), text in zip(asked, texts, strict=True):
+    for (position, _), (text, _) in zip(asked, answers, strict=True):
         behaviours[position] = text
     return behaviours
 
@@ -162,29 +230,26 @@ def _fitting(prompts: PromptFormat, insights: Sequence[str], config: ReflectionC
     return ids if len(ids) <= config.max_prompt_tokens else []
 
 
-def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfig, key: str) -> tuple[list[str], int]:
-    """Generate one text per prompt; return the texts in order and the number of tokens generated."""
+def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfig, key: str) -> list[Completion]:
+    """Generate one completion per prompt, and return them in order."""
     requests = [Request(tuple(ids), derive_seed(key, "reflect", i)) for i, ids in enumerate(prompts)]
     sampling = Sampling(config.temperature, config.max_new_tokens)
-    texts, num_tokens = [""] * len(requests), 0
     written = engine.generate(requests, sampling, config.by)
-    for position, completion in tqdm(
-        written, total=len(requests), desc="reflections", leave=False, delay=2.0, disable=None
-    ):
-        texts[position] = completion.text
-        num_tokens += len(completion.token_ids)
-    return texts, num_tokens
+    progress = tqdm(written, total=len(requests), desc="reflections", leave=False, delay=2.0, disable=None)
+    found = dict(progress)
+    return [found[position] for position in range(len(requests))]
 
 
 @dataclass(frozen=True, slots=True)
 class Reflector:
-    """The policy as it reflects in one run: its engine, prompts, settings and tasks."""
+    """The policy as it reflects in one run: its engine, prompts, settings and tasks, and who writes behaviours."""
 
     engine: Engine
     prompts: PromptFormat
     config: ReflectionConfig
     tasks: Mapping[str, Task]
     seed: int
+    writer: BehaviourWriter | None = None  # None: the policy itself
 
     def reflect(self, groups: Sequence[Sequence[Rollout]], name: str, known: Known) -> Reflections:
         """Ask what these groups teach; see `reflect`. Seeds are derived from `name`."""
@@ -192,6 +257,23 @@ class Reflector:
             return Reflections()
         return reflect(self.engine, self.tasks, groups, self.prompts, self.config, f"{self.seed}/reflect/{name}", known)
 
-    def abstract(self, clusters: Sequence[Sequence[str]], name: str) -> list[str | None]:
-        """Describe clusters of insights; see `abstract`. Seeds are derived from `name`."""
+    def abstract(self, clusters: Sequence[Sequence[str]], name: str, num_steps: int = 1) -> list[str | None]:
+        """Describe clusters of insights; see `abstract`. Seeds are derived from `name`.
+
+        Args:
+            num_steps: optimizer steps since the last update, for the limits of an external writer.
+        """
+        if self.writer is not None:
+            return self.writer.write(clusters, num_steps).texts
         return abstract(self.engine, clusters, self.prompts, self.config, f"{self.seed}/abstract/{name}")
+
+    def writer_figures(self) -> dict[str, float]:
+        """Return the metrics of what an external writer did in the latest update; none if the policy writes."""
+        if self.writer is None:
+            return {}
+        latest = self.writer.latest
+        return {
+            "memory/behaviour_calls": float(latest.num_calls),
+            "memory/behaviour_calls_failed": float(latest.num_failed),
+            "memory/behaviours_deferred": float(latest.num_deferred),
+        }

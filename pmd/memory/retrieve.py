@@ -60,13 +60,13 @@ class Retriever:
             AlignmentError: the store was written since the last `refresh`.
         """
         items, config = self._current_items(), self._config
-        vector = self._store.embedder.embed([task_key])
+        vector = self._store.embedder.embed_queries([task_key])
+        own_row = items.task_rows.get(task_id or "")
         if config.scope == "own":
-            own_row = items.task_rows.get(task_id or "")
             hits: Hits = [(own_row, 1.0)] if own_row is not None else []
             floor = -1.0  # of behaviours: the nearest are taken, however near
         else:
-            hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0])
+            hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0], own_row)
         behaviours = self._behaviours(items, vector[0], hits, floor)
         strategies, lessons = self._insights(items, task_id, hits)
         max_experiences = config.k if set(config.levels) == {0} else MAX_OWN_EXPERIENCES if config.scope == "own" else 1
@@ -110,9 +110,9 @@ class Retriever:
             )
         return self._items
 
-    def _neighbours(self, hits: Hits) -> tuple[Hits, float]:
+    def _neighbours(self, hits: Hits, own_row: int | None) -> tuple[Hits, float]:
         """Drop the hits below the similarity floor; return the others and the floor."""
-        others = [similarity for _, similarity in hits if similarity < SAME_TASK]
+        others = [similarity for task_row, similarity in hits if similarity < SAME_TASK and task_row != own_row]
         floor = max(self._config.min_similarity, RELATIVE_FLOOR * max(others, default=0.0))
         return [hit for hit in hits if hit[1] >= floor], floor
 

@@ -261,6 +261,9 @@ class MemoryStore:
         )
         covered = self.query("SELECT count(DISTINCT task_row) FROM insights WHERE status = 'active'")[0][0]
         counts["coverage"] = covered / max(1, counts["tasks"])  # share of tasks with an active insight
+        for key in ("cluster_similarity", "merge_similarity"):  # used in the latest update; absent before the first
+            for (value,) in self.query("SELECT CAST(value AS REAL) FROM meta WHERE key = ?", key):
+                counts[key] = value
         # All that were ever logged: ids are never reused.
         logged = self.query("SELECT seq FROM sqlite_sequence WHERE name = 'retrievals'")
         counts["retrievals"] = logged[0][0] if logged else 0

@@ -46,4 +46,4 @@ class MemoryUpdater:
         )
         record.clear()
         seconds = {"time/reflect_s": reflected - started, "time/memory_s": time.perf_counter() - reflected}
-        return found.figures() | update.figures(found) | seconds
+        return found.figures() | update.figures(found) | self.reflector.writer_figures() | seconds

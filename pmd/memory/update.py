@@ -19,6 +19,7 @@ import numpy as np
 from pmd.atomic import replace_text
 from pmd.errors import MemoryStoreError
 from pmd.memory.behaviours import BehaviourChange, Cluster, find_clusters, replace_behaviours
+from pmd.memory.calibrate import MERGE, MIN_TEXTS, calibrate, choose_texts
 from pmd.memory.checksum import announce, withdraw, write_checksum, write_generation
 from pmd.memory.embed import Embedder, validated
 from pmd.memory.files import one_line
@@ -307,7 +308,9 @@ class Writer:
         """Merge insights of one task that say the same thing; return how many were merged away."""
         if self._embedder.costly:
             self.embed_new()
-        return _merge_insights(self.ledger, self._embedder, task_rows, self._config.merge_similarity)
+        similarity = self._config.merge_similarity or self._calibrated_similarity()
+        self._note("merge_similarity", similarity)
+        return _merge_insights(self.ledger, self._embedder, task_rows, similarity)
 
     def audit(self, audits: Sequence[ItemAudit]) -> dict[str, int]:
         """Store audits and update item statuses; return how many items changed to each status."""
@@ -317,7 +320,10 @@ class Writer:
     def clusters(self) -> list[Cluster]:
         """Return the clusters of the active insights, including this update's, best supported first."""
         self.embed_new()
-        return find_clusters(self.store, self._config)
+        clusters, similarity = find_clusters(self.store, self._config)
+        if similarity is not None:
+            self._note("cluster_similarity", similarity)
+        return clusters
 
     def replace_behaviours(self, changes: Sequence[BehaviourChange], *, policy_version: int) -> list[int | None]:
         """Make these the active behaviours; return their ids, None for those left out.
@@ -404,6 +410,23 @@ class Writer:
             vectors = validated(self._embedder.embed([text for _, text in rows]), self._embedder.dimension)
             blobs = [(vector_blob(vector), row[0]) for vector, row in zip(vectors, rows, strict=True)]
             self._db.executemany(f"UPDATE {table} SET embedding = ? WHERE id = ?", blobs)
+
+    def _calibrated_similarity(self) -> float:
+        """Return the similarity from which insights of one task merge, measured on all live insights."""
+        distinct = list({insight.text: insight for insight in reversed(self.store.insights())}.values())[::-1]
+        if len(distinct) < MIN_TEXTS:
+            return MERGE
+        chosen = [distinct[position] for position in choose_texts(len(distinct))]
+        if self._embedder.costly:
+            ids, vectors = self.store.vectors("insights")
+            vectors = vectors[np.searchsorted(ids, [insight.id for insight in chosen])]
+        else:
+            vectors = self._embedder.embed([insight.text for insight in chosen])
+        return calibrate(vectors, [insight.task_row for insight in chosen]).merge
+
+    def _note(self, key: str, similarity: float) -> None:
+        """Keep a threshold that this update used."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, f"{similarity:.6f}"))
 
     def _require_task(self, task_row: int) -> tuple[str, int, int]:
         """Return the fingerprint, word count and character count of the task's answer."""

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from pmd.config.schema import MICRO_BATCH_TOKENS, ModelConfig, RunConfig
 from pmd.losses.distillation import SLAB_TOKENS, chunk_size, kernel_chunk_size
 from pmd.losses.fused import block_size
+from pmd.planning.embedder_memory import embedder_bytes
 from pmd.pretrained import DTYPES, load_model_config
 
 #: Bytes per weight in NF4 with double quantisation: half a byte and the scales of its blocks.
@@ -112,6 +113,9 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
             parts["base"] = shape.linear * NF4_BYTES + shape.embedding * size
         trained, trained_size = shape.adapter(run.model.lora_rank), 4
         parts["adapters"] = float(trained * trained_size * (2 if run.teacher.has_own_weights else 1))
+    embedder = embedder_bytes(run.memory) if run.memory.embedder_device == device else 0.0
+    if embedder:
+        parts["embedder"] = embedder
     parts["gradients"] = float(trained * trained_size)
     parts["optimizer"] = 2.0 * trained * (1 if run.optimizer.kind == "adamw_8bit_paged" else trained_size)
     transient = _transient(shape, run, tokens, completion_tokens, device)

@@ -8,6 +8,7 @@ import pytest
 
 TINY = ["fit", "--config", "configs/tiny.yaml"]
 CHAT = ["--model.path=tiny_exam", "--model.prompts=chat"]
+WRITER = "--reflection.behaviour_writer"
 #: What is typed after `fit --config configs/tiny.yaml`, and words that the answer must hold.
 WRONG = [
     # unknown keys
@@ -59,6 +60,11 @@ WRONG = [
     ("--objective.distillation=0", ["objective.policy_gradient=0", "trains nothing"]),
     ("--teacher.context=none", ["teacher.context=none", "sibling"]),
     ("--verification.final_samples=4", ["verification.pass_at", "at least 8"]),
+    (f"{WRITER}.base_url=ftp://host/v1 {WRITER}.model=m", ["behaviour_writer.base_url", "http(s)://HOST"]),
+    (f"{WRITER}.base_url=http://host/v1", ["behaviour_writer.model=null"]),
+    (f"{WRITER}.model=m", ["behaviour_writer.base_url=null"]),
+    (f"{WRITER}.base_url=http://me:hunter22@host/v1 {WRITER}.model=m", ["must hold no user, password"]),
+    (f"{WRITER}.base_url=http://host/v1 {WRITER}.model=m {WRITER}.api_key_env=sk-hunter22", ["the key itself"]),
     # paths
     ("--config nope.yaml", ["nope.yaml does not exist"]),
     ("--config configs/tinyy.yaml", ["did you mean configs/tiny.yaml?"]),
@@ -88,6 +94,12 @@ def test_is_refused_in_words(answers, typed, words):
     assert said.startswith("ConfigError: ")
     for word in words:
         assert word in said
+
+
+def test_a_key_typed_by_mistake_is_not_repeated(answers):
+    said = [text for typed, (*_, text) in answers.items() if "hunter22" in typed]
+    assert len(said) == 2
+    assert not any("hunter22" in text for text in said)
 
 
 def test_all_problems_are_reported_at_once(refused):

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from memory_world import make_task
 
-from pmd.memory.behaviours import find_clusters
+from pmd.memory.behaviours import describe_absence, find_clusters
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.update import open_writer
 
 
 def test_clusters_are_the_families(world, grown):
-    clusters = find_clusters(grown, grown.config)
+    clusters, _ = find_clusters(grown, grown.config)
     assert len({cluster.insights[0].text.split()[1] for cluster in clusters}) == len(clusters) > 20
     for cluster in clusters:
         name = cluster.insights[0].text.split()[1]
@@ -85,9 +85,9 @@ def test_a_new_cluster_without_words_is_left_out(open_store):
 
 
 def test_above_the_cap_further_texts_join_the_nearest_cluster(grown, monkeypatch):
-    whole = find_clusters(grown, replace(grown.config, cluster_support=1))
+    whole, _ = find_clusters(grown, replace(grown.config, cluster_support=1))
     monkeypatch.setattr("pmd.memory.behaviours.MAX_CLUSTERED_TEXTS", 16)
-    capped = find_clusters(grown, replace(grown.config, cluster_support=1))
+    capped, _ = find_clusters(grown, replace(grown.config, cluster_support=1))
     assert 0 < len(capped) <= 16 < len(whole)
 
 
@@ -112,3 +112,25 @@ def test_a_behaviour_whose_tasks_are_gone_is_retired(open_store):
         writer.set_status(1, ids[0], "retired", "test")
         writer.replace_behaviours([c.change(None) for c in writer.clusters()], policy_version=1)
     assert [b.status for b in store.behaviours(None)] == ["retired"]
+
+
+def test_why_there_is_no_behaviour(open_store):
+    store = open_store(cluster_similarity=0.99)
+    words = ["ash", "bay", "cob", "dew", "elm", "fig", "gum", "hop", "ivy", "jam", "kin", "lap"]
+    assert describe_absence(store, store.config, 0) == ""
+    with open_writer(store) as writer:
+        for word in words:
+            writer.add_insight(writer.add_task(make_task(word)), "strategy", f"look at the {word}", policy_version=0)
+        assert writer.clusters() == []
+    told = describe_absence(store, store.config, 0)
+    assert "of 12 insights on 12 tasks, no cluster rests on 2 tasks at a similarity of 0.99" in told
+    assert "none of 3 clusters" in describe_absence(store, store.config, 3)
+    for unwanted in ({"levels": [0, 1]}, {"kinds": ["lesson"]}, {"max_behaviours": 0}):
+        assert describe_absence(store, replace(store.config, **unwanted), 0) == ""
+    with open_writer(store) as writer:
+        writer.set_status(1, 1, "retired", "test")
+    assert describe_absence(store, store.config, 0) == ""  # eleven are too few to expect one
+    with open_writer(store) as writer:
+        for number in range(1, 13):
+            writer.set_status(1, number, "quarantined", "test")
+    assert "12 are quarantined" in describe_absence(store, store.config, 0)

@@ -72,6 +72,7 @@ def sum_again(path) -> None:
         ("CREATE TRIGGER t AFTER INSERT ON ops BEGIN DELETE FROM insights; END", "it has a trigger 't'"),
         ("CREATE VIEW v AS SELECT 1", "it has a view 'v'"),
         ("INSERT INTO meta VALUES ('x', 'y')", "meta has the key 'x'"),
+        ("UPDATE meta SET value = '9e9' WHERE key = 'cluster_similarity'", "cluster_similarity='9e9' is no cosine"),
         ("UPDATE meta SET value = '[' WHERE key = 'embedder_state'", "its embedder cannot be read"),
         ("UPDATE meta SET value = replace(value, '512', '999999999999') WHERE key != 'embedder'", "embedder"),
         ("UPDATE meta SET value = '1000000000000' WHERE key = 'generation'", "generation"),

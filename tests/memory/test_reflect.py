@@ -1,11 +1,11 @@
 """Asking the policy what its attempts teach: what is asked once more, what is counted, what is left out."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pmd.config.schema import ReflectionConfig
-from pmd.memory.reflect import RETRY_TEMPERATURE, abstract, reflect
-from pmd.tasks.prompts.base import PromptFormat
+from pmd.memory.reflect import RETRY_TEMPERATURE, Reflections, abstract, reflect
+from pmd.tasks.prompts.base import WHOLE, Extent, PromptFormat
 from pmd.tasks.prompts.parsing import parse_items, parse_line
 from pmd.types import Completion, MemoryItem, Message, Rollout, Task, Verdict
 
@@ -16,7 +16,7 @@ GOOD = '{"kind": "lesson", "title": "Units", "content": "Check them."}'
 class Plain(PromptFormat):
     """One reflection prompt a group, as long as the number of known insights."""
 
-    def reflection(self, task, rollouts, known=()):
+    def reflection(self, task, rollouts, known=(), extent=WHOLE):
         return [[int(task.task_id[1:])] * (1 + len(known))]
 
     def parse_reflection(self, text):
@@ -102,6 +102,60 @@ def test_a_change_to_an_insight_that_was_not_listed_is_counted():
         ("edit", 41, "lesson"), ("retire", 40, "strategy"), ("add", None, "lesson"),
     ]  # fmt: skip
     assert found.num_unknown == 2
+
+
+def test_a_prompt_too_long_shows_fewer_attempts_before_it_shows_shorter_ones():
+    class Sized(Plain):
+        """As long as its attempts together, in units of a thousand characters."""
+
+        def reflection(self, task, rollouts, known=(), extent=WHOLE):
+            asked.append(extent)
+            size = min(extent.characters or 10_000, 10_000) * extent.attempts
+            return [[0] * (size // 1000)]
+
+    for limit, expected in ((40, WHOLE), (39, Extent(3)), (10, Extent(1)), (9, Extent(1, 8192)), (1, Extent(1, 1024))):
+        asked: list[Extent] = []
+        engine = Scripted([[GOOD]])
+        found = reflect(engine, TASKS, [group("t0")], Sized(), ReflectionConfig(max_prompt_tokens=limit), "key")
+        assert asked[-1] == expected
+        assert (found.num_prompts, found.num_shortened, found.num_overlong) == (1, int(expected != WHOLE), 0)
+        assert len(engine.calls[0][0][0].prompt_ids) <= limit
+
+
+def test_groups_with_nothing_to_say_are_counted():
+    class Silent(Plain):
+        def reflection(self, task, rollouts, known=(), extent=WHOLE):
+            return [] if task.task_id == "t1" else [[1]]
+
+    found = reflect(Scripted([[GOOD]]), TASKS, [group("t0"), group("t1")], Silent(), ReflectionConfig(), "key")
+    assert (found.num_groups, found.num_prompts, found.num_silent) == (2, 1, 1)
+
+
+def test_a_dead_memory_is_explained():
+    def explained(texts, finish="stop", **config):
+        class Ending(Scripted):
+            def generate(self, requests, sampling, role="student"):
+                for position, completion in super().generate(requests, sampling, role):
+                    yield position, replace(completion, finish_reason=finish)
+
+        settings = ReflectionConfig(retry=False, **config)
+        found = reflect(Ending([texts]), TASKS, [group(t) for t in ("t0", "t1", "t2")], Plain(), settings, "key")
+        return found.describe_failure(settings)
+
+    assert explained(["no", GOOD, "no"]) == ""
+    dead = explained(["I\x1b[31m think", "no", "no"])
+    assert dead.startswith(
+        'memory: 0 of 3 reflections readable, e.g. "I [31m think". Likely cause: the policy does not'
+    )
+    assert "raise reflection.max_new_tokens=99" in explained(["{", "{", "{"], "length", max_new_tokens=99)
+    assert "writes nothing" in explained(["", " ", ""])
+    assert "exceed reflection.max_prompt_tokens" in Reflections(num_groups=2, num_overlong=2).describe_failure(
+        ReflectionConfig()
+    )
+    assert "2 had no success and no feedback" in Reflections(num_groups=2, num_silent=2).describe_failure(
+        ReflectionConfig()
+    )
+    assert Reflections().describe_failure(ReflectionConfig()) == ""
 
 
 def test_prompts_too_long_are_not_asked_and_counted():

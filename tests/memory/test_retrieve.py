@@ -1,5 +1,6 @@
 """What a query finds: neighbours, quotas, levels, scopes, ranks, order."""
 
+import numpy as np
 import pytest
 from memory_world import make_rollout, make_task
 
@@ -53,6 +54,28 @@ def test_quotas_are_filled_in_order_and_lessons_take_the_rest(small):
     assert len(retriever_of(small, k=6, max_lessons=1).retrieve("apple red", seed=0)) == 4
     assert [p.kind for p in retriever_of(small, k=1).retrieve("apple red", seed=0)] == ["behaviour"]
     assert len(retriever_of(small, k=50, max_strategies=9).retrieve("apple red", seed=0)) == 1 + 3 + 9
+
+
+class Asymmetric(HashEmbedder):
+    """Embeds queries unlike documents: `own` is .8 near its own task, .5 to another and .3 to a third."""
+
+    def embed(self, texts):
+        return np.eye(4, dtype=np.float32)[[["own", "near", "far"].index(text) for text in texts]]
+
+    def embed_queries(self, texts):
+        assert texts == ["own"]
+        return np.array([[0.8, 0.5, 0.3, np.sqrt(1 - 0.64 - 0.25 - 0.09)]], dtype=np.float32)
+
+
+def test_the_floor_follows_other_tasks_where_a_query_is_unlike_its_own_task(open_store):
+    store = open_store(embedder=Asymmetric(4))
+    with open_writer(store) as writer:
+        for key in ("own", "near", "far"):
+            writer.add_insight(writer.add_task(make_task(key, key=key)), "strategy", f"on {key}", policy_version=0)
+        writer.embed_new()
+    retriever = retriever_of(store, k=4, levels=[1], max_strategies=4)
+    assert texts(retriever.retrieve("own", seed=0, task_id="own")) == ["on far", "on near", "on own"]
+    assert texts(retriever.retrieve("own", seed=0)) == ["on near", "on own"]  # .3 is below half of .8
 
 
 def test_a_text_of_several_near_tasks_comes_first(small):

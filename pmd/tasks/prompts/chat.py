@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pmd.errors import ConfigError
+from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line
 from pmd.tasks.thinking import strip_thinking
 from pmd.types import MemoryItem, Message, Rollout, Task
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXT = Path(__file__).parent / "templates"
-MAX_ATTEMPTS_SHOWN = 4  # per outcome; more would only lengthen the prompt
+CUT = "\n[... left out ...]\n"
 
 #: Follows the first character of anything in a message that could become a control token; removed after rendering.
 #: Random, so that no text can hold it.
@@ -42,7 +43,17 @@ class ChatPrompts:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
         self.encoder = ChatEncoder(tokenizer)
-        names = ("teacher", "memory", "success", "failure", "reflection", "attempt", "abstraction", "placebo")
+        names = (
+            "teacher",
+            "memory",
+            "success",
+            "failure",
+            "feedback",
+            "reflection",
+            "attempt",
+            "abstraction",
+            "placebo",
+        )
         names += ("known", "revision")
         self.text = {name: (TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in names}
 
@@ -50,16 +61,23 @@ class ChatPrompts:
         """Return the task's messages under the chat template."""
         return self.encoder.ids(task.messages)
 
-    def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
+    def teacher(
+        self,
+        task: Task,
+        items: Sequence[str],
+        success: str | None,
+        failure: Rollout | None,
+        show_attempt: bool = True,
+    ) -> list[int]:
         """Return the task with the applicable sections in its last user message, or the bare task if there are none."""
         sections = ""
         if items:
             sections += self._fill("memory", items="\n".join(f"- {item}" for item in items))
         if success is not None:
             sections += self._fill("success", success=strip_thinking(success))
-        if failure is not None:
-            attempt, feedback = strip_thinking(failure.completion.text), failure.verdict.feedback
-            sections += self._fill("failure", attempt=attempt, feedback=feedback or "It is wrong.")
+        if failure is not None and (feedback := failure.verdict.feedback.strip()):
+            attempt = strip_thinking(failure.completion.text)
+            sections += self._fill("failure" if show_attempt else "feedback", attempt=attempt, feedback=feedback)
         if not sections:
             return self.student(task)
         last = max(i for i, message in enumerate(task.messages) if message.role == "user")
@@ -91,22 +109,24 @@ class ChatPrompts:
     def _tokens(self, text: str) -> list[int]:
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
-        """Return one prompt per group, or none if every attempt failed and none got feedback."""
+    def reflection(
+        self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = (), extent: Extent = WHOLE
+    ) -> list[list[int]]:
+        """Return one prompt per group, or none if every attempt failed and nothing is known of why."""
         right = [r for r in rollouts if r.verdict.correct]
         wrong = [r for r in rollouts if r.verdict.scored and not r.verdict.correct]
-        if not right and not any(r.verdict.feedback for r in wrong):
+        if not right and not any(map(_remarks, wrong)):
             return []
         outcome = "mixed" if right and wrong else "correct" if right else "wrong"
         outcome += f" ({len(right)} of {len(right) + len(wrong)} attempts correct)"
-        shown = _distinct(right)[:MAX_ATTEMPTS_SHOWN] + _distinct(wrong)[:MAX_ATTEMPTS_SHOWN]
+        shown = _distinct(right)[: extent.attempts] + _distinct(wrong)[: extent.attempts]
         attempts = "\n".join(
             self._fill(
                 "attempt",
                 number=str(number),
                 verdict="correct" if rollout.verdict.correct else "wrong",
-                text=strip_thinking(rollout.completion.text),
-                feedback=rollout.verdict.feedback,
+                text=_cut(strip_thinking(rollout.completion.text), extent.characters),
+                feedback=_cut(_remarks(rollout), extent.characters),
             )
             for number, rollout in enumerate(shown, start=1)
         )
@@ -122,10 +142,14 @@ class ChatPrompts:
         """Return the well-formed items; a malformed one does not affect the others."""
         return parse_items(text)
 
+    def abstraction_text(self, insights: Sequence[str]) -> str:
+        """Return the message that asks about one cluster."""
+        listed = "\n".join(f"- {insight}" for insight in insights)
+        return self._fill("abstraction", insights=listed).rstrip("\n")
+
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return the prompt for one cluster."""
-        listed = "\n".join(f"- {insight}" for insight in insights)
-        return self.encoder.ids([Message("user", self._fill("abstraction", insights=listed).rstrip("\n"))])
+        return self.encoder.ids([Message("user", self.abstraction_text(insights))])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return the first well-formed item."""
@@ -134,6 +158,22 @@ class ChatPrompts:
     def _fill(self, name: str, **values: str) -> str:
         """Fill the {fields} of a template; braces inside the values are left as they are."""
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.text[name])
+
+
+def _remarks(rollout: Rollout) -> str:
+    """Return what is known of an attempt besides its verdict: the verifier's feedback, and whether it was cut off."""
+    feedback = [rollout.verdict.feedback.strip()]
+    if rollout.completion.finish_reason == "length":
+        feedback.append("It reached the length limit and was cut off.")
+    return "\n".join(filter(None, feedback))
+
+
+def _cut(text: str, characters: int | None) -> str:
+    """Leave out the middle of a text that is longer: an attempt begins with its plan and ends with its answer."""
+    if characters is None or len(text) <= characters:
+        return text
+    half = characters // 2
+    return text[:half] + CUT + text[len(text) - half :]
 
 
 def _distinct(rollouts: Sequence[Rollout]) -> list[Rollout]:

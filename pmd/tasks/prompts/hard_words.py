@@ -11,6 +11,7 @@
 import re
 from collections.abc import Sequence
 
+from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.words import BOS, EOS, GRAMMAR, PAD, Line, WordPrompts, solve_prompt
 from pmd.tiny.hard_world import HARD_NAMES, STEM, Plan, read_off
 from pmd.tiny.world import COLOURS, DIGITS
@@ -82,10 +83,12 @@ class HardWordPrompts(WordPrompts):
             ]
         return self._ids(solve_prompt(task.question, lines))
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
+    def reflection(
+        self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = (), extent: Extent = WHOLE
+    ) -> list[list[int]]:
         """Return one prompt per distinct (name, box, right); attempts that name no boxes teach nothing.
 
-        `known` is ignored: the language cannot express revisions.
+        `known` is ignored: the language cannot express revisions. So is `extent`: each prompt shows one short attempt.
         """
         prompts: dict[tuple[str, str, bool], str] = {}
         for rollout in rollouts:

@@ -12,6 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from pmd.errors import AlignmentError
+from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.parsing import ParsedInsight, Reply
 from pmd.tiny.world import ALL_RULES, BOX_COUNTS, COLOURS, DIGITS, NAMES, Puzzle
 from pmd.types import ItemKind, MemoryItem, Rollout, Task
@@ -139,12 +140,22 @@ class WordPrompts:
         """Return `<bos> task red 3 blue 5 green 1 gold 7 plan zib`."""
         return self._ids(solve_prompt(task.question))
 
-    def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
-        """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines."""
+    def teacher(
+        self,
+        task: Task,
+        items: Sequence[str],
+        success: str | None,
+        failure: Rollout | None,
+        show_attempt: bool = True,
+    ) -> list[int]:
+        """Return `<bos> memory LINE . LINE . TASK`, or the bare task if there are no lines.
+
+        Of a failure, the language can state the rule that was tried, but no feedback.
+        """
         lines = [self._without_specials(item) for item in items]
         if success is not None and stated_rule(success) is not None:
             lines.append(solved_line(_name_in(task), self._without_specials(success)))
-        if failure is not None and (rule := stated_rule(failure.completion.text)) is not None:
+        if failure is not None and show_attempt and (rule := stated_rule(failure.completion.text)) is not None:
             lines.append(Line("failed", _name_in(task), rule).text)
         return self._ids(solve_prompt(task.question, lines))
 
@@ -159,10 +170,12 @@ class WordPrompts:
         draw = Random(text)
         return " ".join(draw.choice(names) if word in self.names else word for word in words)
 
-    def reflection(self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = ()) -> list[list[int]]:
+    def reflection(
+        self, task: Task, rollouts: Sequence[Rollout], known: Sequence[str] = (), extent: Extent = WHOLE
+    ) -> list[list[int]]:
         """Return one prompt per distinct (stated rule, correct); attempts without a rule teach nothing.
 
-        `known` is ignored: the language cannot express revisions.
+        `known` is ignored: the language cannot express revisions. So is `extent`: each prompt shows one short attempt.
         """
         prompts: dict[tuple[str, bool], str] = {}
         for rollout in rollouts:
@@ -181,6 +194,10 @@ class WordPrompts:
         return Reply([ParsedInsight(REFLECTED_KINDS[line.kind], line.text)])
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
+        """Return the ids of `abstraction_text`."""
+        return self._ids(self.abstraction_text(insights))
+
+    def abstraction_text(self, insights: Sequence[str]) -> str:
         """Return `<bos> insights LINE . LINE . pattern`, or an empty prompt if no line is a strategy.
 
         The lines about the name with the most strategies come first, because the model writes about the first name.
@@ -188,10 +205,10 @@ class WordPrompts:
         lines = [line for insight in insights if (line := self._line(insight)) is not None]
         strategies = Counter(line.name for line in lines if line.kind == "strategy")
         if not strategies:
-            return []
+            return ""
         name = strategies.most_common(1)[0][0]
         ordered = sorted(dict.fromkeys(lines), key=lambda line: (line.name != name, line.kind != "strategy"))
-        return self._ids(abstract_prompt([line.text for line in ordered[:MAX_INSIGHTS]]))
+        return abstract_prompt([line.text for line in ordered[:MAX_INSIGHTS]])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return `pattern use zib red>gold` if the text is `use zib red>gold`."""

@@ -1,9 +1,12 @@
 """Chat prompts: the student sees only the task, the teacher also sees what helps, nobody sees the hidden answer."""
 
+from dataclasses import replace
+
 import pytest
 
 from pmd.config.schema import ModelConfig
 from pmd.pretrained import load_tokenizer
+from pmd.tasks.prompts.base import Extent
 from pmd.tasks.prompts.chat import ChatPrompts
 from pmd.tasks.prompts.parsing import ParsedInsight
 from pmd.types import Completion, Message, Rollout, Task, Verdict
@@ -54,6 +57,17 @@ def test_the_teacher_sees_items_success_and_failure_without_thinking():
         assert text not in shown, text
 
 
+def test_feedback_without_the_attempt_and_nothing_without_feedback():
+    failed = rollout(0, False, "I say neon", "neon is heavier")
+    shown = decoded(PROMPTS.teacher(TASK, [], None, failed, False))
+    assert "neon is heavier" in shown
+    assert "I say neon" not in shown
+    for show_attempt in (True, False):
+        silent = rollout(0, False, "I say neon", " ")
+        assert PROMPTS.teacher(TASK, [], None, silent, show_attempt) == PROMPTS.student(TASK)
+        assert "say neon" not in decoded(PROMPTS.teacher(TASK, ["mind the mass"], None, silent, show_attempt))
+
+
 def test_a_reflection_prompt_has_the_verdicts_but_not_the_answer():
     group = [rollout(0, True, "helium it is"), rollout(1, False, "neon it is"), rollout(2, False, "neon it is")]
     (ids,) = PROMPTS.reflection(TASK, group)
@@ -68,6 +82,26 @@ def test_an_entirely_failed_group_is_reflected_on_only_with_feedback():
     assert PROMPTS.reflection(TASK, [rollout(0, False, "neon")]) == []
     assert len(PROMPTS.reflection(TASK, [rollout(0, False, "neon", "too heavy")])) == 1
     assert PROMPTS.reflection(TASK, [rollout(0, False, "neon", "boom", "sandbox_error")]) == []
+
+
+def test_an_attempt_that_was_cut_off_is_something_to_reflect_on():
+    endless = replace(rollout(0, False, "neon, or"), completion=Completion((1,), (-1.0,), "neon, or", "length", 0))
+    (ids,) = PROMPTS.reflection(TASK, [endless])
+    assert "reached the length limit" in decoded(ids)
+    assert "reached the length limit" not in decoded(PROMPTS.reflection(TASK, [rollout(0, True, "helium")])[0])
+
+
+def test_an_extent_leaves_out_attempts_and_then_the_middle_of_each():
+    texts = [f"begin{n} {'x' * 500} end{n}" for n in range(4)]
+    group = [rollout(n, n < 2, text, f"first {'y' * 500} last") for n, text in enumerate(texts)]
+    shown = decoded(PROMPTS.reflection(TASK, group, (), Extent(1))[0])
+    assert [f"begin{n}" in shown for n in range(4)] == [True, False, True, False]  # one of each outcome
+    assert "x" * 500 in shown
+    cut = decoded(PROMPTS.reflection(TASK, group, (), Extent(1, 40))[0])
+    assert all(word in cut for word in ("begin0", "end0", "begin2", "end2", "first", "last"))
+    assert cut.count("[... left out ...]") == 4
+    assert "x" * 40 not in cut
+    assert "y" * 40 not in cut
 
 
 GOOD = '{"kind": "strategy", "title": "Mass", "content": "Compare masses."}'

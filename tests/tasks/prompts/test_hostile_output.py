@@ -10,7 +10,7 @@ from pmd.config.schema import MemoryConfig, ReflectionConfig
 from pmd.memory import ProceduralMemory, evolve_memory
 from pmd.memory.reflect import abstract, reflect
 from pmd.memory.tools.check import check
-from pmd.tasks.prompts.base import PromptFormat
+from pmd.tasks.prompts.base import WHOLE, PromptFormat
 from pmd.tasks.prompts.parsing import ACTIONS, MAX_ITEM_CHARACTERS, MAX_ITEMS, parse_items, parse_line
 from pmd.types import INSIGHT_KINDS, Completion, Message, Rollout, Task, Verdict
 
@@ -74,7 +74,7 @@ def damaged(draw: random.Random) -> str:
 class Plain(PromptFormat):
     """Twenty prompts a group, whose ids say nothing."""
 
-    def reflection(self, task, rollouts, known=()):
+    def reflection(self, task, rollouts, known=(), extent=WHOLE):
         return [[1, 2]] * OUTPUTS_PER_TASK
 
     def parse_reflection(self, text):
