@@ -78,7 +78,8 @@ def world_of(folder) -> dict:
     """A training split, and a validation split with one long and one short question."""
     write(folder / "own.jsonl", ["What is one and three?", "What is four times one?"])
     write(folder / "held.jsonl", [QUESTION, "What is nine less five?"])
-    config = DataConfig(task="jsonl", path=str(folder / "own.jsonl"), validation_path=str(folder / "held.jsonl"))
+    own, held = str(folder / "own.jsonl"), str(folder / "held.jsonl")
+    config = DataConfig(task="jsonl", path=own, validation_path=held, validation_share=0)
     return load_tasks(config, 0)
 
 
@@ -185,7 +186,7 @@ def test_the_command_knows_the_held_out_tasks_of_the_run(tmp_path, capsys):
     store = tmp_path / "run" / "memory" / "memory.sqlite"
     MemoryStore.open(store, embedder=HashEmbedder(64)).close()
     config = tmp_path / "run" / "config.yaml"
-    text = f"data: {{task: jsonl, path: {tmp_path}/own.jsonl, validation_path: {tmp_path}/held.jsonl}}\n"
+    text = f"data: {{task: jsonl, path: {tmp_path}/own.jsonl, validation_path: {tmp_path}/held.jsonl, validation_share: 0}}\n"
     config.write_text(text)
     given = str(export_of(tmp_path, *HELD_OUT_LINES["the same question"]))
     for place in (tmp_path / "run", store):
