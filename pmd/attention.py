@@ -298,7 +298,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks, [1, heads, T, D] to [1, T, heads, D]; without a layout as `sdpa` does."""
     if packed_layout is None:
-        return cast(Any, sdpa_attention_forward)(module, query, key, value, attention_mask, **settings)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
     return cast(Any, _attend)(query, key, value, packed_layout, scale, settings.get("sliding_window")), None
 

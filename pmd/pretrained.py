@@ -128,7 +128,9 @@ def _set_attention(model: PreTrainedModel, config: ModelConfig) -> None:
     reason = attention.unsupported(model) if packs else None
     if reason is not None:
         raise ConfigError(f"model.attention={attention.NAME}: {type(model).__name__} {reason}; use sdpa.")
-    model.set_attn_implementation(attention.NAME if packs else _own_attention(config))
+    wanted = attention.NAME if packs else _own_attention(config)
+    if model.config._attn_implementation != wanted:
+        model.set_attn_implementation(wanted)
 
 
 def _own_attention(config: ModelConfig) -> str:

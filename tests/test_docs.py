@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pmd.cli import COMMANDS, TRAINING, main
-from pmd.config.schema import RunConfig
+from pmd.config.schema import DataConfig, RunConfig
 from pmd.tasks.jsonl import read_task_file
 from pmd.types import Message, Task
 
@@ -120,7 +120,7 @@ def test_the_example_of_a_task_file_is_valid(tmp_path):
     page = (ROOT / "docs" / "own_task.md").read_text()
     example = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
     (tmp_path / "tasks.jsonl").write_text(example)
-    tasks, problems = read_task_file(tmp_path / "tasks.jsonl", "train", ["my_checks"])
+    tasks, problems = read_task_file(str(tmp_path / "tasks.jsonl"), "train", DataConfig(allow_modules=["my_checks"]))
     assert (len(tasks), problems) == (20, [])
     assert {task.verifier for task in tasks} >= {"mcq", "exact", "math", "tool_use", "code"}
 

@@ -33,13 +33,14 @@ def measure(device: str, quick: bool) -> Iterator[dict[str, Any]]:
     parent = shared_memory if not quick and shared_memory.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="pmd-bench-", dir=parent))
     try:
-        yield from _measure(device, quick, folder)
+        yield from measure_in(folder, device, quick)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _measure(device: str, quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    tasks, tokens, steps = (2, 16, 1) if quick else (32, 1024, 1)
+def measure_in(folder: Path, device: str, quick: bool, num_tasks: int = 32) -> Iterator[dict[str, Any]]:
+    """The same with the weights in a folder, and with steps of `num_tasks` x 8 rollouts."""
+    tasks, tokens, steps = (2, 16, 1) if quick else (num_tasks, 1024, 1)
     found: dict[str, Any] = {"rollouts": tasks * GROUP_SIZE, "tokens_each": tokens}
     started = time.perf_counter()
     model = make_model(folder / "model", "tiny" if quick else "qwen3_8b")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pmd.cli.arguments import make_parser
+from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks.code_tests import DEFAULT_TIME_LIMIT_S
 from pmd.tasks.jsonl import read_task_file
@@ -112,7 +113,7 @@ def score_file(options: argparse.Namespace) -> None:
 
 
 def _checked_tasks(options: argparse.Namespace) -> dict[str, Task]:
-    found, problems = read_task_file(options.tasks, "test", options.allow_module)
+    found, problems = read_task_file(str(options.tasks), "test", DataConfig(allow_modules=options.allow_module))
     tasks = {task.task_id: task for task in found}
     if options.sandbox and any(task.verifier == "code" for task in found):
         from pmd.verifiers.code import choose_sandbox_level

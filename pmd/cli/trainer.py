@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from pmd.callbacks.checkpoint import VerifiedCheckpointIO
+from pmd.callbacks.progress import ProgressCallback
 from pmd.errors import ConfigError
 
 #: Warnings that Lightning gives in every run, but that do not apply: rollouts are streamed, batches stay on the host,
@@ -40,7 +43,7 @@ class TrainerCLI(LightningCLI):
             super().__init__(
                 LightningModule,
                 run=False,
-                args={"trainer": trainer},
+                args={"trainer": deepcopy(trainer)},  # jsonargparse changes what it is given
                 save_config_callback=None,
                 seed_everything_default=False,
                 trainer_defaults=defaults | {"num_sanity_val_steps": 0, "enable_model_summary": False},
@@ -49,6 +52,8 @@ class TrainerCLI(LightningCLI):
             self.trainer_for([], [], Path())  # bad arguments fail now, before any weights load
         except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        except Exception as error:  # of a user's logger or callback, whatever it raises
+            raise ConfigError(f"trainer: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the trainer only; pmd's sections are checked and built without jsonargparse."""
@@ -60,16 +65,31 @@ class TrainerCLI(LightningCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
 
     def trainer_for(self, callbacks: list[Callback], loggers: list[Logger], root: Path) -> Trainer:
-        """Return a trainer with exactly these callbacks, in this order, that writes nothing outside `root`."""
+        """Return a trainer with these callbacks and loggers, in this order, then those of the configuration.
+
+        The trainer itself writes nothing outside `root`.
+        """
+        given = dict(self.config_init["trainer"])
+        theirs = _as_list(given["callbacks"])
+        has_bar = any(isinstance(callback, ProgressBar) for callback in theirs)
+        progress = ProgressCallback(bar=given["enable_progress_bar"] is not False and not has_bar)
         own = {
-            "callbacks": callbacks,
-            "logger": loggers,
+            "callbacks": [*callbacks, progress, *theirs],
+            "enable_progress_bar": has_bar,  # Lightning's would be a second one
+            "logger": [*loggers, *_as_list(given["logger"])],
             # One process, whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
             "plugins": [VerifiedCheckpointIO(), LightningEnvironment()],
             "default_root_dir": root,
             "reload_dataloaders_every_n_epochs": 1,  # a resumed epoch is shorter than the next
         }
-        return Trainer(**(dict(self.config_init["trainer"]) | own))
+        return Trainer(**(given | own))
+
+
+def _as_list(given: Any) -> list[Any]:
+    """Return the objects that were given as one, as a list, or as true, false or null for none."""
+    if given is None or isinstance(given, bool):
+        return []
+    return list(given) if isinstance(given, list) else [given]
 
 
 def quieten() -> None:

@@ -139,6 +139,11 @@ def _method_problems(run: RunConfig) -> list[str]:
         )
     if teacher.context == "sibling" and rollouts.group_size < 2 and not teacher.feedback:
         problems.append("teacher.context=sibling with rollouts.group_size=1 shows the teacher nothing; use at least 2.")
+    if rollouts.uniform_groups != "keep" and run.memory.enabled:
+        problems.append(
+            f"rollouts.uniform_groups={rollouts.uniform_groups} with memory.enabled=true: what is left out never "
+            "reaches memory, and a group of failures has lessons; use keep."
+        )
     if rollouts.updates_per_batch > rollouts.tasks_per_step:
         problems.append(
             f"rollouts.updates_per_batch={rollouts.updates_per_batch} exceeds "
@@ -186,8 +191,13 @@ def _engine_problems(run: RunConfig) -> list[str]:
             f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device "
             "that trains; use vllm_server, or prefetch=false."
         )
+    if run.rollouts.prefetch and run.verification.every_steps is not None:
+        problems.append(
+            f"verification.every_steps={run.verification.every_steps} with rollouts.prefetch=true: the servers would "
+            "evaluate while they generate the next batch; use every_epochs alone, or prefetch=false."
+        )
     if run.rollouts.engine == "vllm_server":
-        return _server_problems(run)
+        return problems + _server_problems(run)
     if run.rollouts.engine != "vllm":
         return problems
     package = find_spec("vllm")
@@ -278,6 +288,7 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling.")
     if uses_memory and memory.enabled and not memory.levels:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
+    problems += _update_problems(run) if memory.enabled else []
     resuming = run.ckpt_path is not None  # the checkpoint holds what was imported
     if memory.import_path is not None and not resuming and not Path(memory.import_path).is_file():
         problems.append(f"memory.import_path={memory.import_path} is not a file; give what `pmd memory export` wrote.")
@@ -293,6 +304,32 @@ def _memory_problems(run: RunConfig) -> list[str]:
             "max_lessons; lower k or raise a quota (max_lessons=null fills what is left)."
         )
     problems += _embedder_problems(memory.embedder) if memory.enabled else []
+    return problems
+
+
+def _update_problems(run: RunConfig) -> list[str]:
+    memory, problems = run.memory, []
+    if memory.transient and memory.update != "batch":
+        problems.append(
+            f"memory.transient=true with memory.update={memory.update}: what an epoch's end writes would be forgotten "
+            "before any teacher reads it; use update=batch."
+        )
+    if memory.transient and memory.replay:
+        problems.append(
+            "memory.transient=true with memory.replay=true: a past success is kept across batches; use replay=false."
+        )
+    if memory.transient and memory.frozen:
+        problems.append("memory.transient=true with memory.frozen=true: a frozen memory is kept; remove one of them.")
+    if memory.update == "batch" and memory.audit_groups:
+        problems.append(
+            f"memory.audit_groups={memory.audit_groups} with memory.update=batch: audits judge what the teachers of a "
+            "whole epoch were shown, from one memory; use update=epoch, or audit_groups=0."
+        )
+    if memory.update == "batch" and run.rollouts.prefetch:
+        problems.append(
+            "rollouts.prefetch=true with memory.update=batch: the engine would have to reflect on one batch while it "
+            "generates the next; use prefetch=false, or update=epoch."
+        )
     return problems
 
 
@@ -312,6 +349,12 @@ def _data_problems(data: DataConfig) -> list[str]:
         )
     if not data.domains:
         problems.append("data.domains=[] names no domain; name at least one.")
+    if data.test_domains is not None and data.task != "sciknoweval":
+        problems.append(
+            f"data.test_domains={data.test_domains} applies to SciKnowEval only, not to {data.task}; remove it."
+        )
+    if data.test_domains == []:
+        problems.append("data.test_domains=[] names no domain; name at least one, or use null.")
     if data.scorer != "lcb" and data.task != "livecodebench":
         problems.append(
             f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "
@@ -334,8 +377,8 @@ def _hard_world_problems(world: TinyWorldConfig) -> list[str]:
 
 
 def _logging_problems(run: RunConfig) -> list[str]:
-    if run.wandb != "off" and find_spec("wandb") is None:
-        return [f"wandb={run.wandb} needs wandb; pip install 'pmd[wandb]'."]
+    if run.wandb.mode != "off" and find_spec("wandb") is None:
+        return [f"wandb.mode={run.wandb.mode} needs wandb; pip install 'pmd[wandb]'."]
     return []
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pmd.config.schema import MAX_COUNT, RunConfig
-from pmd.config.trainer import COUNTS, MINIMUM, ONE_DEVICE, OWN_ARGUMENTS, accepted_types
+from pmd.config.trainer import CLASS_KEYS, CLASSES, COUNTS, MINIMUM, ONE_DEVICE, OWN_ARGUMENTS, accepted_types
 
 #: Bound in `schema.option`: its JSON schema keyword.
 BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum", "below": "exclusiveMaximum"}
@@ -25,6 +25,8 @@ def json_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12) of a configuration file; every key is optional, as in an overlay."""
     schema = _section_schema(RunConfig, "A run of pmd, or an overlay over one.")
     schema["properties"]["trainer"] = _trainer_schema()
+    wandb = schema["properties"]["wandb"]
+    schema["properties"]["wandb"] = {"anyOf": [wandb["properties"]["mode"], wandb]}  # `wandb: online` is short
     interpolation = {"type": "string", "pattern": r"\$\{.+\}", "description": "The value of another key."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -57,6 +59,8 @@ def _trainer_schema() -> dict[str, Any]:
     for name, hint in accepted_types().items():
         if name in COUNTS:
             properties[name] = {"description": "pmd trains on one device.", "enum": list(ONE_DEVICE)}
+        elif name in CLASSES:
+            properties[name] = _classes_schema(name)
         elif name not in OWN_ARGUMENTS:
             bounds = {"minimum": MINIMUM[name], "maximum": MAX_COUNT} if name in MINIMUM else {}
             properties[name] = _value_schema(hint, bounds)
@@ -65,6 +69,22 @@ def _trainer_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
+    }
+
+
+def _classes_schema(name: str) -> dict[str, Any]:
+    """Describe one class or a list of classes, each with its arguments, as LightningCLI reads them."""
+    entry = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["class_path"],
+        "properties": {key: {"type": "string" if key == "class_path" else "object"} for key in sorted(CLASS_KEYS)},
+    }
+    one = [{"type": "string"}, entry]
+    nothing = {"type": ["boolean", "null"] if name == "logger" else "null"}
+    return {
+        "description": f"Lightning {name} besides those of the run, such as {CLASSES[name]}.",
+        "anyOf": [*one, {"type": "array", "items": {"anyOf": one}}, nothing],
     }
 
 

@@ -174,7 +174,7 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[
     layers, problems = list[tuple[str, Any]](), list[str]()
     for file in map(Path, files):
         try:
-            layers.append((f"--config={file}", read_yaml(file)))
+            layers.append((f"--config={file}", _with_sections(read_yaml(file))))
         except FileNotFoundError:
             problems.append(f"--config={file} does not exist; {_nearby(file)}")
         except UNREADABLE as error:
@@ -186,7 +186,7 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[
     for override in overrides:
         try:
             check_yaml(override.partition("=")[2])
-            layers.append((f"--{override}", OmegaConf.from_dotlist([override])))
+            layers.append((f"--{override}", _with_sections(OmegaConf.from_dotlist([override]))))
         except UNREADABLE as error:
             problems.append(f"--{shown(override)} cannot be read: {_one_line(error)}; write --section.key=value.")
     if problems:
@@ -208,6 +208,14 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[
     except UNREADABLE as error:
         raise ConfigError(f"interpolation failed: {_one_line(error)}; write ${{section.key}}.") from None
     return written, resolved
+
+
+def _with_sections(layer: DictConfig) -> DictConfig:
+    """Write the short form `wandb: online` out, so that layers merge key by key."""
+    if "wandb" in layer and not isinstance(layer["wandb"], DictConfig):
+        mode = OmegaConf.to_container(layer, resolve=False)["wandb"]  # type: ignore[index]
+        return OmegaConf.merge(layer, {"wandb": None}, {"wandb": {"mode": mode}})  # type: ignore[return-value]
+    return layer
 
 
 def read_yaml(file: Path) -> DictConfig:

@@ -14,7 +14,7 @@ from pmd.errors import ConfigError
 
 #: Keys and sections that may change.
 CHANGEABLE = (
-    "method", "cpu_threads", "wandb", "trace_every", "stop_on_collapse", "trainer",
+    "method", "cpu_threads", "wandb", "trace_every", "checkpoint_every_steps", "stop_on_collapse", "trainer",
     "model.attention", "model.gradient_checkpointing", "model.offload_activations", "model.layer_kernels",
     "model.trust_remote_code", "data.allow_modules",
     "optimizer.lr", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.warmup_steps",
@@ -25,7 +25,8 @@ CHANGEABLE = (
     "rollouts.updates_per_batch", "rollouts.prefetch", "rollouts.engine_batch", "rollouts.micro_batch_tokens",
     "rollouts.share_prefixes", "rollouts.max_prompt_tokens",
     "verifiers",
-    "verification.every_epochs", "verification.samples", "verification.final_samples", "verification.pass_at",
+    "verification.every_epochs", "verification.every_steps", "verification.samples", "verification.final_samples",
+    "verification.pass_at",
     "verification.memory_conditioned",
     "reflection.max_groups", "reflection.max_prompt_tokens",
 )  # fmt: skip

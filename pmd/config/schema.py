@@ -231,6 +231,15 @@ class DataConfig:
         None, "Folder or file of the data; null loads it from the Hugging Face Hub, if the source is there."
     )
     validation_path: str | None = option(None, "jsonl: file of the held-out tasks; null splits `path`.")
+    columns: dict[str, str | list[str]] = option(
+        {}, "jsonl: which column holds what, such as {prompt: question, answer: label}; see the page on own tasks."
+    )
+    verifier: str | None = option(None, "jsonl: the verifier, or reward function, of tasks that name none.")
+    answer_after: str | None = option(None, "jsonl: the answer is what follows this text, such as GSM8K's `####`.")
+    prompt_suffix: str | None = option(None, "jsonl: added to every prompt, such as the form of the answer.")
+    subset: str | None = option(None, "jsonl: subset (configuration) of a data set of the Hub.")
+    train_split: str = option("train", "jsonl: the split of a data set of the Hub to train on.")
+    test_split: str | None = option(None, "jsonl: its held-out split; null splits `train_split`.")
     allow_modules: list[str] = option(
         [],
         "jsonl: modules or packages whose verifiers the task files may name; they are imported and run. "
@@ -238,6 +247,11 @@ class DataConfig:
     )
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
         ["chemistry"], "SciKnowEval domains."
+    )
+    test_domains: list[Literal["biology", "chemistry", "material", "physics"]] | None = option(
+        None,
+        "SciKnowEval: domains of the test tasks, also those without training tasks, which are scored apart; null is "
+        "`domains`.",
     )
     own_split: bool = option(
         False, "SciKnowEval: split 90/10 by `seed` with no question on both sides; false uses SDPO's split."
@@ -248,10 +262,18 @@ class DataConfig:
     first_day: str = option("2025-02-01", "LiveCodeBench: first contest day, as YYYY-MM-DD; the default begins v6.")
     end_day: str = option("2025-05-01", "LiveCodeBench: the day after the last contest day, as YYYY-MM-DD.")
     validation_share: float = option(
-        0.0,
-        "Share of the training tasks held out for validation; 0 validates on the test split.",
+        0.05,
+        "Share of the training tasks held out for validation, where the data has no such split; 0 chooses the best "
+        "checkpoint on the test tasks, as SDPO does, and the tables say so.",
         minimum=0,
         maximum=0.5,
+    )
+    weights: dict[str, float] = option(
+        {},
+        "Share of a domain's training tasks that an epoch visits, the next ones in every epoch, in (0, 1]; domains "
+        "without a weight are visited whole.",
+        above=0,
+        maximum=1,
     )
     max_train: int | None = option(None, "Use only this many training tasks.", minimum=1, maximum=MAX_COUNT)
     max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1, maximum=MAX_COUNT)
@@ -361,6 +383,14 @@ class RolloutsConfig:
         minimum=1,
         maximum=MAX_TOKENS,
     )
+    uniform_groups: Literal["keep", "drop", "resample"] = option(
+        "keep",
+        "Groups whose rewards are all equal, which give a policy gradient no signal: `drop` leaves them out; "
+        "`resample` attempts their tasks again before (DAPO draws other tasks).",
+    )
+    max_resamples: int = option(
+        2, "With uniform_groups `resample`: further groups of one task before it is left out.", minimum=1, maximum=100
+    )
     prefetch: bool = option(
         False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."
     )
@@ -384,6 +414,12 @@ class VerificationConfig:
 
     every_epochs: int = option(
         1, "Evaluate on the validation tasks every this many epochs.", minimum=1, maximum=MAX_COUNT
+    )
+    every_steps: int | None = option(
+        None,
+        "Evaluate also within an epoch, every this many optimizer steps, after the rollout batch that they end in.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     samples: int = option(4, "Completions per validation task at the end of an epoch.", minimum=1, maximum=MAX_SAMPLES)
     final_samples: int = option(
@@ -426,7 +462,7 @@ class VerifiersConfig:
 class ReflectionConfig:
     """The policy reflects on its own rollouts and writes down what they teach."""
 
-    enabled: bool = option(True, "Reflect at the end of each epoch.")
+    enabled: bool = option(True, "Reflect with each update of the memory.")
     by: Literal["teacher", "student"] = option(
         "teacher", "Whose weights write the reflections; a student can forget how to during training."
     )
@@ -440,7 +476,7 @@ class ReflectionConfig:
     )
     retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
     max_groups: int | None = option(
-        None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
+        None, "Reflect on at most this many groups an update, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
     )
 
 
@@ -449,8 +485,22 @@ class MemoryConfig:
     """The procedural memory: what is kept, what is retrieved, and when it may change."""
 
     enabled: bool = option(True, "Keep and retrieve memory.")
-    frozen: bool = option(False, "Write once, at the end of the first epoch, then never again.")
-    k: int = option(4, "Items retrieved for one task.", minimum=1, maximum=MAX_SHOWN)
+    update: Literal["epoch", "batch"] = option(
+        "epoch",
+        "When memory is written: at the end of an epoch, or with each rollout batch, before its teachers' prompts are "
+        "made (the paper).",
+    )
+    behaviour_every: int = option(
+        1, "Behaviours are written anew in every this many updates of the memory.", minimum=1, maximum=MAX_COUNT
+    )
+    frozen: bool = option(False, "Write once, from one pass of the initial policy before training, then never again.")
+    transient: bool = option(
+        False, "Forget everything before each update: with `update: batch`, nothing is kept across batches."
+    )
+    replay: bool = option(
+        True, "Show the teacher a verified success from an earlier batch where its group has none to show."
+    )
+    k: int = option(4, "Items retrieved for one task.", minimum=0, maximum=MAX_SHOWN)
     levels: list[Literal[0, 1, 2]] = option(
         [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
     )
@@ -486,6 +536,10 @@ class MemoryConfig:
     cluster_similarity: float = option(
         0.6, "Average cosine similarity from which insights form one behaviour.", above=0, maximum=1
     )
+    cluster_over: Literal["insights", "tasks"] = option(
+        "insights",
+        "What is clustered for behaviours: similar insights, or similar tasks with their insights (the paper).",
+    )
     cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1, maximum=MAX_SAMPLES)
     merge_similarity: float = option(
         0.92, "Insights of one task and kind with at least this cosine similarity are merged.", above=0, maximum=1
@@ -512,8 +566,21 @@ class MemoryConfig:
         0.5, "Usefulness raises or lowers an item's score by up to this share.", minimum=0, maximum=1
     )
     scope: Literal["own", "neighbours", "both"] = option(
-        "both", "Whose insights are retrieved: the task's own, its neighbours', or both."
+        "both",
+        "Whose insights are retrieved: the task's own, its neighbours', or both. `own` reads experience and insights "
+        "of the task directly, and finds behaviours by the similarity of their text alone (the paper).",
     )
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases (needs the extra `wandb`); `wandb: online` is short for `wandb: {mode: online}`."""
+
+    mode: Literal["off", "online", "offline"] = option("off", "Whether runs are logged there, and from where.")
+    project: str = option("pmd", "The project.")
+    entity: str | None = option(None, "The user or team; null is the account's own.")
+    group: str | None = option(None, "The group, such as the name of a sweep.")
+    tags: list[str] = option([], "Tags of the run.")
 
 
 @dataclass
@@ -532,11 +599,15 @@ class RunConfig:
         minimum=1,
         maximum=MAX_THREADS,
     )
-    wandb: Literal["off", "online", "offline"] = option(
-        "off", "Also log to Weights & Biases (needs the extra `wandb`)."
-    )
     trace_every: int = option(
         1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0, maximum=MAX_COUNT
+    )
+    checkpoint_every_steps: int | None = option(
+        None,
+        "Also write a checkpoint at the end of a rollout batch after at least this many steps; null writes one at each "
+        "epoch's end only.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     stop_on_collapse: bool = option(
         False, "End the run when the policy has collapsed; false only warns of it (docs/evaluation.md)."
@@ -551,6 +622,7 @@ class RunConfig:
     verification: VerificationConfig = field(default_factory=VerificationConfig)
     reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     @property
     def longest_sequence(self) -> int:

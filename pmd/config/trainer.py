@@ -27,8 +27,6 @@ PLAIN_TYPES: dict[str, Any] = {
 }
 #: Arguments that pmd sets itself or does not use, and what to use instead.
 OWN_ARGUMENTS = {
-    "callbacks": "the sections verification, reflection and memory",
-    "logger": "run_dir (metrics.csv) and wandb",
     "accumulate_grad_batches": "rollouts.micro_batch_tokens",
     "gradient_clip_val": "optimizer.max_grad_norm",
     "gradient_clip_algorithm": "optimizer.max_grad_norm",
@@ -63,6 +61,9 @@ OWN_TYPES: dict[str, Any] = {
     "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
     "max_time": str | dict[str, int] | None,
 }
+#: Arguments that name classes as in LightningCLI: the user's own, which are added to those of the run.
+CLASSES = {"logger": "lightning.pytorch.loggers.CSVLogger", "callbacks": "lightning.pytorch.callbacks.EarlyStopping"}
+CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 #: Arguments that count devices and nodes, and all the values with which Lightning means one.
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
@@ -85,12 +86,31 @@ def trainer_problems(trainer: dict[str, Any]) -> list[str]:
             close = get_close_matches(str(key), types.keys() - OWN_ARGUMENTS.keys(), n=1)
             remedy = f"did you mean trainer.{close[0]}?" if close else "check the spelling."
             problems.append(f"trainer.{key}={shown(value)} is not an argument of Lightning's Trainer; {remedy}")
+        elif key in CLASSES:
+            problems += _class_problems(key, value)
         elif key in COUNTS:
             if value not in ONE_DEVICE:
                 problems.append(f"trainer.{key}={shown(value)} is not supported: pmd trains on one device; use 1.")
         else:
             problems += _value_problems(key, value, types[key])
     return problems
+
+
+def _class_problems(key: str, value: Any) -> Iterator[str]:
+    """Check the form of `class_path` and `init_args`; the classes are imported when the trainer is built."""
+    if value is None or (key == "logger" and isinstance(value, bool)):
+        return
+    entries = value if isinstance(value, list) else [value]
+    for number, entry in enumerate(entries):
+        path = f"trainer.{key}[{number}]" if isinstance(value, list) else f"trainer.{key}"
+        name = entry.get("class_path") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or text_problem(name):
+            yield (
+                f"{path}={shown(entry)} must name a class; write class_path: {CLASSES[key]}, and its arguments as "
+                "init_args: {name: value}."
+            )
+        elif isinstance(entry, dict) and (unknown := entry.keys() - CLASS_KEYS):
+            yield f"{path}.{shown(min(map(str, unknown)))} is not known; arguments of the class go into init_args."
 
 
 def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:

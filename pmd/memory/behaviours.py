@@ -4,10 +4,13 @@ Distinct strategies and contrasts are clustered with average linkage at the cosi
 `memory.cluster_similarity`. They are compared by an embedder fitted to them, because the words that distinguish tasks
 are not the ones that distinguish insights. A cluster needs insights from at least `memory.cluster_support` tasks, and
 also gets the nearest lessons of these tasks.
+
+With `memory.cluster_over: tasks`, the tasks are clustered instead, by their memory keys, and the strategies and
+contrasts of a cluster's tasks are summarised, as in the paper.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,6 +75,11 @@ class _Text:
         """Sort key: texts of most tasks first, then the oldest."""
         return -len(self.task_rows), self.insights[0].id
 
+    def within(self, task_rows: frozenset[int]) -> "_Text":
+        """Return the text as some tasks have it."""
+        own = tuple(insight for insight in self.insights if insight.task_row in task_rows)
+        return _Text(own, self.task_rows & task_rows)
+
 
 def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
     """Return the clusters of the active insights, the best supported first, each with the behaviour it continues."""
@@ -87,17 +95,42 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> list[Cluster]:
         for task_row in text.task_rows:
             lessons_of.setdefault(task_row, []).append(position)
     found: list[Cluster] = []
-    for positions in _agglomerate(vectors, config.cluster_similarity):
-        members = [strategies[position] for position in positions]
+    cluster = _similar_texts if config.cluster_over == "insights" else _texts_of_similar_tasks
+    for members, centre in cluster(store, strategies, vectors, config):
         task_rows = set().union(*(text.task_rows for text in members))
         if len(task_rows) < config.cluster_support:
             continue
         rows = sorted({row for task_row in task_rows for row in lessons_of.get(task_row, ())})
-        nearest = _nearest(vectors[positions].mean(0), lesson_vectors[rows])
+        nearest = _nearest(centre, lesson_vectors[rows])
         found.append(_cluster(members, [lessons[rows[position]].insights[0] for position in nearest], task_rows))
     found.sort(key=lambda cluster: (-len(cluster.task_rows), cluster.member_ids))
     behaviours = _match(store, found)
     return [replace(cluster, behaviour=behaviours.get(n)) for n, cluster in enumerate(found)]
+
+
+#: Texts that belong together, and the mean of their vectors.
+_Group = tuple[list[_Text], np.ndarray]
+
+
+def _similar_texts(
+    store: MemoryStore, texts: Sequence[_Text], vectors: np.ndarray, config: MemoryConfig
+) -> Iterator[_Group]:
+    """Yield groups of similar texts."""
+    for positions in _agglomerate(vectors, config.cluster_similarity):
+        yield [texts[position] for position in positions], vectors[positions].mean(0)
+
+
+def _texts_of_similar_tasks(
+    store: MemoryStore, texts: Sequence[_Text], vectors: np.ndarray, config: MemoryConfig
+) -> Iterator[_Group]:
+    """Yield the texts of each group of similar tasks; a text of tasks in several groups is in each of them."""
+    with_texts = sorted(set().union(*(text.task_rows for text in texts)))
+    ids, task_vectors = store.vectors("tasks")
+    task_vectors = task_vectors[np.searchsorted(ids, with_texts)]
+    for members in _agglomerate(task_vectors, config.cluster_similarity):
+        rows = frozenset(with_texts[position] for position in members)
+        positions = [position for position, text in enumerate(texts) if text.task_rows & rows]
+        yield [texts[position].within(rows) for position in positions], vectors[positions].mean(0)
 
 
 def replace_behaviours(

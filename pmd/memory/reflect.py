@@ -37,6 +37,19 @@ class Reflections:
     num_unknown: int = 0  # changes to an insight that the prompt does not list; dropped
     num_rejected: int = 0  # malformed or surplus items, in any output
 
+    def figures(self) -> dict[str, float]:
+        """Return the metrics of this round."""
+        return {
+            "reflect/num_prompts": float(self.num_prompts),
+            "reflect/num_insights": float(len(self.changes)),
+            "reflect/malformed": float(self.num_malformed),
+            "reflect/rejected_items": float(self.num_rejected),
+            "reflect/retried": float(self.num_retried),
+            "reflect/unknown_targets": float(self.num_unknown),
+            "reflect/overlong": float(self.num_overlong),
+            "reflect/num_tokens": float(self.num_tokens),
+        }
+
 
 def reflect(
     engine: Engine,
@@ -87,12 +100,14 @@ class _Question:
         """Link an item to its attempts and to the insight it changes; None if the prompt lists no such insight."""
         rollout_ids = tuple(rollout.rollout_id for rollout in self.group)
         task_id = self.group[0].task_id
+        successes = [rollout.verdict.correct for rollout in self.group if rollout.verdict.scored]
+        share = sum(successes), len(successes)
         if item.action == "add":
-            return InsightChange(task_id, item.kind, item.text, rollout_ids)
+            return InsightChange(task_id, item.kind, item.text, rollout_ids, "add", None, *share)
         if item.number is None or not 1 <= item.number <= len(self.listed):
             return None
         target = self.listed[item.number - 1]
-        return InsightChange(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id)
+        return InsightChange(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id, *share)
 
 
 def _ask(
@@ -153,7 +168,30 @@ def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfi
     sampling = Sampling(config.temperature, config.max_new_tokens)
     texts, num_tokens = [""] * len(requests), 0
     written = engine.generate(requests, sampling, config.by)
-    for position, completion in tqdm(written, total=len(requests), desc="reflections", leave=False, delay=2.0):
+    for position, completion in tqdm(
+        written, total=len(requests), desc="reflections", leave=False, delay=2.0, disable=None
+    ):
         texts[position] = completion.text
         num_tokens += len(completion.token_ids)
     return texts, num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Reflector:
+    """The policy as it reflects in one run: its engine, prompts, settings and tasks."""
+
+    engine: Engine
+    prompts: PromptFormat
+    config: ReflectionConfig
+    tasks: Mapping[str, Task]
+    seed: int
+
+    def reflect(self, groups: Sequence[Sequence[Rollout]], name: str, known: Known) -> Reflections:
+        """Ask what these groups teach; see `reflect`. Seeds are derived from `name`."""
+        if not self.config.enabled:
+            return Reflections()
+        return reflect(self.engine, self.tasks, groups, self.prompts, self.config, f"{self.seed}/reflect/{name}", known)
+
+    def abstract(self, clusters: Sequence[Sequence[str]], name: str) -> list[str | None]:
+        """Describe clusters of insights; see `abstract`. Seeds are derived from `name`."""
+        return abstract(self.engine, clusters, self.prompts, self.config, f"{self.seed}/abstract/{name}")

@@ -1,16 +1,16 @@
 """The stream of training batches: task -> group of rollouts -> verdicts -> teacher context -> batch.
 
 Rollouts are generated inside the loader's `__next__` and nowhere else, so each batch is as fresh as the weights.
-Memory is only read here; it changes at epoch ends, in the callbacks. The position in the data is counted in tasks, so a
+Memory changes at epoch ends, in the callbacks; with `memory.update: batch`, it is updated here from each batch's
+rollouts, before their teacher contexts are made. The position in the data is counted in tasks, so a
 run that stopped within an epoch goes on with the tasks that are left, in batches of any size.
 """
 
-import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from random import Random
 from typing import Any
 
@@ -24,14 +24,19 @@ from pmd.engines.base import Engine, Sampling
 from pmd.errors import ConfigError
 from pmd.losses.policy_gradient import group_advantages
 from pmd.memory import ProceduralMemory
-from pmd.rollouts.generate import RolloutGroups, generate_rollouts
+from pmd.memory.stream import MemoryUpdater
+from pmd.rollouts.generate import RolloutGroups, generate_rollouts, is_uniform
 from pmd.seeds import derive_seed
+from pmd.tasks import tasks_of_epoch
 from pmd.tasks.prompts.base import PromptFormat
 from pmd.teacher import ContextBuilder
 from pmd.types import Rollout, Split, Task
 
 #: Metrics of a whole rollout batch; logged with its first optimizer step, and 0 with the others.
-COSTS = ("rollout/num_tokens", "time/rollout_s", "time/verify_s", "time/context_s")
+COSTS = (
+    "rollout/num_tokens", "reflect/num_tokens", "time/rollout_s", "time/verify_s", "time/context_s", "time/reflect_s",
+    "time/memory_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,8 @@ class TaskBatch:
 
 
 class RolloutDataModule(LightningDataModule):
-    """Streams fresh, verified rollouts with their teacher contexts; one epoch visits every training task once."""
+    """Streams fresh, verified rollouts with their teacher contexts; one epoch visits every training task once, or as
+    many as `data.weights` says."""
 
     def __init__(
         self,
@@ -68,13 +74,17 @@ class RolloutDataModule(LightningDataModule):
         engine: Engine,
         prompts: PromptFormat,
         memory: ProceduralMemory | None,
+        updater: MemoryUpdater | None = None,
     ):
+        """Take the parts of a run; `updater` updates the memory with each batch."""
         super().__init__()
         self.config = config
         self.tasks = tasks
         self.engine = engine
         self.prompts = prompts
         self.memory = memory
+        self.updater = updater
+        self.between_batches: Callable[[], None] | None = None  # called when a step is over and the next batch is due
         self.contexts = ContextBuilder(prompts, config.teacher, config.memory.max_tokens)
         self.position = Position()
         self.tasks_digest = digest_of(tasks)
@@ -82,7 +92,7 @@ class RolloutDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training tasks."""
-        num_batches = -(-len(self.tasks["train"]) // self.config.rollouts.tasks_per_step)
+        num_batches = -(-len(self._tasks_of(0)) // self.config.rollouts.tasks_per_step)
         return num_batches * self.config.rollouts.updates_per_batch
 
     def train_dataloader(self) -> DataLoader:
@@ -91,11 +101,11 @@ class RolloutDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch, and a digest of the tasks that it counts."""
-        return dataclasses.asdict(self.position) | {"tasks": self.tasks_digest}
+        return asdict(self.position) | {"tasks": self.tasks_digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was saved."""
-        self.position = Position(**{field.name: state_dict[field.name] for field in dataclasses.fields(Position)})
+        self.position = Position(**{field.name: state_dict[field.name] for field in fields(Position)})
 
     def num_steps(self, max_epochs: int, max_steps: int) -> int:
         """Return the optimizer steps of the whole run, from its start to its end; -1 means no limit.
@@ -128,7 +138,7 @@ class RolloutDataModule(LightningDataModule):
         were left.
         """
         rollouts, seed, epoch = self.config.rollouts, self.config.seed_everything, start.epoch
-        tasks = list(self.tasks["train"])
+        tasks = self._tasks_of(epoch)
         Random(derive_seed(seed, "order", epoch)).shuffle(tasks)
         batches, step = [], start.step
         if start.owed:
@@ -144,16 +154,38 @@ class RolloutDataModule(LightningDataModule):
             step += updates
         return batches
 
+    def first_pass(self) -> tuple[list[list[Rollout]], dict[str, float]]:
+        """Have the policy attempt every training task once more, before the first step; return groups and costs.
+
+        The rollouts count as the run's, although nothing is trained on them.
+        """
+        groups: list[list[Rollout]] = []
+        costs = {"rollout/num_tokens": 0.0, "time/rollout_s": 0.0, "time/verify_s": 0.0}
+        for batch in self.task_batches(Position()):
+            generated = self._generate(replace(batch, key=f"{self.config.seed_everything}/first pass/{batch.step}"))
+            groups += generated.groups
+            costs["rollout/num_tokens"] += sum(len(r.completion.token_ids) for r in generated.rollouts)
+            costs["time/rollout_s"] += generated.generate_s
+            costs["time/verify_s"] += generated.verify_s
+        num_rollouts = self.position.num_rollouts + sum(map(len, groups))
+        self.position = replace(self.position, num_rollouts=num_rollouts)
+        return groups, costs
+
+    def _tasks_of(self, epoch: int) -> list[Task]:
+        """Return the training tasks of an epoch: all of them, or a mixture by `data.weights`."""
+        tasks, weights = self.tasks["train"], self.config.data.weights
+        return tasks_of_epoch(tasks, weights, self.config.seed_everything, epoch) if weights else list(tasks)
+
     def _generate_all(self, task_batches: Sequence[TaskBatch]) -> Iterator[RolloutGroups]:
         """Yield the rollouts of each batch; with `rollouts.prefetch` the next ones are generated meanwhile."""
         if not self.config.rollouts.prefetch:
-            yield from map(self._generate, task_batches)
+            yield from map(self._generate_with_signal, task_batches)
             return
         pool, pending = ThreadPoolExecutor(1), None
         try:
             for upcoming in [*task_batches, None]:
                 generated = None if pending is None else pending.result()
-                pending = None if upcoming is None else pool.submit(self._generate, upcoming)
+                pending = None if upcoming is None else pool.submit(self._generate_with_signal, upcoming)
                 if generated is not None:
                     yield generated
         finally:
@@ -166,27 +198,65 @@ class RolloutDataModule(LightningDataModule):
         sampling = Sampling(config.temperature, config.max_new_tokens)
         return generate_rollouts(self.engine, prompts, config.group_size, sampling, batch.key, self.config.verifiers)
 
+    def _generate_with_signal(self, batch: TaskBatch) -> RolloutGroups:
+        """Generate a batch; with `uniform_groups: resample`, attempt tasks again whose rewards are all equal."""
+        config, generated = self.config.rollouts, self._generate(batch)
+        tries = config.max_resamples if config.uniform_groups == "resample" else 0
+        for attempt in range(1, tries + 1):
+            again = [n for n, group in enumerate(generated.groups) if is_uniform(group)]
+            if not again:
+                break
+            tasks, key = [batch.tasks[n] for n in again], f"{batch.key}/again{attempt}"
+            generated = generated.replaced(again, self._generate(replace(batch, tasks=tasks, key=key)))
+        return generated
+
     def _training_batches(self, task_batch: TaskBatch, generated: RolloutGroups) -> Iterator[Batch]:
         """Divide one rollout batch, by group, into a training batch for each of its optimizer steps."""
+        learned: dict[str, float] = {}
+        if self.updater is not None:
+            learned = self.updater.update(generated.groups, task_batch.step, self.engine.policy_version)
         started = time.perf_counter()
         examples = [
             self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))
             for task, group in zip(task_batch.tasks, generated.groups, strict=True)
         ]
-        metrics = _rollout_metrics(generated.groups) | {
+        metrics = _rollout_metrics(generated.first_groups) | self._signal_metrics(generated)
+        metrics |= {
             "rollout/hung": float(generated.num_hung),
             "rollout/versions_behind": float(self.engine.policy_version - generated.policy_version),
             "time/rollout_s": generated.generate_s,
             "time/verify_s": generated.verify_s,
             "time/context_s": time.perf_counter() - started,
         }
+        metrics |= learned
         num_updates = task_batch.num_updates
         for update in range(num_updates):
-            chosen = tuple(example for group in examples[update::num_updates] for example in group)
+            groups = examples[update::num_updates]
+            chosen = tuple(example for group in self._with_signal(groups) for example in group)
             self.position = self._position_after(task_batch, update)
+            if update == 0:
+                more = sum(map(len, generated.discarded))
+                self.position = replace(self.position, num_rollouts=self.position.num_rollouts + more)
             is_last = update == num_updates - 1
             yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics, is_last)
-            metrics = metrics | dict.fromkeys(COSTS, 0.0)
+            metrics = metrics | {name: 0.0 for name in COSTS if name in metrics}
+
+    def _with_signal(self, groups: Sequence[list[Example]]) -> Sequence[list[Example]]:
+        """Leave out groups without signal, if they are to be; a step of nothing else keeps them."""
+        if self.config.rollouts.uniform_groups == "keep":
+            return groups
+        return [g for g in groups if not is_uniform([example.rollout for example in g])] or groups
+
+    def _signal_metrics(self, generated: RolloutGroups) -> dict[str, float]:
+        """Return the tokens of all rollouts of a batch, and how many groups were attempted again and left out."""
+        every = [rollout for group in (*generated.groups, *generated.discarded) for rollout in group]
+        metrics = {"rollout/num_tokens": float(sum(len(r.completion.token_ids) for r in every))}
+        if self.config.rollouts.uniform_groups == "keep":
+            return metrics
+        return metrics | {
+            "rollout/resampled_groups": float(len(generated.discarded)),
+            "rollout/uniform_groups": float(sum(map(is_uniform, generated.groups))),
+        }
 
     def _position_after(self, batch: TaskBatch, update: int) -> Position:
         """Return the position after one of the optimizer steps of a batch."""
@@ -194,7 +264,7 @@ class RolloutDataModule(LightningDataModule):
         num_rollouts = self.position.num_rollouts + num_tasks * self.config.rollouts.group_size
         steps_left = batch.num_updates - update - 1
         owed = [task.task_id for n, task in enumerate(batch.tasks) if n % batch.num_updates > update]
-        if batch.num_begun == len(self.tasks["train"]) and not owed:
+        if batch.num_begun == len(self._tasks_of(batch.epoch)) and not owed:
             return Position(batch.epoch + 1, step, num_rollouts=num_rollouts)
         return Position(batch.epoch, step, batch.num_begun, tuple(owed), steps_left, num_rollouts)
 
@@ -203,7 +273,8 @@ class RolloutDataModule(LightningDataModule):
         items, past_success, generation = [], None, 0
         if self.memory is not None:
             items = self.memory.retrieve(task, seed=random.getrandbits(62))
-            past_success = self.memory.past_success(task)
+            if self.config.memory.replay:
+                past_success = self.memory.past_success(task, group[0].group_id)
             generation = self.memory.generation
         contexts = self.contexts.build(task, group, items, past_success, generation, random)
         advantages = group_advantages(
@@ -227,7 +298,10 @@ class RolloutStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so that the position is read when the first batch is asked for, not when Lightning prepares.
-        yield from self.data.rest_of_epoch(self.data.position)
+        for batch in self.data.rest_of_epoch(self.data.position):
+            yield batch
+            if self.data.between_batches is not None:
+                self.data.between_batches()
 
 
 def digest_of(tasks: Mapping[Split, Sequence[Task]]) -> str:
@@ -272,6 +346,5 @@ def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
         "rollout/mixed_groups": mixed / len(groups),
         "rollout/unscored": float(len(rollouts) - len(scored)),
         "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "rollout/num_tokens": float(sum(lengths)),
         "rollout/mean_length": sum(lengths) / len(lengths),
     }

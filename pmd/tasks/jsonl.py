@@ -1,25 +1,26 @@
-"""Your own tasks, from a JSON Lines file.
+"""Your own tasks, from a JSON Lines file or another table (table.py).
 
-Each line holds `id`, `prompt` (or `messages`), `verifier`, what the verifier compares with (`answer` or `tests`), and
-optionally `domain`, `system` and `memory_key`. Other fields are ignored. All bad lines are reported at once.
+Each line holds `prompt` (or `messages`), `verifier`, what the verifier compares with (`answer` or `tests`), and
+optionally `id`, `domain`, `system` and `memory_key`. Other fields are for verifiers of your own. All bad lines are
+reported at once.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pmd.config.schema import DataConfig
 from pmd.tasks.code_tests import check_tests
-from pmd.tasks.lines import Line, read_lines
+from pmd.tasks.lines import Line
 from pmd.tasks.splits import hold_out
+from pmd.tasks.table import check_columns, read_table
 from pmd.types import Message, Split, Task
 
 #: The built-in verifiers; any other is given by its class path.
 NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes", "each_box")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-#: Share of a single file that is held out if data.validation_share is 0.
+#: Share of a single file that is held out for the test; data.validation_share is of what remains.
 TEST_SHARE = 0.1
 MAX_ID_CHARACTERS = 500  # ids are written into file names of traces, tables and error messages
 
@@ -28,18 +29,21 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     """Return train and test tasks from two files, or from one file with a seeded share held out."""
     if config.path is None:
         return [], ["data.path=null: task `jsonl` reads a file; give its path."]
-    train, problems = read_task_file(Path(config.path), "train", config.allow_modules)
-    if config.validation_path is not None:
-        held_out, wrong = read_task_file(Path(config.validation_path), "test", config.allow_modules)
+    if problems := check_columns(config):
+        return [], problems
+    train, problems = read_task_file(config.path, "train", config, seed)
+    held_out_path = config.validation_path or (config.path if config.test_split is not None else None)
+    if held_out_path is not None:
+        held_out, wrong = read_task_file(held_out_path, "test", config, seed)
         train_ids = {task.task_id for task in train}
         wrong += [
-            f"{config.validation_path}: id={json.dumps(task.task_id)} must be unique but also occurs in {config.path}; "
+            f"{held_out_path}: id={json.dumps(task.task_id)} must be unique but also occurs in {config.path}; "
             "rename one."
             for task in held_out
             if task.task_id in train_ids
         ]
         return train + held_out, problems + wrong
-    train, test = hold_out(train, config.validation_share or TEST_SHARE, "test", seed)
+    train, test = hold_out(train, TEST_SHARE, "test", seed)
     if not problems and not (train and test):
         problems.append(
             f"{config.path}: too few different tasks to hold some out; add some, or give data.validation_path."
@@ -47,19 +51,18 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     return train + test, problems
 
 
-def read_task_file(path: Path, split: Split, allow_modules: Sequence[str] = ()) -> tuple[list[Task], list[str]]:
-    """Return the tasks of one file, and a sentence for each error in it.
+def read_task_file(path: str, split: Split, config: DataConfig, seed: int = 0) -> tuple[list[Task], list[str]]:
+    """Return the tasks of one table, and a sentence for each error in it.
 
-    Args:
-        allow_modules: modules, or packages, whose verifiers the file may name; naming one imports and runs it.
+    The configuration's own verifier is trusted; those that the rows name must be in `allow_modules`, because naming one
+    imports and runs it.
     """
-    if not path.is_file():
-        return [], [f"{path}: no such file; give a JSON Lines file with one task per line."]
-    lines, problems = read_lines(path)
+    lines, problems = read_table(path, split, config, seed)
+    trusted = [*config.allow_modules, *([config.verifier.rpartition(".")[0]] if config.verifier else [])]
     first_line: dict[str, int] = {}
     tasks = []
     for line in lines:
-        wrong = check_line(line, allow_modules)
+        wrong = check_line(line, trusted)
         task_id = str(line.fields.get("id"))
         if "id" in line.fields and task_id in first_line:
             wrong.append(
@@ -84,10 +87,11 @@ def make_task(fields: dict[str, Any], split: Split, place: str = "") -> Task:
         tuple(messages),
         fields["verifier"],
         split,
-        answer=fields.get("answer") or "",
+        answer=fields["answer"] if isinstance(fields.get("answer"), str) else "",
         tests=fields.get("tests") or {},
         domain=fields.get("domain") or "",
         memory_key=fields.get("memory_key") or "",
+        columns={} if fields["verifier"] in NAMED_VERIFIERS else {k: v for k, v in fields.items() if k != "verifier"},
         place=place,
     )
 
@@ -97,7 +101,7 @@ def check_line(line: Line, allow_modules: Sequence[str] = ()) -> list[str]:
     row = line.fields
     problems = []
     if not isinstance(row.get("id"), str | int) or isinstance(row.get("id"), bool) or row["id"] == "":
-        problems.append(line.problem("id", "must be a non-empty string", "give each task its own id"))
+        problems.append(line.problem("id", "must be a non-empty string", "give each task its own id, or none"))
     elif not str(row["id"]).isprintable() or len(str(row["id"])) > MAX_ID_CHARACTERS:
         rule = f"must have at most {MAX_ID_CHARACTERS} characters, all of them printable"
         problems.append(line.problem("id", rule, "give a short name"))
@@ -108,7 +112,7 @@ def check_line(line: Line, allow_modules: Sequence[str] = ()) -> list[str]:
     verifier = row.get("verifier")
     if not isinstance(verifier, str) or (verifier not in NAMED_VERIFIERS and not CLASS_PATH.fullmatch(verifier)):
         rule = f"must be {', '.join(NAMED_VERIFIERS)} or a class path such as package.module.Class"
-        problems.append(line.problem("verifier", rule, "name one of them"))
+        problems.append(line.problem("verifier", rule, "name one of them, or set data.verifier for all lines"))
     elif verifier not in NAMED_VERIFIERS and not is_allowed(verifier, allow_modules):
         module = verifier.rpartition(".")[0]
         rule = "data may not name a module to import and run unless it is allowed"
@@ -152,6 +156,8 @@ def _is_message(message: Any) -> bool:
 
 def _check_expected(line: Line, verifier: str) -> Sequence[str]:
     row = line.fields
+    if verifier not in NAMED_VERIFIERS:
+        return []  # what it needs is its own affair
     answer, tests = row.get("answer"), row.get("tests")
     problems = []
     if not isinstance(answer, str | None):

@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from typing import get_args
 from pmd.errors import VerificationError
 from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import Task, Verdict, VerdictStatus
+from pmd.verifiers import reward
 from pmd.verifiers.resolve import find_verifier
 
 #: Run inside `submit`: their time is short and bounded by the length of the completion.
@@ -33,6 +35,7 @@ DEADLINE_S = 900.0
 MAX_ABANDONED = 64
 ABANDONED = "verification, abandoned"
 log = logging.getLogger(__name__)
+_crashes: set[tuple[object, ...]] = set()  # that were logged: verifier, kind of error, file, line
 
 
 def verify(task: Task, completion_text: str) -> Verdict:
@@ -45,15 +48,29 @@ def verify(task: Task, completion_text: str) -> Verdict:
         answered = strip_thinking(completion_text) if MARK.search(completion_text) else completion_text
         verdict = _checked(find_verifier(task.verifier)(task, answered))
     except Exception as error:  # the one place that swallows errors: a broken verifier must not end a long run
-        log.warning("verifier %s crashed on task %s: %s: %s", task.verifier, task.task_id, type(error).__name__, error)
+        _report_crash(task, error)
         verdict = Verdict(0.0, False, "error")
     return replace(verdict, seconds=time.perf_counter() - started)
 
 
-def _checked(verdict: object) -> Verdict:
+def _report_crash(task: Task, error: Exception) -> None:
+    """Log a verifier's error with its traceback once; the same error again is only counted, as status `error`."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    place = (task.verifier, type(error).__name__, at.filename, at.lineno)
+    if place in _crashes:
+        return
+    _crashes.add(place)
+    is_theirs = at.filename not in (__file__, reward.__file__)
+    log.warning(
+        "verifier %s crashed on task %s: %s: %s%s",
+        task.verifier, task.task_id, type(error).__name__, error,
+        "".join(["\n", *traceback.format_exception(error)]).rstrip() if is_theirs else "",
+    )  # fmt: skip
+
+
+def _checked(result: object) -> Verdict:
     """Return the verdict with plain Python numbers and booleans, or raise TypeError if it is not a valid one."""
-    if not isinstance(verdict, Verdict):
-        raise TypeError(f"it returned {type(verdict).__name__}, not a Verdict")
+    verdict = result if isinstance(result, Verdict) else reward.as_verdict(result)
     if not isinstance(verdict.reward, Real) or not isfinite(verdict.reward):
         raise TypeError(f"its reward {verdict.reward!r} is not a finite number")
     if verdict.status not in get_args(VerdictStatus):

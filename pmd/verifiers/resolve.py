@@ -6,17 +6,17 @@ never contain the expected answer; what explains a verdict to people goes into `
 
 import functools
 import importlib
-import inspect
 import logging
 from collections.abc import Callable, Iterable
-from typing import Literal, cast
+from typing import Literal
 
 from pmd.errors import ConfigError
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.tasks.lines import cap_problems
-from pmd.types import Task, Verdict
+from pmd.types import Task
+from pmd.verifiers.reward import as_verifier
 
-Verifier = Callable[[Task, str], Verdict]
+Verifier = Callable[[Task, str], object]  # a Verdict, a reward, or whether the completion is right
 SandboxChoice = Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"]
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def find_verifier(name: str) -> Verifier:
 
 @functools.cache
 def load_custom_verifier(path: str) -> Verifier:
-    """Return the function at a dotted path, or the one instance of the class there, created without arguments."""
+    """Return the function at a dotted path, or the one instance of the class there; see `as_verifier`."""
     module_name, _, attribute = path.rpartition(".")
     found = getattr(importlib.import_module(module_name), attribute)
-    return cast(Verifier, found() if inspect.isclass(found) else found)
+    return as_verifier(found)
 
 
 def describe_verifier_problem(name: str) -> str | None:
@@ -66,7 +66,7 @@ def describe_verifier_problem(name: str) -> str | None:
     except (Exception, SystemExit) as error:  # an import runs the user's code, which may raise anything
         return f"verifier={name}: cannot be loaded ({type(error).__name__}: {error}); check the path and PYTHONPATH."
     if not callable(found):
-        return f"verifier={name}: must take (task, completion); name a function, or a class with __call__."
+        return f"verifier={name}: must take (task, completion), or (prompts, completions, ...) as in TRL."
     return None
 
 

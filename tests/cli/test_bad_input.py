@@ -39,7 +39,8 @@ WRONG = [
     ("--trainer.precision=bf16-true", ["trainer.precision=bf16-true", "model.dtype"]),
     ("--trainer.devices=2", ["trainer.devices=2", "one device"]),
     ("--trainer.max_time=soon", ["trainer.max_time=soon", "DD:HH:MM:SS"]),
-    ("--trainer.logger=false", ["trainer.logger=false", "run_dir"]),
+    ("--trainer.logger=3", ["trainer.logger=3", "class_path: lightning.pytorch.loggers.CSVLogger"]),
+    ('--trainer.callbacks=[{"class_path":"Mine","n":1}]', ["trainer.callbacks[0].n", "init_args"]),
     ("--trainer=5", ["trainer=5", "mapping"]),
     # values that nobody can mean
     ("--optimizer.lr=.inf", ["optimizer.lr=inf", "finite"]),
@@ -54,7 +55,7 @@ WRONG = [
     ("--memory.k=9 --memory.capacity=4", ["memory.k=9", "memory.capacity=4", "lower k"]),
     ("--memory.max_lessons=0", ["memory.k=4", "max_lessons", "lower k"]),
     ("--memory.max_lessons=0 --memory.max_strategies=0 --memory.max_behaviours=0", ["retrieve nothing"]),
-    ("--config configs/methods/grpo.yaml --rollouts.group_size=1", ["rollouts.group_size=1", "at least 2"]),
+    ("--config configs/methods/tiny/grpo.yaml --rollouts.group_size=1", ["rollouts.group_size=1", "at least 2"]),
     ("--objective.distillation=0", ["objective.policy_gradient=0", "trains nothing"]),
     ("--teacher.context=none", ["teacher.context=none", "sibling"]),
     ("--verification.final_samples=4", ["verification.pass_at", "at least 8"]),
@@ -125,7 +126,7 @@ def test_wandb_that_is_not_installed_is_named(tmp_path):
         [sys.executable, "-c", hidden, *TINY, "--wandb=offline"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
-    assert "wandb=offline needs wandb; pip install 'pmd[wandb]'" in done.stderr
+    assert "wandb.mode=offline needs wandb; pip install 'pmd[wandb]'" in done.stderr
 
 
 def test_malformed_yaml_is_named_with_its_file(run_all, tmp_path):

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import run_pmd
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pmd.cli.export import complete_folder, save_student
+from pmd.cli.export import complete_folder, push_to_hub, save_student
+from pmd.cli.model_card import model_card
+from pmd.config.load import load_config
 from pmd.config.schema import ModelConfig, RunConfig
-from pmd.errors import DiskError
+from pmd.errors import ConfigError, DiskError
 from pmd.module import PMDModule
+from pmd.run_dir import RunDir
 from pmd.tiny import shipped_model_path
 
 #: Generation settings that transformers loads and refuses to save.
@@ -72,3 +76,66 @@ def test_a_full_disk_during_an_export_is_reported(full_run, tmp_path):
     assert "DiskError: --out=" in said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merged_adapter_is_the_student(lora_run, tmp_path):
+    out = tmp_path / "merged"
+    run_pmd("export", str(lora_run), "--out", str(out), "--merge")
+    assert {path.name for path in out.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert not list(out.glob("adapter*"))
+    module = PMDModule(load_config([lora_run / "config.yaml"]).run)
+    state = torch.load(lora_run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    module.load_state_dict(state, strict=False)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad(), module.policy.weights("student") as student:
+        found, expected = merged.eval()(ids).logits, student.eval()(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # another order of products
+        base = AutoModelForCausalLM.from_pretrained(shipped_model_path("tiny"))
+    assert not torch.allclose(merged(ids).logits.float(), base(ids).logits.float())
+    said = run_pmd("export", str(lora_run), "--out", str(out), "--merge", code=2).stderr
+    assert "not empty" in said
+
+
+def test_the_model_card_says_how_the_model_was_made(full_run, lora_run, tmp_path):
+    run_pmd("export", str(full_run), "--out", str(tmp_path / "full"))
+    run_pmd("export", str(lora_run), "--out", str(tmp_path / "lora"))
+    full, lora = ((tmp_path / name / "README.md").read_text() for name in ("full", "lora"))
+    results = json.loads((full_run / "results.json").read_text())
+    last = results["phases"]["last"]
+    assert f"| last | {100 * last['avg']:.1f} | {100 * last['avg_error']:.1f} |" in full
+    assert f"| rollouts | {results['rollouts']:,} |" in full
+    assert "library_name: transformers" in full
+    assert "library_name: peft" in lora
+    assert "LoRA, rank 4" in lora
+    front = yaml.safe_load(full.split("---")[1])
+    assert front["base_model"] == "tiny"
+    assert "license" not in front
+
+
+def test_a_card_without_results_and_with_a_licence(full_run, tmp_path):
+    base = tmp_path / "base|<b>"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    config = load_config([full_run / "config.yaml"], [f"model.path={base}"]).run
+    card = model_card(RunDir(tmp_path), config, tmp_path / "last.ckpt", is_adapter=False)
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    assert "not evaluated to its end" in card
+    assert "<b>" not in card.split("---", 2)[2]  # the front matter is YAML, the rest is Markdown
+
+
+def test_an_upload_that_fails_names_the_folder(monkeypatch, tmp_path):
+    class Api:
+        def create_repo(self, repository, **options):
+            assert options == {"private": True, "exist_ok": True}
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, **options):
+            if options["repo_id"] == "me/no":
+                raise OSError("no network")
+            assert options["folder_path"] == tmp_path
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push_to_hub(tmp_path, "me/yes") == "https://hub/me/yes"
+    with pytest.raises(ConfigError, match=r"--push-to-hub=me/no: not uploaded \(OSError: no network\)"):
+        push_to_hub(tmp_path, "me/no")

@@ -3,7 +3,7 @@
 import json
 
 from pmd.config.generate_trainer_arguments import main, trainer_arguments
-from pmd.config.trainer import ARGUMENTS_FILE, OWN_ARGUMENTS, accepted_types
+from pmd.config.trainer import ARGUMENTS_FILE, CLASSES, OWN_ARGUMENTS, accepted_types
 
 COMMAND = "python -m pmd.config.generate_trainer_arguments"
 
@@ -24,4 +24,4 @@ def test_what_pmd_sets_itself_are_arguments():
 
 def test_only_arguments_that_pmd_sets_itself_lack_a_plain_type():
     arguments = trainer_arguments()["arguments"]
-    assert {name for name, options in arguments.items() if options in ([], ["null"])} <= set(OWN_ARGUMENTS)
+    assert {name for name, options in arguments.items() if options in ([], ["null"])} <= {*OWN_ARGUMENTS, *CLASSES}

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmd.config.schema import DataConfig
 from pmd.tasks.jsonl import read_task_file
 from pmd.types import Message, Task
 from pmd.verifiers.code import MAX_EXCERPT, extract_program, run_test, same_output, same_value
@@ -168,7 +169,7 @@ def test_a_task_file_may_hold_such_integers(tmp_path):
     tests = {"kind": "functional", "entry": "f", "cases": [{"args": [1], "expected": LONG}]}
     line = json.dumps({"id": "t", "prompt": "p", "verifier": "code", "tests": tests})
     (tmp_path / "t.jsonl").write_text(line)
-    (read,), problems = read_task_file(tmp_path / "t.jsonl", "test")
+    (read,), problems = read_task_file(str(tmp_path / "t.jsonl"), "test", DataConfig())
     assert problems == []
     assert read.tests["cases"][0]["expected"] == LONG
 

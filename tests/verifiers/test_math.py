@@ -11,7 +11,7 @@ from rich.console import Console
 from pmd.batch import Example
 from pmd.cli.inspect import show
 from pmd.cli.score import main
-from pmd.config.schema import ModelConfig
+from pmd.config.schema import DataConfig, ModelConfig
 from pmd.errors import ConfigError
 from pmd.pretrained import load_tokenizer
 from pmd.tasks.jsonl import read_task_file
@@ -121,6 +121,7 @@ def test_inspect_shows_the_explanation():
 BAD_GOLDS = {
     "NaN": "is no number", "\\frac{1}{": "cannot be read", "\\frac{1}{0}": "has no value",
     "9" * 10_001: "10,001 characters", "9^{9^{9^9}}": "too large", "???": "neither mathematics nor words",
+    "\\sin(10^{200})": "too large",
     "19_8": "cannot be read", "1 = 2": "cannot be read",
     "so there is " + "no " * 12 + "answer": "more than 12 words", "\\boxed{}": "neither mathematics nor words",
 }  # fmt: skip
@@ -131,6 +132,11 @@ GOOD_GOLDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("gold", "words"), BAD_GOLDS.items(), ids=[gold[:20] for gold in BAD_GOLDS])
+def test_an_answer_that_cannot_be_judged_has_a_reason(gold, words):
+    assert words in (gold_problem(gold) or "")
+
+
 def test_answers_that_cannot_be_judged_are_refused_with_their_place(tmp_path, capsys):
     file, completions = tmp_path / "t.jsonl", tmp_path / "c.jsonl"
     rows = [
@@ -138,7 +144,7 @@ def test_answers_that_cannot_be_judged_are_refused_with_their_place(tmp_path, ca
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     completions.write_text('{"id": "0", "completion": "1"}\n')
-    tasks, problems = read_task_file(file, "train")
+    tasks, problems = read_task_file(str(file), "train", DataConfig())
     assert problems == []
     with pytest.raises(ConfigError) as error:
         prepare_verifiers(tasks, "strongest")

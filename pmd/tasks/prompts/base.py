@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from pmd.tasks.prompts.parsing import Reply
-from pmd.types import Rollout, Task
+from pmd.types import MemoryItem, Rollout, Task
 
 
 @runtime_checkable
@@ -22,6 +22,10 @@ class PromptFormat(Protocol):
     def teacher(self, task: Task, items: Sequence[str], success: str | None, failure: Rollout | None) -> list[int]:
         """Return the task with retrieved memory lines, a verified success, or the scored rollout's own failure."""
         ...
+
+    def memory_line(self, item: MemoryItem) -> str:
+        """Return an item as it stands in a prompt: its text, unless the format says more."""
+        return item.text
 
     def placebo(self, text: str) -> str:
         """Return a memory line of the same length that carries no information about the task."""

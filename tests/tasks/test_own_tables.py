@@ -1,0 +1,130 @@
+"""Any table is a data set: formats, columns by name, choices, conversational prompts, and the Hub's layout."""
+
+import csv
+import json
+
+import pytest
+
+from pmd.config.schema import DataConfig
+from pmd.errors import ConfigError
+from pmd.tasks import describe_data_problems, load_tasks
+from pmd.types import Message
+
+QUESTIONS = [{"q": f"What is {n} + {n}?", "label": 2 * n, "topic": "sums"} for n in range(20)]
+COLUMNS = {"prompt": "q", "answer": "label", "domain": "topic"}
+
+
+def load(path, **keys):
+    return load_tasks(DataConfig(task="jsonl", path=str(path), validation_share=0, **keys), seed=0)
+
+
+def everything(tasks):
+    return {task.task_id: task for part in ("train", "test") for task in tasks[part]}
+
+
+def write(path, rows):
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        from pyarrow import Table
+        from pyarrow.parquet import write_table
+
+        write_table(Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"data": rows}))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_tasks(suffix, tmp_path):
+    found = everything(load(write(tmp_path / f"t{suffix}", QUESTIONS), columns=COLUMNS, verifier="exact"))
+    assert sorted(found, key=lambda name: int(name.split("-")[1])) == [f"train-{n}" for n in range(1, 21)]
+    task = found["train-4"]
+    assert (task.question, task.answer, task.domain, task.verifier) == ("What is 3 + 3?", "6", "sums", "exact")
+    assert task.place.endswith(f"t{suffix}:4")
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    problems = describe_data_problems(
+        DataConfig(task="jsonl", path=str(write(tmp_path / "t.csv", QUESTIONS)), columns={"prompt": "question"})
+    )
+    assert problems == [f"data.columns: {tmp_path / 't.csv'} has no column question; its columns are label, q, topic."]
+    wrong = DataConfig(task="jsonl", path="t.csv", columns={"promt": "q", "answer": ["a", "b"], "choices": ["a"]})
+    said = "\n".join(describe_data_problems(wrong))
+    assert all(word in said for word in ("columns.promt", "columns.answer", "columns.choices"))
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2,3\n", "{", '"text"', "[1, 2]"])
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_a_broken_file_is_one_sentence(suffix, text, tmp_path):
+    path = tmp_path / f"t{suffix}"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"t{suffix}"):
+        load(path)
+
+
+MMLU = {"question": "Which is a prime?", "choices": ["4", "6", "7", "9"], "answer": 2, "subject": "numbers"}
+GPQA = {
+    "Question": "What is it?", "Correct Answer": "right", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2",
+    "Incorrect Answer 3": "w3",
+}  # fmt: skip
+
+
+def test_choices_in_one_column_keep_their_order(tmp_path):
+    rows = [{**MMLU, "question": f"{n}?"} for n in range(10)]
+    rows += [{**MMLU, "question": "by text", "answer": "9"}, {**MMLU, "question": "by letter", "answer": "B"}]
+    path = write(tmp_path / "mmlu.parquet", [{**row, "answer": str(row["answer"])} for row in rows])
+    tasks = everything(load(path, columns={"prompt": "question", "choices": "choices", "domain": "subject"}))
+    first = tasks["train-1"]
+    assert first.question.startswith("0?\nA: 4\nB: 6\nC: 7\nD: 9\nPut the letter")
+    assert (first.answer, first.verifier, first.memory_key, first.domain) == ("C", "mcq", "0?", "numbers")
+    assert [tasks[f"train-{n}"].answer for n in (11, 12)] == ["D", "B"]
+
+
+def test_choices_in_several_columns_are_shuffled_by_seed(tmp_path):
+    path = write(tmp_path / "gpqa.csv", [{**GPQA, "Question": f"{n}?"} for n in range(40)])
+    columns = {"prompt": "Question", "choices": [name for name in GPQA if name != "Question"]}
+    tasks = everything(load(path, columns=columns))
+    assert {task.answer for task in tasks.values()} == set("ABCD")
+    for task in tasks.values():
+        assert f"\n{task.answer}: right" in task.question
+    assert tasks == everything(load(path, columns=columns))
+
+
+def test_an_answer_at_the_end_of_a_solution(tmp_path):
+    rows = [{"question": f"{n}?", "answer": f"2 #### of it\n#### {n},000"} for n in range(10)]
+    keys = {"columns": {"prompt": "question"}, "answer_after": "####", "verifier": "math"}
+    task = everything(load(write(tmp_path / "gsm8k.jsonl", rows), prompt_suffix="\\nBox it.", **keys))["train-3"]
+    assert (task.answer, task.question, task.memory_key) == ("2,000", "2?\nBox it.", "2?")
+
+
+def test_conversational_prompts_are_messages(tmp_path):
+    history = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    rows = [{"prompt": [*history, {"role": "user", "content": f"{n}?"}], "answer": "x"} for n in range(10)]
+    task = everything(load(write(tmp_path / "trl.parquet", rows), verifier="exact"))["train-1"]
+    assert task.messages == (*(Message(m["role"], m["content"]) for m in history), Message("user", "0?"))
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    folder = tmp_path / "owner" / "sums"
+    folder.mkdir(parents=True)
+    for split, rows in (("train", QUESTIONS[:15]), ("test", QUESTIONS[15:])):
+        write(folder / f"{split}.parquet", rows)
+    monkeypatch.setattr("pmd.tasks.table.is_hub_id", lambda path: path == "owner/sums")
+    monkeypatch.setattr("pmd.tasks.is_hub_id", lambda path: path == "owner/sums")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert describe_data_problems(DataConfig(task="jsonl", path="owner/sums", columns=COLUMNS)) == []
+    tasks = load("owner/sums", columns=COLUMNS, verifier="exact", test_split="test")
+    assert (len(tasks["train"]), len(tasks["test"])) == (15, 5)
+    assert {task.task_id for task in tasks["test"]} == {f"test-{n}" for n in range(1, 6)}
+    assert not {task.question for task in tasks["train"]} & {task.question for task in tasks["test"]}
