@@ -5,7 +5,7 @@
     reference: PMD                     # an arm of every block, with which the others are compared seed by seed
     settings: {trace_every: 0}         # for every run; keys as on the command line
     blocks:                            # sections of the table
-      - title: G=2                     # may name a base of its own
+      - title: G=2
         settings: {rollouts.group_size: 2}
         arms:                          # rows: each arm is run with every seed
           GRPO: {overlays: [configs/methods/tiny/grpo.yaml]}

@@ -16,7 +16,6 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from pmd.planning.sweep.grid import PlannedRun, row_label
-from pmd.run_dir import RunDir
 
 CONFIDENCE = 0.95
 WITH_MEMORY = "with memory"
@@ -65,7 +64,7 @@ def difference_rows(runs: Sequence[PlannedRun], reference: str) -> list[Differen
     scores: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for run in runs:
         own = scores.setdefault((run.block, row_label(run.arm, run.choices)), {})
-        if (file := RunDir(run.run_dir).results).is_file():
+        if (file := run.results).is_file():
             for name, value in _scores_of(json.loads(file.read_text())).items():
                 own.setdefault(name, {})[run.seed] = value
     rows: list[DifferenceRow] = []
