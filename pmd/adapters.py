@@ -13,7 +13,7 @@ instead of three times or twice, by our reckoning under half a percent of a step
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,10 +26,18 @@ HALF = (torch.bfloat16, torch.float16)
 def multiply_in_base_dtype(model: nn.Module) -> None:
     """Replace the forward pass of every LoRA layer on a linear base in half precision, 4-bit ones included."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
-            dtype = product_dtype(layer.get_base_layer())
-            if dtype in HALF:
-                layer.forward = partial(adapted, layer, layer.forward, dtype)
+        if isinstance(layer, LoraLayer) and product_dtype(layer.get_base_layer()) in HALF:
+            layer.__class__ = _in_base_dtype(type(layer))
+
+
+@cache
+def _in_base_dtype(kind: type) -> type:
+    """Return a subclass of a LoRA layer: one class for all its layers, so that `torch.compile` compiles them once."""
+
+    def forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return adapted(self, kind.forward, inputs, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": "Multiplies in its base's dtype."})
 
 
 def product_dtype(base: nn.Module) -> torch.dtype | None:
@@ -39,18 +47,16 @@ def product_dtype(base: nn.Module) -> torch.dtype | None:
     return base.weight.dtype if base.weight.is_floating_point() else getattr(base, "compute_dtype", None)
 
 
-def adapted(
-    layer: Any, original: Callable[..., Tensor], dtype: torch.dtype, inputs: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Return base(x) + scaling B A x, for one active adapter at a time, with the products in `dtype`.
+def adapted(layer: Any, original: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return base(x) + scaling B A x, for one active adapter at a time, with the products in the base's dtype.
 
     What this does not know, such as merged weights or variants of LoRA, goes to PEFT's `original`.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or layer.lora_variant or args or kwargs:
-        return original(inputs, *args, **kwargs)
-    if any(layer.lora_B[name].bias is not None for name in names):
-        return original(inputs)
+    has_bias = any(layer.lora_B[name].bias is not None for name in names)
+    if layer.disable_adapters or layer.merged or layer.lora_variant or has_bias or args or kwargs:
+        return original(layer, inputs, *args, **kwargs)
+    dtype = product_dtype(layer.get_base_layer())
     rows = inputs.reshape(-1, inputs.shape[-1])
     result = layer.base_layer(rows)
     for name in names:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from examples import small_qwen
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
 from pmd.adapters import multiply_in_base_dtype
@@ -63,9 +63,16 @@ def test_nothing_of_an_activations_size_is_kept_in_float32():
 
 
 def test_a_float32_base_keeps_pefts_own_forward_pass():
-    layers = [module for module in policy_of(torch.float32).modules() if isinstance(module, LoraLayer)]
-    assert layers
+    kinds = {type(module) for module in policy_of(torch.float32).modules() if isinstance(module, LoraLayer)}
+    assert kinds == {Linear}
+
+
+def test_all_layers_share_one_forward_pass():
+    """`torch.compile` would compile a forward pass for each layer, until it reaches its limit."""
+    layers = [module for module in policy_of(torch.bfloat16).modules() if isinstance(module, LoraLayer)]
+    assert len({type(layer) for layer in layers}) == 1
     assert not any("forward" in vars(layer) for layer in layers)
+    assert isinstance(layers[0], Linear)
 
 
 def test_each_role_has_its_own_adapter():

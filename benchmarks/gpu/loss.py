@@ -78,7 +78,7 @@ def plans(device: torch.device) -> dict[str, Any]:
         return {"triton": Plan(launch=small, slab_tokens=80), "triton, torch.topk": Plan(launch=small, sorts=True)}
     return {
         "triton": Plan(),
-        "triton, 3 stages": Plan(launch=Launch(stages=3)),
+        "triton, 1 stage": Plan(launch=Launch(stages=1)),
         "triton, 4,096 lanes, 16 warps": Plan(launch=Launch(warps=16)),
         "triton, 8,192 lanes, 16 warps": Plan(launch=Launch(lanes=8192, warps=16)),
         "triton, select 2,048 lanes, 4 warps": Plan(launch=Launch(select_warps=4)),
@@ -87,7 +87,7 @@ def plans(device: torch.device) -> dict[str, Any]:
         "triton, torch.topk": Plan(sorts=True),
         "triton, bfloat16 logits": Plan(logits_dtype=torch.bfloat16),
         "triton, chunks of 512": Plan(chunk_tokens=512),
-        "triton, slabs of 16,384": Plan(slab_tokens=16_384),
+        "triton, slabs of 32,768": Plan(slab_tokens=32_768),
     }
 
 

@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = {"cpu": 56 * 2**20, "cuda": 64 * 2**20}
 CHUNK_MULTIPLE = 16  # a matrix product of 320 rows takes less time than one of 331
 #: With Triton kernels: bytes of the student's logits that exist at once, and how much of the vocabulary the teacher's
 #: logits cover at a time. A product with fewer than 1,024 rows would leave half of a large GPU idle.
-KERNEL_CHUNK_BYTES, SLAB_TOKENS = 640_000_000, 32_768
+KERNEL_CHUNK_BYTES, SLAB_TOKENS = 640_000_000, 16_384
 KERNEL_CHUNK_MULTIPLE = 128
 
 

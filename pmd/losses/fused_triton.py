@@ -9,7 +9,7 @@
       -> gradient w.r.t. the hidden states                          one product
 
 Logits are float32 even if the head is bfloat16: rounded to bfloat16, logits near 20 are off by up to 0.06, more than
-most divergences. Their gradient is rounded to the head's dtype, as autograd would.
+most divergences. Their gradient is rounded to the head's dtype, as autograd would, and so is that of the hidden states.
 
 Bytes per student logit with a teacher and top-k: 4 written by a product, 3 x 4 read and 2 written by kernels, 2 read by
 a product; per teacher logit 4 written and 4 read. So the kernels move 18 bytes a pair of logits: 22 GB, 5 to 8 ms on a
@@ -230,7 +230,8 @@ class KernelTerms(torch.autograd.Function):
         """Score all chunks; if the head is frozen, also compute the gradient w.r.t. the hidden states."""
         ctx.set_materialize_grads(False)
         hidden_needs, head_needs = (scoring.wants_gradient and needed for needed in ctx.needs_input_grad[:2])
-        ctx.hidden_gradient = torch.empty_like(hidden) if hidden_needs and not head_needs else None
+        # Rounded once, when it has been scaled.
+        ctx.hidden_gradient = torch.empty_like(hidden, dtype=torch.float32) if hidden_needs and not head_needs else None
         ctx.kept = []
         holds_chunk = scoring.top_k is not None or ctx.hidden_gradient is not None
         chunk, slab = _memory(scoring, hidden, head, holds_chunk)

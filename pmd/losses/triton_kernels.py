@@ -49,9 +49,10 @@ class Launch:
 
     lanes: int = 4096  # columns of a tile
     warps: int = 8
-    stages: int = 1  # tiles on their way from memory; above 1 they are copied to shared memory ahead of time
+    stages: int = 3  # tiles on their way from memory; above 1 they are copied to shared memory ahead of time
     select_lanes: int = 2048  # the same for `select`, which keeps more for each lane
     select_warps: int = 8
+    select_stages: int = 1
     capacity: int = 1024  # logits of a crowded row that may pass the first threshold
 
 
@@ -116,7 +117,7 @@ def select(logits: Tensor, targets: Tensor, top_k: int, scale: float, launch: La
         *(logits, logits.stride(0), vocabulary, candidates, is_crowded, rows.ids, rows.picked, top_k),
         *(rows.maximum, rows.total, rows.moment, scale),
     )
-    tiles = {"LANES": launch.select_lanes, "STAGES": launch.stages, "CAPACITY": launch.capacity}
+    tiles = {"LANES": launch.select_lanes, "STAGES": launch.select_stages, "CAPACITY": launch.capacity}
     most = min(launch.capacity, _power_of_two(2 * top_k))
     _select[(num_rows,)](*arguments, **tiles, MOST=most, BLOCK=min(most, 32), num_warps=launch.select_warps)
     _select_crowded[(num_rows,)](*arguments, **tiles, num_warps=launch.select_warps)

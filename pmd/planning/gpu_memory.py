@@ -162,9 +162,10 @@ def scoring_bytes(shape: Shape, run: RunConfig, completion_tokens: int, device: 
     if device == "cuda" and not over_vocabulary and objective.implementation == "fused":  # Triton's kernels
         rows = 4.0 * min(kernel_chunk_size(shape.vocabulary), completion_tokens)
         chunk = rows * shape.vocabulary
-        return max(
-            chunk + compares * rows * min(SLAB_TOKENS, shape.vocabulary), chunk * bool(trained_head) + trained_head
-        )
+        if trained_head:
+            return chunk + trained_head
+        slab = compares * rows * min(SLAB_TOKENS, shape.vocabulary)
+        return chunk + slab + 4.0 * completion_tokens * shape.hidden  # the last is the gradient of the hidden states
     chunk_tokens = chunk_size(device, shape.vocabulary)
     sizes = chunk_tokens, block_size(device, chunk_tokens)
     chunk, block = (4.0 * min(num_tokens, completion_tokens) * shape.vocabulary for num_tokens in sizes)

@@ -4,6 +4,8 @@ The interpreter is slow, so shapes are tiny, and so are tiles, capacity and slab
 """
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,3 +174,35 @@ def test_a_logit_that_is_not_a_number_is_not_lost():
     assert not (rows.maximum + rows.total + rows.moment).isfinite().any()
     rows = select(logits, torch.tensor([4, 4]), 3, 1.0, LAUNCH)
     assert not (rows.picked.sum(-1) + rows.maximum + rows.total + rows.moment).isfinite().any()
+
+
+#: The interpreter accepts what the compiler refuses, such as a variable that changes its shape within a loop.
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pmd.losses import triton_kernels as kernels
+
+POINTERS = {"logits": "*fp32", "out": "*bf16", "picked": "*fp32", "values": "*fp32", "first": "*fp32"}
+POINTERS |= dict.fromkeys(("maxima", "totals", "moments", "first_norm", "second", "second_norm"), "*fp32")
+POINTERS |= dict.fromkeys(("ids", "candidates", "is_crowded"), "*i32")
+CONSTANTS = {"LANES": 2048, "STAGES": 1, "CAPACITY": 1024, "PICKS": 128, "MOST": 256, "BLOCK": 32}
+for name in ("_absorb", "_select", "_select_crowded", "_gradient"):
+    kernel = getattr(kernels, name)
+    constants = {n: CONSTANTS.get(n, True) for n in kernel.arg_names if n.isupper()}
+    types = {n: "constexpr" if n in constants else POINTERS.get(n, "fp32" if n == "scale" else "i32")
+             for n in kernel.arg_names}
+    if name == "_absorb":
+        types["first"] = "i32"
+    compiled = compile(ASTSource(kernel, types, {(kernel.arg_names.index(n),): v for n, v in constants.items()}),
+                       GPUTarget("cuda", 90, 32), {"num_warps": 8})
+    assert compiled.asm["cubin"], name
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """For a Hopper GPU, in a process without the interpreter; no GPU is needed."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
