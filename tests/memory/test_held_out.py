@@ -186,7 +186,8 @@ def test_the_command_knows_the_held_out_tasks_of_the_run(tmp_path, capsys):
     store = tmp_path / "run" / "memory" / "memory.sqlite"
     MemoryStore.open(store, embedder=HashEmbedder(64)).close()
     config = tmp_path / "run" / "config.yaml"
-    text = f"data: {{task: jsonl, path: {tmp_path}/own.jsonl, validation_path: {tmp_path}/held.jsonl, validation_share: 0}}\n"
+    files = f"path: {tmp_path}/own.jsonl, validation_path: {tmp_path}/held.jsonl"
+    text = f"data: {{task: jsonl, {files}, validation_share: 0}}\n"
     config.write_text(text)
     given = str(export_of(tmp_path, *HELD_OUT_LINES["the same question"]))
     for place in (tmp_path / "run", store):
