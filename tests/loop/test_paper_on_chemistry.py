@@ -33,7 +33,7 @@ class Scripted:
             self.num_behaviours += 1
             return json.dumps({"title": f"Rule {self.num_behaviours}", "content": "Look at the whole molecule."})
         if "Write what was learnt" in prompt:
-            assert "mixed (2 of 8 attempts correct)" in prompt
+            assert "2 of 8 attempts are correct." in prompt
             item = {"kind": "contrast", "title": f"Mind {TOPICS[position % 5]}", "content": "The right one did so."}
             return json.dumps(item)
         return f"<reasoning>\ntry {seed}\n</reasoning>\n<answer>\n{'ABCD'[position % 4]}\n</answer>"

@@ -118,7 +118,7 @@ class ChatPrompts:
         if not right and not any(map(_remarks, wrong)):
             return []
         outcome = "mixed" if right and wrong else "correct" if right else "wrong"
-        outcome += f" ({len(right)} of {len(right) + len(wrong)} attempts correct)"
+        share = f"{len(right)} of {len(right) + len(wrong)} attempts are correct."
         shown = _distinct(right)[: extent.attempts] + _distinct(wrong)[: extent.attempts]
         attempts = "\n".join(
             self._fill(
@@ -133,7 +133,8 @@ class ChatPrompts:
         if known:
             listed = "\n".join(f"[{number}] {text}" for number, text in enumerate(known, start=1))
             attempts += "\n" + self._fill("known", known=listed).rstrip("\n")
-        prompt = self._fill("reflection", question=task.question, attempts=attempts, outcome=outcome).rstrip("\n")
+        values = {"question": task.question, "attempts": attempts, "outcome": outcome, "share": share}
+        prompt = self._fill("reflection", **values).rstrip("\n")
         if known:
             prompt += self._fill("revision").rstrip("\n")
         return [self.encoder.ids([Message("user", prompt)])]
