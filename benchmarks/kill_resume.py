@@ -1,13 +1,13 @@
 """Ends runs in every way, resumes them until they are done, and compares them with a run that was never stopped.
 
-python benchmarks/kill_resume.py [--kills 100] [--seed 0] [--only PART ...] [--out FOLDER]
+python benchmarks/kill_resume.py [--kills 100] [--seed 0] [--update epoch|batch] [--only PART ...] [--out FOLDER]
 
 Parts: `random` (kill -9 at random moments), `points` (kill -9 at each named point: rollouts, step, reflection, memory
 update, checkpoint, log, before and after each replacement of a file), `signals` (SIGINT and SIGTERM, once and twice),
 `disk` (a limit on file sizes, a small tmpfs, a read-only folder; the last two as root), `together` (two processes in
-one run directory). Each runs a small tiny world for three epochs on one thread. Weights, optimizer, memory, metrics,
-samples and results must be equal bit for bit, and nothing may end in a traceback. Prints the counts; exits with 1 on a
-failure.
+one run directory). Each runs a small tiny world for three epochs on one thread, with a checkpoint within each epoch
+too; `--update` is `memory.update`. Weights, optimizer, memory, metrics, samples and results must be equal bit for bit,
+and nothing may end in a traceback. Prints the counts; exits with 1 on a failure.
 """
 
 import argparse
@@ -36,10 +36,10 @@ import matplotlib.pyplot  # noqa: E402, F401  (imported before the runs are fork
 import torch  # noqa: E402
 
 import pmd.cli.run  # noqa: E402, F401
-from pmd.callbacks import memory, reflection  # noqa: E402
+from pmd.callbacks import memory  # noqa: E402
 from pmd.checkpoint_file import _HashingWriter  # noqa: E402
 from pmd.cli import main as pmd_main  # noqa: E402
-from pmd.memory import files  # noqa: E402
+from pmd.memory import files, reflect, stream  # noqa: E402
 from pmd.memory.update import Writer  # noqa: E402
 from pmd.metrics_log import MetricsLog  # noqa: E402
 from pmd.module import PMDModule  # noqa: E402
@@ -49,18 +49,22 @@ from pmd.run_dir import RunDir  # noqa: E402
 CONFIG = [
     "--config", str(ROOT / "configs" / "tiny.yaml"),
     "--data.world.families=3", "--data.world.train_per_family=2", "--data.world.test_per_family=1",
-    "--data.world.validation_per_family=1", "--rollouts.tasks_per_step=3", "--memory.audit_groups=2",
+    "--data.world.validation_per_family=1", "--rollouts.tasks_per_step=2", "--checkpoint_every_steps=2",
     "--verification.final_samples=2", "--verification.samples=2", "--verification.pass_at=[1]",
     "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
+#: What the two modes of `memory.update` differ in: audits judge a whole epoch, so only one of them has any.
+MODES = {
+    "epoch": ["--memory.update=epoch", "--memory.audit_groups=2"],
+    "batch": ["--memory.update=batch", "--memory.behaviour_every=2", "--memory.scope=own"],
+}
 #: Endings of files that not every run has: remnants of a kill, and the checksum that a memory's next update writes.
 SOMETIMES = (".log", ".part", ".partial", ".sum")
 #: Functions at which a run can be told to die: before the call and after it.
 POINTS: dict[str, tuple[Any, str]] = {
     "rollouts": (datamodule, "generate_rollouts"),
     "step": (PMDModule, "_step"),
-    "reflection": (reflection, "reflect"),
-    "memory update": (memory, "evolve_memory"),
+    "reflection": (reflect, "reflect"),
     "memory transaction": (Writer, "merge"),
     "memory restoration": (files, "fold_in_log"),
     "checkpoint (bytes)": (_HashingWriter, "write"),
@@ -125,8 +129,11 @@ class Process:
 class Trials:
     """Runs trials in a folder of their own, compares what comes out, and counts."""
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, update: str):
         self.folder, self.random = folder, random.Random(seed)
+        self.config = [*CONFIG, *MODES[update]]
+        # The function is imported where it is called.
+        self.named_points = POINTS | {"memory update": ({"epoch": memory, "batch": stream}[update], "evolve_memory")}
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.number = 0
@@ -150,7 +157,7 @@ class Trials:
             arguments = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]
         else:
             shutil.rmtree(run, ignore_errors=True)
-            arguments = ["fit", *CONFIG, f"--run_dir={run}"]
+            arguments = ["fit", *self.config, f"--run_dir={run}"]
         return Process(arguments, self.folder, prepare)
 
     def expect(self, what: str, ended: Ended, *codes: int) -> bool:
@@ -190,7 +197,7 @@ class Trials:
 
     def points(self) -> None:
         """Kill a run before and after each named point, at its second call, and each replacement of a file."""
-        for name, (owner, attribute) in POINTS.items():
+        for name, (owner, attribute) in self.named_points.items():
             for when in ("before", "after"):
                 self.die(f"{when} {name}", lambda o=owner, a=attribute, w=when: die_at(o, a, w, 2))
         for target in replaced_files(self):
@@ -246,14 +253,14 @@ class Trials:
                 return
             try:
                 self.expect(
-                    f"a disk of {size} MB", Process(["fit", *CONFIG, f"--run_dir={run}"], self.folder).wait(), 1
+                    f"a disk of {size} MB", Process(["fit", *self.config, f"--run_dir={run}"], self.folder).wait(), 1
                 )
                 kept = self.new()
                 shutil.copytree(run, kept)
                 subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
                 for arguments in (
-                    ["fit", *CONFIG, f"--run_dir={run}", "--ckpt_path=last"],
-                    ["test", *CONFIG, f"--run_dir={run}"],
+                    ["fit", *self.config, f"--run_dir={run}", "--ckpt_path=last"],
+                    ["test", *self.config, f"--run_dir={run}"],
                 ):
                     self.expect(f"read-only: {arguments[0]}", Process(arguments, self.folder).wait(), 2)
             finally:
@@ -270,7 +277,7 @@ class Trials:
             first.kill(signal.SIGSTOP)  # so that it is still there when the other one looks
             command = {"resume": "fit"}.get(second, second)
             checkpoint = ["--ckpt_path=last"] if second != "fit" else []
-            ended = Process([command, *CONFIG, f"--run_dir={run}", *checkpoint], self.folder).wait()
+            ended = Process([command, *self.config, f"--run_dir={run}", *checkpoint], self.folder).wait()
             first.kill(signal.SIGCONT)
             self.expect(f"{second} beside a run", ended, 2)
             if f"process {first.pid} on " not in ended.text:
@@ -382,13 +389,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="random moments (default: 100)")
     parser.add_argument("--signals", type=int, default=5, help="moments for each signal, once and twice (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--update", choices=MODES, default="epoch", help="memory.update (default: epoch)")
     parser.add_argument("--only", nargs="+", choices=("random", "points", "signals", "disk", "together"))
     parser.add_argument("--out", type=Path, help="an empty folder for the runs (default: a temporary one)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.out or Path(tempfile.mkdtemp(prefix="kill_resume_"))
     folder.mkdir(parents=True, exist_ok=True)
-    trials = Trials(folder, options.seed)
+    trials = Trials(folder, options.seed, options.update)
     parts: dict[str, Callable[[], None]] = {
         "random": lambda: trials.random_kills(options.kills),
         "points": trials.points,

@@ -155,6 +155,8 @@ class PMDModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Refresh a frozen teacher from the student if one is due (`teacher.refresh_epochs`)."""
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the run ends within the epoch
         self.log("teacher/refreshed", float(self.policy.after_epoch(self.current_epoch)), batch_size=1)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

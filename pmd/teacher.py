@@ -11,6 +11,7 @@ from random import Random
 
 from pmd.config.schema import TeacherConfig
 from pmd.tasks.prompts.base import PromptFormat
+from pmd.tasks.thinking import strip_thinking
 from pmd.types import MemoryItem, Rollout, Task
 
 
@@ -70,7 +71,7 @@ class ContextBuilder:
                     success = past_success
                 if success is None and config.feedback and _has_feedback(rollout):
                     failure = rollout
-            shown = tuple(items) if config.context in ("memory", "both") else ()
+            shown = _without_attempt(items, rollout, success) if config.context in ("memory", "both") else ()
             wanted = TeacherContext(rollout.rollout_id, (), shown, success, memory_generation=generation)
             contexts.append(self._fit(task, wanted, failure))
         return contexts
@@ -94,7 +95,8 @@ class ContextBuilder:
             prompt_ids = without_memory = self.prompts.student(task)
         limit = min(self.config.max_prompt_tokens, len(without_memory) + self.max_memory_tokens)
         while kept:
-            prompt_ids = self.prompts.teacher(task, [item.text for item in kept], success, failure, show_attempt)
+            lines = [self.prompts.memory_line(item) for item in kept]
+            prompt_ids = self.prompts.teacher(task, lines, success, failure, show_attempt)
             if len(prompt_ids) <= limit:
                 break
             kept.remove(min(kept, key=lambda item: item.similarity))
@@ -120,3 +122,11 @@ def _sibling_success(rollout: Rollout, group: Sequence[Rollout], random: Random)
     """Return another verified success of the same group, never the scored rollout itself (as SDPO does)."""
     successes = [r for r in group if r.verdict.correct and r.rollout_id != rollout.rollout_id]
     return random.choice(successes).completion.text if successes else None
+
+
+def _without_attempt(items: Sequence[MemoryItem], rollout: Rollout, success: str | None) -> tuple[MemoryItem, ...]:
+    """Leave out attempts that are the scored rollout's own, word for word, or the success that is shown anyway."""
+    if all(item.level > 0 for item in items):
+        return tuple(items)
+    texts = {strip_thinking(text) for text in (rollout.completion.text, success) if text is not None}
+    return tuple(item for item in items if item.level > 0 or item.text not in texts)

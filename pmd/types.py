@@ -132,6 +132,8 @@ class InsightChange:
     rollout_ids: tuple[str, ...]  # the attempts it was learned from
     action: InsightAction = "add"
     target_id: int | None = None  # the insight that is kept, edited or retired
+    num_successes: int = 0  # of the attempts it was learned from: how sure one can be of it
+    num_attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +148,5 @@ class MemoryItem:
     task_id: str | None  # the train task it was learned from
     similarity: float = 0.0  # of the query to the task (levels 0, 1) or to the behaviour, in [-1, 1]
     score: float = 0.0  # what ranks it within its kind
+    num_successes: int = 0  # of an insight: among the attempts that it was last learned from
+    num_attempts: int = 0  # 0 where this is not known

@@ -1,4 +1,4 @@
-"""Runs one epoch of the tiny world and prints, as JSON, the files of pmd whose code ran in each part of it.
+"""Runs two epochs of the tiny world and prints, as JSON, the files of pmd whose code ran in each part of it.
 
 python tests/record_route.py RUN_DIR
 """
@@ -49,7 +49,7 @@ def recorded(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def record(run_dir: str) -> None:
-    """Train for one epoch and note what runs."""
+    """Train for two epochs, in the second of which the memory drops what is old, and note what runs."""
     PMDModule.training_step = recorded("training_step", PMDModule.training_step)
     MemoryCallback.on_train_epoch_end = recorded("memory_callback", MemoryCallback.on_train_epoch_end)
     CheckpointCallback._write = recorded("checkpoint", CheckpointCallback._write)
@@ -69,8 +69,14 @@ def record(run_dir: str) -> None:
 
     RolloutStream.__iter__ = stream
     calls._call_callback_hooks = callback_hooks
-    small = ["--data.world.families=8", "--verification.final_samples=8", "--verification.samples=2"]
-    assert main(["fit", "--config", "configs/tiny.yaml", *small, "--trainer.max_epochs=1", "--run_dir", run_dir]) == 0
+    small = [
+        "--data.world.families=8",
+        "--verification.final_samples=4",
+        "--verification.pass_at=[1]",
+        "--verification.samples=1",
+    ]
+    small += ["--memory.keep_generations=1", "--trainer.max_epochs=2"]
+    assert main(["fit", "--config", "configs/tiny.yaml", *small, "--run_dir", run_dir]) == 0
 
 
 def files_of_pmd(files: set[str]) -> list[str]:

@@ -24,7 +24,7 @@ def listed(part: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> dict[str, list[str]]:
-    """The files that run, from a real epoch of configs/tiny.yaml."""
+    """The files that run, from two real epochs of configs/tiny.yaml."""
     script, run_dir = Path(__file__).with_name("record_route.py"), tmp_path_factory.mktemp("route") / "run"
     done = subprocess.run(
         [sys.executable, str(script), str(run_dir)],

@@ -1,6 +1,7 @@
 """What the teacher sees, and what it must not see."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from examples import make_rollout
@@ -55,6 +56,15 @@ def test_a_success_of_a_sibling_never_ones_own():
     assert read(own) == "question"
     assert not own.shows_anything
     assert [read(c) for c in others] == ["<answer0>question"] * 2
+
+
+def test_an_attempt_in_memory_is_not_shown_to_the_rollout_that_it_is():
+    group = [rollout(0, True), rollout(1, False)]
+    memory = [replace(item(1), level=0, kind="experience", text=f"answer{n}") for n in range(3)]
+    own, other = build(group, memory, context="memory")
+    assert (read(own), read(other)) == ("[answer1][answer2]question", "[answer0][answer2]question")
+    _, beside = build(group, memory, context="both")  # nor beside the success that is shown anyway
+    assert read(beside) == "[answer2]<answer0>question"
 
 
 def test_one_thing_to_show_is_enough():

@@ -1,12 +1,15 @@
 """Writes the checkpoints of a run, and puts Lightning's loop where a resumed run goes on.
 
 The checkpoint of an epoch is written after the epoch's last row is on the disk, so the log is never behind it: when the
-next epoch starts, or when training ends. best.ckpt is a copy of what last.ckpt was when validation was best.
+next epoch starts, or when training ends. Those within an epoch (`checkpoint_every_steps`) are written when the next
+batch is asked for, because Lightning logs a step's row after all callbacks. best.ckpt is a copy of what last.ckpt was
+when validation was best.
 """
 
 import math
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pmd import __version__
 from pmd.atomic import replacing
+from pmd.batch import Batch
 from pmd.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
 from pmd.errors import CheckpointError, DiskError
 from pmd.metrics_log import MetricsLog
@@ -38,14 +42,32 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 class CheckpointCallback(Checkpoint):
-    """Writes last.ckpt after every epoch, and best.ckpt after those with the best validation score so far."""
+    """Writes last.ckpt after every epoch, and best.ckpt after those with the best validation score so far.
 
-    def __init__(self, run_dir: RunDir, settings: dict[str, Any]):
+    With `every_steps`, last.ckpt is also written at the first end of a rollout batch after that many steps.
+    """
+
+    def __init__(self, run_dir: RunDir, settings: dict[str, Any], every_steps: int | None = None):
         self.run_dir = run_dir
+        self.every_steps = every_steps
         self.settings = settings  # the configuration, as plain values
         self.best_score = -math.inf
         self.best_step: int | None = None  # of the data
         self._epoch: int | None = None  # whose checkpoint is still to be written
+        self._written_at = 0  # step of the data at the last checkpoint
+        self._batch_is_over = False  # whether the latest step was the last of its rollout batch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the data to say when a step is over."""
+        self._written_at = _step(trainer)
+        if self.every_steps is not None:
+            _data(trainer).between_batches = partial(self._write_if_due, trainer, self.every_steps)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note whether a rollout batch is over."""
+        self._batch_is_over = batch.is_last
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a checkpoint is due, and whether it is the best."""
@@ -64,7 +86,7 @@ class CheckpointCallback(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the configuration and the version."""
-        checkpoint["epoch"] = self._epoch
+        checkpoint["epoch"] = trainer.current_epoch if self._epoch is None else self._epoch
         checkpoint["pmd"] = {"format": FORMAT, "version": __version__, "config": self.settings}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -80,16 +102,25 @@ class CheckpointCallback(Checkpoint):
         """Restore the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
+    def _write_if_due(self, trainer: Trainer, every_steps: int) -> None:
+        """Write last.ckpt within an epoch."""
+        if self._batch_is_over and _step(trainer) - self._written_at >= every_steps:
+            self._save(trainer)
+
     def _write(self, trainer: Trainer) -> None:
         if self._epoch is None:
             return
+        self._save(trainer)
+        self._epoch = None
+        if self.best_step == _step(trainer):
+            copy_checkpoint(self.run_dir.last, self.run_dir.best)
+
+    def _save(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.commit()
         trainer.save_checkpoint(self.run_dir.last)
-        self._epoch = None
-        if self.best_step == _step(trainer):
-            copy_checkpoint(self.run_dir.last, self.run_dir.best)
+        self._written_at = _step(trainer)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -130,9 +161,13 @@ def start_loop_at(fit_loop: dict[str, Any], epoch: int, step: int) -> None:
 
 def _step(trainer: Trainer) -> int:
     """Return after how many steps of the data the run is."""
+    return _data(trainer).position.step
+
+
+def _data(trainer: Trainer) -> RolloutDataModule:
     data = cast(Any, trainer).datamodule
     assert isinstance(data, RolloutDataModule)
-    return data.position.step
+    return data
 
 
 def _counts(number: int) -> dict[str, int]:

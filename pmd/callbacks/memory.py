@@ -1,34 +1,35 @@
 """Audits and updates the memory at the end of each epoch, and saves it with every checkpoint.
 
-A frozen memory is written once, from the rollouts of the first epoch (our choice: the same rollouts and updates as
-every other method), and never again; a frozen memory that was imported is never written.
+A frozen memory is written once, before the first step, from one extra pass of the initial policy over the training
+tasks, whose rollouts are counted; a frozen memory that was imported is never written.
 """
 
 import csv
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from pmd.config.schema import ReflectionConfig
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
 from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
-from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.memory.behaviours import describe_absence
-from pmd.memory.reflect import abstract
+from pmd.memory.pending import decode, encode
+from pmd.memory.reflect import Reflector
+from pmd.memory.stream import MemoryUpdater
 from pmd.module import PMDModule
+from pmd.rollouts.datamodule import RolloutDataModule
 from pmd.scoring import PolicyScorer
-from pmd.tasks.prompts.base import PromptFormat
 
 log = logging.getLogger(__name__)
 
@@ -50,51 +51,71 @@ class MemoryCallback(Callback):
         self,
         record: EpochRecord,
         memory: ProceduralMemory,
-        engine: Engine,
-        prompts: PromptFormat,
-        reflection: ReflectionConfig,
-        seed: int,
+        reflector: Reflector,
         items: Path,
         auditor: Auditor | None = None,
-        writer: BehaviourWriter | None = None,
     ):
-        self.record, self.memory, self.engine, self.prompts = record, memory, engine, prompts
-        self.reflection, self.seed = reflection, seed
+        self.record, self.memory, self.reflector = record, memory, reflector
         self.items = items  # folder of the item tables
         self.auditor = auditor
-        self._written: dict[str, float] = {}  # what the writer did in the latest update
-        self.writer = writer  # of behaviours; None: the policy writes them
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build a frozen memory before the first step."""
+        if not self.memory.config.frozen or self.memory.is_closed:
+            return
+        data = cast(Any, trainer).datamodule
+        assert isinstance(data, RolloutDataModule)
+        attempted, costs = data.first_pass()
+        if self.reflector.writer is not None:
+            self.reflector.writer.num_steps = data.steps_per_epoch
+        updater = MemoryUpdater(self.record, self.memory, self.reflector)
+        figures = costs | updater.update(attempted, 0, data.engine.policy_version)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit what teachers were shown, update the memory, log its health."""
+        """Audit what teachers were shown, update the memory, log its health.
+
+        An epoch that is not complete, because the run ends within it, is updated from when the run is resumed.
+        """
         assert isinstance(pl_module, PMDModule)
-        if self.auditor is not None and not self.memory.is_closed(self.record.epoch):
+        if not self.record.is_complete:
+            return
+        is_due = self.memory.config.update == "epoch"
+        if is_due and self.auditor is not None and not self.memory.is_closed:
             self._audit(self.auditor, trainer, pl_module)
-        started, version = time.perf_counter(), pl_module.policy_version
-        update = evolve_memory(self.record, self.memory, self._abstract, version)
+        started, version, figures = time.perf_counter(), pl_module.policy_version, self._epoch_figures()
+        if is_due:
+            update = evolve_memory(self.record, self.memory, self._abstract, version)
+            figures |= update.figures(self.record.reflections) | self._audit_figures(update)
+            self.record.clear()
         store = self.memory.store
-        figures = store.stats() | store.health(version) | self._figures(update)
-        pl_module.log_dict({f"memory/{name}": float(value) for name, value in figures.items()}, batch_size=1)
-        if not self.memory.is_closed(self.record.epoch):
-            problem = describe_absence(store, self.memory.config, update.num_malformed_behaviours)
-            if problem:
-                log.warning("epoch %d: %s", self.record.epoch, problem)
+        figures |= self._writer_figures()
+        counts = store.stats() | store.health(version) | self._recall()
+        pl_module.log_dict(figures | {f"memory/{name}": float(value) for name, value in counts.items()}, batch_size=1)
+        problem = describe_absence(store, self.memory.config, self.record.num_unwritten)
+        if problem and not self.memory.is_closed:
+            log.warning("epoch %d: %s", self.record.epoch, problem)
         self._log_items(trainer, store.item_table(version))
+        self.record.start(self.record.epoch + 1)
         pl_module.log("time/memory_s", time.perf_counter() - started, batch_size=1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the writer's connections."""
-        if self.writer is not None:
-            self.writer.close()
+        if self.reflector.writer is not None:
+            self.reflector.writer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole store, so that a checkpoint is complete by itself."""
+        """Return the whole store, and what awaits its next update, so that a checkpoint is complete by itself."""
         data = self.memory.snapshot()
-        return {
+        state = {
             "generation": self.memory.generation,
-            "database": torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()),
+            "database": _tensor(data),
             "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits without complaint
         }
+        if self.record.groups or self.record.num_groups:
+            state["record"] = _tensor(encode(self.record))
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace the run directory's memory with the checkpoint's.
@@ -109,23 +130,24 @@ class MemoryCallback(Callback):
                 "checkpoint of the run with --ckpt_path=FILE."
             )
         self.memory.restore(data)
+        if "record" in state_dict:
+            decode(state_dict["record"].numpy().tobytes(), self.record, self.reflector.tasks)
 
-    def _abstract(self, clusters: Any) -> list[str | None]:
-        if self.writer is not None:
-            return self._ask_writer(self.writer, clusters)
-        key = f"{self.seed}/abstract/{self.record.epoch}"
-        return abstract(self.engine, clusters, self.prompts, self.reflection, key)
+    def _abstract(self, clusters: Sequence[Sequence[str]]) -> list[str | None]:
+        return self.reflector.abstract(clusters, str(self.record.epoch))
 
-    def _ask_writer(self, writer: BehaviourWriter, clusters: Any) -> list[str | None]:
-        written = writer.write(clusters, len({group.step for group in self.record.groups.values()}))
-        self._written = {
-            "behaviour_calls": written.num_calls,
-            "behaviour_calls_failed": written.num_failed,
-            "behaviours_deferred": written.num_deferred,
-        }
-        if problem := written.describe_problem():
+    def _writer_figures(self) -> dict[str, float]:
+        """Return what the external writer of behaviours did in this epoch, and say what went wrong."""
+        if self.reflector.writer is None:
+            return {}
+        total = self.reflector.writer.take_total()
+        if problem := total.describe_problem():
             log.warning("epoch %d: %s", self.record.epoch, problem)
-        return written.texts
+        return {
+            "memory/behaviour_calls": float(total.num_calls),
+            "memory/behaviour_calls_failed": float(total.num_failed),
+            "memory/behaviours_deferred": float(total.num_deferred),
+        }
 
     def _audit(self, auditor: Auditor, trainer: Trainer, module: PMDModule) -> None:
         """Have the teacher score attempts with and without the items it was shown."""
@@ -135,9 +157,9 @@ class MemoryCallback(Callback):
             past_ids = module.tokenizer.encode(past, add_special_tokens=False) if past is not None else []
             audited = tuple(item for item in group.items if item.level > 0)
             groups.append(ShownGroup(group.step, group.task, tuple(group.rollouts), audited, tuple(past_ids)))
-        chosen = choose_groups(groups, self.memory.config, f"{self.seed}/audit/{self.record.epoch}")
+        chosen = choose_groups(groups, self.memory.config, f"{self.reflector.seed}/audit/{self.record.epoch}")
         auditor.engine.sleep()
-        found = audit(chosen, auditor.scorer, self.prompts, module.tokenizer, auditor.max_prompt_tokens)
+        found = audit(chosen, auditor.scorer, self.reflector.prompts, module.tokenizer, auditor.max_prompt_tokens)
         auditor.engine.wake()
         if auditor.parity is not None:
             auditor.parity.measure(trainer.precision_plugin.forward_context())
@@ -149,26 +171,19 @@ class MemoryCallback(Callback):
         }
         module.log_dict(figures, batch_size=1)
 
-    def _figures(self, update: MemoryUpdate) -> dict[str, float]:
-        """Return the metrics of this epoch's retrieval and update."""
-        reflections = self.record.reflections
-        figures: dict[str, float] = {
-            "hit_rate": self.record.hit_rate,
-            "teacher_tokens": self.record.num_memory_tokens,
-            "malformed_behaviours": update.num_malformed_behaviours,
-            "parse_failure_rate": reflections.num_malformed / max(1, reflections.num_prompts),
-            "refused_changes": update.num_refused,
-            "merged": update.num_merged,
-        }
-        if self.writer is not None:
-            figures |= self._written
+    def _epoch_figures(self) -> dict[str, float]:
+        """Return the metrics of this epoch's retrieval."""
+        return {"memory/hit_rate": self.record.hit_rate, "memory/teacher_tokens": float(self.record.num_memory_tokens)}
+
+    def _recall(self) -> dict[str, float]:
         recall = self.memory.index.recall(10)
-        if recall is not None:
-            figures["recall_at_10"] = recall
-        if self.auditor is not None:
-            for status in ("active", "internalized", "retired", "quarantined"):
-                figures[f"audits_made_{status}"] = update.changed_by_audits.get(status, 0)
-        return figures
+        return {} if recall is None else {"recall_at_10": recall}
+
+    def _audit_figures(self, update: MemoryUpdate) -> dict[str, float]:
+        if self.auditor is None:
+            return {}
+        statuses = ("active", "internalized", "retired", "quarantined")
+        return {f"memory/audits_made_{status}": float(update.changed_by_audits.get(status, 0)) for status in statuses}
 
     def _log_items(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         """Save the epoch's table of items as a file of the run, and as a table in Weights & Biases."""
@@ -189,3 +204,7 @@ class MemoryCallback(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("memory/items", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())

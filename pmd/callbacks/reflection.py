@@ -1,92 +1,87 @@
-"""Has the policy reflect on the epoch's verified rollouts when the epoch ends."""
+"""Records the rollouts of an epoch, and has the policy reflect on them when the epoch ends."""
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 
 from lightning import Callback, LightningModule, Trainer
 
-from pmd.batch import Batch
-from pmd.config.schema import ReflectionConfig
-from pmd.engines.base import Engine
+from pmd.batch import Batch, Example
 from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory
-from pmd.memory.reflect import reflect
-from pmd.tasks.prompts.base import PromptFormat
-from pmd.types import Task
+from pmd.memory.reflect import Reflector
 
 log = logging.getLogger(__name__)
 
 
 class ReflectionCallback(Callback):
-    """Records each batch's rollouts and reflects on them at the end of the epoch, until a frozen memory is built."""
+    """Records each batch's rollouts and what their teachers were shown; reflects on them at the end of the epoch.
 
-    def __init__(
-        self,
-        record: EpochRecord,
-        engine: Engine,
-        prompts: PromptFormat,
-        tasks: Mapping[str, Task],
-        config: ReflectionConfig,
-        memory: ProceduralMemory,
-        seed: int,
-    ):
-        self.record, self.engine, self.prompts, self.tasks = record, engine, prompts, tasks
-        self.config, self.memory, self.seed = config, memory, seed
+    With `memory.update: batch`, the stream of batches has reflected on them already.
+    """
+
+    def __init__(self, record: EpochRecord, memory: ProceduralMemory, reflector: Reflector):
+        self.record, self.memory, self.reflector = record, memory, reflector
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start an empty record."""
-        self.record.start(trainer.current_epoch)
+        """Begin to count, unless a checkpoint within this epoch was resumed."""
+        if self.record.epoch != trainer.current_epoch:
+            self.record.start(trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Record the batch's rollouts and what their teachers were shown."""
+        self.record.is_complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.reflector.writer is not None:
+            self.reflector.writer.num_steps += 1
+        groups: dict[str, list[Example]] = {}
         for example in batch.examples:
-            rollout, context = example.rollout, example.context
-            group = self.record.groups.setdefault(
-                rollout.group_id,
-                GroupRecord(
-                    batch.step,
-                    self.tasks[rollout.task_id],
-                    rollouts=[],
-                    items=context.items,
-                    dropped=context.dropped,
-                    memory_generation=context.memory_generation,
-                ),
-            )
-            group.rollouts.append(rollout)
-            if context.items:
-                self.record.num_memory_tokens += len(context.prompt_ids) - len(rollout.prompt_ids)
+            groups.setdefault(example.rollout.group_id, []).append(example)
+        for group_id, examples in groups.items():
+            group = self._group(batch.step, examples)
+            self.record.num_groups += 1
+            self.record.num_hits += bool(group.items)
+            if not self.memory.is_closed:
+                self.record.groups[group_id] = group
+            for example in examples:
+                if example.context.items:
+                    prompts = len(example.context.prompt_ids), len(example.rollout.prompt_ids)
+                    self.record.num_memory_tokens += prompts[0] - prompts[1]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reflect, unless the memory is frozen and already built."""
-        if not self.config.enabled or self.memory.is_closed(self.record.epoch):
+        """Reflect, unless the memory is closed or was updated with each batch, or the epoch is to be resumed.
+
+        If hardly any reflection of the epoch could be read, the likely cause is said.
+        """
+        if not self.reflector.config.enabled or not self.record.is_complete:
             return
-        started = time.perf_counter()
-        found = self.record.reflections = reflect(
-            self.engine,
-            self.tasks,
-            [group.rollouts for group in self.record.groups.values()],
-            self.prompts,
-            self.config,
-            f"{self.seed}/reflect/{self.record.epoch}",
-            self.memory.known_insights,
-        )
-        pl_module.log_dict(
-            {
-                "reflect/num_prompts": float(found.num_prompts),
-                "reflect/num_insights": float(len(found.changes)),
-                "reflect/malformed": float(found.num_malformed),
-                "reflect/rejected_items": float(found.num_rejected),
-                "reflect/retried": float(found.num_retried),
-                "reflect/unknown_targets": float(found.num_unknown),
-                "reflect/overlong": float(found.num_overlong),
-                "reflect/shortened": float(found.num_shortened),
-                "reflect/nothing_to_say": float(found.num_silent),
-                "reflect/num_tokens": float(found.num_tokens),
-                "time/reflect_s": time.perf_counter() - started,
-            },
-            batch_size=1,
-        )
-        if problem := found.describe_failure(self.config):
+        if self.memory.config.update == "epoch" and not self.memory.is_closed:
+            self._reflect(pl_module)
+        if problem := self.record.reflected.describe_failure(self.reflector.config):
             log.warning("epoch %d: %s", self.record.epoch, problem)
+
+    def _reflect(self, pl_module: LightningModule) -> None:
+        started = time.perf_counter()
+        groups = [group.rollouts for group in self.record.groups.values()]
+        found = self.reflector.reflect(groups, str(self.record.epoch), self.memory.known_insights)
+        self.record.reflections, self.record.reflected = found, self.record.reflected.plus(found)
+        pl_module.log_dict(found.figures() | {"time/reflect_s": time.perf_counter() - started}, batch_size=1)
+
+    def _group(self, step: int, examples: Sequence[Example]) -> GroupRecord:
+        """Return the record of a group; its rollouts are left out where an update has written them."""
+        first, shown = examples[0], examples[0].context
+        known = {*shown.items, *shown.dropped}
+        # An attempt kept in memory is not shown to the rollout that it is, which may be the first.
+        others = [item for example in examples for item in example.context.items if item not in known]
+        rollouts = []
+        if self.memory.config.update == "epoch":
+            rollouts = [replace(e.rollout, completion=replace(e.rollout.completion, logprobs=())) for e in examples]
+        return GroupRecord(
+            step,
+            self.reflector.tasks[first.rollout.task_id],
+            rollouts,
+            items=(*shown.items, *dict.fromkeys(others)),
+            dropped=shown.dropped,
+            memory_generation=shown.memory_generation,
+        )

@@ -51,6 +51,8 @@ from pmd.evaluation.report import (
 from pmd.memory import EpochRecord, ProceduralMemory
 from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.memory.held_out import HeldOut
+from pmd.memory.reflect import Reflector
+from pmd.memory.stream import MemoryUpdater
 from pmd.metrics_log import MetricsLog
 from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
@@ -79,6 +81,8 @@ class Run:
     module: PMDModule
     data: RolloutDataModule
     memory: ProceduralMemory | None
+    record: EpochRecord
+    reflector: Reflector
     evaluator: Evaluator
     parity: ParityCheck | None
 
@@ -130,7 +134,7 @@ def _prepare_to_fit(
         restore_best(run_dir, resumed.path, resumed.state)
         resumed.state.clear()  # its tensors would keep the file on the disk when the next one replaces it
     replace_text(run_dir.config, saved_yaml(loaded))
-    checkpoints = CheckpointCallback(run_dir, saved_values(loaded))
+    checkpoints = CheckpointCallback(run_dir, saved_values(loaded), loaded.run.checkpoint_every_steps)
     is_behind = resumed is not None and resumed.path != run_dir.last and _step_of(run_dir.last) > run.data.position.step
     loggers: list[Logger] = [MetricsLog(run_dir, step, keep_later=is_behind)]
     if loaded.run.wandb.mode != "off":
@@ -274,11 +278,16 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
     with module.policy.weights("student") as model:
         output_head(model)  # refuses an unusual one before anything is generated
     engine = make_engine(config, module.policy, module.tokenizer, runtime)
-    memory = None
+    train_tasks = {task.task_id: task for task in tasks["train"]}
+    writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
+    reflector = Reflector(engine, prompts, config.reflection, train_tasks, config.seed_everything, writer)
+    memory, updater, record = None, None, EpochRecord()
     if config.memory.enabled:
         keys = [task.memory_key or task.question for task in tasks["train"]]
         memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
-    data = RolloutDataModule(config, tasks, engine, prompts, memory)
+        if config.memory.update == "batch":
+            updater = MemoryUpdater(record, memory, reflector)
+    data = RolloutDataModule(config, tasks, engine, prompts, memory, updater)
     evaluator = Evaluator(
         engine,
         data.contexts,
@@ -292,7 +301,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
     if config.rollouts.engine in ("vllm", "vllm_server") and vllm.parity_completions:  # engines with their own weights
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
-    return Run(config, run_dir, tasks, module, data, memory, evaluator, parity)
+    return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity)
 
 
 def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTrainedModel]:
@@ -327,22 +336,15 @@ def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tupl
 
 def callbacks_of(run: Run) -> list[Callback]:
     """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look."""
-    config, engine, prompts = run.config, run.data.engine, run.data.prompts
+    config, engine = run.config, run.data.engine
     callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
     if run.memory is not None:
-        record, seed = EpochRecord(), config.seed_everything
-        tasks = {task.task_id: task for task in run.tasks["train"]}
-        callbacks.append(ReflectionCallback(record, engine, prompts, tasks, config.reflection, run.memory, seed))
+        callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
         auditor = None
         if config.memory.audit_groups:
             scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, run.module.layout.max_tokens)
             auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, run.parity)
-        writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
-        callbacks.append(
-            MemoryCallback(
-                record, run.memory, engine, prompts, config.reflection, seed, run.run_dir.items, auditor, writer
-            )
-        )
+        callbacks.append(MemoryCallback(run.record, run.memory, run.reflector, run.run_dir.items, auditor))
     callbacks.append(WeightSyncCallback(engine, run.parity))
     callbacks.append(WordingCallback())
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))

@@ -273,6 +273,7 @@ def _memory_problems(run: RunConfig) -> list[str]:
         problems.append("teacher.context=memory with memory.enabled=false shows the teacher nothing; use sibling.")
     if uses_memory and memory.enabled and not memory.levels:
         problems.append("memory.levels=[] retrieves nothing; name levels, or set memory.enabled=false.")
+    problems += _update_problems(run) if memory.enabled else []
     resuming = run.ckpt_path is not None  # the checkpoint holds what was imported
     if memory.import_path is not None and not resuming and not Path(memory.import_path).is_file():
         problems.append(f"memory.import_path={memory.import_path} is not a file; give what `pmd memory export` wrote.")
@@ -318,6 +319,32 @@ def _writer_problems(writer: BehaviourWriterConfig) -> list[str]:
             )
         elif not (key.isascii() and key.isprintable()):
             problems.append(f"{name}.api_key_env names a variable whose value has characters that no key has.")
+    return problems
+
+
+def _update_problems(run: RunConfig) -> list[str]:
+    memory, problems = run.memory, []
+    if memory.transient and memory.update != "batch":
+        problems.append(
+            f"memory.transient=true with memory.update={memory.update}: what an epoch's end writes would be forgotten "
+            "before any teacher reads it; use update=batch."
+        )
+    if memory.transient and memory.replay:
+        problems.append(
+            "memory.transient=true with memory.replay=true: a past success is kept across batches; use replay=false."
+        )
+    if memory.transient and memory.frozen:
+        problems.append("memory.transient=true with memory.frozen=true: a frozen memory is kept; remove one of them.")
+    if memory.update == "batch" and memory.audit_groups:
+        problems.append(
+            f"memory.audit_groups={memory.audit_groups} with memory.update=batch: audits judge what the teachers of a "
+            "whole epoch were shown, from one memory; use update=epoch, or audit_groups=0."
+        )
+    if memory.update == "batch" and run.rollouts.prefetch:
+        problems.append(
+            "rollouts.prefetch=true with memory.update=batch: the engine would have to reflect on one batch while it "
+            "generates the next; use prefetch=false, or update=epoch."
+        )
     return problems
 
 

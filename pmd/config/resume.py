@@ -14,7 +14,7 @@ from pmd.errors import ConfigError
 
 #: Keys and sections that may change.
 CHANGEABLE = (
-    "method", "cpu_threads", "wandb", "trace_every", "stop_on_collapse", "trainer",
+    "method", "cpu_threads", "wandb", "trace_every", "checkpoint_every_steps", "stop_on_collapse", "trainer",
     "model.attention", "model.gradient_checkpointing", "model.offload_activations", "model.layer_kernels",
     "model.trust_remote_code", "data.allow_modules",
     "optimizer.lr", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.warmup_steps",

@@ -457,7 +457,7 @@ class BehaviourWriterConfig:
 class ReflectionConfig:
     """The policy reflects on its own rollouts and writes down what they teach."""
 
-    enabled: bool = option(True, "Reflect at the end of each epoch.")
+    enabled: bool = option(True, "Reflect with each update of the memory.")
     by: Literal["teacher", "student"] = option(
         "teacher", "Whose weights write the reflections; a student can forget how to during training."
     )
@@ -471,7 +471,7 @@ class ReflectionConfig:
     )
     retry: bool = option(True, "Ask once more, at a temperature of at least 0.7, if the output is malformed.")
     max_groups: int | None = option(
-        None, "Reflect on at most this many groups an epoch, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
+        None, "Reflect on at most this many groups an update, drawn by seed; null is all.", minimum=1, maximum=MAX_COUNT
     )
     behaviour_writer: BehaviourWriterConfig = field(
         default_factory=BehaviourWriterConfig, metadata={"help": "An external model that writes the behaviours."}
@@ -483,8 +483,22 @@ class MemoryConfig:
     """The procedural memory: what is kept, what is retrieved, and when it may change."""
 
     enabled: bool = option(True, "Keep and retrieve memory.")
-    frozen: bool = option(False, "Write once, at the end of the first epoch, then never again.")
-    k: int = option(4, "Items retrieved for one task.", minimum=1, maximum=MAX_SHOWN)
+    update: Literal["epoch", "batch"] = option(
+        "epoch",
+        "When memory is written: at the end of an epoch, or with each rollout batch, before its teachers' prompts are "
+        "made (the paper).",
+    )
+    behaviour_every: int = option(
+        1, "Behaviours are written anew in every this many updates of the memory.", minimum=1, maximum=MAX_COUNT
+    )
+    frozen: bool = option(False, "Write once, from one pass of the initial policy before training, then never again.")
+    transient: bool = option(
+        False, "Forget everything before each update: with `update: batch`, nothing is kept across batches."
+    )
+    replay: bool = option(
+        True, "Show the teacher a verified success from an earlier batch where its group has none to show."
+    )
+    k: int = option(4, "Items retrieved for one task.", minimum=0, maximum=MAX_SHOWN)
     levels: list[Literal[0, 1, 2]] = option(
         [1, 2], "Levels that retrieval may return: 0 experience, 1 insight, 2 behaviour."
     )
@@ -526,6 +540,10 @@ class MemoryConfig:
         above=0,
         maximum=1,
     )
+    cluster_over: Literal["insights", "tasks"] = option(
+        "insights",
+        "What is clustered for behaviours: similar insights, or similar tasks with their insights (the paper).",
+    )
     cluster_support: int = option(2, "Tasks that a behaviour must rest on.", minimum=1, maximum=MAX_SAMPLES)
     merge_similarity: float | None = option(
         None,
@@ -555,7 +573,9 @@ class MemoryConfig:
         0.5, "Usefulness raises or lowers an item's score by up to this share.", minimum=0, maximum=1
     )
     scope: Literal["own", "neighbours", "both"] = option(
-        "both", "Whose insights are retrieved: the task's own, its neighbours', or both."
+        "both",
+        "Whose insights are retrieved: the task's own, its neighbours', or both. `own` reads experience and insights "
+        "of the task directly, and finds behaviours by the similarity of their text alone (the paper).",
     )
 
 
@@ -588,6 +608,13 @@ class RunConfig:
     )
     trace_every: int = option(
         1, "Keep a trace for `pmd inspect step` every this many steps; 0 keeps none.", minimum=0, maximum=MAX_COUNT
+    )
+    checkpoint_every_steps: int | None = option(
+        None,
+        "Also write a checkpoint at the end of a rollout batch after at least this many steps; null writes one at each "
+        "epoch's end only.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     stop_on_collapse: bool = option(
         False, "End the run when the policy has collapsed; false only warns of it (docs/evaluation.md)."

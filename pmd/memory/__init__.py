@@ -1,8 +1,8 @@
 """The procedural memory of one run, and the few functions that training calls.
 
-During an epoch the memory is only read (`retrieve`, `past_success`). At the end of the epoch, `evolve_memory` writes
-its audits, experiences, insights and behaviours in one update, all or nothing, and then refreshes the index. Nothing
-here imports Lightning or torch, so a memory can be opened on any machine.
+Between updates the memory is only read (`retrieve`, `past_success`). At the end of an epoch, or with each batch
+(`memory.update`), `evolve_memory` writes audits, experiences, insights and behaviours in one update, all or nothing,
+and then refreshes the index. Nothing here imports Lightning or torch, so a memory can be opened on any machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class GroupRecord:
 
     step: int
     task: Task
-    rollouts: list[Rollout]
+    rollouts: list[Rollout]  # none if an earlier update has written them
     items: tuple[MemoryItem, ...]
     dropped: tuple[MemoryItem, ...]  # retrieved, but did not fit into the prompt
     memory_generation: int  # from which the items were retrieved
@@ -41,23 +41,37 @@ class GroupRecord:
 
 @dataclass(slots=True)
 class EpochRecord:
-    """What happened in one epoch. Each callback adds its part, and the memory is then updated from the whole record."""
+    """What has happened since the memory was last updated, and counts of the epoch so far.
+
+    Each callback adds its part, and the memory is then updated from the whole record. A checkpoint within an epoch
+    keeps it (pending.py).
+    """
 
     epoch: int = 0
-    groups: dict[str, GroupRecord] = field(default_factory=dict)  # by group id
-    num_memory_tokens: int = 0  # in the teachers' prompts
+    is_complete: bool = False  # whether the epoch's last batch is over; false where the run ends within the epoch
+    groups: dict[str, GroupRecord] = field(default_factory=dict)  # by group id; those that no update has written yet
+    num_groups: int = 0  # of the epoch
+    num_hits: int = 0  # of these, groups whose teacher was shown at least one memory item
+    num_memory_tokens: int = 0  # of the epoch, in the teachers' prompts
+    reflected: Reflections = field(default_factory=Reflections)  # counts of the epoch
+    num_unwritten: int = 0  # of the epoch: clusters for which no usable text was written
     reflections: Reflections = field(default_factory=Reflections)
     audits: tuple[ItemAudit, ...] = ()
 
     def start(self, epoch: int) -> None:
-        """Clear the record for a new epoch."""
-        self.epoch, self.groups, self.num_memory_tokens = epoch, {}, 0
-        self.reflections, self.audits = Reflections(), ()
+        """Begin to count a new epoch."""
+        self.epoch, self.is_complete = epoch, False
+        self.num_groups, self.num_hits, self.num_memory_tokens = 0, 0, 0
+        self.reflected, self.num_unwritten = Reflections(), 0
+
+    def clear(self) -> None:
+        """Forget what an update has written."""
+        self.groups, self.reflections, self.audits = {}, Reflections(), ()
 
     @property
     def hit_rate(self) -> float:
-        """Share of groups whose teacher was shown at least one memory item."""
-        return sum(bool(group.items) for group in self.groups.values()) / max(1, len(self.groups))
+        """Share of the epoch's groups whose teacher was shown at least one memory item."""
+        return self.num_hits / max(1, self.num_groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +82,15 @@ class MemoryUpdate:
     num_refused: int = 0  # changes with an unknown target, or that would retire a useful item
     num_merged: int = 0
     changed_by_audits: dict[str, int] = field(default_factory=dict)  # new status -> items
+
+    def figures(self, reflections: Reflections) -> dict[str, float]:
+        """Return the metrics of this update, which wrote what these reflections propose."""
+        return {
+            "memory/malformed_behaviours": float(self.num_malformed_behaviours),
+            "memory/parse_failure_rate": reflections.num_malformed / max(1, reflections.num_prompts),
+            "memory/refused_changes": float(self.num_refused),
+            "memory/merged": float(self.num_merged),
+        }
 
 
 class ProceduralMemory:
@@ -106,17 +129,18 @@ class ProceduralMemory:
         """How many times the memory has been updated."""
         return self.store.generation
 
-    def is_closed(self, epoch: int) -> bool:
-        """Whether `epoch` writes nothing: a frozen memory is written only after epoch 0, or never if imported."""
-        return self.config.frozen and (epoch > 0 or self.config.import_path is not None)
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more is written: a frozen memory is written once, or imported."""
+        return self.config.frozen and self.generation > 0
 
     def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
         """Return at most k items for `task`, in an order drawn from `seed`."""
         return self.retriever.retrieve(task.memory_key or task.question, seed=seed, task_id=task.task_id)
 
-    def past_success(self, task: Task) -> str | None:
-        """Return a verified success on this task from an earlier epoch, if there is one."""
-        return self.retriever.past_success(task.task_id)
+    def past_success(self, task: Task, group_id: str = "") -> str | None:
+        """Return a verified success on this task, if there is one, that is not of the group being trained on."""
+        return self.retriever.past_success(task.task_id, group_id)
 
     def known_insights(self, task_id: str) -> list[MemoryItem]:
         """Return the insights of a task that a reflection on the task may keep, edit or retire."""
@@ -163,19 +187,23 @@ class ProceduralMemory:
 def evolve_memory(
     record: EpochRecord, memory: ProceduralMemory, abstraction: Abstraction, policy_version: int
 ) -> MemoryUpdate:
-    """Write the results of one epoch to the memory, all or nothing, then refresh index and retriever.
+    """Write what has happened since the last update to the memory, all or nothing, then refresh index and retriever.
 
-    A closed memory (see `is_closed`) is left unchanged.
+    What teachers were shown is logged, and the rollouts that no update has written yet are written. A closed memory
+    (see `is_closed`) is left unchanged.
 
     Raises:
         AlignmentError: a group's items were retrieved from a generation other than the current one.
         MemoryStoreError: a task is not in the training split, or the store cannot be written.
     """
-    if memory.is_closed(record.epoch):
+    if memory.is_closed:
         return MemoryUpdate()
     _check_generation(record, memory)
     changed_by_audits: dict[str, int] = {}
+    num_malformed = 0
     with open_writer(memory.store) as writer:
+        if memory.config.transient:
+            writer.forget()
         for group_id, group in record.groups.items():
             writer.log_retrievals(group.step, group_id, group.items, group.dropped)
         if record.audits:
@@ -184,8 +212,10 @@ def evolve_memory(
         num_refused = _write_insights(writer, record.reflections.changes, task_rows, experience_ids, policy_version)
         num_merged = writer.merge(task_rows.values())
         writer.bound()
-        num_malformed = _write_behaviours(writer, abstraction, policy_version)
+        if memory.config.frozen or writer.ledger.generation % memory.config.behaviour_every == 0:
+            num_malformed = _write_behaviours(writer, abstraction, policy_version)
     memory.retriever.refresh()
+    record.num_unwritten += num_malformed
     return MemoryUpdate(num_malformed, num_refused, num_merged, changed_by_audits)
 
 
@@ -195,7 +225,7 @@ def _check_generation(record: EpochRecord, memory: ProceduralMemory) -> None:
         if group.memory_generation != memory.generation:
             raise AlignmentError(
                 f"group {group_id} was shown memory generation={group.memory_generation}, the memory is at "
-                f"{memory.generation}: memory is read-only within an epoch; write it at the epoch's end only."
+                f"{memory.generation}: memory is read-only between updates, and what was shown is logged with the next."
             )
 
 

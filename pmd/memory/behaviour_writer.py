@@ -38,6 +38,17 @@ class Written:
     num_deferred: int = 0  # clusters put off to the next update, by `max_calls_per_step` or because calls failed
     problem: str = ""  # the first failure
 
+    def plus(self, other: "Written") -> "Written":
+        """Return what both updates cost, without their texts; clusters put off are those of the later one."""
+        return Written(
+            [],
+            self.num_calls + other.num_calls,
+            self.num_failed + other.num_failed,
+            self.num_malformed + other.num_malformed,
+            other.num_deferred,
+            self.problem or other.problem,
+        )
+
     def describe_problem(self) -> str:
         """Return a sentence on calls that came to nothing; empty if there are none."""
         if not self.num_failed and not self.num_malformed:
@@ -66,7 +77,20 @@ class BehaviourWriter:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.url = f"{(self.endpoint.base_url or '').rstrip('/')}/chat/completions"
         self.client = httpx2.Client(headers=headers, timeout=self.endpoint.timeout_s)
+        self.num_steps = 0  # optimizer steps since the last update; the callbacks count them
+        self.total = Written([])  # of the updates since `take_total`
         self.limits: dict[str, Any] = {"max_tokens": config.max_new_tokens, "temperature": config.temperature}
+
+    def describe(self, clusters: Sequence[Sequence[str]]) -> list[str | None]:
+        """Return the texts that `write` gives for the steps counted since the last call."""
+        written = self.write(clusters, max(1, self.num_steps))
+        self.num_steps, self.total = 0, self.total.plus(written)
+        return written.texts
+
+    def take_total(self) -> Written:
+        """Return what the updates since the last call of this function cost."""
+        total, self.total = self.total, Written([])
+        return total
 
     def write(self, clusters: Sequence[Sequence[str]], num_steps: int) -> Written:
         """Return a text for each cluster of insight texts; never raises because of the endpoint.

@@ -4,10 +4,13 @@ Distinct strategies and contrasts are clustered with average linkage at the cosi
 `memory.cluster_similarity`, or one measured on them (`calibrate.py`). They are compared by an embedder fitted to them,
 because the words that distinguish tasks are not the ones that distinguish insights. A cluster needs insights from at
 least `memory.cluster_support` tasks, and also gets the nearest lessons of these tasks.
+
+With `memory.cluster_over: tasks`, the tasks are clustered instead, by their memory keys, and the strategies and
+contrasts of a cluster's tasks are summarised, as in the paper.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +76,11 @@ class _Text:
         """Sort key: texts of most tasks first, then the oldest."""
         return -len(self.task_rows), self.insights[0].id
 
+    def within(self, task_rows: frozenset[int]) -> "_Text":
+        """Return the text as some tasks have it."""
+        own = tuple(insight for insight in self.insights if insight.task_row in task_rows)
+        return _Text(own, self.task_rows & task_rows)
+
 
 def find_clusters(store: MemoryStore, config: MemoryConfig) -> tuple[list[Cluster], float | None]:
     """Return the clusters of the active insights, the best supported first, each with the behaviour it continues.
@@ -91,14 +99,21 @@ def find_clusters(store: MemoryStore, config: MemoryConfig) -> tuple[list[Cluste
         for task_row in text.task_rows:
             lessons_of.setdefault(task_row, []).append(position)
     found: list[Cluster] = []
-    similarity = config.cluster_similarity or _calibrated_similarity(vectors, strategies)
-    for positions in _agglomerate(vectors, similarity):
-        members = [strategies[position] for position in positions]
+    if config.cluster_over == "insights":
+        similarity = config.cluster_similarity or _calibrated(
+            vectors, [text.insights[0].task_row for text in strategies]
+        )
+        groups = _similar_texts(strategies, vectors, similarity)
+    else:
+        rows, keys = _task_vectors(store, strategies)
+        similarity = config.cluster_similarity or _calibrated(keys, rows)
+        groups = _texts_of_similar_tasks(strategies, vectors, rows, keys, similarity)
+    for members, centre in groups:
         task_rows = set().union(*(text.task_rows for text in members))
         if len(task_rows) < config.cluster_support:
             continue
         rows = sorted({row for task_row in task_rows for row in lessons_of.get(task_row, ())})
-        nearest = _nearest(vectors[positions].mean(0), lesson_vectors[rows])
+        nearest = _nearest(centre, lesson_vectors[rows])
         found.append(_cluster(members, [lessons[rows[position]].insights[0] for position in nearest], task_rows))
     found.sort(key=lambda cluster: (-len(cluster.task_rows), cluster.member_ids))
     behaviours = _match(store, found)
@@ -125,7 +140,8 @@ def describe_absence(store: MemoryStore, config: MemoryConfig, num_malformed: in
         )
     strategies = _distinct([insight for insight in store.insights() if insight.kind != "lesson"])
     num_tasks = len(set[int]().union(*(text.task_rows for text in strategies)))
-    if len(strategies) < MIN_TEXTS or num_tasks < config.cluster_support:
+    was_sought = "cluster_similarity" in stats
+    if not was_sought or len(strategies) < MIN_TEXTS or num_tasks < config.cluster_support:
         return ""
     return (
         f"memory: no behaviour; of {len(strategies)} insights on {num_tasks} tasks, no cluster rests on "
@@ -133,6 +149,33 @@ def describe_absence(store: MemoryStore, config: MemoryConfig, num_malformed: in
         "memory.cluster_similarity=null to measure it, lower memory.cluster_support, or use a sentence model as "
         "memory.embedder."
     )
+
+
+#: Texts that belong together, and the mean of their vectors.
+_Group = tuple[list[_Text], np.ndarray]
+
+
+def _similar_texts(texts: Sequence[_Text], vectors: np.ndarray, similarity: float) -> Iterator[_Group]:
+    """Yield groups of similar texts."""
+    for positions in _agglomerate(vectors, similarity):
+        yield [texts[position] for position in positions], vectors[positions].mean(0)
+
+
+def _task_vectors(store: MemoryStore, texts: Sequence[_Text]) -> tuple[list[int], np.ndarray]:
+    """Return the rows of the tasks that have texts, and the vectors of their memory keys."""
+    rows = sorted(set[int]().union(*(text.task_rows for text in texts)))
+    ids, vectors = store.vectors("tasks")
+    return rows, vectors[np.searchsorted(ids, rows)]
+
+
+def _texts_of_similar_tasks(
+    texts: Sequence[_Text], vectors: np.ndarray, task_rows: Sequence[int], keys: np.ndarray, similarity: float
+) -> Iterator[_Group]:
+    """Yield the texts of each group of similar tasks; a text of tasks in several groups is in each of them."""
+    for members in _agglomerate(keys, similarity):
+        rows = frozenset(task_rows[position] for position in members)
+        positions = [position for position, text in enumerate(texts) if text.task_rows & rows]
+        yield [texts[position].within(rows) for position in positions], vectors[positions].mean(0)
 
 
 def replace_behaviours(
@@ -227,9 +270,9 @@ def _text_vectors(store: MemoryStore, texts: list[_Text]) -> np.ndarray:
     return vectors[rows]
 
 
-def _calibrated_similarity(vectors: np.ndarray, texts: list[_Text]) -> float:
-    chosen = choose_texts(len(texts))
-    return calibrate(vectors[chosen], [texts[position].insights[0].task_row for position in chosen]).cluster
+def _calibrated(vectors: np.ndarray, task_rows: Sequence[int]) -> float:
+    chosen = choose_texts(len(task_rows))
+    return calibrate(vectors[chosen], [task_rows[position] for position in chosen]).cluster
 
 
 def _agglomerate(vectors: np.ndarray, similarity: float) -> list[list[int]]:

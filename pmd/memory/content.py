@@ -34,6 +34,8 @@ _RANGES = {
     "correct": "correct IN (0, 1)",
     "included": "included IN (0, 1)",
     "level": "level IN (0, 1, 2)",
+    "num_successes": "num_successes BETWEEN 0 AND num_attempts",
+    "num_attempts": f"num_attempts BETWEEN 0 AND {MAX_NUMBER}",
     "support": f"support BETWEEN 0 AND {MAX_NUMBER}",
     "version": f"version BETWEEN 1 AND {MAX_NUMBER}",
     "generation": "generation BETWEEN 0 AND :generation",

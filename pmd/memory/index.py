@@ -88,9 +88,9 @@ class TaskIndex:
             self._graph, self._ids, self._vectors = None, ids, vectors
             return
         if self._graph is None or not self._complete_history or not same_start:
-            self._graph, old = self._new_graph(max(len(ids), 1)), 0
+            self._graph, old = self._new_graph(_capacity(len(ids))), 0
         if len(ids) > self._graph.get_max_elements():
-            self._graph.resize_index(max(len(ids), 2 * self._graph.get_max_elements()))
+            self._graph.resize_index(_capacity(len(ids)))
         if len(ids) > old:
             self._graph.add_items(vectors[old:], ids[old:], num_threads=1)
         self._ids, self._vectors, self._complete_history = ids, vectors, True
@@ -202,6 +202,11 @@ class TaskIndex:
             return "it holds other tasks than the store"
         self._graph, self._ids, self._vectors = graph, ids, vectors
         return ""
+
+
+def _capacity(count: int) -> int:
+    """Return the places of a graph, which its file tells: a power of two, however the points came."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _file_sha(path: Path) -> str:

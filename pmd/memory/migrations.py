@@ -7,11 +7,13 @@ Version 2 -> 3: `problems` becomes `tasks`, `problem_id` becomes `task_row`, and
 `internalized`. Columns that were never filled are dropped, as are a behaviour's polarity, a link's relation and a
 retrieval's propensity. The status `shadow`, for insights on probation, no longer exists: such items become active, and
 their history is rewritten as if they had always been.
+
+Version 3 -> 4: insights have the share of successes behind them, which earlier ones do not know.
 """
 
 import sqlite3
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: SQL for the status of a copied row: old statuses get their new names.
 _STATUS = "CASE status WHEN 'absorbed' THEN 'internalized' WHEN 'shadow' THEN 'active' ELSE status END"
@@ -107,6 +109,12 @@ STEPS: dict[int, tuple[str, ...]] = {
         *_rewritten_log("before"),
         *_rewritten_log("after"),
         "UPDATE ops SET reason = replace(reason, 'absorbed', 'internalized') WHERE reason LIKE 'audit:%absorbed%'",
+    ),
+    3: (
+        "ALTER TABLE insights ADD COLUMN num_successes INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE insights ADD COLUMN num_attempts INTEGER NOT NULL DEFAULT 0",
+        "UPDATE ops SET before = json_set(before, '$.num_successes', 0, '$.num_attempts', 0)"
+        " WHERE level = 1 AND action = 'delete'",
     ),
 }
 

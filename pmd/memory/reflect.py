@@ -6,9 +6,9 @@ fewer attempts, then with shortened ones. Works without Lightning and writes not
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from random import Random
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -18,6 +18,9 @@ from pmd.seeds import derive_seed
 from pmd.tasks.prompts.base import Extent, PromptFormat
 from pmd.tasks.prompts.parsing import ParsedInsight
 from pmd.types import Completion, InsightChange, MemoryItem, Rollout, Task
+
+if TYPE_CHECKING:
+    from pmd.memory.behaviour_writer import BehaviourWriter
 
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same output
 MAX_KNOWN = 12  # insights of one task listed in a reflection prompt
@@ -50,6 +53,11 @@ class Reflections:
     num_cut_off: int = 0  # malformed outputs that reached reflection.max_new_tokens
     example: str = ""  # the first malformed output
 
+    def plus(self, other: "Reflections") -> "Reflections":
+        """Return the counts of both rounds, without their changes."""
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.type is int}
+        return Reflections(example=self.example or other.example, **counts)
+
     def describe_failure(self, config: ReflectionConfig) -> str:
         """Return what keeps the memory empty and its likely cause; empty if enough reflections are well-formed."""
         num_readable = self.num_prompts - self.num_malformed
@@ -72,6 +80,21 @@ class Reflections:
         quoted = " ".join(quoted.split())[:MAX_QUOTED]
         share = f"{num_readable} of {self.num_prompts}"
         return f'memory: {share} reflections readable, e.g. "{quoted}". Likely cause: {cause}.'
+
+    def figures(self) -> dict[str, float]:
+        """Return the metrics of this round."""
+        return {
+            "reflect/num_prompts": float(self.num_prompts),
+            "reflect/num_insights": float(len(self.changes)),
+            "reflect/malformed": float(self.num_malformed),
+            "reflect/rejected_items": float(self.num_rejected),
+            "reflect/retried": float(self.num_retried),
+            "reflect/unknown_targets": float(self.num_unknown),
+            "reflect/overlong": float(self.num_overlong),
+            "reflect/shortened": float(self.num_shortened),
+            "reflect/nothing_to_say": float(self.num_silent),
+            "reflect/num_tokens": float(self.num_tokens),
+        }
 
 
 def reflect(
@@ -152,12 +175,14 @@ class _Question:
         """Link an item to its attempts and to the insight it changes; None if the prompt lists no such insight."""
         rollout_ids = tuple(rollout.rollout_id for rollout in self.group)
         task_id = self.group[0].task_id
+        successes = [rollout.verdict.correct for rollout in self.group if rollout.verdict.scored]
+        share = sum(successes), len(successes)
         if item.action == "add":
-            return InsightChange(task_id, item.kind, item.text, rollout_ids)
+            return InsightChange(task_id, item.kind, item.text, rollout_ids, "add", None, *share)
         if item.number is None or not 1 <= item.number <= len(self.listed):
             return None
         target = self.listed[item.number - 1]
-        return InsightChange(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id)
+        return InsightChange(task_id, target.kind, item.text, rollout_ids, item.action, target.item_id, *share)
 
 
 def _ask(
@@ -220,3 +245,27 @@ def _write(engine: Engine, prompts: Sequence[list[int]], config: ReflectionConfi
     progress = tqdm(written, total=len(requests), desc="reflections", leave=False, delay=2.0, disable=None)
     found = dict(progress)
     return [found[position] for position in range(len(requests))]
+
+
+@dataclass(frozen=True, slots=True)
+class Reflector:
+    """The policy as it reflects in one run: its engine, prompts, settings and tasks."""
+
+    engine: Engine
+    prompts: PromptFormat
+    config: ReflectionConfig
+    tasks: Mapping[str, Task]
+    seed: int
+    writer: "BehaviourWriter | None" = None  # of behaviours; None: the policy writes them
+
+    def reflect(self, groups: Sequence[Sequence[Rollout]], name: str, known: Known) -> Reflections:
+        """Ask what these groups teach; see `reflect`. Seeds are derived from `name`."""
+        if not self.config.enabled:
+            return Reflections()
+        return reflect(self.engine, self.tasks, groups, self.prompts, self.config, f"{self.seed}/reflect/{name}", known)
+
+    def abstract(self, clusters: Sequence[Sequence[str]], name: str) -> list[str | None]:
+        """Describe clusters of insights; see `abstract`. Seeds are derived from `name`."""
+        if self.writer is not None:
+            return self.writer.describe(clusters)
+        return abstract(self.engine, clusters, self.prompts, self.config, f"{self.seed}/abstract/{name}")

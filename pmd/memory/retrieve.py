@@ -1,9 +1,12 @@
-"""Retrieves the memory items for a teacher's prompt, given the task's memory key. Read-only within an epoch.
+"""Retrieves the memory items for a teacher's prompt, given the task's memory key. Read-only between updates.
 
 The search finds neighbouring tasks; the candidates are the items of these tasks. Each kind has a quota, because lessons
 are numerous and would crowd out the rest. Within a kind, a text is scored by the sum of the squared similarities of the
 neighbours that have it, so near tasks count most and a text learned on several tasks scores higher. The usefulness
 measured by audits raises or lowers the score.
+
+With `memory.scope: own`, a task's experience and insights are read directly, and behaviours are ranked by the
+similarity of their text to the task's key, as in the paper.
 """
 
 import random
@@ -20,6 +23,7 @@ from pmd.types import ItemKind, MemoryItem
 
 SAME_TASK = 0.999  # a neighbour this similar is the query's own task, and is ignored in setting the floor
 RELATIVE_FLOOR = 0.5  # share of the nearest other task's similarity; tasks below it share only common words
+MAX_OWN_EXPERIENCES = 2  # one of them may be the success that the teacher is shown anyway
 Hits = list[tuple[int, float]]  # task row and similarity, nearest first
 
 
@@ -46,10 +50,11 @@ class Retriever:
         """Return at most k items for one task, in an order shuffled by the seed.
 
         Quotas are filled in order: behaviours, strategies and contrasts, experience, then lessons in the remaining
-        places.
+        places. With scope `own`, behaviours come last, in places that are kept for them.
 
         Args:
-            task_id: id of the task; its own attempts are left out, because `past_success` returns them.
+            task_id: id of the task; without scope `own` its own attempts are left out, because `past_success` returns
+                them.
 
         Raises:
             AlignmentError: the store was written since the last `refresh`.
@@ -57,25 +62,40 @@ class Retriever:
         items, config = self._current_items(), self._config
         vector = self._store.embedder.embed_queries([task_key])
         own_row = items.task_rows.get(task_id or "")
-        hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0], own_row)
+        if config.scope == "own":
+            hits: Hits = [(own_row, 1.0)] if own_row is not None else []
+            floor = -1.0  # of behaviours: the nearest are taken, however near
+        else:
+            hits, floor = self._neighbours(self._index.search(vector, config.neighbours)[0], own_row)
+        behaviours = self._behaviours(items, vector[0], hits, floor)
         strategies, lessons = self._insights(items, task_id, hits)
-        max_experiences = config.k if set(config.levels) == {0} else 1
-        chosen: list[MemoryItem] = []
-        for ranking, quota in (
-            (self._behaviours(items, vector[0], hits, floor), config.max_behaviours),
+        max_experiences = config.k if set(config.levels) == {0} else MAX_OWN_EXPERIENCES if config.scope == "own" else 1
+        quotas = [
+            (behaviours, config.max_behaviours),
             (strategies, config.max_strategies),
             (self._experiences(items, task_id, hits), max_experiences),
             (lessons, config.k if config.max_lessons is None else config.max_lessons),
-        ):
-            chosen += ranking.best(min(quota, config.k - len(chosen)), chosen)
+        ]
+        kept_free = 0
+        if config.scope == "own":  # a behaviour may repeat an insight, and only the insight says how many succeeded
+            quotas = [*quotas[1:], quotas[0]]
+            kept_free = len(behaviours.best(min(config.max_behaviours, config.k - 1), []))
+        chosen: list[MemoryItem] = []
+        for ranking, quota in quotas:
+            room = config.k - len(chosen) - (kept_free if ranking is not behaviours else 0)
+            chosen += ranking.best(min(quota, room), chosen)
         random.Random(seed).shuffle(chosen)
         return chosen
 
-    def past_success(self, task_id: str) -> str | None:
-        """Return the best verified success stored for this task, without its thinking, if there is one."""
+    def past_success(self, task_id: str, group_id: str = "") -> str | None:
+        """Return the best verified success stored for this task, without its thinking, if there is one.
+
+        Args:
+            group_id: whose attempts are left out: a rollout's own success must not reach the teacher that scores it.
+        """
         items = self._current_items()
-        success = items.successes.get(items.task_rows.get(task_id, -1))
-        return success.response if success is not None else None
+        successes = items.successes.get(items.task_rows.get(task_id, -1), ())
+        return next((success.response for success in successes if success.group_id != group_id), None)
 
     def insights(self, task_id: str) -> list[Insight]:
         """Return the insights of this task that may be retrieved."""
@@ -86,7 +106,7 @@ class Retriever:
         if self._store.generation != self._items.generation:
             raise AlignmentError(
                 f"memory generation={self._store.generation} but retrieval reads {self._items.generation}: "
-                "memory is read-only within an epoch; call Retriever.refresh() after an update."
+                "memory is read-only between updates; call Retriever.refresh() after an update."
             )
         return self._items
 
@@ -103,25 +123,38 @@ class Retriever:
             return strategies, lessons
         scope, own_row = self._config.scope, items.task_rows.get(task_id or "")
         for task_row, similarity in hits:
-            if scope != "both" and (task_row == own_row) != (scope == "own"):
+            if scope == "neighbours" and task_row == own_row:
                 continue
             for insight in items.insights.get(task_row, ()):
                 if insight.kind in self._config.kinds:
                     ranking = lessons if insight.kind == "lesson" else strategies
                     kind = cast(ItemKind, insight.kind)
-                    item = MemoryItem(insight.id, 1, kind, insight.text, task_row, insight.task_id, similarity)
+                    item = MemoryItem(
+                        insight.id,
+                        1,
+                        kind,
+                        insight.text,
+                        task_row,
+                        insight.task_id,
+                        similarity,
+                        num_successes=insight.num_successes,
+                        num_attempts=insight.num_attempts,
+                    )
                     ranking.add(item, similarity, insight.usefulness)
         return strategies, lessons
 
     def _behaviours(self, items: "_LiveItems", vector: np.ndarray, hits: Hits, floor: float) -> "_Ranking":
-        """Rank behaviours by the neighbours among their tasks, and by the similarity of their own text to the query."""
+        """Rank behaviours by the neighbours among their tasks, and by the similarity of their own text to the query.
+
+        With scope `own`, only the text counts.
+        """
         ranking = _Ranking(self._config)
         if 2 not in self._config.levels or "behaviour" not in self._config.kinds or not items.behaviours:
             return ranking
         own = np.round((items.behaviour_vectors @ vector).astype(np.float64), SIMILARITY_DECIMALS)
         support: list[tuple[int, float]] = [
             (position, similarity)
-            for task_row, similarity in hits
+            for task_row, similarity in (hits if self._config.scope != "own" else ())
             for position in items.behaviours_of.get(task_row, ())
         ]
         support += [(int(position), float(own[position])) for position in np.flatnonzero(own >= floor)]
@@ -132,16 +165,16 @@ class Retriever:
         return ranking
 
     def _experiences(self, items: "_LiveItems", task_id: str | None, hits: Hits) -> "_Ranking":
-        """Rank the best verified success of each neighbour, except for the query's own task."""
-        ranking = _Ranking(self._config)
+        """Rank the best verified success of each neighbour, or with scope `own` the best ones of the query's task."""
+        ranking, is_own = _Ranking(self._config), self._config.scope == "own"
         if 0 in self._config.levels and "experience" in self._config.kinds:
             for task_row, similarity in hits:
-                success = items.successes.get(task_row)
-                if success is not None and success.task_id != task_id:
-                    item = MemoryItem(
-                        success.id, 0, "experience", success.response, task_row, success.task_id, similarity
-                    )
-                    ranking.add(item, similarity)
+                for success in items.successes.get(task_row, ())[: MAX_OWN_EXPERIENCES if is_own else 1]:
+                    if is_own or success.task_id != task_id:
+                        text, row = success.response, success.task_row
+                        ranking.add(
+                            MemoryItem(success.id, 0, "experience", text, row, success.task_id, similarity), similarity
+                        )
         return ranking
 
 
@@ -186,7 +219,7 @@ class _LiveItems:
     generation: int
     task_rows: dict[str, int]  # task id -> task row
     insights: dict[int, list[Insight]]  # task row -> its insights
-    successes: dict[int, Experience]  # task row -> its best verified success
+    successes: dict[int, list[Experience]]  # task row -> its verified successes, the best first
     behaviours: list[Behaviour]
     behaviour_vectors: np.ndarray  # [behaviours, D]
     behaviours_of: dict[int, list[int]]  # task row -> positions in `behaviours`
@@ -197,12 +230,10 @@ def _read_live_items(store: MemoryStore) -> _LiveItems:
     insights: dict[int, list[Insight]] = {}
     for insight in store.insights():
         insights.setdefault(insight.task_row, []).append(insight)
-    successes: dict[int, Experience] = {}
-    for experience in store.experiences():
+    successes: dict[int, list[Experience]] = {}
+    for experience in sorted(store.experiences(), key=_merit, reverse=True):
         if experience.correct:
-            best = successes.get(experience.task_row)
-            if best is None or _merit(experience) > _merit(best):
-                successes[experience.task_row] = experience
+            successes.setdefault(experience.task_row, []).append(experience)
     behaviours = store.behaviours()
     behaviours_of: dict[int, list[int]] = {}
     for position, behaviour in enumerate(behaviours):

@@ -1,4 +1,4 @@
--- The memory store, schema version 3 (`migrations.py` brings older files up to it). Integer ids are never reused
+-- The memory store, schema version 4 (`migrations.py` brings older files up to it). Integer ids are never reused
 -- (AUTOINCREMENT). No wall-clock times: two builds from the same seed and rollouts have the same content.
 
 CREATE TABLE meta (
@@ -61,6 +61,8 @@ CREATE TABLE insights (
     generation INTEGER NOT NULL,
     last_generation INTEGER NOT NULL,
     embedding BLOB,                        -- of active insights, where the embedder is costly; else computed when asked
+    num_successes INTEGER NOT NULL DEFAULT 0,  -- of the group whose reflection wrote it last
+    num_attempts INTEGER NOT NULL DEFAULT 0,   -- of that group; 0 where this is not known
     UNIQUE (task_row, kind, content)
 );
 CREATE INDEX insights_by_status ON insights (status, kind, content);

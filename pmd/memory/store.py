@@ -18,7 +18,6 @@ from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import files
 from pmd.memory.checksum import refuse_lost_log, settle
-from pmd.memory.compact import history_from
 from pmd.memory.embed import Embedder
 from pmd.types import INSIGHT_KINDS
 
@@ -50,6 +49,7 @@ class Experience:
     task_row: int
     task_id: str
     rollout_id: str
+    group_id: str
     policy_version: int
     response: str
     reward: float
@@ -73,6 +73,8 @@ class Insight:
     leak: str
     status: str
     usefulness: float | None = None  # nats per token, from audits
+    num_successes: int = 0  # of the group whose reflection wrote it last; 0 of 0 where this is not known
+    num_attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +193,18 @@ class MemoryStore:
     def experiences(self, status: str | None = "live") -> list[Experience]:
         """Return the experiences of one status (`live`: those that may be retrieved; None: all) in id order."""
         rows = self.query(
-            "SELECT e.id, task_row, task_id, rollout_id, policy_version, response, reward, correct, feedback, support,"
-            f" status FROM experiences e JOIN tasks t ON t.id = task_row WHERE {_has_status(status)} ORDER BY e.id"
+            "SELECT e.id, task_row, task_id, rollout_id, group_id, policy_version, response, reward, correct, feedback,"
+            f" support, status FROM experiences e JOIN tasks t ON t.id = task_row"
+            f" WHERE {_has_status(status)} ORDER BY e.id"
         )
         return [Experience(*row) for row in rows]
 
     def insights(self, status: str | None = "live") -> list[Insight]:
         """Return the insights of one status (`live`: those that may be retrieved; None: all) in id order."""
         rows = self.query(
-            "SELECT i.id, task_row, task_id, kind, content, policy_version, support, leak, status, usefulness"
-            f" FROM insights i JOIN tasks t ON t.id = task_row WHERE {_has_status(status)} ORDER BY i.id"
+            "SELECT i.id, task_row, task_id, kind, content, policy_version, support, leak, status, usefulness,"
+            f" num_successes, num_attempts FROM insights i JOIN tasks t ON t.id = task_row"
+            f" WHERE {_has_status(status)} ORDER BY i.id"
         )
         return [Insight(*row) for row in rows]
 
@@ -404,6 +408,12 @@ class Ledger:
             "INSERT INTO ops (generation, level, item_id, action, before, after, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (self.generation, level, item_id, action, *texts, reason),
         )
+
+
+def history_from(db: sqlite3.Connection) -> int:
+    """Return the oldest generation that can be reconstructed: 0 in a store that was never compacted."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'history_from'").fetchone()
+    return int(row[0]) if row is not None else 0
 
 
 def newest_evidence(parents: Iterable[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Writes to the memory: decides what is stored, merged as a duplicate, quarantined as a leak, or retired at a cap.
+"""Writes to the memory: decides what is stored, merged as a duplicate, quarantined as a leak, retired or dropped.
 
 `with open_writer(store) as writer:` is one update: everything written inside it, and the incremented generation, is
 committed together or not at all. Only training tasks are ever written. All choices depend only on stored values and
@@ -6,23 +6,34 @@ ids, so two builds from the same data are identical.
 """
 
 import hashlib
+import json
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pmd.atomic import replace_text
 from pmd.errors import MemoryStoreError
 from pmd.memory.behaviours import BehaviourChange, Cluster, find_clusters, replace_behaviours
 from pmd.memory.calibrate import MERGE, MIN_TEXTS, calibrate, choose_texts
 from pmd.memory.checksum import announce, withdraw, write_checksum, write_generation
-from pmd.memory.compact import compact
 from pmd.memory.embed import Embedder, validated
 from pmd.memory.files import one_line
 from pmd.memory.judge import ItemAudit, judge, write_audits
-from pmd.memory.store import LIVE, Ledger, MemoryStore, blobs_to_matrix, newest_evidence, vector_blob
+from pmd.memory.store import (
+    LIVE,
+    TABLES,
+    Ledger,
+    MemoryStore,
+    blobs_to_matrix,
+    history_from,
+    newest_evidence,
+    vector_blob,
+)
 from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import INSIGHT_KINDS, InsightChange, MemoryItem, Rollout, Task
 
@@ -187,7 +198,14 @@ class Writer:
         return experience_id
 
     def add_insight(
-        self, task_row: int, kind: str, text: str, *, policy_version: int, parents: Iterable[int] = ()
+        self,
+        task_row: int,
+        kind: str,
+        text: str,
+        *,
+        policy_version: int,
+        parents: Iterable[int] = (),
+        share: tuple[int, int] = (0, 0),
     ) -> int:
         """Store an insight that a reflection wrote about a task; return its id.
 
@@ -196,6 +214,7 @@ class Writer:
 
         Args:
             parents: ids of the experiences it is based on.
+            share: how many of how many attempts had succeeded when it was written.
         """
         text = " ".join(text.split())
         if not text or kind not in INSIGHT_KINDS:
@@ -205,13 +224,22 @@ class Writer:
             )
         known = self._find_insight(task_row, kind, text)
         if known is not None:
-            self.ledger.count_again(1, known, {"last_policy_version": policy_version}, parents)
+            self.ledger.count_again(1, known, {"last_policy_version": policy_version} | _counts(share), parents)
         values = {"task_row": task_row, "kind": kind, "content": text, "policy_version": policy_version}
+        values |= _counts(share)
         insight_id = known if known is not None else self._insert_insight(values, "reflection", parents)
         _bound_insights(self.ledger, task_row, insight_id, self._config.insights_per_task)
         return insight_id
 
-    def edit_insight(self, insight_id: int, text: str, *, policy_version: int, parents: Iterable[int] = ()) -> int:
+    def edit_insight(
+        self,
+        insight_id: int,
+        text: str,
+        *,
+        policy_version: int,
+        parents: Iterable[int] = (),
+        share: tuple[int, int] = (0, 0),
+    ) -> int:
         """Replace an insight with a new version that keeps its evidence and support; return the new id.
 
         Raises:
@@ -231,10 +259,10 @@ class Writer:
         known = self._find_insight(task_row, kind, text)
         if known is not None:
             new_id = known
-            self.ledger.count_again(1, new_id, {"last_policy_version": policy_version}, evidence)
+            self.ledger.count_again(1, new_id, {"last_policy_version": policy_version} | _counts(share), evidence)
         else:
             values = {"task_row": task_row, "kind": kind, "content": text, "policy_version": policy_version}
-            values |= {"version": version + 1, "previous_id": insight_id, "support": support}
+            values |= {"version": version + 1, "previous_id": insight_id, "support": support} | _counts(share)
             new_id = self._insert_insight(values, f"edit of {insight_id}", evidence)
         if new_id != insight_id:
             self.ledger.change(1, insight_id, {"status": "retired"}, f"edited into {new_id}")
@@ -246,8 +274,11 @@ class Writer:
         The target must be a live insight of the same task. A reflection cannot retire an insight that audits found
         useful.
         """
+        share = change.num_successes, change.num_attempts
         if change.action == "add":
-            self.add_insight(task_row, change.kind, change.text, policy_version=policy_version, parents=parents)
+            self.add_insight(
+                task_row, change.kind, change.text, policy_version=policy_version, parents=parents, share=share
+            )
             return True
         row = self._db.execute(
             f"SELECT usefulness FROM insights WHERE id = ? AND task_row = ? AND {LIVE}", (change.target_id, task_row)
@@ -255,11 +286,14 @@ class Writer:
         if row is None or change.target_id is None or (change.action == "retire" and (row[0] or 0.0) > 0):
             return False
         if change.action == "edit":
-            self.edit_insight(change.target_id, change.text, policy_version=policy_version, parents=parents)
+            self.edit_insight(
+                change.target_id, change.text, policy_version=policy_version, parents=parents, share=share
+            )
         elif change.action == "retire":
             self.set_status(1, change.target_id, "retired", "reflection")
         else:
-            self.ledger.count_again(1, change.target_id, {"last_policy_version": policy_version}, parents)
+            values = {"last_policy_version": policy_version} | _counts(share)
+            self.ledger.count_again(1, change.target_id, values, parents)
         return True
 
     def leak_of(self, task_row: int, text: str) -> str:
@@ -312,6 +346,12 @@ class Writer:
                 for rank, (item, included) in enumerate(chosen)
             ],
         )  # fmt: skip
+
+    def forget(self) -> None:
+        """Retire every item, so that only what this update writes can be retrieved."""
+        for level, table in TABLES.items():
+            for (item_id,) in self._db.execute(f"SELECT id FROM {table} WHERE {LIVE} ORDER BY id").fetchall():
+                self.set_status(level, item_id, "retired", "the memory is transient")
 
     def set_status(self, level: int, item_id: int, status: str, reason: str) -> None:
         """Retire, quarantine, internalize or reactivate one item."""
@@ -396,6 +436,11 @@ class Writer:
         if row is None:
             raise MemoryStoreError(f"task_row={task_row} is not in the store; call add_task first.")
         return row
+
+
+def _counts(share: tuple[int, int]) -> dict[str, int]:
+    """Return the columns of an insight's share of successes; none where it is not known, so that a known one stays."""
+    return {"num_successes": share[0], "num_attempts": share[1]} if share[1] else {}
 
 
 # The leak filter. The store keeps fingerprints of answers, not answers, so the filter compares fingerprints of word
@@ -559,3 +604,128 @@ def _bound_store(ledger: Ledger, capacity: int) -> None:
     for insight_id, redundant in leaving:
         reason = "capacity: a newer copy exists" if redundant else "capacity: longest unseen"
         ledger.change(1, insight_id, {"status": "retired"}, reason)
+
+
+# History: each update drops log rows older than the generations that are kept, and items retired before them. Every
+# generation from `history_from` on can still be compared and restored, because what is dropped was the same in all of
+# them. Kept whatever their age: live and quarantined items with their evidence, items that audits found harmful (so
+# that they never come back), audits that still count, and per item the last log row of each verdict that audits gave.
+# A retired item that is written again after it was dropped begins anew.
+
+MAX_AUDITS = 100  # of one version of an item; two standard errors of a mean of 100 are small enough for any verdict
+
+_LEVELS = {"behaviours": 2, "insights": 1}  # of the items that rest on others
+#: Of the ops after `history_from`, the ids in a list of parents; an op of one level lists parents of the level below.
+_LISTED = (
+    "SELECT value FROM ops, json_each({column}, '$.parents') WHERE ops.generation > :since AND ops.level = {level}"
+)
+_LISTED_BEFORE_OR_AFTER = " UNION ".join(_LISTED.format(column=c, level="{level}") for c in ("before", "after"))
+_ITEMS = (
+    "SELECT 0 AS level, id, 1 AS version FROM experiences UNION ALL SELECT 1, id, version FROM insights"
+    " UNION ALL SELECT 2, id, version FROM behaviours"
+)
+#: Version of each item in the oldest kept generation; later changes and deletions name the version they replaced.
+_VERSIONS = (
+    f"SELECT level, id, min(version) AS version FROM ({_ITEMS} UNION ALL SELECT level, item_id,"
+    " json_extract(before, '$.version') FROM ops WHERE generation > :since"
+    " AND json_extract(before, '$.version') IS NOT NULL) GROUP BY level, id"
+)
+#: What is dropped, in this order: rows go before the rows they refer to.
+_DROPPED = (
+    ("retrievals", "generation < :since"),
+    ("behaviours", "status = 'retired' AND last_generation <= :since"),
+    (
+        "insights",
+        "status = 'retired' AND last_generation <= :since"
+        " AND id NOT IN (SELECT item_id FROM ops WHERE level = 1 AND reason LIKE 'audit: harmful%')"
+        " AND id NOT IN (SELECT parent_id FROM links JOIN behaviours ON id = child_id"
+        "  WHERE parent_level = 1 AND child_level = 2)"
+        f" AND id NOT IN ({_LISTED_BEFORE_OR_AFTER.format(level=2)})"
+        " AND id NOT IN (SELECT json_extract(before, '$.previous_id') FROM ops WHERE generation > :since"
+        "  AND level = 1 AND json_extract(before, '$.previous_id') IS NOT NULL)",
+    ),
+    (
+        "experiences",
+        "status = 'retired' AND last_generation <= :since"
+        " AND id NOT IN (SELECT parent_id FROM links JOIN insights ON id = child_id"
+        "  WHERE parent_level = 0 AND child_level = 1)"
+        f" AND id NOT IN ({_LISTED_BEFORE_OR_AFTER.format(level=1)})",
+    ),
+    (
+        "audits",
+        "generation <= :since AND (id NOT IN (SELECT a.id FROM audits a JOIN versions v ON v.level = a.level"
+        " AND v.id = a.item_id AND v.version <= a.version)"
+        " OR id IN (SELECT id FROM (SELECT id, row_number() OVER"
+        f" (PARTITION BY level, item_id, version ORDER BY id DESC) AS age FROM audits) WHERE age > {MAX_AUDITS}))",
+    ),
+    (
+        "ops",
+        "generation <= :since AND id NOT IN (SELECT max(ops.id) FROM ops JOIN items ON items.level = ops.level"
+        " AND items.id = item_id WHERE generation <= :since AND reason LIKE 'audit%'"
+        " GROUP BY ops.level, item_id, json_extract(after, '$.status'))",
+    ),
+)
+
+
+def compact(db: sqlite3.Connection, generation: int, keep: int, archive: Path | None) -> dict[str, int]:
+    """Drop what is older than `keep` generations, inside the open transaction; return the rows dropped by table.
+
+    Args:
+        generation: the one that this transaction writes.
+        archive: a folder; what is dropped is written to a file in it first, complete or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    since = generation - keep
+    if since <= history_from(db):
+        return {}
+    counts: dict[str, int] = {}
+    lines: list[str] = []
+    for table, condition in _DROPPED:
+        sql = (
+            f"WITH items AS ({_ITEMS}), versions AS ({_VERSIONS}) SELECT id FROM {table} WHERE {condition} ORDER BY id"
+        )
+        ids = db.execute(sql, {"since": since}).fetchall()
+        if archive is not None:
+            lines += _archived_lines(db, table, [row_id for (row_id,) in ids])
+        _delete(db, table, ids)
+        counts[table] = len(ids)
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('history_from', ?)", (str(since),))
+    if archive is not None and lines:
+        _write_archive(archive / f"generation-{generation:06d}.jsonl", lines)
+    return counts
+
+
+def _delete(db: sqlite3.Connection, table: str, ids: list[tuple[int]]) -> None:
+    """Delete the rows, with links to their evidence; the next version of a dropped insight no longer names it."""
+    if not ids:
+        return
+    if table == "insights":  # for the references of `previous_id`, which SQLite also looks up for each deleted row
+        db.execute("CREATE INDEX insights_by_previous ON insights (previous_id) WHERE previous_id IS NOT NULL")
+        db.executemany("UPDATE insights SET previous_id = NULL WHERE previous_id = ?", ids)
+    db.executemany(f"DELETE FROM {table} WHERE id = ?", ids)
+    if table == "insights":
+        db.execute("DROP INDEX insights_by_previous")
+    if table in _LEVELS:
+        db.executemany(f"DELETE FROM links WHERE child_level = {_LEVELS[table]} AND child_id = ?", ids)
+
+
+def _archived_lines(db: sqlite3.Connection, table: str, ids: list[int]) -> Iterator[str]:
+    """Yield the rows as JSON, items with the ids of their evidence; vectors are left out."""
+    for row_id in ids:
+        cursor = db.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,))
+        row = dict(zip([column[0] for column in cursor.description], cursor.fetchone(), strict=True))
+        row.pop("embedding", None)
+        if table in _LEVELS:
+            parents = db.execute(
+                "SELECT parent_id FROM links WHERE child_level = ? AND child_id = ? ORDER BY 1",
+                (_LEVELS[table], row_id),
+            )
+            row["parents"] = [parent for (parent,) in parents]
+        yield json.dumps({"table": table} | row, ensure_ascii=False) + "\n"
+
+
+def _write_archive(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(lines))

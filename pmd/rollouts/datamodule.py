@@ -1,16 +1,17 @@
 """The stream of training batches: task -> group of rollouts -> verdicts -> teacher context -> batch.
 
 Rollouts are generated inside the loader's `__next__` and nowhere else, so each batch is as fresh as the weights.
-Memory is only read here; it changes at epoch ends, in the callbacks. The position in the data is counted in tasks, so a
+Memory changes at epoch ends, in the callbacks; with `memory.update: batch`, it is updated here from each batch's
+rollouts, before their teacher contexts are made. The position in the data is counted in tasks, so a
 run that stopped within an epoch goes on with the tasks that are left, in batches of any size.
 """
 
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -24,6 +25,7 @@ from pmd.engines.base import Engine, Sampling
 from pmd.errors import ConfigError
 from pmd.losses.policy_gradient import group_advantages
 from pmd.memory import ProceduralMemory
+from pmd.memory.stream import MemoryUpdater
 from pmd.rollouts.generate import RolloutGroups, generate_rollouts
 from pmd.seeds import derive_seed
 from pmd.tasks.prompts.base import PromptFormat
@@ -31,7 +33,10 @@ from pmd.teacher import ContextBuilder
 from pmd.types import Rollout, Split, Task
 
 #: Metrics of a whole rollout batch; logged with its first optimizer step, and 0 with the others.
-COSTS = ("rollout/num_tokens", "time/rollout_s", "time/verify_s", "time/context_s")
+COSTS = (
+    "rollout/num_tokens", "reflect/num_tokens", "time/rollout_s", "time/verify_s", "time/context_s", "time/reflect_s",
+    "time/memory_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +73,17 @@ class RolloutDataModule(LightningDataModule):
         engine: Engine,
         prompts: PromptFormat,
         memory: ProceduralMemory | None,
+        updater: MemoryUpdater | None = None,
     ):
+        """Take the parts of a run; `updater` updates the memory with each batch."""
         super().__init__()
         self.config = config
         self.tasks = tasks
         self.engine = engine
         self.prompts = prompts
         self.memory = memory
+        self.updater = updater
+        self.between_batches: Callable[[], None] | None = None  # called when a step is over and the next batch is due
         self.contexts = ContextBuilder(prompts, config.teacher, config.memory.max_tokens)
         self.position = Position()
         self.tasks_digest = digest_of(tasks)
@@ -144,6 +153,23 @@ class RolloutDataModule(LightningDataModule):
             step += updates
         return batches
 
+    def first_pass(self) -> tuple[list[list[Rollout]], dict[str, float]]:
+        """Have the policy attempt every training task once more, before the first step; return groups and costs.
+
+        The rollouts count as the run's, although nothing is trained on them.
+        """
+        groups: list[list[Rollout]] = []
+        costs = {"rollout/num_tokens": 0.0, "time/rollout_s": 0.0, "time/verify_s": 0.0}
+        for batch in self.task_batches(Position()):
+            generated = self._generate(replace(batch, key=f"{self.config.seed_everything}/first pass/{batch.step}"))
+            groups += generated.groups
+            costs["rollout/num_tokens"] += sum(len(r.completion.token_ids) for r in generated.rollouts)
+            costs["time/rollout_s"] += generated.generate_s
+            costs["time/verify_s"] += generated.verify_s
+        num_rollouts = self.position.num_rollouts + sum(map(len, groups))
+        self.position = replace(self.position, num_rollouts=num_rollouts)
+        return groups, costs
+
     def _generate_all(self, task_batches: Sequence[TaskBatch]) -> Iterator[RolloutGroups]:
         """Yield the rollouts of each batch; with `rollouts.prefetch` the next ones are generated meanwhile."""
         if not self.config.rollouts.prefetch:
@@ -168,6 +194,9 @@ class RolloutDataModule(LightningDataModule):
 
     def _training_batches(self, task_batch: TaskBatch, generated: RolloutGroups) -> Iterator[Batch]:
         """Divide one rollout batch, by group, into a training batch for each of its optimizer steps."""
+        learned: dict[str, float] = {}
+        if self.updater is not None:
+            learned = self.updater.update(generated.groups, task_batch.step, self.engine.policy_version)
         started = time.perf_counter()
         examples = [
             self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))
@@ -180,13 +209,14 @@ class RolloutDataModule(LightningDataModule):
             "time/verify_s": generated.verify_s,
             "time/context_s": time.perf_counter() - started,
         }
+        metrics |= learned
         num_updates = task_batch.num_updates
         for update in range(num_updates):
             chosen = tuple(example for group in examples[update::num_updates] for example in group)
             self.position = self._position_after(task_batch, update)
             is_last = update == num_updates - 1
             yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics, is_last)
-            metrics = metrics | dict.fromkeys(COSTS, 0.0)
+            metrics = metrics | {name: 0.0 for name in COSTS if name in metrics}
 
     def _position_after(self, batch: TaskBatch, update: int) -> Position:
         """Return the position after one of the optimizer steps of a batch."""
@@ -203,7 +233,8 @@ class RolloutDataModule(LightningDataModule):
         items, past_success, generation = [], None, 0
         if self.memory is not None:
             items = self.memory.retrieve(task, seed=random.getrandbits(62))
-            past_success = self.memory.past_success(task)
+            if self.config.memory.replay:
+                past_success = self.memory.past_success(task, group[0].group_id)
             generation = self.memory.generation
         contexts = self.contexts.build(task, group, items, past_success, generation, random)
         advantages = group_advantages(
@@ -227,7 +258,10 @@ class RolloutStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so that the position is read when the first batch is asked for, not when Lightning prepares.
-        yield from self.data.rest_of_epoch(self.data.position)
+        for batch in self.data.rest_of_epoch(self.data.position):
+            yield batch
+            if self.data.between_batches is not None:
+                self.data.between_batches()
 
 
 def digest_of(tasks: Mapping[Split, Sequence[Task]]) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import run_pmd, small_fit
 
+from pmd.memory.store import MemoryStore
 from pmd.run_dir import RunDir
 from pmd.trace import read_trace
 
@@ -48,6 +49,12 @@ def test_resuming_equals_never_stopping(whole, tmp_path):
         assert torch.equal(tensor, two["state_dict"][name]), name
     assert dump(whole) == dump(run_dir)
     assert logged(whole) == logged(run_dir)
+
+
+def generation(run_dir: Path) -> int:
+    """How many times the memory was updated."""
+    with MemoryStore.open(RunDir(run_dir).memory, read_only=True) as store:
+        return store.generation
 
 
 def dump(run_dir: Path) -> list[str]:
@@ -95,11 +102,13 @@ def test_a_run_that_ended_within_an_epoch_goes_on_where_it_stopped(tmp_path):
     run_dir = tmp_path / "run"
     batches_of_four = ["--rollouts.tasks_per_step=4", "--rollouts.updates_per_batch=2"]
     small_fit(run_dir, 2, *batches_of_four, "--trainer.max_steps=3", "--verification.every_epochs=9")
+    assert generation(run_dir) == 0  # the epoch is not over
     small_fit(run_dir, 2, *batches_of_four, "--ckpt_path=last")
     files = sorted((run_dir / "traces").glob("*.gz"))
     assert [int(file.name[5:11]) for file in files] == list(range(12))
     assert [int(row["step"]) for row in RunDir(run_dir).read_metrics() if row["loss/total"]] == list(range(12))
     assert json.loads((run_dir / "results.json").read_text())["rollouts"] == 2 * 24
+    assert generation(run_dir) == 2
     for epoch in (files[:6], files[6:]):
         visited = Counter(record["task_id"] for file in epoch for record in read_trace(file))
         assert (len(visited), set(visited.values())) == (12, {2})

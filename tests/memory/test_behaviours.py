@@ -5,6 +5,7 @@ from dataclasses import replace
 from memory_world import make_task
 
 from pmd.memory.behaviours import describe_absence, find_clusters
+from pmd.memory.embed import HashEmbedder
 from pmd.memory.update import open_writer
 
 
@@ -53,6 +54,24 @@ def test_behaviours_keep_their_ids_and_unchanged_clusters_need_nothing(open_stor
         writer.replace_behaviours([], policy_version=1)
     assert store.behaviours() == []
     assert [b.id for b in store.behaviours("retired")] == ids
+
+
+def test_tasks_can_be_clustered_instead_of_insights(open_store):
+    keys = ["apple red", "apple red big", "pear brown", "pear brown old", "fig"]
+    store = open_store(embedder=HashEmbedder.fit(keys, dimension=256), cluster_over="tasks", cluster_similarity=0.4)
+    with open_writer(store) as writer:
+        for n, key in enumerate(keys):
+            row = writer.add_task(make_task(f"t{n}", key=key))
+            writer.add_insight(row, "strategy", f"idea {'abcde'[n]}", policy_version=0)
+            writer.add_insight(row, "contrast", "said of everything", policy_version=0)
+            writer.add_insight(row, "lesson", f"never {'abcde'[n]}", policy_version=0)
+        clusters = writer.clusters()
+    assert [cluster.task_rows for cluster in clusters] == [(1, 2), (3, 4)]
+    assert [set(cluster.texts) for cluster in clusters] == [
+        {"said of everything", "idea a", "idea b", "never a", "never b"},
+        {"said of everything", "idea c", "idea d", "never c", "never d"},
+    ]
+    assert not set(clusters[0].member_ids) & set(clusters[1].member_ids)
 
 
 def test_a_new_cluster_without_words_is_left_out(open_store):

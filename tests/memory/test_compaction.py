@@ -15,13 +15,12 @@ from test_history import check_without_index, items
 
 from pmd.cli import main
 from pmd.errors import MemoryStoreError
-from pmd.memory.compact import MAX_AUDITS, compact
 from pmd.memory.judge import ItemAudit
 from pmd.memory.store import MAX_EVIDENCE, MemoryStore
 from pmd.memory.tools.compact import compact_store
 from pmd.memory.tools.history import diff, rollback
 from pmd.memory.tools.report import growth, render
-from pmd.memory.update import open_writer
+from pmd.memory.update import MAX_AUDITS, compact, open_writer
 from pmd.types import MemoryItem
 
 KEEP = 3

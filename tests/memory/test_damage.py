@@ -19,7 +19,6 @@ from memory_world import World, killed_at, leave_a_log
 
 from pmd.callbacks.memory import MemoryCallback
 from pmd.cli import main
-from pmd.config.schema import ReflectionConfig
 from pmd.errors import MemoryStoreError
 from pmd.memory import EpochRecord, ProceduralMemory
 from pmd.memory.index import TaskIndex
@@ -301,15 +300,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(copy, world):
         keys = [task.memory_key for task in world.tasks]
         config = store.config
     memory = ProceduralMemory(copy, config, keys, frozenset())
-    callback = MemoryCallback(
-        EpochRecord(),
-        memory,
-        None,
-        None,
-        ReflectionConfig(),
-        0,
-        copy.parent / "items",  # type: ignore[arg-type]
-    )
+    callback = MemoryCallback(EpochRecord(), memory, None, copy.parent / "items")  # type: ignore[arg-type]
     state = callback.state_dict()
     callback.load_state_dict(state)
     kept = memory.store.insights()

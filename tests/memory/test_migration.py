@@ -71,7 +71,7 @@ def tally(store: MemoryStore, table: str, column: str) -> dict[str, int]:
 def test_everything_is_there_under_the_new_names(old):
     before = sqlite3.connect(old).execute("PRAGMA user_version").fetchone()[0]
     with MemoryStore.open(old) as store:
-        assert store.query("PRAGMA user_version") == [(3,)]
+        assert store.query("PRAGMA user_version") == [(4,)]
         assert (store.generation, store.embedder.name) == (EXPECTED["generation"], EXPECTED["embedder"])
         assert count(store, "tasks") == len(store.tasks()) == EXPECTED["problems"]
         for table in ("experiences", "insights", "links", "audits", "retrievals", "ops"):
@@ -137,7 +137,7 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(old):
         db.execute("UPDATE ops SET before = 'not JSON' WHERE action = 'change'")
         db.commit()
         before = list(db.iterdump())
-    with pytest.raises(Exception, match=r"could not be brought from schema version=. to 3 .* it is unchanged"):
+    with pytest.raises(Exception, match=r"could not be brought from schema version=. to 4 .* it is unchanged"):
         MemoryStore.open(old)
     with closing(sqlite3.connect(old)) as db:
         assert list(db.iterdump()) == before

@@ -6,6 +6,7 @@ from memory_world import make_rollout, make_task
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError
+from pmd.memory.behaviours import BehaviourChange
 from pmd.memory.embed import HashEmbedder
 from pmd.memory.index import TaskIndex
 from pmd.memory.judge import ItemAudit
@@ -93,6 +94,30 @@ def test_each_level_works_alone(small):
     assert [p.text for p in mixed if p.level == 0] == ["solved 2"]
 
 
+def test_scope_own_reads_the_task_itself_and_the_nearest_behaviours(small):
+    with open_writer(small) as writer:
+        changes = [
+            BehaviourChange((1,), f"sha{n}", text, None) for n, text in enumerate(("pear brown", "apple", "fig"))
+        ]
+        writer.replace_behaviours(changes, policy_version=0)
+    retriever = retriever_of(small, scope="own", levels=[0, 1, 2], k=9, max_behaviours=2, max_strategies=9)
+    found = retriever.retrieve("pear brown", seed=0, task_id="t1")  # the words of t4, the items of t1
+    assert {item.task_id for item in found if item.level < 2} == {"t1"}
+    assert texts(item for item in found if item.level == 0) == ["solved 1"]
+    assert {item.text for item in found if item.level == 1} == {
+        "apples: wash", "peel, not cut", "not a1", "not b1", "not c1",
+    }  # fmt: skip
+    assert "pear brown" in {item.text for item in found if item.level == 2}
+    assert sum(item.level == 2 for item in found) == 2
+    held_out = retriever.retrieve("apple red", seed=0, task_id="of another split")
+    assert {item.level for item in held_out} == {2}
+    assert "apple" in texts(held_out)
+
+
+def test_no_items_with_k_0(small):
+    assert retriever_of(small, k=0, levels=[0, 1, 2]).retrieve("apple red", seed=0) == []
+
+
 def test_kinds(small):
     assert {p.kind for p in retriever_of(small, kinds=["lesson"], k=9).retrieve("apple red", seed=0)} == {"lesson"}
 
@@ -117,7 +142,7 @@ def test_reading_a_store_that_moved_is_an_error(small):
     with open_writer(small):
         pass
     for read in (lambda: retriever.retrieve("apple red", seed=0), lambda: retriever.past_success("t1")):
-        with pytest.raises(AlignmentError, match="read-only within an epoch"):
+        with pytest.raises(AlignmentError, match="read-only between updates"):
             read()
     retriever.refresh()
     assert retriever.retrieve("apple red", seed=0)

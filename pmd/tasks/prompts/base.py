@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from pmd.tasks.prompts.parsing import Reply
-from pmd.types import Rollout, Task
+from pmd.types import MemoryItem, Rollout, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,10 @@ class PromptFormat(Protocol):
         With `show_attempt`, the failed attempt stands before its feedback.
         """
         ...
+
+    def memory_line(self, item: MemoryItem) -> str:
+        """Return an item as it stands in a prompt: its text, unless the format says more."""
+        return item.text
 
     def placebo(self, text: str) -> str:
         """Return a memory line of the same length that carries no information about the task."""

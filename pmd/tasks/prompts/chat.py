@@ -23,7 +23,7 @@ from pmd.errors import ConfigError
 from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line
 from pmd.tasks.thinking import strip_thinking
-from pmd.types import Message, Rollout, Task
+from pmd.types import MemoryItem, Message, Rollout, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -85,6 +85,14 @@ class ChatPrompts:
         messages = [Message("user", question) if i == last else m for i, m in enumerate(task.messages)]
         return self.encoder.ids(messages)
 
+    def memory_line(self, item: MemoryItem) -> str:
+        """Return the item's text; what an attempt is, and how many succeeded where an insight was learned, is said."""
+        if item.level == 0:
+            return f"A verified correct attempt: {item.text}"
+        if not item.num_attempts:
+            return item.text
+        return f"{item.text} (Learned when {item.num_successes} of {item.num_attempts} attempts were correct.)"
+
     def placebo(self, text: str) -> str:
         """Return neutral text with as many tokens as `text`."""
         wanted = len(self._tokens(text))
@@ -110,6 +118,7 @@ class ChatPrompts:
         if not right and not any(map(_remarks, wrong)):
             return []
         outcome = "mixed" if right and wrong else "correct" if right else "wrong"
+        outcome += f" ({len(right)} of {len(right) + len(wrong)} attempts correct)"
         shown = _distinct(right)[: extent.attempts] + _distinct(wrong)[: extent.attempts]
         attempts = "\n".join(
             self._fill(

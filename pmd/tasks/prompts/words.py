@@ -15,7 +15,7 @@ from pmd.errors import AlignmentError
 from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.parsing import ParsedInsight, Reply
 from pmd.tiny.world import ALL_RULES, BOX_COUNTS, COLOURS, DIGITS, NAMES, Puzzle
-from pmd.types import ItemKind, Rollout, Task
+from pmd.types import ItemKind, MemoryItem, Rollout, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,6 +155,10 @@ class WordPrompts:
         if failure is not None and show_attempt and (rule := stated_rule(failure.completion.text)) is not None:
             lines.append(Line("failed", _name_in(task), rule).text)
         return self._ids(solve_prompt(task.question, lines))
+
+    def memory_line(self, item: MemoryItem) -> str:
+        """Return the item's text: the language has no numbers to say how sure an insight is."""
+        return item.text
 
     def placebo(self, text: str) -> str:
         """Return the same line about another name, so that it says nothing about this one."""
