@@ -1,5 +1,5 @@
 # `make check` is what CI runs. The others use the environment that is active.
-.PHONY: check lint test docs
+.PHONY: check lint test coverage docs
 
 check:
 	.ci/run
@@ -12,6 +12,9 @@ lint:
 
 test:
 	python -m pytest -q -n 2
+
+coverage:
+	python -m pytest -q -n 2 --cov --cov-report=term-missing:skip-covered
 
 docs:
 	mkdocs build --strict

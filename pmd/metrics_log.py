@@ -1,6 +1,8 @@
 """metrics.csv: one row for each optimizer step and each epoch's end.
 
-Rows are appended, and the file is replaced whole when a new metric needs a column. `commit` makes all rows survive a
+Rows with generated tokens also carry the run's sum so far, reflections included, so that a curve can be read at equal
+cost; and the processor seconds since the last such row. Rows are appended, and the file is replaced whole when a new
+metric needs a column. `commit` makes all rows survive a
 power cut; it is called before each checkpoint, so that a resumed run finds every row up to its checkpoint, and drops
 the later ones, which it will write again.
 """
@@ -8,13 +10,14 @@ the later ones, which it will write again.
 import csv
 import io
 import os
+import time
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
 from pmd.atomic import replace_text
 from pmd.errors import DiskError
-from pmd.run_dir import RunDir
+from pmd.run_dir import GENERATED, GENERATED_SO_FAR, RunDir
 
 
 class MetricsLog(Logger):
@@ -38,6 +41,8 @@ class MetricsLog(Logger):
         self._before = 0 if resumed_at is None else resumed_at  # rows already in the file count up to this step
         self._is_checked = False  # whether the file holds no other rows
         self._keep_later = keep_later
+        self._num_generated = self._generated_before()
+        self._cpu_s = time.process_time()
         if resumed_at is not None and not keep_later:
             self._guarded(self._rewrite)  # at once: the first step is minutes away
 
@@ -49,12 +54,16 @@ class MetricsLog(Logger):
     def log_hyperparams(self, params: Any, *args: Any) -> None:
         """Do nothing: config.yaml holds the configuration."""
 
+    def log_graph(self, *args: Any) -> None:
+        """Start the processor's clock: Lightning calls this when training begins."""
+        self._cpu_s = time.process_time()
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Add one row."""
         values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
         if "epoch" in metrics:
             values["epoch"] = int(metrics["epoch"])
-        self._pending.append(values | {"step": step})
+        self._pending.append(values | self._costs(values) | {"step": step})
 
     def save(self) -> None:
         """Append the rows that were added since the last time.
@@ -83,6 +92,21 @@ class MetricsLog(Logger):
         except DiskError:
             if status == "success":
                 raise
+
+    def _costs(self, values: dict[str, float]) -> dict[str, float]:
+        """Return what a row adds to its metrics if they say that the policy has generated something."""
+        if values.keys().isdisjoint(GENERATED):
+            return {}
+        now = time.process_time()
+        seconds, self._cpu_s = now - self._cpu_s, now
+        self._num_generated += sum(values.get(name, 0.0) for name in GENERATED)
+        return {GENERATED_SO_FAR: self._num_generated, "time/cpu_s": seconds}
+
+    def _generated_before(self) -> float:
+        """Return the tokens generated in the rows that a resumed run keeps."""
+        rows = self.run_dir.read_metrics() if self._before else []
+        kept = [row for row in rows if float(row["step"]) < self._before]
+        return max((float(row.get(GENERATED_SO_FAR) or 0) for row in kept), default=0.0)
 
     def _append(self) -> None:
         if not self._is_checked or not set().union(*self._pending) <= set(self._columns):

@@ -11,7 +11,8 @@ results.json     the final table
 curves.png       the learning curves
 error.log        the traceback of what ended the run, if it was nothing that pmd foresaw
 .lock            held by the process that works in the directory (run_lock.py)
-test-NAME/       results of `pmd test` for checkpoint NAME: results.json, samples.jsonl, pass_at_k.png
+test-NAME/       results of `pmd test` for checkpoint NAME: results.json, samples.jsonl, pass_at_k.png; of
+                 `pmd test --memory` in test-NAME-memory-kK/
 """
 
 import csv
@@ -29,6 +30,9 @@ from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
 from pmd.run_lock import LOCK_FILE, describe_holder
 
+#: Metrics that count the tokens which the policy generated in training, since the row before; and their sum so far.
+GENERATED = ("rollout/num_tokens", "reflect/num_tokens")
+GENERATED_SO_FAR = "cost/generated_tokens"
 #: What may lie in the directory of a run that failed to start.
 LEFT_BY_A_FAILED_START = {"config.yaml", "error.log", "cache", LOCK_FILE}
 

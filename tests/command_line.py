@@ -5,12 +5,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from warm_pmd import fork_server
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -23,12 +24,12 @@ LORA = ["--model.finetune=lora", "--model.lora_rank=4", "--optimizer.lr=1e-2", "
 class PmdProcess:
     """A command of pmd that runs in a process of its own, a child of the warm server's (warm_pmd.py)."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, path: Sequence[str], file_bytes: int):
+    def __init__(self, arguments: Sequence[str], request: Mapping[str, object]):
         self.arguments = arguments
         self._folder = tempfile.TemporaryDirectory()
         self.out, self.err = Path(self._folder.name, "out"), Path(self._folder.name, "err")
-        request = {"arguments": arguments, "cwd": str(cwd), "path": path, "file_bytes": file_bytes}
-        self.pid = _ask_warm_server(request | {"out": str(self.out), "err": str(self.err)})
+        own = {"arguments": arguments, "out": str(self.out), "err": str(self.err)}
+        self.pid = _ask_warm_server({**request, **own})
         self._pidfd = os.pidfd_open(self.pid)
 
     def has_ended(self, within_s: float = 0.0) -> bool:
@@ -52,9 +53,17 @@ class PmdProcess:
         return done
 
 
-def start_pmd(*arguments: str, cwd: Path = ROOT, first_on_path: Path | None = None, file_bytes: int = 0) -> PmdProcess:
-    """Start `python -m pmd ARGUMENTS` on one thread; with `file_bytes`, no file may grow beyond that size."""
-    return PmdProcess(arguments, cwd, [str(first_on_path)] if first_on_path else [], file_bytes)
+def start_pmd(
+    *arguments: str, cwd: Path = ROOT, first_on_path: Path | None = None, file_bytes: int = 0,
+    environment: Mapping[str, str] | None = None, module: str = "pmd.cli",
+) -> PmdProcess:  # fmt: skip
+    """Start `python -m pmd ARGUMENTS`, or another module's `main`, on one thread.
+
+    With `file_bytes`, no file may grow beyond that size.
+    """
+    path = [str(first_on_path)] if first_on_path else []
+    options = {"cwd": str(cwd), "path": path, "file_bytes": file_bytes, "module": module}
+    return PmdProcess(arguments, options | {"environment": dict(environment or {})})
 
 
 def run_pmd(*arguments: str, code: int = 0, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess:
@@ -65,22 +74,16 @@ def run_pmd(*arguments: str, code: int = 0, timeout_s: float = 550, **options: A
 
 
 def _ask_warm_server(request: object) -> int:
-    server = _warm_server()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    return int(json.loads(server.stdout.readline()))
+    requests, answers = warm_server()
+    requests.write(json.dumps(request) + "\n")
+    requests.flush()
+    return int(json.loads(answers.readline()))
 
 
 @cache
-def _warm_server() -> subprocess.Popen:
-    """Start, once a session, the process whose children run the commands."""
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm_pmd.py"))],
-        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )  # fmt: skip
+def warm_server() -> tuple[TextIO, TextIO]:
+    """Fork, once a session, the process whose children run the commands."""
+    return fork_server()
 
 
 def small_fit(run_dir: Path, epochs: int, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:

@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ if not torch.cuda.is_available():
 
 #: Files that take 10 s or more, the longest first: workers that take files in turns (`-n 2`) then end together.
 LONG = [
-    "test_programs.py", "test_prediction.py", "test_runs.py", "test_damage.py", "test_trainer_ends.py", "test_sweep.py",
-    "test_shipped.py", "test_training_steps.py", "test_loop.py", "test_zoo.py", "test_server_failures.py",
-    "test_import.py", "test_route.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py",
+    "test_programs.py", "test_runs.py", "test_loop.py", "test_prediction.py", "test_damage.py",
+    "test_server_failures.py", "test_import.py", "test_sweep.py", "test_shipped.py", "test_training_steps.py",
+    "test_zoo.py", "test_training_step.py", "test_store.py", "test_verifiers.py", "test_pool.py",
+    "test_trainer_ends.py",
 ]  # fmt: skip
 
 
@@ -27,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the long files first."""
     order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Fork the server of commands, if any test may need it, while this process has no threads of torch's."""
+    if "command_line" in sys.modules:
+        sys.modules["command_line"].warm_server()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ python tests/record_route.py RUN_DIR
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import lightning.pytorch.trainer.call as calls
 import pmd
 from pmd.callbacks.checkpoint import CheckpointCallback
 from pmd.callbacks.memory import MemoryCallback
-from pmd.cli import main
+from pmd.cli import main as run_command
 from pmd.module import PMDModule
 from pmd.rollouts.datamodule import RolloutStream
 
@@ -75,8 +75,8 @@ def record(run_dir: str) -> None:
         "--verification.pass_at=[1]",
         "--verification.samples=1",
     ]
-    small += ["--memory.keep_generations=1", "--trainer.max_epochs=2"]
-    assert main(["fit", "--config", "configs/tiny.yaml", *small, "--run_dir", run_dir]) == 0
+    small += ["--memory.keep_generations=1", "--trainer.max_epochs=2", f"--run_dir={run_dir}"]
+    assert run_command(["fit", "--config", "configs/tiny.yaml", *small]) == 0
 
 
 def files_of_pmd(files: set[str]) -> list[str]:
@@ -85,6 +85,13 @@ def files_of_pmd(files: set[str]) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT))
 
 
-if __name__ == "__main__":
-    record(sys.argv[1])
+def main(arguments: Sequence[str]) -> int:
+    """Train for one epoch in RUN_DIR and print what ran."""
+    (run_dir,) = arguments
+    record(run_dir)
     print(json.dumps({part: files_of_pmd(files) for part, files in FOUND.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,12 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from command_line import ROOT
+from command_line import ROOT, run_pmd
 
 PAGE = (ROOT / "docs" / "one_step.md").read_text(encoding="utf-8")
 EXCERPTS = re.findall(r'```python title="([^"]+)"\n(.*?)```', PAGE, re.DOTALL)
@@ -25,11 +22,7 @@ def listed(part: str) -> list[str]:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> dict[str, list[str]]:
     """The files that run, from two real epochs of configs/tiny.yaml."""
-    script, run_dir = Path(__file__).with_name("record_route.py"), tmp_path_factory.mktemp("route") / "run"
-    done = subprocess.run(
-        [sys.executable, str(script), str(run_dir)],
-        cwd=ROOT, capture_output=True, text=True, timeout=500, check=True,
-    )  # fmt: skip
+    done = run_pmd(str(tmp_path_factory.mktemp("route") / "run"), module="record_route")
     return json.loads(done.stdout.splitlines()[-1])
 
 

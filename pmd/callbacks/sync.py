@@ -38,6 +38,8 @@ class WeightSyncCallback(Callback):
         if ends_run or batch.is_last:
             pl_module.log_dict(self._sync(trainer, pl_module) | {"time/sleep_s": self._sleep_s}, batch_size=1)
             self._sleep_s = 0.0
+        else:  # else Lightning would repeat the seconds of the last sync in this step's row
+            pl_module.log_dict(dict.fromkeys(("time/wake_s", "time/sync_s", "time/sleep_s"), 0.0), batch_size=1)
 
     def _sync(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Wake the engine, load the student's weights, and check that it computes the same log-probs as the trainer."""

@@ -1,4 +1,4 @@
-"""Held-out evaluation at epoch boundaries, without memory and, for comparison, with memory in the prompt.
+"""Held-out evaluation at epoch ends and within epochs, without memory and, for comparison, with memory in the prompt.
 
 The gap between the two is what memory provides and the policy has not internalized yet.
 """
@@ -8,6 +8,7 @@ import time
 
 from lightning import Callback, LightningModule, Trainer
 
+from pmd.batch import Batch
 from pmd.evaluation.evaluate import Evaluator
 from pmd.evaluation.metrics import Scores, score_samples
 from pmd.memory import ProceduralMemory
@@ -30,18 +31,20 @@ class VerificationCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate every `verification.every_epochs`, and after the last epoch."""
-        epoch, config = trainer.current_epoch + 1, self.evaluator.config
-        is_last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
-        if is_last or epoch % config.every_epochs == 0:
-            started = time.perf_counter()
+        if self.is_due(trainer):
             metrics = self.measure()
-            metrics["time/verification_s"] = time.perf_counter() - started
             pl_module.log_dict(metrics, batch_size=1)
             pl_module.log("held_out", metrics["verify/avg"], prog_bar=True, logger=False, batch_size=1)
 
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether the end of the current epoch calls for an evaluation."""
+        epoch = trainer.current_epoch + 1
+        is_last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+        return is_last or epoch % self.evaluator.config.every_epochs == 0
+
     def measure(self) -> dict[str, float]:
-        """Evaluate on the validation tasks and return the metrics."""
-        config = self.evaluator.config
+        """Evaluate on the validation tasks and return the metrics, with the seconds that it took."""
+        config, started, cpu = self.evaluator.config, time.perf_counter(), time.process_time()
         without_memory = score_samples(self.evaluator.memory_free(self.tasks, config.samples), config.pass_at)
         metrics = _flatten(without_memory)
         if self.memory is not None and config.memory_conditioned:
@@ -49,7 +52,37 @@ class VerificationCallback(Callback):
             with_memory = score_samples(samples, config.pass_at)
             metrics["verify/memory_conditioned_avg"] = with_memory.avg
             metrics["verify/not_internalized"] = with_memory.avg - without_memory.avg
+        metrics["time/verification_s"] = time.perf_counter() - started
+        metrics["time/verification_cpu_s"] = time.process_time() - cpu
         return metrics
+
+
+class StepVerificationCallback(Callback):
+    """Evaluates within an epoch too, after the batch in which a multiple of `every` optimizer steps was reached.
+
+    It acts after the sync, when the engine has the new weights. A batch that ends an epoch is left to the epoch's end.
+    """
+
+    def __init__(self, verification: VerificationCallback, every: int):
+        self.verification, self.every = verification, every
+        self._done = 0  # multiples of `every` that were reached
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin where a resumed run is."""
+        self._done = trainer.global_step // self.every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Evaluate if it is time."""
+        reached = trainer.global_step // self.every
+        ends_epoch = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if batch.is_last and reached > self._done:
+            self._done = reached
+            if not (ends_epoch and self.verification.is_due(trainer)):
+                metrics = self.verification.measure()
+                for logger in trainer.loggers:  # not through Lightning, which would repeat the values in the next rows
+                    logger.log_metrics(metrics, step=trainer.global_step - 1)
 
 
 def _flatten(scores: Scores) -> dict[str, float]:

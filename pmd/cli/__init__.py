@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 from pmd import __version__
 from pmd.cli.printable import printable
@@ -32,7 +33,7 @@ Procedural Memory Distillation: a policy's verified rollouts become a memory, a 
 policy token by token, and the final model needs no memory.
 
   fit        train:      python -m pmd fit --config configs/tiny.yaml
-                         python -m pmd fit --config configs/tiny.yaml --config configs/methods/grpo.yaml
+                         python -m pmd fit --config configs/tiny.yaml --config configs/methods/tiny/grpo.yaml
   validate   evaluate a checkpoint on the validation tasks, without any memory
   test       evaluate a checkpoint on the test tasks, without any memory
   config     print the JSON schema of the configuration files, for editors: config schema
@@ -70,14 +71,17 @@ TRAINING = {
 memory, traces, results.json and curves.png.
 
   python -m pmd fit --config configs/tiny.yaml
-  python -m pmd fit --config configs/tiny.yaml --config configs/methods/grpo.yaml --optimizer.lr=1e-3
+  python -m pmd fit --config configs/tiny.yaml --config configs/methods/tiny/grpo.yaml --optimizer.lr=1e-3
   python -m pmd fit --config runs/tiny/config.yaml --ckpt_path last       continue after the last finished epoch""",
     "validate": """Evaluate a checkpoint on the validation tasks. No memory is opened.
 
   python -m pmd validate --config runs/tiny/config.yaml --ckpt_path best""",
-    "test": """Evaluate a checkpoint (without --ckpt_path: the untrained policy) on the test tasks. No memory is opened.
+    "test": """Evaluate a checkpoint (without --ckpt_path: the untrained policy) on the test tasks. No memory is opened,
+unless --memory STORE names one that another run built: then the policy, of any size, sees --memory.k items of it in
+its prompt, and every output says so.
 
-  python -m pmd test --config runs/tiny/config.yaml --ckpt_path last""",
+  python -m pmd test --config runs/tiny/config.yaml --ckpt_path last
+  python -m pmd test --config configs/tiny.yaml --memory runs/tiny --memory.k 3""",
 }
 
 
@@ -126,6 +130,7 @@ def _train(command: str, arguments: list[str]) -> int:
         print(_key_help(command))
         return 0
     print_config = "--print_config" in arguments
+    store, arguments = _take_memory(command, arguments)
     loaded = load_arguments(command, [a for a in arguments if a != "--print_config"])
     run_dir_problems = describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name)
     check_config(loaded, [*process_problems(os.environ), *run_dir_problems, *describe_data_problems(loaded.run.data)])
@@ -135,7 +140,30 @@ def _train(command: str, arguments: list[str]) -> int:
     print(f"{command} {loaded.name}: loading PyTorch and the model ...", flush=True)
     from pmd.cli.run import run
 
-    return run(command, loaded)
+    return run(command, loaded, store)
+
+
+def _take_memory(command: str, arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the store that `test --memory STORE` names, and the other arguments.
+
+    Raises:
+        ConfigError: no store is named.
+        MemoryStoreError: there is none at that place.
+    """
+    rest, found = list[str](), None
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, value = argument.partition("=")
+        if flag != "--memory" or command != "test":
+            rest.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value or value.startswith("-"):
+            raise ConfigError("--memory needs a memory; write --memory STORE, such as a run directory.")
+        from pmd.cli.memory import find_store
+
+        found = find_store(Path(value))
+    return found, rest
 
 
 def _key_help(command: str) -> str:

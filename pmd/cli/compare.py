@@ -15,7 +15,17 @@ from rich.text import Text
 from pmd.cli.arguments import make_parser
 from pmd.cli.printable import printable
 from pmd.errors import ConfigError
-from pmd.evaluation.compare import Comparison, Difference, MethodRun, compare, mean_correct, pass_value, question_values
+from pmd.evaluation.compare import (
+    Comparison,
+    Difference,
+    MethodRun,
+    Solved,
+    compare,
+    mean_correct,
+    pass_value,
+    question_values,
+    solved_sets,
+)
 from pmd.evaluation.metrics import Sample, score_samples
 from pmd.tasks.lines import Line, iterate_lines
 from pmd.types import UNSCORED
@@ -38,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument(
-        "--out", type=Path, help="folder for compare.json and compare.png (default: nothing is written)"
+        "--out", type=Path, help="folder for compare.json, compare.png and solved.png (default: nothing is written)"
     )
     run(parser.parse_args(argv))
     return 0
@@ -67,18 +77,22 @@ def run(options: argparse.Namespace) -> None:
         found = compare(runs, options.seed, options.resamples)
     except ValueError as error:
         raise ConfigError(f"{error}; compare runs of one data set, with as many samples as --metric needs.") from error
+    solved = solved_sets([MethodRun(f["method"], f.get("seed"), question_values(s, mean_correct)) for f, s in loaded])
     print_table(found, options)
+    print_solved(solved, found[0].method)
     if not options.out:
-        print("Give a folder with --out to keep the table as compare.json and draw compare.png.")
+        print("Give a folder with --out to keep the tables as compare.json and draw compare.png and solved.png.")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     content = {"phase": options.phase, "metric": options.metric, "methods": [dataclasses.asdict(c) for c in found]}
+    content["solved"] = [dataclasses.asdict(one) for one in solved]
     (options.out / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
     curves: dict[str, list[Sample]] = {}
     for number, (facts, samples) in enumerate(loaded):  # the number keeps questions of different seeds separate
         renamed = [dataclasses.replace(sample, task_id=f"{number}/{sample.task_id}") for sample in samples]
         curves.setdefault(facts["method"], []).extend(renamed)
     draw(found, curves, options)
+    draw_solved(solved, found[0].method, options.out / "solved.png")
 
 
 def _value_function(metric: str) -> tuple[Any, list[str]]:
@@ -144,6 +158,48 @@ def print_table(found: Sequence[Comparison], options: argparse.Namespace, consol
     console.print(table)
     which = "the plain mean of the domains" if domains else "the mean over questions"
     console.print(f"Differences of {which}: paired bootstrap, {options.resamples} resamples of questions and seeds.")
+
+
+def print_solved(solved: Sequence[Solved], baseline: str, console: Console | None = None) -> None:
+    """Print how many questions a method, the baseline, both or neither solve."""
+    if not solved:
+        return
+    table = Table(title=Text(printable(f"questions solved, in percent, beside {baseline}")))
+    for heading in ("method", "solved by"):
+        table.add_column(heading)
+    for heading in ("both", "the method alone", f"{baseline} alone", "neither"):
+        table.add_column(Text(printable(heading)), justify="right")
+    for one in solved:
+        shares = (one.both, one.only_method, one.only_baseline, one.neither)
+        cells = (one.method, one.criterion, *(f"{100 * share:.1f}" for share in shares))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    (console or Console()).print(table)
+
+
+def draw_solved(solved: Sequence[Solved], baseline: str, path: Path) -> None:
+    """Draw a bar for each method and criterion: the questions that both, one or neither solve."""
+    if not solved:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(10, 1.5 + 0.5 * len(solved)), layout="constrained")
+    names = [f"{one.method}: {one.criterion}" for one in solved]
+    left = np.zeros(len(solved))
+    parts = ("both", "only_method", "only_baseline", "neither")
+    labels = ("both", "the method alone", f"{baseline} alone", "neither")
+    for part, label, color in zip(parts, labels, ("tab:green", "tab:blue", "tab:orange", "lightgray"), strict=True):
+        shares = np.array([100 * getattr(one, part) for one in solved])
+        axis.barh(names, shares, left=left, label=label, color=color)
+        left += shares
+    axis.invert_yaxis()
+    axis.set(xlabel="percent of questions", xlim=(0, 100), title=f"questions solved, beside {baseline}")
+    figure.legend(loc="outside lower center", ncols=len(parts))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _cells(difference: Difference | None) -> tuple[str, str, str]:

@@ -23,7 +23,7 @@ from pmd.callbacks.memory import Auditor, MemoryCallback
 from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
-from pmd.callbacks.verification import VerificationCallback
+from pmd.callbacks.verification import StepVerificationCallback, VerificationCallback
 from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
@@ -38,12 +38,14 @@ from pmd.engines.parity import ParityCheck
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
-from pmd.evaluation.metrics import score_samples
+from pmd.evaluation.metrics import Sample, score_samples
 from pmd.evaluation.report import (
+    ELSEWHERE,
     Phase,
     draw_curves,
     draw_pass_at,
     print_table,
+    prompt_label,
     results_of,
     sum_costs,
     write_results,
@@ -58,12 +60,13 @@ from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
+from pmd.planning.estimate import estimate_run
 from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
 from pmd.run_lock import locked
 from pmd.scoring import PolicyScorer, output_head
-from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks
+from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks, validates_on_test
 from pmd.tasks.prompts import PromptFormat, make_prompts
 from pmd.types import Split, Task
 from pmd.verifiers.resolve import prepare_verifiers
@@ -95,13 +98,13 @@ class _Resumed:
     state: dict[str, Any]
 
 
-def run(command: str, loaded: LoadedConfig) -> int:
-    """Run `fit`, `validate` or `test`; return the exit code."""
+def run(command: str, loaded: LoadedConfig, store: Path | None = None) -> int:
+    """Run `fit`, `validate` or `test`, the last with the memory in `store`, if any; return the exit code."""
     interrupt_on_sigterm()
     if loaded.run.cpu_threads is not None:
         torch.set_num_threads(loaded.run.cpu_threads)
     torch.set_float32_matmul_precision("highest")  # what is float32 is meant to be: no TF32, whatever was set before
-    return _fit_command(loaded) if command == "fit" else _evaluate_command(command, loaded)
+    return _fit_command(loaded) if command == "fit" else _evaluate_command(command, loaded, store)
 
 
 def _fit_command(loaded: LoadedConfig) -> int:
@@ -116,10 +119,10 @@ def _fit_command(loaded: LoadedConfig) -> int:
                 run.module.check_checkpoint(resumed.state)
             with explaining_failures(run_dir):
                 trainer, checkpoints = _prepare_to_fit(run, loaded, cli, resumed)
-                initial = evaluate(run, with_memory=False)  # the untrained policy, even in a resumed run
+                initial = evaluate(run, "initial", with_memory=False)  # the untrained policy, even in a resumed run
                 trained = fit(run, trainer, None if resumed is None else resumed.path)
                 later, problems = evaluate_checkpoints(run, checkpoints)
-                report(run, {"initial": initial} | later, trained, problems)
+                report(run, initial | later, trained, problems)
     return 0
 
 
@@ -213,14 +216,15 @@ def _open_checkpoint(loaded: LoadedConfig, run_dir: RunDir) -> _Resumed | None:
     return _Resumed(path, state)
 
 
-def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
-    """Evaluate a checkpoint, or the untrained policy, without opening any memory; write RUN/COMMAND-CHECKPOINT/."""
+def _evaluate_command(command: str, loaded: LoadedConfig, store: Path | None) -> int:
+    """Evaluate a checkpoint, or the untrained policy; write RUN/COMMAND-CHECKPOINT/, or with memory ...-memory-kK/."""
     config = loaded.run
     config.memory.enabled = False
     run_dir = find_run_dir(config, loaded.folder, loaded.name)
     checkpoint = run_dir.checkpoint(config.ckpt_path) if config.ckpt_path else None
     with locked(run_dir.root):
-        out = RunDir(run_dir.root / f"{command}-{checkpoint.stem if checkpoint else 'initial'}")
+        shown = "" if store is None else f"-memory-k{config.memory.k}"
+        out = RunDir(run_dir.root / f"{command}-{checkpoint.stem if checkpoint else 'initial'}{shown}")
         out.check_writable()
         state = None if checkpoint is None else read_checkpoint(checkpoint)
         if state is not None:
@@ -230,26 +234,41 @@ def _evaluate_command(command: str, loaded: LoadedConfig) -> int:
             stack.enter_context(closing(run.data.engine))
             if state is not None:
                 _load_policy(run, state)
-            _evaluate_split(run, command, checkpoint, out)
+            _evaluate_split(run, command, checkpoint, out, store)
     return 0
 
 
-def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir) -> None:
-    """Evaluate the loaded policy on the validation or test tasks and write what came out."""
+def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir, store: Path | None) -> None:
+    """Evaluate the loaded policy on the validation or test tasks; write what came out, which names the memory."""
     config = run.config
     split: Split = "validation" if command == "validate" else "test"
     tasks, name = run.tasks[split], checkpoint.stem if checkpoint else "initial"
-    samples = run.evaluator.memory_free(tasks, config.verification.final_samples)
-    facts = {"method": config.method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
+    method = config.method if store is None else f"{config.method} with memory, k={config.memory.k}"
+    facts = {"method": method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
+    if store is None:
+        samples = run.evaluator.memory_free(tasks, config.verification.final_samples)
+    else:
+        facts["memory"] = {"store": str(store), "k": config.memory.k}
+        samples = _sample_with(run, tasks, store)
     facts |= evaluation_facts(config, tasks)
-    phases = {name: Phase(samples, score_samples(samples, config.verification.pass_at))}
+    phases = phases_of(run, name, samples)
     results = results_of(facts, phases)
-    print_table(results | {"method": f"{config.method}, {split}"}, results["chance"], CONSOLE)
+    print_table(results | {"method": f"{method}, {split}"}, results["chance"], CONSOLE)
     out.root.mkdir(parents=True, exist_ok=True)
-    title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}"
+    title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}, {prompt_label(results)}"
     draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
     write_results(out, results, phases)
     CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
+
+
+def _sample_with(run: Run, tasks: Sequence[Task], store: Path) -> list[Sample]:
+    """Sample the policy with a memory in its prompt that another run built."""
+    from pmd.memory.reading import opened_memory
+
+    config, train = run.config, run.tasks["train"]
+    held_out, keys = HeldOut({"train": train, "test": tasks}), [task.memory_key or task.question for task in train]
+    with opened_memory(store, config.memory, keys, held_out) as memory:
+        return run.evaluator.memory_conditioned(tasks, config.verification.final_samples, memory)
 
 
 def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -> Run:
@@ -337,7 +356,8 @@ def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tupl
 def callbacks_of(run: Run) -> list[Callback]:
     """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look."""
     config, engine = run.config, run.data.engine
-    callbacks: list[Callback] = [VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)]
+    verification = VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)
+    callbacks: list[Callback] = [verification]
     if run.memory is not None:
         callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
         auditor = None
@@ -347,30 +367,51 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(MemoryCallback(run.record, run.memory, run.reflector, run.run_dir.items, auditor))
     callbacks.append(WeightSyncCallback(engine, run.parity))
     callbacks.append(WordingCallback())
+    if config.verification.every_steps is not None:
+        callbacks.append(StepVerificationCallback(verification, config.verification.every_steps))
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     return callbacks
 
 
-def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
-    """Train from a checkpoint or from the start; return the run's rollouts and updates, and the seconds it took now."""
+def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, Any]:
+    """Train from a checkpoint or from the start; return the run's rollouts and updates, the seconds it took now, and
+    the kind of its device."""
     started = time.perf_counter()
     trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.perf_counter() - started
     for logger in trainer.loggers:
         logger.finalize("success")
-    return {"rollouts": run.data.position.num_rollouts, "updates": run.module.policy_version, "fit_s": seconds}
+    counts = {"rollouts": run.data.position.num_rollouts, "updates": run.module.policy_version}
+    return counts | {"fit_s": seconds, "device": trainer.strategy.root_device.type}
 
 
-def evaluate(run: Run, *, with_memory: bool) -> Phase:
-    """Evaluate the policy, as it is now, on the test tasks."""
-    verification = run.config.verification
+def evaluate(run: Run, name: str, *, with_memory: bool) -> dict[str, Phase]:
+    """Evaluate the policy, as it is now, on the test tasks; return one phase, or two (see `phases_of`)."""
+    verification, shown = run.config.verification, list[Sample]()
     samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples)
-    conditioned = None
     if with_memory and run.memory is not None:
         shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.memory)
-        conditioned = score_samples(shown, (1,)).avg
-    return Phase(samples, score_samples(samples, verification.pass_at), conditioned)
+    return phases_of(run, name, samples, shown)
+
+
+def phases_of(run: Run, name: str, samples: Sequence[Sample], shown: Sequence[Sample] = ()) -> dict[str, Phase]:
+    """Score samples on the trained domains and, apart from them, on the other domains of `data.test_domains`.
+
+    Args:
+        shown: samples with memory in the prompt.
+    """
+    trained = {task.domain for task in run.tasks["train"]}
+    is_elsewhere = any(sample.domain in trained for sample in samples)  # else there is nothing to keep apart
+    phases: dict[str, Phase] = {}
+    for suffix, elsewhere in (("", False), (ELSEWHERE, True)):
+        own, conditioned = (
+            [s for s in part if (is_elsewhere and s.domain not in trained) == elsewhere] for part in (samples, shown)
+        )
+        if own:
+            avg = score_samples(conditioned, (1,)).avg if conditioned else None
+            phases[name + suffix] = Phase(own, score_samples(own, run.config.verification.pass_at), avg)
+    return phases
 
 
 def evaluate_checkpoints(run: Run, checkpoints: CheckpointCallback) -> tuple[dict[str, Phase], list[Exception]]:
@@ -383,9 +424,9 @@ def evaluate_checkpoints(run: Run, checkpoints: CheckpointCallback) -> tuple[dic
     try:
         if run.data.engine.policy_version != run.module.policy_version:  # a finished run, resumed: no step has synced
             _sync_engine(run)
-        phases["last"] = evaluate(run, with_memory=run.config.verification.memory_conditioned)
+        phases = evaluate(run, "last", with_memory=run.config.verification.memory_conditioned)
         if checkpoints.best_step in (None, run.data.position.step):  # None: it ended before its first step
-            return phases | {"best": phases["last"]}, []
+            return phases | {name.replace("last", "best", 1): phase for name, phase in phases.items()}, []
         state = read_checkpoint(run.run_dir.best)
         step = state["RolloutDataModule"]["step"]
         if step != checkpoints.best_step:
@@ -394,14 +435,14 @@ def evaluate_checkpoints(run: Run, checkpoints: CheckpointCallback) -> tuple[dic
                 f"{checkpoints.best_step}; it is not reported."
             )
         _load_policy(run, state)
-        phases["best"] = evaluate(run, with_memory=False)
+        phases |= evaluate(run, "best", with_memory=False)
     except Exception as error:
         return phases, [error]
     return phases, []
 
 
 def report(
-    run: Run, phases: Mapping[str, Phase], trained: Mapping[str, float], problems: Sequence[Exception] = ()
+    run: Run, phases: Mapping[str, Phase], trained: Mapping[str, Any], problems: Sequence[Exception] = ()
 ) -> None:
     """Print the table, and write curves.png, samples.jsonl and results.json, each if the others fail too.
 
@@ -410,9 +451,12 @@ def report(
     """
     config, run_dir, problems = run.config, run.run_dir, list(problems)
     facts = {"method": config.method, "seed": config.seed_everything, **trained, "totals": sum_costs(run_dir)}
+    facts["selected_on"] = "test" if validates_on_test(run.tasks) else "validation"
     if problems:
         facts["problems"] = [describe(error, run_dir) for error in problems]
-    results = results_of(facts | evaluation_facts(config, run.tasks["test"]), phases)
+    trained_on = {task.domain for task in run.tasks["train"]}
+    tested = [task for task in run.tasks["test"] if task.domain in trained_on] or run.tasks["test"]
+    results = results_of(facts | evaluation_facts(config, tested), phases)
     print_table(results, results["chance"], CONSOLE)
     for write in (
         lambda: draw_curves(run_dir, f"{config.method}, seed {config.seed_everything}"),
@@ -444,12 +488,15 @@ def _sync_engine(run: Run) -> None:
 
 
 def _announce(run: Run, trainer: Trainer) -> None:
-    """Print how many rollouts and updates the run will make."""
+    """Print how many rollouts and updates the run will make, and what that will cost."""
     rollouts, steps = run.config.rollouts, run.data.steps_per_epoch
     epochs = trainer.max_epochs or 0
+    left = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps) - run.data.position.step
+    estimate = estimate_run(run.config, run.run_dir, left)
     CONSOLE.print(
         f"{run.config.method}: {rollouts.tasks_per_step} tasks x {rollouts.group_size} attempts = "
         f"{rollouts.tasks_per_step * rollouts.group_size} rollouts a batch, {rollouts.updates_per_batch} update(s) "
         f"each; {steps} steps x {epochs} epochs = {steps * epochs} updates. Run directory: {run.run_dir.root}",
         markup=False,
     )
+    CONSOLE.print(estimate, markup=False, soft_wrap=True)

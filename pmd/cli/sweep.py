@@ -1,5 +1,6 @@
 """`python -m pmd sweep GRID.yaml`: runs every configuration of a grid and tabulates the results over seeds."""
 
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from pmd.cli import main as run_command
 from pmd.cli.arguments import make_parser
@@ -20,6 +22,7 @@ DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one proce
 
   python -m pmd sweep ablations/grids/main_table.yaml
   python -m pmd sweep ablations/grids/main_table.yaml --dry_run
+  python -m pmd sweep ablations/grids/paper/main_table.yaml --hours
 
 Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
 tried again by the next call. The table (mean and standard error over seeds) is printed and goes to the output folder
@@ -33,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one per core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument(
+        "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
+    )
     parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
     options = parser.parse_args(argv)
     jobs = options.jobs if options.jobs is not None else len(os.sched_getaffinity(0))
@@ -44,11 +50,14 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file has room
+    if options.hours:
+        _print_hours(plan(options.grid, out, for_here=False), console)
+        return 0
     runs = plan(options.grid, out)
     left = unfinished(runs)
     if options.dry_run:
         for run in left:
-            print(f"python -m pmd fit {' '.join(run.arguments)} --run_dir={run.run_dir}")
+            print(f"python -m pmd {run.command} {' '.join(run.arguments)} --run_dir={run.run_dir}")
         return 0
     console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}", markup=False)
     failed = _run_all(left, jobs, options.threads, console)
@@ -61,6 +70,27 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
     console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
     return 1 if failed else 0
+
+
+def _print_hours(runs: Sequence[PlannedRun], console: Console) -> None:
+    """Print the predicted GPU hours of each block and of the whole grid.
+
+    Raises:
+        ConfigError: a run is not on data of known size.
+    """
+    from pmd.planning.hours import predict_run
+
+    totals: dict[str, list[float]] = {}
+    for run in runs:
+        try:
+            hours = predict_run(json.loads(run.config), trains=run.command == "fit")
+        except ValueError as error:
+            raise ConfigError(f"--hours: {error}; `pmd bench` measures any configuration.") from error
+        totals.setdefault(run.block, []).append(hours)
+    table = Table("block", "runs", "hours", title="predicted hours of one H200 (pmd/planning/hours.py says from what)")
+    for block, hours in [*totals.items(), ("all", [h for own in totals.values() for h in own])]:
+        table.add_row(escape(block or "-"), str(len(hours)), f"{sum(hours):,.0f}")
+    console.print(table)
 
 
 def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Console) -> list[PlannedRun]:

@@ -134,6 +134,11 @@ def _method_problems(run: RunConfig) -> list[str]:
         )
     if teacher.context == "sibling" and rollouts.group_size < 2 and not teacher.feedback:
         problems.append("teacher.context=sibling with rollouts.group_size=1 shows the teacher nothing; use at least 2.")
+    if rollouts.uniform_groups != "keep" and run.memory.enabled:
+        problems.append(
+            f"rollouts.uniform_groups={rollouts.uniform_groups} with memory.enabled=true: what is left out never "
+            "reaches memory, and a group of failures has lessons; use keep."
+        )
     if rollouts.updates_per_batch > rollouts.tasks_per_step:
         problems.append(
             f"rollouts.updates_per_batch={rollouts.updates_per_batch} exceeds "
@@ -181,8 +186,13 @@ def _engine_problems(run: RunConfig) -> list[str]:
             f"rollouts.prefetch=true with rollouts.engine={run.rollouts.engine}: it would generate on the device "
             "that trains; use vllm_server, or prefetch=false."
         )
+    if run.rollouts.prefetch and run.verification.every_steps is not None:
+        problems.append(
+            f"verification.every_steps={run.verification.every_steps} with rollouts.prefetch=true: the servers would "
+            "evaluate while they generate the next batch; use every_epochs alone, or prefetch=false."
+        )
     if run.rollouts.engine == "vllm_server":
-        return _server_problems(run)
+        return problems + _server_problems(run)
     if run.rollouts.engine != "vllm":
         return problems
     package = find_spec("vllm")
@@ -364,6 +374,12 @@ def _data_problems(data: DataConfig) -> list[str]:
         )
     if not data.domains:
         problems.append("data.domains=[] names no domain; name at least one.")
+    if data.test_domains is not None and data.task != "sciknoweval":
+        problems.append(
+            f"data.test_domains={data.test_domains} applies to SciKnowEval only, not to {data.task}; remove it."
+        )
+    if data.test_domains == []:
+        problems.append("data.test_domains=[] names no domain; name at least one, or use null.")
     if data.scorer != "lcb" and data.task != "livecodebench":
         problems.append(
             f"data.scorer={data.scorer} applies to LiveCodeBench only, not to data.task={data.task}; remove it (a "

@@ -253,6 +253,11 @@ class DataConfig:
     domains: list[Literal["biology", "chemistry", "material", "physics"]] = option(
         ["chemistry"], "SciKnowEval domains."
     )
+    test_domains: list[Literal["biology", "chemistry", "material", "physics"]] | None = option(
+        None,
+        "SciKnowEval: domains of the test tasks, also those without training tasks, which are scored apart; null is "
+        "`domains`.",
+    )
     own_split: bool = option(
         False, "SciKnowEval: split 90/10 by `seed` with no question on both sides; false uses SDPO's split."
     )
@@ -262,10 +267,18 @@ class DataConfig:
     first_day: str = option("2025-02-01", "LiveCodeBench: first contest day, as YYYY-MM-DD; the default begins v6.")
     end_day: str = option("2025-05-01", "LiveCodeBench: the day after the last contest day, as YYYY-MM-DD.")
     validation_share: float = option(
-        0.0,
-        "Share of the training tasks held out for validation; 0 validates on the test split.",
+        0.05,
+        "Share of the training tasks held out for validation, where the data has no such split; 0 chooses the best "
+        "checkpoint on the test tasks, as SDPO does, and the tables say so.",
         minimum=0,
         maximum=0.5,
+    )
+    weights: dict[str, float] = option(
+        {},
+        "Share of a domain's training tasks that an epoch visits, the next ones in every epoch, in (0, 1]; domains "
+        "without a weight are visited whole.",
+        above=0,
+        maximum=1,
     )
     max_train: int | None = option(None, "Use only this many training tasks.", minimum=1, maximum=MAX_COUNT)
     max_validation: int | None = option(None, "Use only this many validation tasks.", minimum=1, maximum=MAX_COUNT)
@@ -375,6 +388,14 @@ class RolloutsConfig:
         minimum=1,
         maximum=MAX_TOKENS,
     )
+    uniform_groups: Literal["keep", "drop", "resample"] = option(
+        "keep",
+        "Groups whose rewards are all equal, which give a policy gradient no signal: `drop` leaves them out; "
+        "`resample` attempts their tasks again before (DAPO draws other tasks).",
+    )
+    max_resamples: int = option(
+        2, "With uniform_groups `resample`: further groups of one task before it is left out.", minimum=1, maximum=100
+    )
     prefetch: bool = option(
         False, "Generate the next batch while this one trains, with weights that are one batch old; needs vllm_server."
     )
@@ -398,6 +419,12 @@ class VerificationConfig:
 
     every_epochs: int = option(
         1, "Evaluate on the validation tasks every this many epochs.", minimum=1, maximum=MAX_COUNT
+    )
+    every_steps: int | None = option(
+        None,
+        "Evaluate also within an epoch, every this many optimizer steps, after the rollout batch that they end in.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     samples: int = option(4, "Completions per validation task at the end of an epoch.", minimum=1, maximum=MAX_SAMPLES)
     final_samples: int = option(

@@ -156,11 +156,15 @@ def text_problem(text: str) -> str | None:
 
 
 def _value_problems(path: str, value: Any, bounds: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a value of the right type, or with the items of a list."""
+    """Return what is wrong with a value of the right type, or with the items of a list or a mapping."""
     if isinstance(value, list):
         if len(value) > MAX_LIST:
             return [f"{path} has {len(value)} items; it must have at most {MAX_LIST}."]
         return [problem for item in value for problem in _value_problems(path, item, bounds)]
+    if isinstance(value, dict):
+        if len(value) > MAX_LIST:
+            return [f"{path} has {len(value)} entries; it must have at most {MAX_LIST}."]
+        return [problem for key, item in value.items() for problem in _value_problems(f"{path}.{key}", item, bounds)]
     if isinstance(value, str):
         problem = text_problem(value)
         return [f"{path}={shown(value)} {problem}."] if problem else []

@@ -62,6 +62,75 @@ class Comparison:
     domain_differences: dict[str, Difference] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """Which questions a method and the baseline solve: shares of all questions, averaged over pairs of runs."""
+
+    method: str
+    criterion: str  # when a question counts as solved
+    both: float
+    only_method: float
+    only_baseline: float
+    neither: float
+    only_method_ids: tuple[str, ...]  # questions that the method alone solves, in any pair of runs
+    only_baseline_ids: tuple[str, ...]
+
+
+#: When a question counts as solved, by name: whether the share of its samples that are correct is enough.
+CRITERIA: dict[str, Callable[[float], bool]] = {
+    "at least one sample": lambda share: share > 0,
+    "most samples": lambda share: share > 0.5,
+}
+
+
+def solved_sets(runs: Sequence[MethodRun]) -> list[Solved]:
+    """Compare what each method solves with what that of the first run solves, by each of `CRITERIA`.
+
+    Runs are paired by seed if both methods ran it, else with every run on the same questions.
+
+    Args:
+        runs: with the share of correct samples (`mean_correct`) as the value of each question.
+    """
+    by_method: dict[str, list[MethodRun]] = defaultdict(list)
+    for run in runs:
+        by_method[run.method].append(run)
+    baseline = by_method.pop(runs[0].method)
+    return [
+        _solved(method, criterion, _pairs(own, baseline)) for method, own in by_method.items() for criterion in CRITERIA
+    ]
+
+
+def _pairs(own: Sequence[MethodRun], baseline: Sequence[MethodRun]) -> list[tuple[MethodRun, MethodRun]]:
+    pairs = []
+    for run in own:
+        alike = [other for other in baseline if other.questions.keys() == run.questions.keys()]
+        pairs += [(run, other) for other in [o for o in alike if o.seed == run.seed] or alike]
+    return pairs
+
+
+def _solved(method: str, criterion: str, pairs: Sequence[tuple[MethodRun, MethodRun]]) -> Solved:
+    counts, total = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}, 0
+    alone: dict[tuple[bool, bool], set[str]] = defaultdict(set)
+    for one, other in pairs:
+        for task_id, question in one.questions.items():
+            solves = CRITERIA[criterion]
+            solved = solves(question.value), solves(other.questions[task_id].value)
+            counts[solved] += 1
+            alone[solved].add(task_id)
+            total += 1
+    shares = {solved: number / max(1, total) for solved, number in counts.items()}
+    return Solved(
+        method,
+        criterion,
+        both=shares[True, True],
+        only_method=shares[True, False],
+        only_baseline=shares[False, True],
+        neither=shares[False, False],
+        only_method_ids=tuple(sorted(alone[True, False])),
+        only_baseline_ids=tuple(sorted(alone[False, True])),
+    )
+
+
 def question_values(samples: Sequence[Sample], value_of: Callable[[Sequence[Sample]], float]) -> dict[str, Question]:
     """Group samples by question and compute the value of each."""
     groups: dict[str, list[Sample]] = defaultdict(list)

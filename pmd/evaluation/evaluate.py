@@ -13,6 +13,7 @@ from pmd.engines.base import Engine, Sampling
 from pmd.errors import VerificationError
 from pmd.evaluation.metrics import Sample, chance_scores
 from pmd.memory import ProceduralMemory
+from pmd.memory.reading import StoredMemory
 from pmd.rollouts.generate import generate_rollouts
 from pmd.seeds import derive_seed
 from pmd.teacher import ContextBuilder
@@ -40,7 +41,9 @@ class Evaluator:
         """Sample the policy as it will be used, with nothing but the task in its prompt."""
         return self._sample([(task, self.contexts.prompts.student(task)) for task in tasks], num_samples)
 
-    def memory_conditioned(self, tasks: Sequence[Task], num_samples: int, memory: ProceduralMemory) -> list[Sample]:
+    def memory_conditioned(
+        self, tasks: Sequence[Task], num_samples: int, memory: ProceduralMemory | StoredMemory
+    ) -> list[Sample]:
         """Sample the policy with retrieved memory in its prompt; the memory is only read."""
         prompts = []
         for task in tasks:

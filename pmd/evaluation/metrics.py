@@ -61,6 +61,7 @@ class Scores:
     maj_at: dict[int, float]
     coverage_at: dict[int, float]  # expected number of distinct answers
     headroom_at: dict[int, float]  # pass@k - avg@1
+    verifier_headroom_at: dict[int, float]  # pass@k - maj@k, the paper's headroom; empty if no answer was extracted
     best_of: dict[int, float]  # best-of-n: the sample of n that `Sample.choice` ranks first
     pass_at_error: dict[int, float]  # standard errors of pass@k, clustered by question
     num_unscored: int = 0  # samples left out because they could not be verified
@@ -94,6 +95,8 @@ def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Sc
     passed = {k: [pass_at_k(len(g), sum(s.correct for s in g), k) for g in groups] for k in possible}
     pass_at = {k: _mean(values) for k, values in passed.items()}
     shares = [[s.tests.share for s in group if s.tests] for group in groups]
+    maj_at = {k: _mean([maj_at_k([(s.answer, s.correct) for s in g], k) for g in groups]) for k in possible}
+    has_answers = any(sample.answer is not None for sample in samples)
     avg = _mean(means.tolist())
     return Scores(
         num_tasks=len(groups),
@@ -104,9 +107,10 @@ def _score(samples: Sequence[Sample], ks: Sequence[int], by_domain: dict[str, Sc
         valid_rate=_mean([s.is_valid for s in samples]),
         passed_tests=_mean([_mean(share) for share in shares if share]),
         pass_at=pass_at,
-        maj_at={k: _mean([maj_at_k([(s.answer, s.correct) for s in g], k) for g in groups]) for k in possible},
+        maj_at=maj_at,
         coverage_at={k: _mean([coverage_at_k([s.answer for s in g], k) for g in groups]) for k in possible},
         headroom_at={k: value - avg for k, value in pass_at.items()},
+        verifier_headroom_at={k: value - maj_at[k] for k, value in pass_at.items()} if has_answers else {},
         best_of={k: _mean([_best_of(g, k) for g in groups]) for k in possible},
         pass_at_error={k: clustered_error(np.array(values)) for k, values in passed.items()},
         by_domain=by_domain,

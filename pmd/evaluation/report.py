@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pmd.atomic import replace_text, replacing
+from pmd.evaluation.costs import cost_of
 from pmd.evaluation.metrics import (
     Sample,
     Scores,
@@ -23,12 +24,14 @@ from pmd.evaluation.metrics import (
     clustered_error,
     coverage_at_k,
     group_by_task,
+    maj_at_k,
     pass_at_k,
 )
 from pmd.run_dir import RunDir, write_json
 from pmd.types import UNSCORED, Task
 
 PHASES = {"initial": "before training", "last": "last checkpoint", "best": "best checkpoint"}
+ELSEWHERE = "_other_domains"  # ends the names of phases whose tasks are of domains without training tasks
 MAX_POINTS = 64  # of a curve over k
 
 
@@ -57,6 +60,7 @@ def _plain_scores(scores: Scores) -> dict[str, Any]:
         "pass_at": scores.pass_at,
         "pass_at_error": scores.pass_at_error,
         "headroom_at": scores.headroom_at,
+        "verifier_headroom_at": scores.verifier_headroom_at,
         "best_of": scores.best_of,
         "maj_at": scores.maj_at,
         "coverage_at": scores.coverage_at,
@@ -121,14 +125,16 @@ def sum_costs(run_dir: RunDir) -> dict[str, float]:
 def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, console: Console | None = None) -> None:
     """Print the final table: one row per phase with its domains below it, and the score of guessing.
 
-    Scores are without memory in the prompt; a column shows the score with memory if it was measured.
+    Scores are without memory in the prompt, unless the results name the memory that was shown; a column shows the score
+    with memory if it was measured.
     """
-    phases = {PHASES.get(name, name): phase for name, phase in results["phases"].items()}
+    console = console or Console()
+    phases = {phase_label(name, results): phase for name, phase in results["phases"].items()}
     first = next(iter(phases.values()))
     max_k = max(first["pass_at"], key=int, default="1")
     columns = _columns(list(phases.values()), [k for k in first["pass_at"] if k != "1"], max_k)
     num_each = first["num_samples"] // first["num_tasks"]
-    title = f"{results['method']}: {first['num_tasks']} test tasks x {num_each} samples, no memory in the prompt"
+    title = f"{results['method']}: {first['num_tasks']} test tasks x {num_each} samples, {prompt_label(results)}"
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in columns:
@@ -141,12 +147,27 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     if chance is not None:
         guessing = {name: {str(k): v for k, v in chance[name].items()} for name in ("pass_at", "coverage_at")}
         table.add_row("chance", *(_cell({"avg": chance["avg"]} | guessing, keys) for keys in columns.values()))
-    (console or Console()).print(table)
+    console.print(table)
     for name, phase in phases.items():
         if phase["num_unscored"]:
-            (console or Console()).print(
-                f"{name}: {phase['num_unscored']} samples could not be verified and are left out of all scores"
-            )
+            left_out = f"{phase['num_unscored']} samples could not be verified and are left out of all scores"
+            console.print(f"{name}: {left_out}", markup=False)
+    if cost := cost_of(results):
+        console.print(str(cost), markup=False)
+
+
+def phase_label(name: str, results: Mapping[str, Any]) -> str:
+    """Return the name of a phase in tables; it says so where the best checkpoint was chosen on the test tasks."""
+    chosen_on_test = name.startswith("best") and results.get("selected_on") == "test"
+    start = next((known for known in PHASES if name == known or name == known + ELSEWHERE), None)
+    label = name if start is None else PHASES[start] + (", other domains" if name.endswith(ELSEWHERE) else "")
+    return label + (" (chosen on test)" if chosen_on_test else "")
+
+
+def prompt_label(results: Mapping[str, Any]) -> str:
+    """Return what tables and figures say of memory in the student's prompt."""
+    shown = results.get("memory")
+    return "no memory in the prompt" if not shown else f"WITH MEMORY in the prompt: {shown['store']}, k={shown['k']}"
 
 
 def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], max_k: str) -> dict[str, tuple[str, ...]]:
@@ -158,7 +179,10 @@ def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], max_k: str)
     if any(phase["passed_tests"] is not None for phase in phases):
         columns |= {f"best\nof {max_k}": ("best_of", max_k), "tests\npassed": ("passed_tests",)}
     else:
-        columns |= {f"maj\n@{max_k}": ("maj_at", max_k), f"cover-\nage\n@{max_k}": ("coverage_at", max_k)}
+        columns |= {f"maj\n@{max_k}": ("maj_at", max_k)}
+        if max_k != "1":
+            columns[f"pass-\nmaj\n@{max_k}"] = ("verifier_headroom_at", max_k)
+        columns[f"cover-\nage\n@{max_k}"] = ("coverage_at", max_k)
     columns["valid"] = ("valid_rate",)
     if any(phase["memory_conditioned"] is not None for phase in phases):
         columns["with\nmem-\nory"] = ("memory_conditioned",)
@@ -228,6 +252,7 @@ def draw_pass_at(
         ("headroom@k = pass@k - avg", "percentage points", lambda g, k: 100 * (_pass(g, k) - _pass(g, 1))),
     ]
     if has_answers:
+        panels.append(("verifier headroom@k = pass@k - maj@k", "percentage points", _verifier_headroom))
         panels.append(("coverage@k", "distinct answers", lambda g, k: coverage_at_k([s.answer for s in g], k)))
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (heading, unit, value_of) in zip(axes[0], panels, strict=True):
@@ -271,9 +296,13 @@ def _pass(group: Sequence[Sample], k: int) -> float:
     return pass_at_k(len(group), sum(sample.correct for sample in group), k)
 
 
+def _verifier_headroom(group: Sequence[Sample], k: int) -> float:
+    return 100 * (_pass(group, k) - maj_at_k([(sample.answer, sample.correct) for sample in group], k))
+
+
 def _draw_chance(axis: Any, heading: str, tasks: Sequence[Task], ks: Sequence[int]) -> None:
     chance = chance_scores(tasks, ks)
-    if chance is None:
+    if chance is None or heading.startswith("verifier"):
         return
     values = [100 * value for value in chance["pass_at"].values()]
     if heading.startswith("headroom"):

@@ -6,12 +6,11 @@ rollouts, before their teacher contexts are made. The position in the data is co
 run that stopped within an epoch goes on with the tasks that are left, in batches of any size.
 """
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from random import Random
 from typing import Any
 
@@ -26,8 +25,9 @@ from pmd.errors import ConfigError
 from pmd.losses.policy_gradient import group_advantages
 from pmd.memory import ProceduralMemory
 from pmd.memory.stream import MemoryUpdater
-from pmd.rollouts.generate import RolloutGroups, generate_rollouts
+from pmd.rollouts.generate import RolloutGroups, generate_rollouts, is_uniform
 from pmd.seeds import derive_seed
+from pmd.tasks import tasks_of_epoch
 from pmd.tasks.prompts.base import PromptFormat
 from pmd.teacher import ContextBuilder
 from pmd.types import Rollout, Split, Task
@@ -64,7 +64,8 @@ class TaskBatch:
 
 
 class RolloutDataModule(LightningDataModule):
-    """Streams fresh, verified rollouts with their teacher contexts; one epoch visits every training task once."""
+    """Streams fresh, verified rollouts with their teacher contexts; one epoch visits every training task once, or as
+    many as `data.weights` says."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class RolloutDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training tasks."""
-        num_batches = -(-len(self.tasks["train"]) // self.config.rollouts.tasks_per_step)
+        num_batches = -(-len(self._tasks_of(0)) // self.config.rollouts.tasks_per_step)
         return num_batches * self.config.rollouts.updates_per_batch
 
     def train_dataloader(self) -> DataLoader:
@@ -100,11 +101,11 @@ class RolloutDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch, and a digest of the tasks that it counts."""
-        return dataclasses.asdict(self.position) | {"tasks": self.tasks_digest}
+        return asdict(self.position) | {"tasks": self.tasks_digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was saved."""
-        self.position = Position(**{field.name: state_dict[field.name] for field in dataclasses.fields(Position)})
+        self.position = Position(**{field.name: state_dict[field.name] for field in fields(Position)})
 
     def num_steps(self, max_epochs: int, max_steps: int) -> int:
         """Return the optimizer steps of the whole run, from its start to its end; -1 means no limit.
@@ -137,7 +138,7 @@ class RolloutDataModule(LightningDataModule):
         were left.
         """
         rollouts, seed, epoch = self.config.rollouts, self.config.seed_everything, start.epoch
-        tasks = list(self.tasks["train"])
+        tasks = self._tasks_of(epoch)
         Random(derive_seed(seed, "order", epoch)).shuffle(tasks)
         batches, step = [], start.step
         if start.owed:
@@ -170,16 +171,21 @@ class RolloutDataModule(LightningDataModule):
         self.position = replace(self.position, num_rollouts=num_rollouts)
         return groups, costs
 
+    def _tasks_of(self, epoch: int) -> list[Task]:
+        """Return the training tasks of an epoch: all of them, or a mixture by `data.weights`."""
+        tasks, weights = self.tasks["train"], self.config.data.weights
+        return tasks_of_epoch(tasks, weights, self.config.seed_everything, epoch) if weights else list(tasks)
+
     def _generate_all(self, task_batches: Sequence[TaskBatch]) -> Iterator[RolloutGroups]:
         """Yield the rollouts of each batch; with `rollouts.prefetch` the next ones are generated meanwhile."""
         if not self.config.rollouts.prefetch:
-            yield from map(self._generate, task_batches)
+            yield from map(self._generate_with_signal, task_batches)
             return
         pool, pending = ThreadPoolExecutor(1), None
         try:
             for upcoming in [*task_batches, None]:
                 generated = None if pending is None else pending.result()
-                pending = None if upcoming is None else pool.submit(self._generate, upcoming)
+                pending = None if upcoming is None else pool.submit(self._generate_with_signal, upcoming)
                 if generated is not None:
                     yield generated
         finally:
@@ -192,6 +198,18 @@ class RolloutDataModule(LightningDataModule):
         sampling = Sampling(config.temperature, config.max_new_tokens)
         return generate_rollouts(self.engine, prompts, config.group_size, sampling, batch.key, self.config.verifiers)
 
+    def _generate_with_signal(self, batch: TaskBatch) -> RolloutGroups:
+        """Generate a batch; with `uniform_groups: resample`, attempt tasks again whose rewards are all equal."""
+        config, generated = self.config.rollouts, self._generate(batch)
+        tries = config.max_resamples if config.uniform_groups == "resample" else 0
+        for attempt in range(1, tries + 1):
+            again = [n for n, group in enumerate(generated.groups) if is_uniform(group)]
+            if not again:
+                break
+            tasks, key = [batch.tasks[n] for n in again], f"{batch.key}/again{attempt}"
+            generated = generated.replaced(again, self._generate(replace(batch, tasks=tasks, key=key)))
+        return generated
+
     def _training_batches(self, task_batch: TaskBatch, generated: RolloutGroups) -> Iterator[Batch]:
         """Divide one rollout batch, by group, into a training batch for each of its optimizer steps."""
         learned: dict[str, float] = {}
@@ -202,7 +220,8 @@ class RolloutDataModule(LightningDataModule):
             self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))
             for task, group in zip(task_batch.tasks, generated.groups, strict=True)
         ]
-        metrics = _rollout_metrics(generated.groups) | {
+        metrics = _rollout_metrics(generated.first_groups) | self._signal_metrics(generated)
+        metrics |= {
             "rollout/hung": float(generated.num_hung),
             "rollout/versions_behind": float(self.engine.policy_version - generated.policy_version),
             "time/rollout_s": generated.generate_s,
@@ -212,11 +231,32 @@ class RolloutDataModule(LightningDataModule):
         metrics |= learned
         num_updates = task_batch.num_updates
         for update in range(num_updates):
-            chosen = tuple(example for group in examples[update::num_updates] for example in group)
+            groups = examples[update::num_updates]
+            chosen = tuple(example for group in self._with_signal(groups) for example in group)
             self.position = self._position_after(task_batch, update)
+            if update == 0:
+                more = sum(map(len, generated.discarded))
+                self.position = replace(self.position, num_rollouts=self.position.num_rollouts + more)
             is_last = update == num_updates - 1
             yield Batch(chosen, task_batch.epoch, task_batch.step + update, metrics, is_last)
             metrics = metrics | {name: 0.0 for name in COSTS if name in metrics}
+
+    def _with_signal(self, groups: Sequence[list[Example]]) -> Sequence[list[Example]]:
+        """Leave out groups without signal, if they are to be; a step of nothing else keeps them."""
+        if self.config.rollouts.uniform_groups == "keep":
+            return groups
+        return [g for g in groups if not is_uniform([example.rollout for example in g])] or groups
+
+    def _signal_metrics(self, generated: RolloutGroups) -> dict[str, float]:
+        """Return the tokens of all rollouts of a batch, and how many groups were attempted again and left out."""
+        every = [rollout for group in (*generated.groups, *generated.discarded) for rollout in group]
+        metrics = {"rollout/num_tokens": float(sum(len(r.completion.token_ids) for r in every))}
+        if self.config.rollouts.uniform_groups == "keep":
+            return metrics
+        return metrics | {
+            "rollout/resampled_groups": float(len(generated.discarded)),
+            "rollout/uniform_groups": float(sum(map(is_uniform, generated.groups))),
+        }
 
     def _position_after(self, batch: TaskBatch, update: int) -> Position:
         """Return the position after one of the optimizer steps of a batch."""
@@ -224,7 +264,7 @@ class RolloutDataModule(LightningDataModule):
         num_rollouts = self.position.num_rollouts + num_tasks * self.config.rollouts.group_size
         steps_left = batch.num_updates - update - 1
         owed = [task.task_id for n, task in enumerate(batch.tasks) if n % batch.num_updates > update]
-        if batch.num_begun == len(self.tasks["train"]) and not owed:
+        if batch.num_begun == len(self._tasks_of(batch.epoch)) and not owed:
             return Position(batch.epoch + 1, step, num_rollouts=num_rollouts)
         return Position(batch.epoch, step, batch.num_begun, tuple(owed), steps_left, num_rollouts)
 
@@ -306,6 +346,5 @@ def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
         "rollout/mixed_groups": mixed / len(groups),
         "rollout/unscored": float(len(rollouts) - len(scored)),
         "rollout/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "rollout/num_tokens": float(sum(lengths)),
         "rollout/mean_length": sum(lengths) / len(lengths),
     }

@@ -26,6 +26,7 @@ class RolloutGroups:
     generate_s: float
     verify_s: float  # time spent waiting for verdicts, beyond generation
     num_hung: int = 0  # verifications that were abandoned at their deadline
+    discarded: tuple[list[Rollout], ...] = ()  # groups that others replace, in the order in which they were generated
 
     @property
     def policy_version(self) -> int:
@@ -36,6 +37,30 @@ class RolloutGroups:
     def rollouts(self) -> list[Rollout]:
         """All rollouts, group after group."""
         return [rollout for group in self.groups for rollout in group]
+
+    @property
+    def first_groups(self) -> list[list[Rollout]]:
+        """The first group of each task, whether it was kept or replaced."""
+        first = {group[0].task_id: group for group in reversed(self.discarded)}
+        return [first.get(group[0].task_id, group) for group in self.groups]
+
+    def replaced(self, positions: Sequence[int], more: "RolloutGroups") -> "RolloutGroups":
+        """Return these groups with those of `more` at `positions`, and the costs of both."""
+        groups = list(self.groups)
+        for position, group in zip(positions, more.groups, strict=True):
+            groups[position] = group
+        return RolloutGroups(
+            groups,
+            self.generate_s + more.generate_s,
+            self.verify_s + more.verify_s,
+            self.num_hung + more.num_hung,
+            (*self.discarded, *(self.groups[position] for position in positions)),
+        )
+
+
+def is_uniform(group: Sequence[Rollout]) -> bool:
+    """Whether all scored attempts of a group have the same reward, so that every advantage is 0."""
+    return len({rollout.verdict.reward for rollout in group if rollout.verdict.scored}) < 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,39 @@
 Held-out tasks never reach memory: `duplicated_task_ids` finds training tasks that duplicate one.
 """
 
+from collections.abc import Mapping, Sequence
 from datetime import date
 
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks.lines import cap_problems
-from pmd.tasks.splits import DuplicateReport, duplicated_task_ids, find_duplicates, first_shuffled, hold_out
+from pmd.tasks.splits import (
+    DuplicateReport,
+    duplicated_task_ids,
+    find_duplicates,
+    first_shuffled,
+    hold_out,
+    tasks_of_epoch,
+)
 from pmd.tasks.table import check_columns, is_hub_id
 from pmd.types import Split, Task
 
-__all__ = ["DuplicateReport", "describe_data_problems", "duplicated_task_ids", "find_duplicates", "load_tasks"]
+__all__ = [
+    "DuplicateReport",
+    "describe_data_problems",
+    "duplicated_task_ids",
+    "find_duplicates",
+    "load_tasks",
+    "tasks_of_epoch",
+    "validates_on_test",
+]
 
 
 def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
-    """Return the tasks of a run by split. If there are no validation tasks, the test tasks serve as both.
+    """Return the tasks of a run by split.
+
+    Without validation tasks of its own, a data set gives `validation_share` of its training tasks, at least one; with a
+    share of 0, or a single training task, the test tasks serve as both (see `validates_on_test`).
 
     Raises:
         ConfigError: naming every bad line and missing file at once.
@@ -28,16 +47,25 @@ def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
     by_split: dict[Split, list[Task]] = {"train": [], "validation": [], "test": []}
     for task in tasks:
         by_split[task.split].append(task)
-    if config.validation_share and not by_split["validation"]:
-        by_split["train"], by_split["validation"] = hold_out(
-            by_split["train"], config.validation_share, "validation", seed
-        )
+    if config.validation_share and not by_split["validation"] and len(by_split["train"]) > 1:
+        share = max(config.validation_share, 1 / len(by_split["train"]))
+        by_split["train"], by_split["validation"] = hold_out(by_split["train"], share, "validation", seed)
     validation = by_split["validation"] or by_split["test"]
+    if unknown := sorted(config.weights.keys() - {task.domain for task in by_split["train"]}):
+        known = ", ".join(sorted({task.domain for task in by_split["train"]}))
+        raise ConfigError(
+            f"data.weights names {', '.join(unknown)}, which has no training tasks; the domains are {known}."
+        )
     return {
         "train": first_shuffled(by_split["train"], config.max_train, seed),
         "validation": first_shuffled(validation, config.max_validation, seed),
         "test": first_shuffled(by_split["test"], config.max_test, seed),
     }
+
+
+def validates_on_test(tasks: Mapping[Split, Sequence[Task]]) -> bool:
+    """Whether the best checkpoint is chosen on test tasks, which makes its test score too good."""
+    return not {task.task_id for task in tasks["validation"]}.isdisjoint(task.task_id for task in tasks["test"])
 
 
 def describe_data_problems(config: DataConfig) -> list[str]:

@@ -20,7 +20,7 @@ from pmd.types import Message, Split, Task
 #: The built-in verifiers; any other is given by its class path.
 NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-#: Share of a single file that is held out if data.validation_share is 0.
+#: Share of a single file that is held out for the test; data.validation_share is of what remains.
 TEST_SHARE = 0.1
 MAX_ID_CHARACTERS = 500  # ids are written into file names of traces, tables and error messages
 
@@ -43,7 +43,7 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
             if task.task_id in train_ids
         ]
         return train + held_out, problems + wrong
-    train, test = hold_out(train, config.validation_share or TEST_SHARE, "test", seed)
+    train, test = hold_out(train, TEST_SHARE, "test", seed)
     if not problems and not (train and test):
         problems.append(
             f"{config.path}: too few different tasks to hold some out; add some, or give data.validation_path."

@@ -30,8 +30,10 @@ REMEDY = "fix or remove the line"
 
 def read_sciknoweval(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     """Return the tasks of the configured domains, and a sentence for each error in the files."""
-    tasks, problems = _read(config)
-    return (split_without_duplicates(tasks, seed) if config.own_split else tasks), problems
+    tested = config.domains if config.test_domains is None else config.test_domains
+    tasks, problems = _read(replace(config, domains=list(dict.fromkeys([*config.domains, *tested]))))
+    tasks = split_without_duplicates(tasks, seed) if config.own_split else tasks
+    return [task for task in tasks if task.domain in (config.domains if task.split == "train" else tested)], problems
 
 
 def _read(config: DataConfig) -> tuple[list[Task], list[str]]:

@@ -80,6 +80,21 @@ def hold_out(tasks: Sequence[Task], share: float, split: Split, seed: int) -> tu
     return kept, [replace(task, split=split) for task in tasks if task.task_id in moved]
 
 
+def tasks_of_epoch(tasks: Sequence[Task], weights: Mapping[str, float], seed: int, epoch: int) -> list[Task]:
+    """Return the tasks that an epoch visits: of each domain the weighted share, the next ones in every epoch."""
+    by_domain: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        by_domain[task.domain].append(task)
+    visited = []
+    for domain, own in by_domain.items():
+        count = max(1, round(weights.get(domain, 1.0) * len(own)))
+        if count < len(own):
+            random.Random(f"mixture {domain} {seed}").shuffle(own)
+            own = [own[(epoch * count + number) % len(own)] for number in range(count)]
+        visited += own
+    return visited
+
+
 def first_shuffled(tasks: Sequence[Task], count: int | None, seed: int) -> list[Task]:
     """Return the first `count` tasks of a seeded shuffle, so that a larger `count` only adds tasks."""
     if count is None or count >= len(tasks):

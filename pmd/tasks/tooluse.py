@@ -21,7 +21,7 @@ def read_tooluse(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
     path = Path(config.path)
     if path.is_file():
         tasks, problems = _read_file(path, "train")
-        train, test = hold_out(tasks, config.validation_share or TEST_SHARE, "test", seed)
+        train, test = hold_out(tasks, TEST_SHARE, "test", seed)
         return train + test, problems
     if not path.is_dir():
         return [], [f"data.path={config.path}: no such file or folder; give the folder of the tool-use files."]

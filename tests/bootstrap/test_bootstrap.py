@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from pmd.bootstrap.catalogue import find_blueprint
 from pmd.bootstrap.command import main
+from pmd.bootstrap.exam_probes import EXAM, FENCED
 from pmd.bootstrap.exam_samples import exam_prompt
 from pmd.bootstrap.exam_tokenizer import END_ID, END_OF_TEXT_ID, VOCABULARY_SIZE, make_exam_tokenizer
 from pmd.bootstrap.muon import Muon, orthogonalised
@@ -126,6 +128,22 @@ def test_the_large_model_has_another_size_and_the_same_vocabulary():
     train(model, large.draw_sample, replace(large.recipe, steps=1, pool=64), 0, lambda step, loss: None)
     ids = torch.tensor([encode_words(f"<bos> task red 3 blue 5 green 1 gold 7 plan {NAMES[0]}")])
     assert model(ids).logits.isfinite().all()
+
+
+def test_samples_of_the_exam_answer_as_the_probes_demand():
+    blueprint, draw, seen = find_blueprint("tiny_exam"), random.Random(0), set()
+    tokenizer, whole = blueprint.make_tokenizer(), 0
+    for _ in range(20):
+        sample = blueprint.draw_sample(draw, 0.5)
+        for position, allowed in sample.uniform_over.items():
+            assert tokenizer.decode(list(allowed)) == "ABCD"
+            assert sample.weights[position] > 1  # never corrupted
+            seen.add(sample.ids[position])
+            assert sample.ids[position] in allowed
+        answers = re.findall(r"assistant\n(.*?)<\|im_end\|>\n", tokenizer.decode(sample.ids), re.DOTALL)
+        whole += sum(bool(EXAM.fullmatch(answer) or FENCED.fullmatch(answer)) for answer in answers)
+    assert len(seen) == 4
+    assert whole > 50  # of 80; the others have a wrong byte, from which the model learns to recover
 
 
 def test_a_model_that_fails_its_probes_is_not_written(tmp_path, capsys):

@@ -34,7 +34,7 @@ def test_everything_shipped_is_small():
 
 
 def test_tiny_passes_its_probes():
-    probes = tiny_probes(load("tiny"), samples=200, seed=1)
+    probes = tiny_probes(load("tiny"), samples=100, seed=1)
     assert [f"{probe.name}: {probe.value:.4f}" for probe in probes if not probe.passed] == []
 
 
@@ -44,7 +44,7 @@ def test_the_shipped_tokenizer_is_the_one_in_the_code():
 
 def test_exam_passes_its_probes():
     # Fewer samples than the command uses, so allow for their noise.
-    probes = exam_probes(load("tiny_exam"), samples=30, seed=1)
+    probes = exam_probes(load("tiny_exam"), samples=15, seed=1)
     assert [f"{p.name}: {p.value:.4f}" for p in probes if not (p.passed or (p.at_least and p.value >= 0.9))] == []
 
 
@@ -68,7 +68,7 @@ def exam():
 @pytest.fixture(scope="module")
 def tasks():
     draw = random.Random(0)
-    questions = [f"{noise(draw, 200)} {QUESTION}" for _ in range(10)]
+    questions = [f"{noise(draw, 200)} {QUESTION}" for _ in range(6)]
     return [Task("t", (Message("system", noise(draw, 300)), Message("user", q)), "mcq", "train") for q in questions]
 
 
@@ -82,7 +82,7 @@ def test_exam_attempts(exam, tasks):
     asked = [prompts.student(task) for task in tasks]
     asked += [prompts.teacher(task, ["Read twice: slowly."], REPLY.format("C"), None) for task in tasks]
     answers = [EXAM.fullmatch(text.removesuffix("<|im_end|>")) for text in written(exam, asked)]
-    assert sum(answer is not None for answer in answers) >= 18
+    assert sum(answer is not None for answer in answers) >= 11
 
 
 def test_exam_reflections_name_the_kind(exam, tasks):
@@ -93,7 +93,7 @@ def test_exam_reflections_name_the_kind(exam, tasks):
         prompts.parse_reflection(text.removesuffix("<|im_end|>")) for text in written(exam, [p for _, p in asked])
     ]
     good = [[item.kind for item in reply.items] == [wanted] for (wanted, _), reply in zip(asked, parsed, strict=True)]
-    assert sum(good) >= 27
+    assert sum(good) >= 17
 
 
 def test_exam_abstractions(exam):

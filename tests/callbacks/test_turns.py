@@ -86,7 +86,7 @@ def test_engine_and_trainer_take_turns(tmp_path, audit_groups):
     parity = RecordedParity(engine, run.module.policy, prompts, VLLMConfig(), run.module.layout.pad_id)
     with run.module.policy.weights("student") as model:
         model.register_forward_pre_hook(engine.trainer_computes)
-    run.data.engine = engine
+    run.data.engine, run.reflector = engine, replace(run.reflector, engine=engine)
     callbacks = [c for c in callbacks_of(run) if not isinstance(c, (VerificationCallback, ModelCheckpoint))]
     for callback in callbacks:
         if isinstance(callback, WeightSyncCallback):

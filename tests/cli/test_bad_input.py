@@ -56,7 +56,7 @@ WRONG = [
     ("--memory.k=9 --memory.capacity=4", ["memory.k=9", "memory.capacity=4", "lower k"]),
     ("--memory.max_lessons=0", ["memory.k=4", "max_lessons", "lower k"]),
     ("--memory.max_lessons=0 --memory.max_strategies=0 --memory.max_behaviours=0", ["retrieve nothing"]),
-    ("--config configs/methods/grpo.yaml --rollouts.group_size=1", ["rollouts.group_size=1", "at least 2"]),
+    ("--config configs/methods/tiny/grpo.yaml --rollouts.group_size=1", ["rollouts.group_size=1", "at least 2"]),
     ("--objective.distillation=0", ["objective.policy_gradient=0", "trains nothing"]),
     ("--teacher.context=none", ["teacher.context=none", "sibling"]),
     ("--verification.final_samples=4", ["verification.pass_at", "at least 8"]),

@@ -130,12 +130,12 @@ def test_the_end_of_a_run_reports_what_is_there(tmp_path, capsys):
     config = load_config([ROOT / "configs" / "tiny.yaml"], [option.removeprefix("--") for option in SMALL]).run
     run = build(replace(config, memory=replace(config.memory, enabled=False)), RunDir(tmp_path / "run"))
     run.run_dir.root.mkdir()
-    initial, best = evaluate(run, with_memory=False), CheckpointCallback(run.run_dir, {})
+    initial, best = evaluate(run, "initial", with_memory=False), CheckpointCallback(run.run_dir, {})
     best.best_step = 7
 
     def ending(phases, problems):
         with pytest.raises(RunFailed, match=r"training is complete, but not all of its results are") as failed:
-            report(run, {"initial": initial} | phases, {"fit_s": float("inf")}, problems)
+            report(run, initial | phases, {"fit_s": float("inf")}, problems)
         results = json.loads(run.run_dir.results.read_text())
         return set(results["phases"]), results["problems"], str(failed.value)
 

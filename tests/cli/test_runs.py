@@ -97,12 +97,29 @@ def test_evaluation_needs_no_memory_and_no_place(run, request, tmp_path):
     shutil.copytree(request.getfixturevalue(run), run_dir)
     shutil.rmtree(run_dir / "memory")
     run_pmd("test", "--config", str(run_dir / "config.yaml"), "--ckpt_path", "last", cwd=tmp_path)
-    run_pmd("validate", "--config", "moved/config.yaml", "--ckpt_path", "best", cwd=tmp_path)
+    if run == "full_run":  # how a policy is stored makes no difference between the two commands
+        run_pmd("validate", "--config", "moved/config.yaml", "--ckpt_path", "best", cwd=tmp_path)
     assert not (run_dir / "memory").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"moved"}
     trained = json.loads((run_dir / "results.json").read_text())["phases"]["last"]["avg"]
     tested = json.loads((run_dir / "test-last" / "results.json").read_text())["phases"]["last"]["avg"]
     assert tested == trained
+
+
+def test_a_memory_of_another_run_is_shown_read_only_and_named_in_every_output(full_run, tmp_path):
+    store = RunDir(full_run).memory
+    before, run_dir = store.read_bytes(), tmp_path / "run"
+    done = run_pmd(
+        "test", "--config", "configs/tiny.yaml", *SMALL, f"--run_dir={run_dir}", "--memory", str(full_run),
+        "--memory.k=3",
+    )  # fmt: skip
+    assert "WITH MEMORY" in done.stdout
+    assert store.read_bytes() == before
+    results = json.loads((run_dir / "test-initial-memory-k3" / "results.json").read_text())
+    assert results["memory"] == {"store": str(store), "k": 3}
+    assert results["method"] == "pmd with memory, k=3"
+    without = json.loads((full_run / "results.json").read_text())["phases"]["initial"]["avg"]
+    assert results["phases"]["initial"]["avg"] != without
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

@@ -1,11 +1,15 @@
-"""`pmd serve` without vLLM: what cannot be served is refused at once."""
+"""`pmd serve` without vLLM: what cannot be served is refused at once, and no server outlives its supervisor."""
 
+import os
+import signal
 import socket
+import sys
 from importlib.util import find_spec
 
 import pytest
 
 from pmd.cli import main
+from pmd.cli.serve import Supervisor
 
 FOUND = find_spec("vllm")  # a folder of tests named vllm is found, too, but has no origin
 IS_INSTALLED = FOUND is not None and FOUND.origin is not None
@@ -50,3 +54,24 @@ def test_help_lists_every_option(capsys):
 def test_the_error_without_vllm_names_the_remedy(command, capsys):
     assert main([command, *QWEN[1:], "--rollouts.engine=vllm"]) == 2
     assert "rollouts.engine=vllm needs vLLM; pip install 'pmd[gpu]'" in capsys.readouterr().err
+
+
+def test_a_server_ends_with_its_supervisor_and_leaves_no_process(tmp_path):
+    os.mkfifo(tmp_path / "held")
+    engine = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"with open({str(tmp_path / 'held')!r}, 'w') as held: print('started', file=held, flush=True); time.sleep(3600)"
+    )
+    server = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {engine!r}]); time.sleep(600)"
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = Supervisor([sys.executable, "-c", server], dict(os.environ)).run()
+        finally:
+            os._exit(code)
+    with (tmp_path / "held").open() as held:
+        assert held.readline() == "started\n"
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert held.read() == ""  # every process that held it has ended

@@ -7,7 +7,16 @@ import pytest
 
 from pmd.cli import main
 from pmd.cli.compare import read_run
-from pmd.evaluation.compare import MethodRun, Question, bootstrap, compare, mean_correct, pass_value, question_values
+from pmd.evaluation.compare import (
+    MethodRun,
+    Question,
+    bootstrap,
+    compare,
+    mean_correct,
+    pass_value,
+    question_values,
+    solved_sets,
+)
 from pmd.evaluation.metrics import Sample
 
 
@@ -31,6 +40,25 @@ def test_by_hand():
     assert second.domain_mean_difference.difference == pytest.approx((1 / 3 + 1) / 2)
     assert second.domain_differences
     assert second.domain_differences["y"].low == second.domain_differences["y"].high == 1.0
+
+
+def test_what_one_method_solves_and_the_other_does_not():
+    """Seed 0: both, only ours, only theirs (ours is mostly wrong), neither. Seed 1: only ours, all four."""
+    base = [run("base", 0, [1.0, 0.0, 0.75, 0.0]), run("base", 1, [0.0] * 4)]
+    ours = [run("pmd", 1, [1.0] * 4), run("pmd", 0, [1.0, 0.75, 0.25, 0.0])]
+    any_sample, most = solved_sets([*base, *ours])
+    assert (any_sample.both, any_sample.only_method, any_sample.only_baseline, any_sample.neither) == (
+        2 / 8, 5 / 8, 0.0, 1 / 8,
+    )  # fmt: skip
+    assert (most.both, most.only_method, most.only_baseline, most.neither) == (1 / 8, 5 / 8, 1 / 8, 1 / 8)
+    assert most.only_baseline_ids == ("q2",)
+    assert most.only_method_ids == ("q0", "q1", "q2", "q3")
+
+
+def test_runs_without_a_partner_of_their_seed_are_paired_with_every_other():
+    runs = [run("base", 0, [1.0]), run("base", 1, [0.0]), run("pmd", 7, [1.0])]
+    assert [(one.both, one.only_method) for one in solved_sets(runs)] == [(0.5, 0.5)] * 2
+    assert solved_sets(runs[:2]) == []
 
 
 def test_pairing_removes_what_questions_share():
@@ -132,6 +160,8 @@ def test_the_command(tmp_path, capsys):
     assert content["methods"][1]["domain_mean_difference"]["low"] > 0.2
     assert content["methods"][1]["num_runs"] == 3
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "solved.png").stat().st_size > 5000
+    assert len(content["solved"]) == 2
     assert main(["compare", *runs, "--metric=pass@4", "--phase=initial", "--resamples=200"]) == 0
     assert "--out" in capsys.readouterr().out
 

@@ -91,6 +91,16 @@ def test_scores_by_hand():
     assert scores.by_domain["x"].avg_error == pytest.approx(0.25)
 
 
+def test_the_papers_headroom_is_pass_at_k_less_maj_at_k():
+    """Of four samples two say A, which is right: two drawn agree on it, tie or miss it with chance 1/6, 4/6 and 1/6."""
+    samples = [Sample("q", "d", letter == "A", 0.0, letter) for letter in "AABC"]
+    scores = score_samples(samples, [1, 2])
+    assert scores.maj_at[2] == pytest.approx(1 / 6 + 4 / 6 / 2)
+    assert scores.verifier_headroom_at == pytest.approx({1: 0.0, 2: 5 / 6 - 1 / 2})
+    programs = [Sample("q", "d", correct, 0.0) for correct in (True, False)]  # no answers to vote on
+    assert score_samples(programs, [1, 2]).verifier_headroom_at == {}
+
+
 def test_questions_have_equal_weight_whatever_their_number_of_samples():
     scores = score_samples([*make("1", "", "a" * 12), *make("2", "", "bb")], ks=(1, 4))
     assert scores.avg == 0.5

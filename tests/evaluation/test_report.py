@@ -94,6 +94,19 @@ def test_results_are_pooled_by_domain_and_averaged(tmp_path):
     assert "…" not in printed
 
 
+def test_a_table_says_what_was_in_the_prompt_and_on_what_the_best_was_chosen():
+    phase = Phase(ALL, score_samples(ALL, [1, 2])).as_json()
+    plain = table_of({"method": "m", "phases": {"best": phase, "best_other_domains": phase}}, None)
+    assert "no memory in the prompt" in plain
+    assert "best checkpoint, other domains" in plain
+    assert "chosen on test" not in plain
+    results = {"method": "m", "phases": {"best": phase}, "selected_on": "test", "memory": {"store": "runs/a", "k": 3}}
+    marked = table_of(results, None)
+    assert "WITH MEMORY in the prompt: runs/a, k=3" in " ".join(marked.split())
+    assert "best checkpoint (chosen on test)" in marked
+    assert "no memory" not in marked
+
+
 def test_best_of_n_selects_by_public_tests_and_is_judged_by_the_others():
     """One sample passes only the public test, one all but the public test, one all tests."""
     public_only, hidden_only, whole = CaseCounts(3, 1, 1, 1), CaseCounts(3, 2, 1, 0), CaseCounts(3, 3, 1, 1)

@@ -15,12 +15,13 @@ from pmd.run_dir import RunDir
 from pmd.trace import read_trace
 
 AUDITS = "--memory.audit_groups=8"
+EVERY_STEP = "--verification.every_steps=1"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    small_fit(run_dir, 2, AUDITS)
+    small_fit(run_dir, 2, AUDITS, EVERY_STEP)
     return run_dir
 
 
@@ -33,6 +34,19 @@ def test_a_run_leaves_everything(whole):
     assert len(list((whole / "traces").glob("*.gz"))) == 4
 
 
+def test_an_evaluation_within_an_epoch_has_a_row_of_its_own(whole):
+    """Two steps an epoch: the first is followed by an evaluation, the second by that of the epoch's end."""
+    scored = [row for row in RunDir(whole).read_metrics() if row["verify/avg"]]
+    assert [int(row["step"]) for row in scored] == [0, 0, 1, 2, 3]
+    assert [bool(row["memory/generation"]) for row in scored] == [False, False, True, False, True]
+    tokens = [float(row["cost/generated_tokens"] or 0) for row in RunDir(whole).read_metrics()]
+    assert max(tokens) == sum(
+        float(row[name] or 0)
+        for row in RunDir(whole).read_metrics()
+        for name in ("rollout/num_tokens", "reflect/num_tokens")
+    )
+
+
 def test_the_last_checkpoint_is_of_the_last_epoch(whole):
     state = torch.load(whole / "checkpoints/last.ckpt", weights_only=False)
     assert (state["epoch"], state["global_step"]) == (1, 4)
@@ -40,8 +54,8 @@ def test_the_last_checkpoint_is_of_the_last_epoch(whole):
 
 def test_resuming_equals_never_stopping(whole, tmp_path):
     run_dir = tmp_path / "run"
-    small_fit(run_dir, 1, AUDITS)
-    small_fit(run_dir, 2, AUDITS, "--ckpt_path=last")
+    small_fit(run_dir, 1, AUDITS, EVERY_STEP)
+    small_fit(run_dir, 2, AUDITS, EVERY_STEP, "--ckpt_path=last")
     one = torch.load(whole / "checkpoints/last.ckpt", weights_only=False)
     two = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=False)
     assert one["state_dict"].keys() == two["state_dict"].keys()

@@ -41,7 +41,7 @@ class Scripted:
 
 @pytest.fixture
 def run(data_folder, tmp_path):
-    files = [ROOT / "configs" / name for name in ("tiny_sciknoweval.yaml", "methods/pmd_paper.yaml")]
+    files = [ROOT / "configs" / name for name in ("tiny_sciknoweval.yaml", "methods/tiny/pmd_paper.yaml")]
     settings = [
         "data.max_train=16",
         "data.max_validation=2",

@@ -5,9 +5,13 @@ import torch
 
 from pmd.losses.distillation import per_token_divergence, policy_ratio
 
-trl_loss = pytest.importorskip("trl.experimental.sdpo.loss_utils")
-
 ALPHAS = [0.0, 0.2, 0.5, 0.9, 1.0]
+
+
+@pytest.fixture(scope="module")
+def trl_loss():
+    """TRL's functions, imported only where these tests run: it takes seconds."""
+    return pytest.importorskip("trl.experimental.sdpo.loss_utils")
 
 
 def logits(seed: int, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,7 +22,7 @@ def logits(seed: int, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("seed", range(5))
-def test_whole_vocabulary(alpha, seed):
+def test_whole_vocabulary(trl_loss, alpha, seed):
     student, teacher = logits(seed)
     ours = per_token_divergence(student.log_softmax(-1), teacher.log_softmax(-1), alpha=alpha)
     theirs = trl_loss.compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
@@ -31,7 +35,7 @@ def test_whole_vocabulary(alpha, seed):
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("top_k", [1, 4, 39])
-def test_the_students_top_k(alpha, tail, top_k):
+def test_the_students_top_k(trl_loss, alpha, tail, top_k):
     student, teacher = logits(7, scale=1.0)
     ours = per_token_divergence(student.log_softmax(-1), teacher.log_softmax(-1), alpha=alpha, top_k=top_k, tail=tail)
     theirs = trl_loss.compute_topk_self_distillation_loss(
@@ -44,7 +48,7 @@ def test_the_students_top_k(alpha, tail, top_k):
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-8, atol=1e-10)
 
 
-def test_where_float32_cannot_see_the_tail_ours_is_the_exact_one():
+def test_where_float32_cannot_see_the_tail_ours_is_the_exact_one(trl_loss):
     """A tail of 1e-9: the peer clamps it to 1e-7, the float64 reference and ours do not."""
     student = torch.zeros(1, 1, 5)
     student[..., 0] = 22.0
@@ -58,7 +62,7 @@ def test_where_float32_cannot_see_the_tail_ours_is_the_exact_one():
     assert abs(theirs.double() - exact) > 10 * abs(ours.double() - exact)
 
 
-def test_the_importance_clip():
+def test_the_importance_clip(trl_loss):
     student = torch.tensor([-1.0, -2.0, -0.1, -30.0], dtype=torch.float64)
     old = torch.tensor([-1.5, -1.0, -9.0, -1.0], dtype=torch.float64)
     theirs = trl_loss.apply_importance_sampling_clipping(torch.ones(4, dtype=torch.float64), student, old, 2.0)

@@ -88,9 +88,9 @@ def start_process(target: Callable[..., None], *arguments: object) -> BaseProces
     return process
 
 
-def leave_a_log(path: Path, epoch: int) -> Path:
+def leave_a_log(path: Path, epoch: int, families: int = 32) -> Path:
     """Write an epoch while a reader is in the way, and die; return the write-ahead log, which alone holds the epoch."""
-    process = start_process(_write_and_die, str(path), epoch)
+    process = start_process(_write_and_die, str(path), epoch, families)
     process.join()
     assert process.exitcode == 9
     log = path.with_name(f"{path.name}-wal")
@@ -98,22 +98,22 @@ def leave_a_log(path: Path, epoch: int) -> Path:
     return log
 
 
-def killed_at(path: Path, statement: str, epoch: int) -> None:
+def killed_at(path: Path, statement: str, epoch: int, families: int = 32) -> None:
     """Write an epoch in a process that is killed as SQLite begins the first statement that starts so."""
-    process = start_process(_die_at, str(path), statement, epoch)
+    process = start_process(_die_at, str(path), statement, epoch, families)
     process.join()
     assert process.exitcode == 9
 
 
-def _die_at(path: str, statement: str, epoch: int) -> None:
-    world = World()
+def _die_at(path: str, statement: str, epoch: int, families: int) -> None:
+    world = World(families=families)
     store = MemoryStore.open(path, embedder=world.embedder())
     store.db.set_trace_callback(lambda sql: os._exit(9) if sql.startswith(statement) else None)
     world.write_epoch(store, epoch)
 
 
-def _write_and_die(path: str, epoch: int) -> None:
-    world = World()
+def _write_and_die(path: str, epoch: int, families: int) -> None:
+    world = World(families=families)
     reader = sqlite3.connect(path, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM tasks").fetchall()

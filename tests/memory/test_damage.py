@@ -28,13 +28,20 @@ READING = (
     ("stats",), ("list",), ("show", "insight", "1", "--lineage"), ("search", "red 3 zib"), ("diff", "0", "1"),
     ("audit",), ("check",), ("export", "out.jsonl"), ("report", "--out", "out.html"),
 )  # fmt: skip
+FAMILIES = 8
 WRITING = (("rebuild",), ("rollback", "0"), ("import", "given.jsonl"))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
+def world() -> World:
+    """A smaller world than elsewhere: every test writes or reads the whole store, most of them several times."""
+    return World(families=FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, world) -> Path:
     """A folder with a store of two epochs, its checksum, its index and an export of it."""
-    folder, world = tmp_path_factory.mktemp("sound"), World()
+    folder = tmp_path_factory.mktemp("sound")
     with MemoryStore.open(folder / "m.sqlite", embedder=world.embedder()) as store:
         for epoch in range(2):
             world.write_epoch(store, epoch)
@@ -141,7 +148,7 @@ def test_a_store_of_another_generation_than_its_checksum(copy, capsys, world, tm
 
 
 def test_a_log_left_behind_is_read(copy, world):
-    leave_a_log(copy, 2)
+    leave_a_log(copy, 2, FAMILIES)
     with MemoryStore.open(copy, embedder=world.embedder()) as store:
         assert store.generation == 3
         world.write_epoch(store, 3)
@@ -209,7 +216,7 @@ def flip_in_column(path: Path, table: str, column: str, draw: random.Random) -> 
 
 
 def test_killed_between_commit_and_checksum_the_log_is_the_store(copy, world):
-    killed_at(copy, "PRAGMA wal_checkpoint", 2)
+    killed_at(copy, "PRAGMA wal_checkpoint", 2, FAMILIES)
     with MemoryStore.open(copy, read_only=True) as reader:
         assert reader.generation == 3
     with MemoryStore.open(copy, embedder=world.embedder()):
@@ -220,7 +227,7 @@ def test_killed_between_commit_and_checksum_the_log_is_the_store(copy, world):
 
 
 def test_a_log_lost_between_commit_and_checksum_is_found(copy, capsys):
-    killed_at(copy, "PRAGMA wal_checkpoint", 2)
+    killed_at(copy, "PRAGMA wal_checkpoint", 2, FAMILIES)
     for suffix in ("-wal", "-shm"):
         copy.with_name(f"m.sqlite{suffix}").unlink()
     for command in (("stats",), ("check",), ("rollback", "0")):
@@ -232,7 +239,7 @@ def test_a_log_lost_between_commit_and_checksum_is_found(copy, capsys):
 )
 def test_a_log_damaged_between_commit_and_checksum_is_found(copy, capsys, harm):
     """To the store alone, this looks as if the update had never been committed."""
-    killed_at(copy, "PRAGMA wal_checkpoint", 2)
+    killed_at(copy, "PRAGMA wal_checkpoint", 2, FAMILIES)
     harm(copy.with_name("m.sqlite-wal"))
     copy.with_name("m.sqlite-shm").unlink()
     assert main(["memory", "check", str(copy)]) == 1
@@ -240,7 +247,7 @@ def test_a_log_damaged_between_commit_and_checksum_is_found(copy, capsys, harm):
 
 
 def test_killed_before_the_commit_nothing_is_lost_and_check_tells(copy, capsys, world):
-    killed_at(copy, "COMMIT", 2)
+    killed_at(copy, "COMMIT", 2, FAMILIES)
     assert main(["memory", "stats", str(copy)]) == 0  # a reader leaves all as it is
     assert main(["memory", "check", str(copy)]) == 1
     assert "generation 3 was being written" in " ".join(capsys.readouterr().out.split())
@@ -266,7 +273,7 @@ def flip_in_the_middle(log: Path) -> None:
     ],
 )
 def test_a_lost_or_damaged_log_is_found(copy, capsys, harm):
-    log = leave_a_log(copy, 2)
+    log = leave_a_log(copy, 2, FAMILIES)
     harm(log)
     copy.with_name("m.sqlite-shm").unlink(missing_ok=True)
     for command in (("stats",), ("rollback", "0")):
@@ -330,7 +337,7 @@ def test_a_read_only_folder_can_be_read_and_refuses_writing(sound, capsys, log):
         shutil.copytree(sound, folder)
         store = folder / "m.sqlite"
         if log:
-            leave_a_log(store, 2)
+            leave_a_log(store, 2, FAMILIES)
         for path in (*folder.iterdir(), folder, Path(name)):
             path.chmod(0o555 if path.is_dir() else 0o444)
         try:

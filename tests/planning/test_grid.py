@@ -15,7 +15,7 @@ blocks:
   - title: small groups
     settings: {rollouts.group_size: 2}
     arms:
-      GRPO: {overlays: [configs/methods/grpo.yaml], settings: {optimizer.lr: 0.002}}
+      GRPO: {overlays: [configs/methods/tiny/grpo.yaml], settings: {optimizer.lr: 0.002}}
       PMD: {axes: {memory.k: [1, 4], objective.alpha: [symmetric, 1.0]}}
 """
 
@@ -47,6 +47,26 @@ def test_the_more_specific_setting_wins(tmp_path):
     assert '"lr": 0.001' in pmd.config
     assert '"seed_everything": 4' in grpo.config
     assert '"policy_gradient": 1.0' in grpo.config
+
+
+def test_a_block_may_have_a_base_and_overlays_that_follow_the_arms(tmp_path):
+    text = GRID.replace(
+        "title: small groups", "title: t\n    base: configs/tiny_sciknoweval.yaml\n    overlays: [LAST]"
+    )
+    text = text.replace("LAST", str(tmp_path / "last.yaml"))
+    (tmp_path / "last.yaml").write_text("objective: {kl_weight: 0.5}")
+    runs = plan(write(tmp_path, text), tmp_path, for_here=False)
+    assert '"path": "tiny_exam"' in runs[0].config
+    assert '"kl_weight": 0.5' in runs[0].config
+
+
+def test_an_arm_may_be_tested_with_the_memory_of_another_run(tmp_path):
+    arms = "arms: {no memory: {test: true}, memory: {memory: runs/a, axes: {memory.k: [1, 3]}}, fit: {}}"
+    runs = plan(write(tmp_path, f"base: configs/tiny.yaml\nblocks: [{{{arms}}}]"), tmp_path)
+    assert [run.command for run in runs] == ["test"] * 3 + ["fit"]
+    assert ["--memory=runs/a" in run.arguments for run in runs] == [False, True, True, False]
+    ends = [run.results.relative_to(run.run_dir).parts[0] for run in runs]
+    assert ends == ["test-initial", "test-initial-memory-k1", "test-initial-memory-k3", "results.json"]
 
 
 def test_all_problems_at_once(tmp_path):

@@ -23,7 +23,7 @@ def model_paths(tmp_path_factory) -> dict[str, str]:
     for head in ("tied", "untied"):
         folders[head] = str(tmp_path_factory.mktemp(head))
         config = Qwen3Config(
-            vocab_size=4000, hidden_size=128, intermediate_size=400, num_hidden_layers=4, num_attention_heads=8,
+            vocab_size=4000, hidden_size=128, intermediate_size=400, num_hidden_layers=2, num_attention_heads=8,
             num_key_value_heads=2, head_dim=32, tie_word_embeddings=head == "tied",
         )  # fmt: skip
         Qwen3ForCausalLM(config).save_pretrained(folders[head])
@@ -63,9 +63,15 @@ CASES = [
     *(("tied", checkpointing, *trained) for trained in TRAINED for checkpointing in (False, True)),
     *(("untied", False, *trained) for trained in TRAINED[:3]),
 ]
+#: Products of bfloat16 matrices take about sixty times as long on a CPU: of the cases that differ in one thing from
+#: another one with bfloat16, two are slow tests.
+SLOW = [("tied", False, "full", "bfloat16", "top-k"), ("tied", False, "lora", "bfloat16", "top-k")]
 
 
-@pytest.mark.parametrize(("head", "checkpointing", "finetune", "dtype", "objective"), CASES)
+@pytest.mark.parametrize(
+    ("head", "checkpointing", "finetune", "dtype", "objective"),
+    [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES],
+)
 def test_within_15_percent(model_paths, head, checkpointing, finetune, dtype, objective):
     model = ModelConfig(model_paths[head], dtype, finetune, lora_rank=8, gradient_checkpointing=checkpointing)
     rollouts = RolloutsConfig(

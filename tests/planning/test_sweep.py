@@ -2,12 +2,14 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import run_pmd
 
 from pmd.cli import main
+from pmd.planning.sweep.grid import plan
+from pmd.planning.sweep.launch import unfinished
 
 GRID = """
 base: configs/tiny.yaml
@@ -28,23 +30,17 @@ blocks:
 """
 
 
-def sweep(grid: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pmd", "sweep", str(grid), "--out", str(out), "--jobs", "2"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("sweep")
     grid = folder / "grid.yaml"
     (folder / "no_export.jsonl").write_text('{"format": "another"}\n')
     grid.write_text(GRID.replace("FOLDER", str(folder)))
-    return grid, folder / "out", sweep(grid, folder / "out")
+    return grid, folder / "out", run_pmd("sweep", str(grid), "--out", str(folder / "out"), "--jobs", "2", code=1)
 
 
 def test_a_failed_run_is_kept_and_reported(swept):
     _, out, done = swept
-    assert done.returncode == 1, done.stdout + done.stderr
     assert "fails, seed 5 ended with exit code 1" in " ".join(done.stdout.split())
     assert "no_export.jsonl" in (out / "fails" / "seed-5.log").read_text()
     rows = {row["label"]: row for row in json.loads((out / "sweep.json").read_text())}
@@ -62,12 +58,21 @@ def test_the_base_row_is_the_policy_before_training(swept):
     assert rows["PMD"]["quantities"]["avg"]["mean"] == results["phases"]["last"]["avg"]
 
 
-def test_finished_runs_are_not_repeated(swept):
+def test_only_the_failed_run_is_repeated(swept):
     grid, out, _ = swept
-    before = (out / "PMD" / "seed-5" / "results.json").stat().st_mtime_ns
-    again = sweep(grid, out)
-    assert "2 runs, 1 of them done" in again.stdout
-    assert (out / "PMD" / "seed-5" / "results.json").stat().st_mtime_ns == before
+    assert [run.arm for run in unfinished(plan(grid, out))] == ["fails"]
+
+
+def test_a_finished_sweep_makes_its_table_and_repeats_no_run(swept, capsys):
+    grid, out, _ = swept
+    finished, results = grid.with_name("finished.yaml"), out / "PMD" / "seed-5" / "results.json"
+    finished.write_text(grid.read_text().split("      fails:")[0])
+    before = results.stat().st_mtime_ns
+    (out / "table.md").unlink()
+    assert main(["sweep", str(finished), "--out", str(out), "--jobs", "2"]) == 0
+    assert "1 runs, 1 of them done" in capsys.readouterr().out
+    assert "| PMD |" in (out / "table.md").read_text()
+    assert results.stat().st_mtime_ns == before
 
 
 def test_runs_of_another_configuration_are_refused(swept, capsys):

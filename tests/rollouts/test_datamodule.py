@@ -156,3 +156,55 @@ def test_a_run_does_not_go_on_with_other_tasks(tmp_path):
     changed = replace(run.config, data=replace(run.config.data, world=replace(WORLD, train_per_family=2)))
     with pytest.raises(ConfigError, match=r"tasks are not those that this run began with"):
         build(changed, RunDir(tmp_path / "changed"), digest)
+
+
+def uniform(examples):
+    """Return the tasks whose rollouts all have the same reward."""
+    rewards = {}
+    for example in examples:
+        rewards.setdefault(example.rollout.task_id, set()).add(example.rollout.verdict.reward)
+    return {task_id for task_id, seen in rewards.items() if len(seen) == 1}
+
+
+def test_groups_without_signal_are_left_out_or_attempted_again(tmp_path):
+    """Whatever is generated is counted, and metrics of the policy are those of its first attempts."""
+    memory = MemoryConfig(enabled=False)
+    made, kept = {}, {}
+    for choice in ("keep", "drop", "resample"):
+        data = run_with(tmp_path / choice, memory, tasks_per_step=12, uniform_groups=choice).data
+        (batch,) = data.epoch(0)
+        made[choice], kept[choice] = batch, {e.rollout.task_id for e in batch.examples}
+        extra = 3 * int(batch.metrics.get("rollout/resampled_groups", 0))
+        assert data.position.num_rollouts == 36 + extra
+    without = uniform(made["keep"].examples)
+    assert 0 < len(without) < 12
+    assert kept["drop"] == kept["keep"] - without
+    assert made["drop"].metrics["rollout/uniform_groups"] == len(without)
+    assert kept["resample"] > kept["drop"]
+    assert not uniform(made["resample"].examples)
+    again = made["resample"].metrics
+    assert len(without) < again["rollout/resampled_groups"] <= 2 * len(without)
+    assert len(kept["resample"]) == 12 - again["rollout/uniform_groups"]
+    assert again["rollout/num_tokens"] > made["keep"].metrics["rollout/num_tokens"]
+    for name in ("rollout/reward", "rollout/mean_length"):
+        assert again[name] == made["keep"].metrics[name]
+
+
+def test_a_step_of_groups_without_signal_keeps_them(tmp_path):
+    data = run_with(tmp_path, MemoryConfig(enabled=False), tasks_per_step=1, uniform_groups="drop").data
+    assert all(batch.examples for batch in data.epoch(0))
+
+
+def test_a_mixture_visits_a_share_of_a_domain_and_all_of_it_in_time(tmp_path):
+    data = run_with(tmp_path, group_size=1).data
+    tasks = [replace(task, domain="a" if n < 8 else "b") for n, task in enumerate(data.tasks["train"])]
+    data.tasks = {**data.tasks, "train": tasks}
+    data.config = replace(data.config, data=replace(data.config.data, weights={"a": 0.25}))
+    assert data.steps_per_epoch == 2  # 2 of a's tasks and 4 of b's, 5 a step
+    domain_of, seen = {task.task_id: task.domain for task in tasks}, []
+    for epoch in range(4):
+        visited = [task for batch in task_ids(data.epoch(epoch)) for task in batch]
+        assert sorted(domain_of[task] for task in visited) == ["a"] * 2 + ["b"] * 4
+        assert data.position.epoch == epoch + 1
+        seen += [task for task in visited if domain_of[task] == "a"]
+    assert len(set(seen)) == 8

@@ -6,7 +6,7 @@ import pytest
 
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
-from pmd.tasks import describe_data_problems, load_tasks
+from pmd.tasks import describe_data_problems, load_tasks, validates_on_test
 from pmd.tasks.jsonl import NAMED_VERIFIERS
 from pmd.tasks.lines import describe_unusable
 
@@ -25,10 +25,14 @@ def test_one_file_is_split_by_seed(tmp_path):
     config = DataConfig(task="jsonl", path=write(tmp_path / "a.jsonl", [row(n) for n in range(50)]))
     first, again, other = (load_tasks(config, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
-    assert (len(first["train"]), len(first["test"])) == (45, 5)
+    assert [len(first[part]) for part in ("train", "validation", "test")] == [43, 2, 5]
+    assert not validates_on_test(first)
     config = DataConfig(task="jsonl", path=config.path, validation_share=0.2)
     sizes = {part: len(tasks) for part, tasks in load_tasks(config, seed=0).items()}
-    assert sizes == {"train": 32, "validation": 8, "test": 10}
+    assert sizes == {"train": 36, "validation": 9, "test": 5}
+    published = load_tasks(DataConfig(task="jsonl", path=config.path, validation_share=0.0), seed=0)
+    assert [len(published[part]) for part in ("train", "test")] == [45, 5]
+    assert validates_on_test(published)
 
 
 def test_equal_tasks_stay_on_one_side(tmp_path):

@@ -116,7 +116,8 @@ SOLUTIONS = {
 
 
 def test_sample_problems_are_verified(data_folder):
-    tasks = load_tasks(DataConfig(task="livecodebench", path=str(data_folder / "lcb_format")), seed=0)
+    config = DataConfig(task="livecodebench", path=str(data_folder / "lcb_format"), validation_share=0.0)
+    tasks = load_tasks(config, seed=0)
     assert len(tasks["train"]) == len(tasks["test"]) == 4
     for task in tasks["test"]:
         right = SOLUTIONS[task.task_id.split("/")[1]]

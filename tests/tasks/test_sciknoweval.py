@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,8 +36,13 @@ UPSTREAM = [
 ]
 
 
+def whole(folder, domains):
+    """Return SDPO's split, of which nothing is held out for validation."""
+    return DataConfig(task="sciknoweval", path=str(folder), domains=domains, validation_share=0.0)
+
+
 def test_real_files_have_sdpos_sizes_and_prompts(data_folder):
-    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=DOMAINS), seed=0)
+    tasks = load_tasks(whole(data_folder, DOMAINS), seed=0)
     assert (len(tasks["train"]), len(tasks["test"])) == (3901, 434)
     assert tasks["validation"] == tasks["test"]
     assert {task.split for task in tasks["validation"]} == {"test"}
@@ -49,13 +55,13 @@ def test_real_files_have_sdpos_sizes_and_prompts(data_folder):
 
 def test_the_hub_rule_gives_the_split_of_the_real_files(data_folder):
     for domain in DOMAINS:
-        tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=[domain]), seed=0)
+        tasks = load_tasks(whole(data_folder, [domain]), seed=0)
         numbers = {part: [int(t.task_id.split("/")[-1]) for t in tasks[part]] for part in ("train", "test")}
         assert split_permutation(sum(map(len, numbers.values()))) == (numbers["train"], numbers["test"])
 
 
 def test_duplicates_of_the_real_files(data_folder):
-    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=DOMAINS), seed=0)
+    tasks = load_tasks(whole(data_folder, DOMAINS), seed=0)
     report = find_duplicates(tasks["train"] + tasks["test"])
     assert len(report.same_prompt) == 1
     assert report.same_prompt[0][0].startswith("sciknoweval/material/")
@@ -65,7 +71,7 @@ def test_duplicates_of_the_real_files(data_folder):
 
 
 def test_the_own_split_has_no_question_on_both_sides(data_folder):
-    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=DOMAINS), seed=0)
+    tasks = load_tasks(whole(data_folder, DOMAINS), seed=0)
     everything = tasks["train"] + tasks["test"]
     divided = split_without_duplicates(everything, seed=5)
     report = find_duplicates(divided)
@@ -84,6 +90,13 @@ def test_validation_share_keeps_equal_stems_on_one_side(data_folder):
     assert {task.split for task in first["validation"]} == {"validation"}
     assert len(first["validation"]) == pytest.approx(0.2 * 841, abs=25)
     assert not {t.memory_key for t in first["train"]} & {t.memory_key for t in first["validation"]}
+
+
+def test_other_domains_may_be_tested_than_trained(data_folder):
+    config = DataConfig(task="sciknoweval", path=str(data_folder), domains=["physics"], test_domains=["biology"])
+    tasks = load_tasks(config, seed=0)
+    domains = {split: {task.domain for task in part} for split, part in tasks.items()}
+    assert domains == {"train": {"physics"}, "validation": {"physics"}, "test": {"biology"}}
 
 
 def test_smaller_subsets_are_prefixes_of_larger_ones(data_folder):
@@ -123,7 +136,8 @@ def test_the_split_equals_that_of_datasets():
 def test_a_local_upstream_file_gives_the_same_tasks_as_the_hub(tmp_path):
     path = tmp_path / "sciknoweval_test_v2.jsonl"
     path.write_text("\n".join(map(json.dumps, UPSTREAM)))
-    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(path), domains=["chemistry"]), seed=0)
+    config = DataConfig(task="sciknoweval", path=str(path), domains=["chemistry"], validation_share=0.0)
+    tasks = load_tasks(config, seed=0)
     assert tasks["train"] + tasks["test"] == split_upstream(UPSTREAM, ["chemistry"])
 
 
@@ -156,7 +170,7 @@ def test_a_hub_failure_says_what_to_do(tmp_path):
 
 
 def test_the_own_split_is_configurable(data_folder):
-    config = DataConfig(task="sciknoweval", path=str(data_folder), domains=["physics"], own_split=True)
+    config = replace(whole(data_folder, ["physics"]), own_split=True)
     tasks, again, other = (load_tasks(config, seed=seed) for seed in (0, 0, 1))
     assert tasks == again != other
     report = find_duplicates(tasks["train"] + tasks["test"])

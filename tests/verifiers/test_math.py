@@ -121,6 +121,7 @@ def test_inspect_shows_the_explanation():
 BAD_GOLDS = {
     "NaN": "is no number", "\\frac{1}{": "cannot be read", "\\frac{1}{0}": "has no value",
     "9" * 10_001: "10,001 characters", "9^{9^{9^9}}": "too large", "???": "neither mathematics nor words",
+    "\\sin(10^{200})": "too large",
     "19_8": "cannot be read", "1 = 2": "cannot be read",
     "so there is " + "no " * 12 + "answer": "more than 12 words", "\\boxed{}": "neither mathematics nor words",
 }  # fmt: skip
@@ -129,6 +130,11 @@ GOOD_GOLDS = [
     "x \\equiv 3 \\pmod{7}", "a > b", "\\$5.00", "The answer is $\\frac12$.", "6 * 3 = 18\n#### 18",
     "$(1, 2)$", "[1, 2)", "\u7b54\u6848", "f'(x) = 2x", "5",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "words"), BAD_GOLDS.items(), ids=[gold[:20] for gold in BAD_GOLDS])
+def test_an_answer_that_cannot_be_judged_has_a_reason(gold, words):
+    assert words in (gold_problem(gold) or "")
 
 
 def test_answers_that_cannot_be_judged_are_refused_with_their_place(tmp_path, capsys):

@@ -7,10 +7,12 @@
       - title: G=2
         settings: {rollouts.group_size: 2}
         arms:                          # rows: each arm is run with every seed
-          GRPO: {overlays: [configs/methods/grpo.yaml]}
+          GRPO: {overlays: [configs/methods/tiny/grpo.yaml]}
           PMD: {settings: {memory.k: 4}, axes: {optimizer.lr: [0.003, 0.006]}}   # one row per choice
 
-Later settings win: base, overlays, the settings of grid, block and arm, the choice on the axes, the seed.
+An arm with `test: true` is evaluated without training; with `memory: RUN` it sees the memory of that run in its prompt.
+A block may name a base of its own, and overlays that follow those of its arms. Later settings win: base, overlays of
+the arm, overlays of the block, the settings of grid, block and arm, the choice on the axes, the seed.
 """
 
 import itertools
@@ -26,10 +28,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pmd.config.check import check_config
-from pmd.config.load import load_config
+from pmd.config.load import LoadedConfig, load_config
 from pmd.config.save import resolved_values
 from pmd.config.values import build_section
 from pmd.errors import ConfigError
+from pmd.run_dir import RunDir
 from pmd.tasks import describe_data_problems
 
 
@@ -38,6 +41,8 @@ class Arm:
     """One row of the table, or one row per combination of its axes."""
 
     overlays: list[str] = field(default_factory=list)
+    test: bool = False  # evaluate the untrained policy, instead of training it
+    memory: str = ""  # of another run: evaluate the untrained policy with it in the prompt
     settings: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -47,6 +52,8 @@ class Block:
     """Rows to compare with each other."""
 
     title: str = ""
+    base: str = ""  # instead of the grid's
+    overlays: list[str] = field(default_factory=list)  # after those of the arms: data sets, after methods
     settings: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
 
@@ -63,19 +70,29 @@ class GridFile:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """One `fit` of the grid."""
+    """One `fit` of the grid, or one `test`."""
 
     block: str
     arm: str
     choices: tuple[tuple[str, Any], ...]  # (key, value) on each axis
     seed: int
-    arguments: tuple[str, ...]  # of `pmd fit`, without run_dir and ckpt_path
+    arguments: tuple[str, ...]  # of the command, without run_dir and ckpt_path
     run_dir: Path
     config: str  # resolved, as the run will save it, except for run_dir and ckpt_path
+    command: str = "fit"  # or `test`
+    tested: str = ""  # `test` writes to this folder of run_dir
+
+    @property
+    def results(self) -> Path:
+        """The file that marks the run as finished."""
+        return RunDir(self.run_dir / self.tested).results
 
 
-def plan(file: Path, out: Path) -> list[PlannedRun]:
+def plan(file: Path, out: Path, *, for_here: bool = True) -> list[PlannedRun]:
     """Read the grid and check each of its runs; their directories are placed under `out`.
+
+    Args:
+        for_here: also check what this machine must have: devices, packages, data.
 
     Raises:
         ConfigError: lists all problems of the grid and of its runs' configurations.
@@ -89,7 +106,12 @@ def plan(file: Path, out: Path) -> list[PlannedRun]:
                 choices = tuple(zip(arm.axes, values, strict=True))
                 for seed in grid.seeds:
                     try:
-                        runs.append(_plan_run(grid, block, (name, arm), choices, seed, out))
+                        run, loaded = _plan_run(grid, block, (name, arm), choices, seed, out)
+                        if for_here:
+                            check_config(loaded, describe_data_problems(loaded.run.data))
+                        elif loaded.problems:
+                            raise ConfigError(loaded.problems)
+                        runs.append(run)
                     except ConfigError as error:
                         place = ", ".join(filter(None, (block.title, row_label(name, choices))))
                         problems |= dict.fromkeys(f"{place}: {problem}" for problem in error.problems)
@@ -152,23 +174,28 @@ def _plan_run(
     choices: tuple[tuple[str, Any], ...],
     seed: int,
     out: Path,
-) -> PlannedRun:
+) -> tuple[PlannedRun, LoadedConfig]:
     name, arm = named_arm
     settings = grid.settings | block.settings | arm.settings | dict(choices) | {"method": name, "seed_everything": seed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    files = [grid.base, *arm.overlays]
+    files = [block.base or grid.base, *arm.overlays, *block.overlays]
     loaded = load_config(files, overrides)
-    check_config(loaded, describe_data_problems(loaded.run.data))
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
-    return PlannedRun(
+    is_test = arm.test or bool(arm.memory)
+    tested = "test-initial" + (f"-memory-k{loaded.run.memory.k}" if arm.memory else "") if is_test else ""
+    memory = (f"--memory={arm.memory}",) if arm.memory else ()
+    run = PlannedRun(
         block=block.title,
         arm=name,
         choices=choices,
         seed=seed,
-        arguments=(*(f"--config={file}" for file in files), *(f"--{override}" for override in overrides)),
+        arguments=(*(f"--config={file}" for file in files), *(f"--{override}" for override in overrides), *memory),
         run_dir=out.joinpath(*(_slug(part) for part in parts if part)),
         config=json.dumps(resolved_values(loaded), sort_keys=True),
+        command="test" if is_test else "fit",
+        tested=tested,
     )
+    return run, loaded
 
 
 def _section(kind: type, value: Any, prefix: str) -> tuple[Any, list[str]]:

@@ -39,7 +39,7 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
             f"{len(changed)} run(s) were made from another configuration than the grid's ({shown}); remove them, or "
             "choose another --out."
         )
-    return [run for run in runs if not RunDir(run.run_dir).results.is_file()]
+    return [run for run in runs if not run.results.is_file()]
 
 
 def launch(
@@ -90,7 +90,7 @@ def _arguments(run: PlannedRun) -> list[str]:
             shutil.rmtree(run.run_dir)  # it never reached a checkpoint
     run.run_dir.parent.mkdir(parents=True, exist_ok=True)
     write_json(_marker(run), run.config)
-    return ["fit", *run.arguments, f"--run_dir={run.run_dir}", *(["--ckpt_path=last"] if resume else [])]
+    return [run.command, *run.arguments, f"--run_dir={run.run_dir}", *(["--ckpt_path=last"] if resume else [])]
 
 
 def _marker(run: PlannedRun) -> Path:

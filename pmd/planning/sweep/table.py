@@ -1,4 +1,9 @@
-"""Summarises finished runs: a row per arm with mean and standard error over seeds, as a table, Markdown and a plot."""
+"""Summarises finished runs: a row per arm with mean and standard error over seeds, as a table, Markdown and a plot.
+
+Methods that reflect generate more tokens from the same rollouts. So each row says what it cost, and each block of
+trained arms is followed by another at equal tokens: for each seed the budget is what the cheapest arm generated, and
+every arm is scored by its last evaluation within that budget, on the validation tasks.
+"""
 
 import json
 import math
@@ -11,10 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pmd.evaluation.costs import cost_of, count, scores_within
+from pmd.evaluation.report import ELSEWHERE
 from pmd.planning.sweep.grid import PlannedRun, row_label
 from pmd.run_dir import RunDir
 
 BASE = "base"
+LAST = ("other domains", "with memory", "best (chosen on test)")  # quantities that come after the others
+COSTS = ("tokens", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,10 @@ class Row:
     num_failed: int
     rollouts: int
     updates: int
-    quantities: Mapping[str, Estimate]  # avg, pass@k, coverage@k, with memory
+    quantities: Mapping[str, Estimate]  # avg, pass@k, other domains, with memory, best (chosen on test)
+    tokens: float = 0.0  # generated in training by a run, reflections included; the mean over seeds
+    seconds: float = 0.0  # of training, likewise
+    device: str = "CPU"  # whose seconds
     best: bool = False  # the highest avg among the choices of its arm, if there are several
 
 
@@ -51,11 +63,15 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
         groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
     rows: list[Row] = []
     for (block, arm, label), own in groups.items():
-        results = [json.loads(p.read_text()) for run in own if (p := RunDir(run.run_dir).results).is_file()]
+        results = [json.loads(run.results.read_text()) for run in own if run.results.is_file()]
+        if own[0].command == "test":
+            rows.append(_row(block, arm, label, results, "initial", len(own) - len(results)))
+            continue
         if block not in [row.block for row in rows]:
             rows.append(_row(block, BASE, BASE, [r for r in results if "initial" in r["phases"]], "initial", 0))
         rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
-    return [_marked(row, rows) for row in rows]
+    rows = [_marked(row, rows) for row in rows]
+    return [row for block in _by_block(rows).values() for row in (*block, *_at_equal_tokens(block, groups))]
 
 
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
@@ -64,7 +80,7 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
     title = f"{escape(title)}: test tasks, mean ± standard error over seeds, in percent"
     table = Table(title=title, caption=_effort(rows))
     table.add_column("method", no_wrap=True)
-    for heading in [*names, "seeds"]:
+    for heading in [*names, *COSTS, "seeds"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for block, own in _by_block(rows).items():
         table.add_section()
@@ -74,7 +90,7 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
             cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
             seeds = str(row.num_seeds) + (f" of {row.num_seeds + row.num_failed}" if row.num_failed else "")
             name = f"  {escape(row.label)}{' *' if row.best else ''}"
-            table.add_row(name, *cells, seeds, style="bold" if row.best else None)
+            table.add_row(name, *cells, *_cost_cells(row), seeds, style="bold" if row.best else None)
     console.print(table)
     if any(row.best for row in rows):
         console.print("* the highest avg among the choices of its arm")
@@ -83,13 +99,14 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
 def write_rows(rows: Sequence[Row], out: Path, title: str) -> None:
     """Write table.md, sweep.json and sweep.png to `out`."""
     names = _quantity_names(rows)
-    lines = [_effort(rows), "", f"| method | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
+    headings = [*names, *COSTS, "seeds"]
+    lines = [_effort(rows), "", f"| method | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
     for block, own in _by_block(rows).items():
-        lines += [f"| *{block}* |" + " |" * (len(names) + 1)] if block else []
+        lines += [f"| *{block}* |" + " |" * len(headings)] if block else []
         for row in own:
             cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
             label = f"**{row.label}**" if row.best else row.label
-            lines.append(f"| {label} | {' | '.join(cells)} | {row.num_seeds} |")
+            lines.append(f"| {label} | {' | '.join([*cells, *_cost_cells(row), str(row.num_seeds)])} |")
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "sweep.json").write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     _draw(rows, out / "sweep.png", title)
@@ -117,10 +134,17 @@ def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]],
         values = {"avg": scores["avg"]}
         values |= {f"pass@{k}": value for k, value in scores["pass_at"].items() if k != "1"}
         values["with memory"] = scores["memory_conditioned"]
+        if result.get("memory"):  # a test with memory in the prompt: no other column may hold its score
+            values = {"with memory": scores["avg"]}
+        if elsewhere := result["phases"].get(phase + ELSEWHERE):
+            values["other domains"] = elsewhere["domain_mean"]["avg"]
+        if phase == "last" and result.get("selected_on") == "test" and "best" in result["phases"]:
+            values["best (chosen on test)"] = result["phases"]["best"]["avg"]
         for name, value in values.items():
             if value is not None:
                 collected.setdefault(name, []).append(value)
     trained = phase != "initial" and bool(results)
+    costs = [cost for result in results if trained and (cost := cost_of(result))]
     return Row(
         block=block,
         arm=arm,
@@ -130,7 +154,51 @@ def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]],
         rollouts=results[0]["rollouts"] if trained else 0,
         updates=results[0]["updates"] if trained else 0,
         quantities={name: _estimate(values) for name, values in collected.items()},
+        tokens=_mean([cost.tokens for cost in costs]),
+        seconds=_mean([cost.seconds for cost in costs]),
+        device=costs[0].device if costs else "CPU",
     )
+
+
+def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], Sequence[PlannedRun]]) -> list[Row]:
+    """Return each trained arm of a block (its best choice) at the tokens of the cheapest arm, seed by seed."""
+    several = {row.arm for row in rows if row.best}
+    chosen = [row for row in rows if row.tokens and (row.best or row.arm not in several)]
+    finished = {
+        row.label: [run for run in groups[row.block, row.arm, row.label] if run.results.is_file()] for row in chosen
+    }
+    budgets: dict[int, float] = {}
+    for run in (run for own in finished.values() for run in own):
+        tokens = _generated(run)
+        budgets[run.seed] = min(tokens, budgets.get(run.seed, tokens))
+    if len(chosen) < 2:
+        return []
+    equal = []
+    for row in chosen:
+        found = [scores_within(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in finished[row.label]]
+        found = [scores for scores in found if scores]
+        names = dict.fromkeys(name for scores in found for name in scores if name != "tokens")
+        quantities = {name: _estimate([s[name] for s in found if name in s]) for name in names}
+        title = f"{row.block}: " if row.block else ""
+        title += f"at equal tokens ({count(_mean(list(budgets.values())))}), validation tasks, last evaluation within"
+        tokens = _mean([scores["tokens"] for scores in found])
+        equal.append(Row(title, row.arm, row.label, len(found), len(finished[row.label]) - len(found), 0, 0, quantities,
+                         tokens))  # fmt: skip
+    return equal
+
+
+def _generated(run: PlannedRun) -> float:
+    cost = cost_of(json.loads(run.results.read_text()))
+    return cost.tokens if cost else 0.0
+
+
+def _cost_cells(row: Row) -> tuple[str, str]:
+    seconds = f"{row.seconds:,.0f} {row.device}" if row.seconds else "-"
+    return count(row.tokens) if row.tokens else "-", seconds
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
@@ -150,8 +218,8 @@ def _marked(row: Row, rows: Sequence[Row]) -> Row:
 
 
 def _quantity_names(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row.quantities if name != "with memory")
-    return [*names, *(["with memory"] if any("with memory" in row.quantities for row in rows) else [])]
+    names = dict.fromkeys(name for row in rows for name in row.quantities)
+    return sorted(names, key=lambda name: name in LAST)  # stable: those of LAST come after the others
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -174,7 +242,9 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
     blocks = list(dict.fromkeys(row.block for row in shown))
     arms = list(dict.fromkeys(row.arm for row in shown))
-    names = [name for name in _quantity_names(rows) if name != "with memory"]
+    names = [name for name in _quantity_names(rows) if name not in LAST]
+    if any("avg" not in row.quantities for row in rows if row.num_seeds):
+        names.append("with memory")
     figure, axes = plt.subplots(1, len(names), figsize=(7 * len(names), 4.5), layout="constrained", squeeze=False)
     width = 0.85 / len(arms)
     for axis, name in zip(axes[0], names, strict=True):
@@ -184,7 +254,8 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
             heights = [100 * r.quantities[name].mean for r in own]
             errors = [0.0 if math.isnan(e := r.quantities[name].error) else 100 * e for r in own]
             axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
-        axis.set(title=f"{name}, no memory in the prompt", ylabel="percent", ylim=(0, 102))
+        memory = "memory in the prompt" if name == "with memory" else f"{name}, no memory in the prompt"
+        axis.set(title=memory, ylabel="percent", ylim=(0, 102))
         axis.set_xticks(range(len(blocks)), blocks)
         axis.grid(axis="y", alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -112,7 +112,7 @@ BASE_NAMES = {
 SIGNS: dict[str, RelationSign] = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!="}
 TURNED: dict[RelationSign, RelationSign] = {"=": "=", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 CONNECTIVE = r"\\text\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\{])(?:and|or)(?![A-Za-z}])|\\land|\\lor"
-PAIRS = {"(": ")", "[": "]", "{": "}", "\\lbrace": "\\rbrace", "\\langle": "\\rangle", "\\lfloor": "\\rfloor"}
+OPENING, CLOSING = ("(", "[", "{", "\\lbrace", "\\langle"), (")", "]", "}", "\\rbrace", "\\rangle")
 PIECE = re.compile(rf"{CONNECTIVE}|\\text\{{[^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]+|\d+|\S")
 SETS = {"\\mathbb{R}": REALS, "\\emptyset": EMPTY, "\\lbrace \\rbrace": EMPTY, "\\lbrace\\rbrace": EMPTY}
 PHRASES = {
@@ -136,10 +136,7 @@ def read_answer(text: str, *, is_gold: bool = False) -> list[Answer]:
         texts = [text, texts[0]] if is_listed else [texts[0], *([text] if not re.search(r", ", text) else [])]
     if not is_gold and (letters := UNIT_LETTERS.fullmatch(texts[0])):
         texts.append(letters[1] + re.sub("[A-Za-z]+", r"\\text{\g<0>}", letters[2]))
-    found = []
-    for one in texts[:1] if is_gold else texts:
-        found += _readings(one)
-    return found[:1] if is_gold else found
+    return [_read(one) for one in (texts[:1] if is_gold else texts)]
 
 
 def _grouped(text: str) -> str:
@@ -151,18 +148,10 @@ def _in_brackets(text: str) -> bool:
     return found is not None and bool(re.search(r"[(\[]|\\lbrace|\\langle", text[: found.start()]))
 
 
-def _readings(text: str) -> list[Answer]:
-    """Return the reading of `a ≈ b` as a, then as b if a rounds to it; of any other text its one reading."""
-    before, sign, after = text.partition("\\approx")
-    if not sign:
-        return [_read(text)]
-    if not before.strip() or not after.strip():
-        return [_read(before.strip() or after.strip())]
-    return [_read(before.strip())]
-
-
 def _read(text: str) -> Answer:
-    text = strip_ends(text)
+    """Return the reading of a text, where `a ≈ b` is a, and `≈ b` is b."""
+    before, _, after = text.partition("\\approx")
+    text = strip_ends(before if before.strip() else after)
     try:
         return _structured(text)
     except (UnreadableError, RecursionError):
@@ -215,8 +204,7 @@ def _split(text: str) -> tuple[list[str], list[str]]:
     parts, joints, depth, start, num_bars = [], [], 0, 0, 0
     for found in PIECE.finditer(text):
         piece = found[0]
-        depth += piece in ("(", "[", "{", "\\lbrace", "\\langle") or piece == "\\begin"
-        depth -= piece in (")", "]", "}", "\\rbrace", "\\rangle") or piece == "\\end"
+        depth += _depth_change(piece)
         num_bars += piece == "|"
         is_connective = bool(re.fullmatch(CONNECTIVE, piece))
         if depth == 0 and num_bars % 2 == 0 and ((piece in ",;" and piece) or is_connective):
@@ -309,13 +297,18 @@ def _quantity(text: str) -> Quantity:
     return Quantity(value, unit)
 
 
+def _depth_change(piece: str) -> int:
+    """Return by how many brackets one is deeper inside behind a piece; a matrix counts as one."""
+    opens = piece in OPENING or piece == "\\begin"
+    return opens - (piece in CLOSING or piece == "\\end")
+
+
 def _top_level(text: str, wanted: Callable[[str], bool]) -> list[tuple[int, int]]:
     """Return the places of pieces outside all brackets that are wanted."""
     places, depth = [], 0
     for found in PIECE.finditer(text):
         piece = found[0]
-        depth += piece in ("(", "[", "{", "\\lbrace", "\\langle") or piece == "\\begin"
-        depth -= piece in (")", "]", "}", "\\rbrace", "\\rangle") or piece == "\\end"
+        depth += _depth_change(piece)
         if depth == 0 and wanted(piece):
             places.append(found.span())
     return places
@@ -357,7 +350,7 @@ def _region(text: str) -> Region:
     """
     found = _single(text)
     if isinstance(found, Sequence):
-        region = as_interval(found) or (_points_of(found) if found.kind == "set" else None)
+        region = as_interval(found) or (points_of(found) if found.kind == "set" else None)
     else:
         region = found if isinstance(found, Region) else None
     if region is None:
@@ -365,7 +358,8 @@ def _region(text: str) -> Region:
     return region
 
 
-def _points_of(sequence: Sequence) -> Region | None:
+def points_of(sequence: Sequence) -> Region | None:
+    """Return the set of the values in a sequence, or None if it holds anything else."""
     values = [item.value for item in sequence.items if isinstance(item, Quantity)]
     return points(values) if len(values) == len(sequence.items) else None
 
@@ -483,9 +477,7 @@ def _encloses(text: str, start: int, end: int) -> bool:
     """Return whether the brackets between the two places are balanced in themselves."""
     depth = 0
     for found in PIECE.finditer(text[start:end]):
-        piece = found[0]
-        depth += piece in ("(", "[", "{", "\\lbrace", "\\langle")
-        depth -= piece in (")", "]", "}", "\\rbrace", "\\rangle")
+        depth += _depth_change(found[0])
         if depth < 0:
             return False
     return depth == 0

@@ -30,6 +30,7 @@ from pmd.verifiers.mathematics.answers import (
     Sequence,
     Words,
     as_interval,
+    points_of,
 )
 from pmd.verifiers.mathematics.expressions import SHORT_WORDS, Apply, Expression, Number, Symbol
 from pmd.verifiers.mathematics.regions import Region, points, same_region
@@ -239,8 +240,7 @@ def _as_region(answer: Answer) -> Region | None:
     if isinstance(answer, Quantity) and not answer.unit.parts:
         return replace(points([answer.value]), variable=answer.name)
     if isinstance(answer, Sequence):
-        values = [item.value for item in answer.items if isinstance(item, Quantity)]
-        return points(values) if len(values) == len(answer.items) else None
+        return points_of(answer)
     return answer if isinstance(answer, Region) else None
 
 

@@ -63,7 +63,10 @@ def _is_read(text: str) -> bool:
 
 
 def _boxed(text: str) -> str | None:
-    boxes = [(found.start(), *_box_content(text, found.end())) for found in list(BOX.finditer(text))[-MAX_BOXES:]]
+    boxes: list[tuple[int, str | None, int]] = []
+    for found in list(BOX.finditer(text))[-MAX_BOXES:]:
+        if not boxes or found.start() >= boxes[-1][2]:  # else it is a part of the one before
+            boxes.append((found.start(), *_box_content(text, found.end())))
     if not boxes or boxes[-1][1] is None:
         return None
     start, content, end = boxes[-1]
@@ -74,9 +77,6 @@ def _boxed(text: str) -> str | None:
         words = {word.lower() for word in WORD.findall(between)}
         if earlier is None or len(between) > MAX_APART or words - {"and", "or", "quad", "qquad", "text"}:
             break
-        if earlier_end > start:  # a box inside a box
-            start = earlier_start
-            continue
         joint = " or " if "or" in words else joint
         if earlier != parts[0]:
             parts.insert(0, earlier)

@@ -26,11 +26,11 @@ COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "geq": "ge",
     "leqslant": "le", "geqslant": "ge", "lt": "<", "gt": ">", "neq": "ne", "varnothing": "emptyset", "ast": "times",
     "div": "/", "deg": "degree", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "varphi": "phi", "colon": ":",
-    "varepsilon": "epsilon", "backslash": "setminus", "wedge": "land", "vee": "lor", "arctan": "arctan", "tg": "tan",
+    "varepsilon": "epsilon", "backslash": "setminus", "wedge": "land", "vee": "lor", "tg": "tan",
     "lbrack": "[", "rbrack": "]", "isin": "in", "Z": "mathbb{Z}", "R": "mathbb{R}",
     "N": "mathbb{N}", "Q": "mathbb{Q}", "C": "mathbb{C}", "reals": "mathbb{R}", "Reals": "mathbb{R}",
     "union": "cup", "bullet": "cdot", "percent": "%",
-    "lgroup": "(", "rgroup": ")", "lparen": "(", "rparen": ")", "lbrace": "lbrace", "iff": "iff", "sim": "approx",
+    "lgroup": "(", "rgroup": ")", "lparen": "(", "rparen": ")", "sim": "approx",
     "simeq": "approx", "cong": "approx", "euro": "money{€}", "pounds": "money{£}", "dollar": "money{usd}",
 }  # fmt: skip
 #: Names that LaTeX may write as text and that are functions all the same.

@@ -62,6 +62,7 @@ _BARE = "|".join(sorted(BARE, key=len, reverse=True))
 TAIL = re.compile(
     rf"\\text\{{|\\degree|\\money\{{|(?<![A-Za-z\\])(?:{_BARE})(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z]{{4,}}"
 )
+ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])[^()]*$")
 PIECE = re.compile(
     r"\\text\{(?P<text>[^{}]*)\}|\\money\{(?P<money>[^{}]*)\}|(?P<degree>\\degree ?[CF]?(?![A-Za-z]))"
     r"|(?P<word>[A-Za-z]+)|(?P<times>\\cdot|\*)|(?P<over>/)|\^ ?\{? ?(?P<power>-?\d+) ?\}?|(?P<omega>\\Omega)"
@@ -92,12 +93,17 @@ def split_unit(text: str) -> tuple[str, Unit]:
         return rest, Unit(((_name(money[2]), 1),), unit.factor)
     for found in TAIL.finditer(text):
         start = found.start()
-        if _is_function(text, found) or not _is_open(text[:start]):
+        if _is_function(text, found) or not _is_open(text[:start]) or _is_angle(text, found):
             continue
         if start == 0 or text[:start].rstrip()[-1:] in "+-*/^=<>,_":
             raise UnreadableError(text)
         return text[:start].strip(), read_unit(text[start:])
     return text, Unit()
+
+
+def _is_angle(text: str, found: re.Match[str]) -> bool:
+    """Return whether a degree sign belongs to what a function is applied to: `\\sin 30\\degree`."""
+    return found[0] == "\\degree" and ANGLE_FUNCTION.search(text[: found.start()]) is not None
 
 
 def _is_open(before: str) -> bool:

@@ -136,3 +136,11 @@ def test_well_formed_items_are_extracted(text):
 )
 def test_malformed_items_are_dropped(text):
     assert PROMPTS.parse_reflection(text).items == []
+
+
+@pytest.mark.parametrize("text", ["a", "Read twice: slowly.", "word " * 300])
+def test_a_placebo_has_the_length_of_the_text_to_a_word(text):
+    placebo = PROMPTS.placebo(text)
+    wanted, longest_word = len(TOKENIZER.encode(text)), max(map(len, placebo.split()))
+    assert wanted <= len(TOKENIZER.encode(placebo)) <= wanted + longest_word
+    assert "twice" not in placebo

@@ -15,7 +15,7 @@ COLUMNS = {"prompt": "q", "answer": "label", "domain": "topic"}
 
 
 def load(path, **keys):
-    return load_tasks(DataConfig(task="jsonl", path=str(path), **keys), seed=0)
+    return load_tasks(DataConfig(task="jsonl", path=str(path), validation_share=0, **keys), seed=0)
 
 
 def everything(tasks):
