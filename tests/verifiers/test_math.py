@@ -90,6 +90,14 @@ def test_a_verdict_says_how_both_sides_were_read():
     assert len(long.feedback) < 300
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("(1,\\frac{4}{2})", "(1, 2)"), ("\\{\\frac{4}{2}, 1\\}", "{2, 1}"), ("0.5\\text{ metres}", "1/2 m")],
+)
+def test_an_answer_is_shown_as_it_was_read(text, shown):
+    assert judge("1", f"\\boxed{{{text}}}").answer == shown
+
+
 def test_no_prompt_holds_the_tasks_answer():
     prompts = ChatPrompts(load_tokenizer(ModelConfig(path="tiny_exam")))
     secret = "736154"
@@ -121,7 +129,7 @@ def test_inspect_shows_the_explanation():
 BAD_GOLDS = {
     "NaN": "is no number", "\\frac{1}{": "cannot be read", "\\frac{1}{0}": "has no value",
     "9" * 10_001: "10,001 characters", "9^{9^{9^9}}": "too large", "???": "neither mathematics nor words",
-    "\\sin(10^{200})": "too large",
+    "\\sin(10^{200})": "too large", "\\alpha \\times": "cannot be read",
     "19_8": "cannot be read", "1 = 2": "cannot be read",
     "so there is " + "no " * 12 + "answer": "more than 12 words", "\\boxed{}": "neither mathematics nor words",
 }  # fmt: skip
