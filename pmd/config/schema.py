@@ -81,6 +81,21 @@ class ModelConfig:
         "words",
         "`words` and `hard_words` are the tiny worlds' own languages; `chat` uses the tokenizer's chat template.",
     )
+    chat_template: str | None = option(None, "File with a chat template to use instead of the tokenizer's own.")
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "What the chat template is given, such as {enable_thinking: true}; by default, enable_thinking is false. Under "
+        "`student`, `teacher` or `reflection`: for those prompts only.",
+    )
+
+
+@dataclass
+class PromptsConfig:
+    """The wording of the prompts of teacher, reflection and abstraction, with model.prompts `chat`."""
+
+    folder: str | None = option(
+        None, "Folder of edited prompt texts (`pmd prompts export DIR` writes the originals); null uses those."
+    )
 
 
 @dataclass
@@ -654,6 +669,7 @@ class RunConfig:
         False, "End the run when the policy has collapsed; false only warns of it (docs/evaluation.md)."
     )
     model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
