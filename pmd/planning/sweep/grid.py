@@ -34,6 +34,7 @@ from pmd.config.save import resolved_values
 from pmd.config.values import build_section
 from pmd.errors import ConfigError
 from pmd.run_dir import RunDir
+from pmd.tasks import describe_task_problems
 
 
 @dataclass
