@@ -37,6 +37,9 @@ policy token by token, and the final model needs no memory.
   validate   evaluate a checkpoint on the validation tasks, without any memory
   test       evaluate a checkpoint on the test tasks, without any memory
   check      try what a run needs before it starts, without weights: check --config FILE
+  init       write a commented configuration: init --model ID --data FILE --out mine.yaml
+  generate   prompt a checkpoint of a run: generate RUN --prompt TEXT
+  completion print a script that completes commands and keys in bash or zsh: completion bash
   prompts    write the texts of the prompts to a folder, to edit: prompts export DIR
   config     print the JSON schema of the configuration files, for editors: config schema
   doctor     predict whether a run fits into memory, part by part: doctor --config FILE
@@ -60,9 +63,12 @@ COMMANDS = {
     "bootstrap": "pmd.bootstrap.command",
     "check": "pmd.cli.check",
     "compare": "pmd.cli.compare",
+    "completion": "pmd.cli.completion",
     "config": "pmd.cli.config",
     "doctor": "pmd.cli.doctor",
     "export": "pmd.cli.export",
+    "generate": "pmd.cli.generate",
+    "init": "pmd.cli.init",
     "inspect": "pmd.cli.inspect",
     "memory": "pmd.cli.memory",
     "prompts": "pmd.cli.prompts",

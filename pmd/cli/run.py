@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pmd.atomic import replace_text
 from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
+from pmd.callbacks.completions import CompletionsCallback
 from pmd.callbacks.health import HealthCallback
 from pmd.callbacks.memory import Auditor, MemoryCallback
 from pmd.callbacks.reflection import ReflectionCallback
@@ -342,6 +343,7 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(StepVerificationCallback(verification, config.verification.every_steps))
     callbacks.append(WordingCallback())
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
+    callbacks.append(CompletionsCallback(run.run_dir.completions))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     return callbacks
 

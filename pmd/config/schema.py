@@ -261,7 +261,11 @@ class DataConfig:
     columns: dict[str, str | list[str]] = option(
         {}, "jsonl: which column holds what, such as {prompt: question, answer: label}; see the page on own tasks."
     )
-    verifier: str | None = option(None, "jsonl: the verifier, or reward function, of tasks that name none.")
+    verifier: str | list[Any] | None = option(
+        None,
+        "jsonl: the verifier, or reward function, of tasks that name none; or a list of several, each {name, weight, "
+        "options}, whose weighted rewards are added.",
+    )
     answer_after: str | None = option(None, "jsonl: the answer is what follows this text, such as GSM8K's `####`.")
     prompt_suffix: str | None = option(None, "jsonl: added to every prompt, such as the form of the answer.")
     subset: str | None = option(None, "jsonl: subset (configuration) of a data set of the Hub.")
