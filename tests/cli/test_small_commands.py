@@ -47,10 +47,9 @@ def test_init_fits_the_model_to_the_gpu(tmp_path, capsys):
 
 def completions_of(script: str, *words: str) -> list[str]:
     """What bash offers after these words."""
-    line = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _pmd 2>/dev/null; echo ${{COMPREPLY[@]}}"
-    return subprocess.run(
-        ["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    typed = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}"
+    line = f"{script}\n{typed}; _pmd 2>/dev/null; echo ${{COMPREPLY[@]}}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_bash_completes_commands_and_keys(capsys):
