@@ -126,7 +126,11 @@ def describe_weight_problems(model: ModelConfig) -> list[str]:
         return [f"{key} holds no weights (*.safetensors or pytorch_model*.bin); give a complete checkpoint."]
     problems, indices = [], [*folder.glob("*.safetensors.index.json"), *folder.glob("pytorch_model*.index.json")]
     for index in indices:
-        named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            problems.append(f"{key}: {index.name} cannot be read; copy or download it again.")
+            continue
         if missing := sorted(name for name in named if not (folder / name).is_file()):
             problems.append(
                 f"{key} lacks {len(missing)} of the files that {index.name} names ({missing[0]}); copy them there."
@@ -150,7 +154,8 @@ def _end_problems(
     except Exception:  # there is no such file, or it cannot be read: transformers then uses the model's configuration
         named = architecture.get_text_config().eos_token_id
     rows = architecture.get_text_config().vocab_size
-    theirs = [end for end in (named if isinstance(named, list) else [named]) if isinstance(end, int) and end < rows]
+    listed = named if isinstance(named, list) else [named]
+    theirs = [end for end in listed if isinstance(end, int) and 0 <= end < rows]
     ends, problems = [tokenizer.eos_token_id, *theirs], []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     if theirs and not any(end in special for end in theirs):
