@@ -286,8 +286,6 @@ def opened_thinking(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int
 
     Put before a completion, it tells thinking that never ended from an answer.
     """
-    if not tokenizer.chat_template:
-        return ""
     opened = OPENED.search(cast(str, tokenizer.decode(list(prompt_ids[-MARK_TOKENS:]))))
     return opened[0].strip() if opened else ""
 

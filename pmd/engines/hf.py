@@ -29,11 +29,13 @@ class TextDecoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]):
         self.tokenizer = tokenizer
         self.hidden_ids = hidden_ids(tokenizer, stop_ids)
+        self.may_open = bool(tokenizer.chat_template)  # only a template opens the thinking
 
     def __call__(self, token_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """Return the text of a completion; the prompt matters only if it opened the thinking."""
         shown = [token_id for token_id in token_ids if token_id not in self.hidden_ids]
-        return opened_thinking(self.tokenizer, prompt_ids) + cast(str, self.tokenizer.decode(shown))
+        opened = opened_thinking(self.tokenizer, prompt_ids) if self.may_open else ""
+        return opened + cast(str, self.tokenizer.decode(shown))
 
 
 class HFEngine:
