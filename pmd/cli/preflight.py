@@ -22,6 +22,8 @@ from pmd.types import Split, Task, Verdict
 from pmd.verifiers.pool import VerificationPool, judge
 from pmd.verifiers.resolve import prepare_verifiers
 
+MAX_TRIAL_S = 20.0  # for an example: a verifier that is slower than this is named, not refused
+
 
 @dataclass
 class Ready:
@@ -113,45 +115,57 @@ def try_verifiers(tasks: list[Task], config: RunConfig) -> tuple[list[str], list
         first.setdefault(task.verifier, task)
     problems, warnings, report = [], [], []
     for name, task in first.items():
-        said, errors = {}, {}
-        for kind, text in {"empty": "", "plausible": _plausible(task)}.items():
-            verdict, error = _judged(task, text, config.verifiers.deadline_s)
-            said[kind] = verdict.status if verdict.scored else "no verdict"
-            if not verdict.scored:
-                errors[kind] = error or f"it said {verdict.status}"
-        report.append(f"verifier {name}: " + ", ".join(f"{status} for {kind}" for kind, status in said.items()))
-        where = f"verifier={name}, task {task.task_id}"
-        if len(errors) == len(said):
-            problems.append(
-                f"{where}: it gives no verdict, neither on an empty completion ({errors['empty']}) nor on a plausible "
-                f"one ({errors['plausible']}); repair it, and try it with `python -m pmd score`."
-            )
-        elif errors:
-            (kind, error), *_ = errors.items()
-            warnings.append(f"{where}: no verdict on an example of a completion, {kind} ({error}).")
+        trials = _try_both(task, min(config.verifiers.deadline_s, MAX_TRIAL_S))
+        said = (
+            f"{trial.verdict.status if trial.verdict.scored else 'no verdict'} for {kind} completion"
+            for kind, trial in trials
+        )
+        report.append(f"verifier {name}: {', '.join(said)}")
+        failed = [(kind, trial) for kind, trial in trials if not trial.verdict.scored]
+        errors = ", ".join(f"{kind} one ({trial.reason})" for kind, trial in failed)
+        where = f"verifier={name}, task {task.task_id}: no verdict on a completion: {errors}"
+        if len(failed) == len(trials) and not any(trial.is_late for _, trial in failed):
+            problems.append(f"{where}; repair it, and try it with `python -m pmd score`.")
+        elif failed:
+            warnings.append(f"{where}.")
     if problems:
         raise ConfigError(problems)
     return warnings, report
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a verifier said about one example."""
+
+    verdict: Verdict
+    reason: str  # why there is no verdict
+    is_late: bool
+
+
+def _try_both(task: Task, deadline_s: float) -> list[tuple[str, Trial]]:
+    """Return what the task's verifier says about an empty and a plausible completion, both at once."""
+    errors: dict[str, str] = {}
+
+    def trying(task: Task, text: str) -> Verdict:
+        try:
+            return judge(task, text)
+        except Exception as error:  # of the user's code; its traceback comes with the run's first crash
+            errors[text] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return Verdict(0.0, False, "error")
+
+    trials = []
+    with VerificationPool(2, deadline_s, verifier=trying) as pool:
+        texts = {"an empty": "", "a plausible": _plausible(task)}
+        waiting = {kind: pool.submit(task, text) for kind, text in texts.items()}
+        for kind, text in texts.items():
+            verdict = waiting[kind].result()
+            is_late = verdict.status == "error" and text not in errors
+            reason = f"none within {deadline_s:g} s" if is_late else errors.get(text, f"status {verdict.status}")
+            trials.append((kind, Trial(verdict, reason, is_late)))
+    return trials
 
 
 def _plausible(task: Task) -> str:
     """Return a completion in every form that verifiers look for."""
     answer = task.answer or "42"
     return f"The answer is {answer}.\n```python\nprint({answer!r})\n```\n\\boxed{{{answer}}}\n<answer>{answer}</answer>"
-
-
-def _judged(task: Task, text: str, deadline_s: float) -> tuple[Verdict, str]:
-    """Return a verdict, and the error of a verifier that raised; its traceback comes with the run's first crash."""
-    errors: list[str] = []
-
-    def trying(task: Task, text: str) -> Verdict:
-        try:
-            return judge(task, text)
-        except Exception as error:  # of the user's code
-            errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            return Verdict(0.0, False, "error")
-
-    with VerificationPool(1, deadline_s, verifier=trying) as pool:
-        verdict = pool.submit(task, text).result()
-    late = f"none within verifiers.deadline_s={deadline_s:g}"
-    return verdict, errors[0] if errors else late if verdict.status == "error" else ""

@@ -39,20 +39,20 @@ def test_each_verifier_is_tried_once_on_both(own):
     warnings, report = try_verifiers(tasks, RunConfig())
     assert warnings == []
     assert report == [
-        "verifier exact: format for empty, ok for plausible",
-        "verifier math: format for empty, ok for plausible",
-        "verifier preflight_checks.always: ok for empty, ok for plausible",
+        "verifier exact: format for an empty completion, ok for a plausible completion",
+        "verifier math: format for an empty completion, ok for a plausible completion",
+        "verifier preflight_checks.always: ok for an empty completion, ok for a plausible completion",
     ]
 
 
 def test_a_verifier_that_never_answers_is_refused_and_one_that_sometimes_fails_is_named(own):
-    with pytest.raises(ConfigError, match=r"verifier=preflight_checks.strict, task t: .* empty .*JSONDecodeError"):
+    with pytest.raises(ConfigError, match=r"preflight_checks.strict, task t: .* an empty one \(JSONDecodeError"):
         try_verifiers([task("preflight_checks.strict")], RunConfig())
     warnings, _ = try_verifiers([task("preflight_checks.picky")], RunConfig())
     assert len(warnings) == 1
-    assert "empty (IndexError: list index out of range)" in warnings[0]
-    with pytest.raises(ConfigError, match=r"none within verifiers.deadline_s=0.1"):
-        try_verifiers([task("preflight_checks.hangs")], RunConfig(verifiers=VerifiersConfig(deadline_s=0.1)))
+    assert "an empty one (IndexError: list index out of range)" in warnings[0]
+    warnings, _ = try_verifiers([task("preflight_checks.hangs")], RunConfig(verifiers=VerifiersConfig(deadline_s=0.1)))
+    assert "a plausible one (none within 0.1 s)" in warnings[0]  # slow is not wrong
 
 
 def test_prompts_that_leave_no_room_are_named():
@@ -87,7 +87,12 @@ def typed(tmp_path_factory):
 def test_check_says_what_it_tried(typed, capsys):
     assert main(["check", *typed("fine", lambda folder: None)]) == 0
     said = capsys.readouterr().out
-    for words in ("18 train tasks", "verifier exact: format for empty, ok for plausible", "reflection", "Nothing is"):
+    for words in (
+        "18 train tasks",
+        "verifier exact: format for an empty completion, ok for a plausible completion",
+        "reflection",
+        "Nothing is",
+    ):
         assert words in said
 
 
