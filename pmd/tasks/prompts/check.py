@@ -17,9 +17,9 @@ def describe_prompt_problems(run: RunConfig) -> list[str]:
         "prompts.folder": run.prompts.folder is not None,
     }
     problems += [
-        f"{key} with model.prompts=words: the tiny world has a language of its own; remove it, or use chat."
+        f"{key} with model.prompts={model.prompts}: the tiny worlds have their own languages; remove it, or use chat."
         for key, is_set in given.items()
-        if is_set and model.prompts == "words"
+        if is_set and model.prompts != "chat"
     ]
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         problems.append(f"model.chat_template={model.chat_template} is not a file; give one with a Jinja template.")

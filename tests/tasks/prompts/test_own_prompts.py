@@ -3,8 +3,9 @@
 import pytest
 
 from pmd.cli import main
-from pmd.config.schema import ModelConfig, PromptsConfig, RunConfig
+from pmd.config.schema import DataConfig, ModelConfig, PromptsConfig, RunConfig
 from pmd.pretrained import load_tokenizer
+from pmd.tasks import load_tasks
 from pmd.tasks.prompts import make_prompts
 from pmd.tasks.prompts.check import describe_prompt_problems
 from pmd.tasks.prompts.examples import example_prompts
@@ -71,8 +72,8 @@ def test_export_keeps_what_was_edited(tmp_path, capsys):
     (tmp_path / "memory.txt").write_text("mine {items}")
     assert main(["prompts", "export", str(tmp_path)]) == 0
     assert (tmp_path / "memory.txt").read_text() == "mine {items}"
-    assert len(list(tmp_path.glob("*.txt"))) == 10
-    assert "9 texts" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.txt"))) == 11
+    assert "10 texts" in capsys.readouterr().out
 
 
 def test_mistakes_are_named_all_at_once(tmp_path):
@@ -101,3 +102,14 @@ def test_the_preview_shows_every_kind_and_the_edited_text(tmp_path, capsys):
         assert f"{name}, " in said
     assert main(["inspect", "prompts", "--config", config, *data, "--task", "nope"]) == 2
     assert "--list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "language"), [("tiny", "tiny", "words"), ("tiny_hard", "tiny_hard", "hard_words")]
+)
+def test_the_tiny_worlds_have_a_preview_too(task, model, language):
+    run = RunConfig(model=ModelConfig(path=model, prompts=language), data=DataConfig(task=task))
+    found = example_prompts(make_prompts(run, load_tokenizer(run.model)), load_tasks(run.data, 0)["train"][0])
+    assert len(found) == 8
+    assert all(found.values())
+    assert len(found["student"]) < len(found["teacher with a failure"])
