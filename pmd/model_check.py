@@ -3,17 +3,20 @@
 Each check is a sentence with key, value and remedy; `check_pretrained` raises all of them at once.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from pmd.config.schema import ReflectionConfig, RunConfig, TeacherConfig
+from pmd.config.schema import ModelConfig, ReflectionConfig, RunConfig, TeacherConfig
 from pmd.errors import ConfigError
 from pmd.pretrained import resolve_model_path
 from pmd.scoring import describe_logit_settings
-from pmd.tasks.prompts.chat import ChatEncoder
+from pmd.tasks.prompts.chat import ChatEncoder, kwargs_of
 from pmd.types import Message, Task
 
 #: What any tokenizer must give back after encoding and decoding, apart from spaces and capitals.
@@ -31,14 +34,15 @@ def check_pretrained(
         ConfigError: with everything found.
     """
     key = f"model.path={run.model.path}"
-    problems = [*_architecture_problems(key, architecture), *_end_problems(key, run, architecture, tokenizer)]
-    problems += _row_problems(key, architecture, tokenizer)
+    problems = [*_architecture_problems(key, architecture), *describe_weight_problems(run.model)]
+    problems += [*_end_problems(key, run, architecture, tokenizer), *_row_problems(key, architecture, tokenizer)]
     rows, top_k = architecture.get_text_config().vocab_size, run.objective.top_k
     if top_k is not None and top_k > rows:
         problems.append(f"objective.top_k={top_k} exceeds {rows}, the vocabulary of {key}; lower it, or use null.")
     if run.model.prompts == "chat":
         problems += _decoding_problems(key, tokenizer)
-        problems += _template_problems(key, architecture, tokenizer, tasks)
+        student = kwargs_of("student", run.model.chat_template_kwargs)
+        problems += _template_problems(key, architecture, tokenizer, tasks, student)
     if problems:
         raise ConfigError(problems)
 
@@ -112,6 +116,34 @@ def _architecture_problems(key: str, architecture: PretrainedConfig) -> list[str
     return problems
 
 
+def describe_weight_problems(model: ModelConfig) -> list[str]:
+    """Return what is wrong with the weight files of a local folder, judged by their names and headers alone."""
+    key, folder = f"model.path={model.path}", Path(resolve_model_path(model.path))
+    if not folder.is_dir():
+        return []  # an id of the Hub
+    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not files:
+        return [f"{key} holds no weights (*.safetensors or pytorch_model*.bin); give a complete checkpoint."]
+    problems, indices = [], [*folder.glob("*.safetensors.index.json"), *folder.glob("pytorch_model*.index.json")]
+    for index in indices:
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            problems.append(f"{key}: {index.name} cannot be read; copy or download it again.")
+            continue
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            problems.append(
+                f"{key} lacks {len(missing)} of the files that {index.name} names ({missing[0]}); copy them there."
+            )
+    for file in (file for file in files if file.suffix == ".safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{key}: {file.name} is damaged or incomplete ({error}); copy or download it again.")
+    return problems
+
+
 def _end_problems(
     key: str, run: RunConfig, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
@@ -122,8 +154,17 @@ def _end_problems(
     except Exception:  # there is no such file, or it cannot be read: transformers then uses the model's configuration
         named = architecture.get_text_config().eos_token_id
     rows = architecture.get_text_config().vocab_size
-    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    problems = []
+    listed = named if isinstance(named, list) else [named]
+    theirs = [end for end in listed if isinstance(end, int) and 0 <= end < rows]
+    ends, problems = [tokenizer.eos_token_id, *theirs], []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if theirs and not any(end in special for end in theirs):
+        text = tokenizer.convert_ids_to_tokens(theirs[0])
+        meaning = "has no such token" if text is None else f"knows it as the plain text {text!r}"
+        problems.append(
+            f"{key}: the model ends what it writes with token {theirs[0]}, but the tokenizer {meaning}; use the "
+            "tokenizer that belongs to the model, or correct eos_token_id in its generation_config.json."
+        )
     if not any(isinstance(end, int) and 0 <= end < rows for end in ends):
         problems.append(
             f"{key}: neither its tokenizer nor its generation_config.json names an end-of-sequence token that the "
@@ -174,7 +215,11 @@ def _letters(text: str) -> str:
 
 
 def _template_problems(
-    key: str, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]
+    key: str,
+    architecture: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Iterable[Task],
+    template_kwargs: Mapping[str, Any],
 ) -> list[str]:
     """Check that the chat template renders the messages of every kind of task, with nothing left out."""
     if not tokenizer.chat_template:
@@ -189,7 +234,7 @@ def _template_problems(
         where = f"{key}, for messages of {', '.join(roles)}{named}"
         messages = [Message(m.role, f"probe {number} of pmd") for number, m in enumerate(task.messages)]
         try:
-            text, ids = encoder.render(messages), encoder.ids(messages)
+            text, ids = encoder.render(messages, template_kwargs), encoder.ids(messages, template_kwargs)
         except ConfigError as error:
             problems += [f"{problem}{named}" for problem in error.problems]
             continue

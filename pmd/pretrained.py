@@ -1,8 +1,9 @@
 """Loads the base model and its tokenizer: one shipped with the package, a local directory, or a Hugging Face id."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,6 +33,7 @@ CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|const
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Fields of model configurations that make training mode random: dropout in all its spellings, noise of routers.
 NOISE = re.compile(r"drop(out|path|_path)|pdrop|layerdrop|jitter")
+MARK_TOKENS = 32  # that an opening mark takes at most, one token for each character
 Loaded = TypeVar("Loaded")
 
 
@@ -53,11 +55,15 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the policy's tokenizer; if it has no padding token, the end-of-sequence token is used.
 
+    With `model.chat_template` it has that file's template.
+
     Raises:
         ConfigError: there is none that transformers can read.
     """
     path, trusted = resolve_model_path(config.path), config.trust_remote_code
     tokenizer = _loaded(config, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trusted))
+    if config.chat_template is not None:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -275,12 +281,12 @@ def hidden_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> f
     return frozenset(hidden | set(stop_ids))
 
 
-def opened_thinking(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the opening mark with which the chat template ends every prompt, or an empty text.
+def opened_thinking(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """Return the opening mark of thinking with which a prompt ends, or an empty text.
 
     Put before a completion, it tells thinking that never ended from an answer.
     """
-    opened = OPENED.search(_plain_chat(tokenizer))
+    opened = OPENED.search(cast(str, tokenizer.decode(list(prompt_ids[-MARK_TOKENS:]))))
     return opened[0].strip() if opened else ""
 
 

@@ -5,6 +5,7 @@ metrics.csv      the logged metrics, by step
 checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position
 memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
+completions/     tables of the traced steps, to read: prompt, completion, verdict, what the teacher saw
 cache/           what vLLM compiled at its first start, for the next one; may be deleted
 samples.jsonl    every evaluation sample behind the final table
 results.json     the final table
@@ -76,6 +77,10 @@ class RunDir:
         return self.root / "traces"
 
     @property
+    def completions(self) -> Path:
+        return self.root / "completions"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 
@@ -135,7 +140,7 @@ class RunDir:
                 problems.append(f"run_dir={self.root}: {file} is a folder where a file belongs; move it away.")
             elif file.exists() and not os.access(file, os.R_OK):
                 problems.append(f"run_dir={self.root}: {file} cannot be read; change its permissions.")
-        for folder in (self.root, self.checkpoints, self.memory.parent, self.items, self.traces):
+        for folder in (self.root, self.checkpoints, self.memory.parent, self.items, self.traces, self.completions):
             if folder.exists() and not folder.is_dir():
                 problems.append(f"run_dir={self.root}: {folder} is a file where a folder belongs; move it away.")
             elif folder.is_dir() and (reason := _refuses_files(folder)):

@@ -24,8 +24,8 @@ KEY = re.compile(
 )
 METRIC = re.compile(r'"((?:loss|rollout|student|sampling|teacher|verify|reflect|memory|audit|parity|time)/[a-z_0-9]+)"')
 LINK = re.compile(r"\]\(([^):\s]+)\)")
-#: A run's own files, which are not in the repository.
-MADE_BY_RUNS = ("runs/", "exported")
+#: A run's own files and those of the quickstart's reader, which are not in the repository.
+MADE_BY_RUNS = ("runs/", "exported", "mine.yaml")
 
 
 @cache

@@ -23,7 +23,7 @@ from pmd.config.schema import RunConfig
 from pmd.config.values import describe, shown
 from pmd.errors import ConfigError, PmdError, RunInterrupted
 from pmd.run_dir import describe_run_dir_problems
-from pmd.tasks import describe_data_problems
+from pmd.tasks import describe_task_problems
 
 HELP = """usage: python -m pmd COMMAND [--config FILE]... [--section.key=VALUE]...
 
@@ -36,10 +36,16 @@ policy token by token, and the final model needs no memory.
                          python -m pmd fit --config configs/tiny.yaml --config configs/methods/tiny/grpo.yaml
   validate   evaluate a checkpoint on the validation tasks, without any memory
   test       evaluate a checkpoint on the test tasks, without any memory
+  check      try what a run needs before it starts, without weights: check --config FILE
+  init       write a commented configuration: init --model ID --data FILE --out mine.yaml
+  generate   prompt a checkpoint of a run: generate RUN --prompt TEXT
+  completion print a script that completes commands and keys in bash or zsh: completion bash
+  prompts    write the texts of the prompts to a folder, to edit: prompts export DIR
   config     print the JSON schema of the configuration files, for editors: config schema
   doctor     predict whether a run fits into memory, part by part: doctor --config FILE
   export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
   inspect    show the teacher's prompt and the per-token divergence of a rollout: inspect step RUN
+             show every kind of prompt before a run: inspect prompts --config FILE
   bench      measure a step: seconds by part, tokens/s, peak memory: bench --config FILE
   runs       list runs with method, state and score: runs [FOLDER]
   compare    compare runs by a paired bootstrap: compare RUN RUN
@@ -55,12 +61,17 @@ policy token by token, and the final model needs no memory.
 COMMANDS = {
     "bench": "pmd.cli.bench",
     "bootstrap": "pmd.bootstrap.command",
+    "check": "pmd.cli.check",
     "compare": "pmd.cli.compare",
+    "completion": "pmd.cli.completion",
     "config": "pmd.cli.config",
     "doctor": "pmd.cli.doctor",
     "export": "pmd.cli.export",
+    "generate": "pmd.cli.generate",
+    "init": "pmd.cli.init",
     "inspect": "pmd.cli.inspect",
     "memory": "pmd.cli.memory",
+    "prompts": "pmd.cli.prompts",
     "runs": "pmd.cli.runs",
     "score": "pmd.cli.score",
     "serve": "pmd.cli.serve",
@@ -133,7 +144,7 @@ def _train(command: str, arguments: list[str]) -> int:
     store, arguments = _take_memory(command, arguments)
     loaded = load_arguments(command, [a for a in arguments if a != "--print_config"])
     run_dir_problems = describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name)
-    check_config(loaded, [*process_problems(os.environ), *run_dir_problems, *describe_data_problems(loaded.run.data)])
+    check_config(loaded, [*process_problems(os.environ), *run_dir_problems, *describe_task_problems(loaded.run)])
     if print_config:
         print(resolved_yaml(loaded))
         return 0

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pmd.config.check import check_config
 from pmd.config.load import LoadedConfig, load_arguments
 from pmd.errors import ConfigError
-from pmd.tasks import describe_data_problems
+from pmd.tasks import describe_task_problems
 
 
 def make_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -63,5 +63,5 @@ def load_checked(command: str, arguments: Sequence[str], fixed: Sequence[str] = 
         ConfigError: with everything wrong with it.
     """
     loaded = load_arguments(command, arguments, fixed)
-    check_config(loaded, describe_data_problems(loaded.run.data))
+    check_config(loaded, describe_task_problems(loaded.run))
     return loaded

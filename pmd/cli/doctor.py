@@ -41,7 +41,14 @@ def main(argv: list[str]) -> int:
             raise ConfigError(loaded.problems)
     console = Console()
     console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES), markup=False)
-    return _diagnose(loaded, arguments.tokens, arguments.gpu_gb, console)
+    code = _diagnose(loaded, arguments.tokens, arguments.gpu_gb, console)
+    if arguments.gpu_gb is None:
+        from pmd.model_check import check_pretrained
+        from pmd.pretrained import load_model_config, load_tokenizer
+
+        model = loaded.run.model
+        check_pretrained(loaded.run, load_model_config(model), load_tokenizer(model), [])
+    return code
 
 
 def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, console: Console) -> int:

@@ -90,6 +90,23 @@ def push_to_hub(folder: Path, repository: str) -> str:
 
 def _export(loaded: LoadedConfig, run_dir: RunDir, checkpoint: Path, out: Path, *, merge: bool) -> None:
     """Load the checkpoint and write its student, and a model card, to `out`."""
+    module = load_module(loaded, checkpoint)
+    is_adapter = loaded.run.model.finetune != "full"
+    with complete_folder(out) as folder:
+        save_student(module, folder, is_adapter=is_adapter)
+        if merge:
+            merge_adapter(folder, loaded.run.model)
+        card = model_card(run_dir, loaded.run, checkpoint, is_adapter=is_adapter and not merge)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_module(loaded: LoadedConfig, checkpoint: Path) -> "PMDModule":
+    """Return a run's student and teacher as a checkpoint holds them.
+
+    Raises:
+        CheckpointError: it is damaged or foreign.
+        ConfigError: it is of another model.
+    """
     from pmd.checkpoint_file import read_checkpoint
     from pmd.module import PMDModule
 
@@ -98,13 +115,7 @@ def _export(loaded: LoadedConfig, run_dir: RunDir, checkpoint: Path, out: Path, 
     module = PMDModule(loaded.run)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
-    is_adapter = loaded.run.model.finetune != "full"
-    with complete_folder(out) as folder:
-        save_student(module, folder, is_adapter=is_adapter)
-        if merge:
-            merge_adapter(folder, loaded.run.model)
-        card = model_card(run_dir, loaded.run, checkpoint, is_adapter=is_adapter and not merge)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    return module
 
 
 @contextmanager

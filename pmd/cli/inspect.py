@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pmd.cli import inspect_prompts
 from pmd.cli.arguments import make_parser
 from pmd.cli.printable import printable
 from pmd.config.load import load_config
@@ -22,7 +23,9 @@ DESCRIPTION = """Show one rollout of one training step.
   python -m pmd inspect step runs/tiny --step 40 --rollout 3
 
 Prints the verdict, the student's prompt, the teacher's prompt, the memory items in it and, for every token of the
-completion, the divergence between student and teacher in nats and the probability that each gave to the token."""
+completion, the divergence between student and teacher in nats and the probability that each gave to the token.
+
+  python -m pmd inspect prompts --config configs/tiny.yaml      all prompts of a task, before a run (prompts --help)"""
 BAR = 10  # characters of the longest divergence bar
 SAME = 0.01  # tokens below this fraction of the largest divergence are grouped on one line
 LEVELS = {0: "experience", 1: "insight", 2: "behaviour"}
@@ -30,6 +33,8 @@ LEVELS = {0: "experience", 1: "insight", 2: "behaviour"}
 
 def main(argv: list[str]) -> int:
     """Print one rollout of one step, or a list of the step's rollouts; return 0."""
+    if argv[:1] == ["prompts"]:
+        return inspect_prompts.main(argv[1:])
     arguments = _parser().parse_args(argv)
     run_dir = open_run(arguments.run)
     kept = {int(path.name[5:11]): path for path in sorted(run_dir.traces.glob("step-*.jsonl.gz"))}
@@ -57,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("inspect", DESCRIPTION)
-    parser.add_argument("what", choices=["step"])
+    parser.add_argument("what", choices=["step", "prompts"])
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--step", type=int, help="optimizer step, from 0 (default: the latest with a trace)")
     parser.add_argument("--rollout", type=int, default=0, help="number of the rollout in the step, from 0")

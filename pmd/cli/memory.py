@@ -1,6 +1,6 @@
 """`python -m pmd memory`: inspects, checks, exports and imports memory stores. Prints tables or JSON.
 
-Only `rebuild`, `rollback`, `compact` and `import` write; all other commands open the store read-only.
+Only `rebuild`, `rollback`, `compact`, `forget` and `import` write; all other commands open the store read-only.
 """
 
 import argparse
@@ -44,6 +44,7 @@ examples:
   python -m pmd memory diff   runs/pmd 3 5                  what changed from generation 3 to 5
   python -m pmd memory audit  runs/pmd                      what helps the teacher and what harms it
   python -m pmd memory compact runs/pmd --keep 5            drop older log rows and what was retired before
+  python -m pmd memory forget runs/pmd TASK                 delete what was learnt from a task
   python -m pmd memory report runs/pmd --out memory.html    everything on one page
   python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
 """
@@ -96,6 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep", type=_items, default=keep, metavar="N", help=f"generations that stay comparable; default {keep}"
     )
     compact.add_argument("--archive", action="store_true", help="write what is dropped to files in archive/ first")
+    forget = commands.add_parser(
+        "forget",
+        parents=[common],
+        help="delete a task's attempts and insights; a resumed run still uses its checkpoint's memory",
+    )
+    forget.add_argument("task", metavar="TASK", help="the task's id, as `list STORE task` shows it")
     export = commands.add_parser("export", parents=[common], help="write tasks, insights, behaviours as JSON lines")
     export.add_argument("file", type=Path)
     export.add_argument("--experiences", action="store_true", help="level 0 too; it contains answers")

@@ -10,12 +10,13 @@ from pmd.memory.index import TaskIndex
 from pmd.memory.store import TABLES, MemoryStore
 from pmd.memory.tools.check import check
 from pmd.memory.tools.compact import compact_store
+from pmd.memory.tools.forget import forget_task
 from pmd.memory.tools.history import Difference, diff, rollback
 from pmd.memory.tools.report import render
 from pmd.memory.tools.transfer import export_file, import_file
 
 Rows = list[dict[str, Any]]
-WRITING = frozenset({"rebuild", "rollback", "import", "compact"})
+WRITING = frozenset({"rebuild", "rollback", "import", "compact", "forget"})
 
 
 def lineage(store: MemoryStore, level: int, item_id: int) -> Rows:
@@ -77,6 +78,11 @@ def _compact(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Row
         "compacted": [{"quantity": key, "value": value} for key, value in facts.items()],
         "rows dropped": [{"table": table, "rows": rows} for table, rows in dropped.items()],
     }
+
+
+def _forget(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
+    counts = forget_task(store, arguments.task)
+    return {f"forgotten of task {arguments.task}": [{"kind": kind, "items": count} for kind, count in counts.items()]}
 
 
 def _rebuild(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
@@ -177,6 +183,7 @@ COMMANDS = {
     "check": _check,
     "rebuild": _rebuild,
     "compact": _compact,
+    "forget": _forget,
     "export": _export,
     "import": _import,
 }

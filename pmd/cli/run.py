@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pmd.atomic import replace_text
 from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
+from pmd.callbacks.completions import CompletionsCallback
 from pmd.callbacks.health import HealthCallback
 from pmd.callbacks.memory import Auditor, MemoryCallback
 from pmd.callbacks.reflection import ReflectionCallback
@@ -27,13 +28,13 @@ from pmd.callbacks.verification import StepVerificationCallback, VerificationCal
 from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
+from pmd.cli.preflight import check_run
 from pmd.cli.trainer import TrainerCLI
-from pmd.config.check import describe_rounding
 from pmd.config.load import LoadedConfig
 from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig, WandbConfig
-from pmd.engines.make import check_engine, make_engine, start_vllm
+from pmd.engines.make import make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
@@ -56,20 +57,16 @@ from pmd.memory.held_out import HeldOut
 from pmd.memory.reflect import Reflector
 from pmd.memory.stream import MemoryUpdater
 from pmd.metrics_log import MetricsLog
-from pmd.model_check import check_pretrained, fit_to_positions, max_positions
 from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
 from pmd.planning.estimate import estimate_run
-from pmd.pretrained import describe_noise, load_model_config, load_tokenizer
-from pmd.rollouts.datamodule import RolloutDataModule, digest_of, refuse_long_prompts
+from pmd.rollouts.datamodule import RolloutDataModule, digest_of
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
 from pmd.run_lock import locked
 from pmd.scoring import PolicyScorer, output_head
-from pmd.tasks import duplicated_task_ids, find_duplicates, load_tasks, validates_on_test
-from pmd.tasks.prompts import PromptFormat, make_prompts
+from pmd.tasks import duplicated_task_ids, validates_on_test
 from pmd.types import Split, Task
-from pmd.verifiers.resolve import prepare_verifiers
 
 CONSOLE = Console(stderr=False)
 
@@ -280,18 +277,16 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
     Raises:
         ConfigError: something cannot be used, or the tasks are others.
     """
-    check_engine(config)
-    tasks = load_tasks(config.data, config.seed_everything)
+    ready = check_run(config)
+    config, tasks, prompts = ready.config, ready.tasks, ready.prompts
     if tasks_digest not in (None, digest_of(tasks)):
         raise ConfigError(
             f"data.path={config.data.path}: the training or validation tasks are not those that this run began with, "
             "so its position and its memory mean nothing for them; restore them, or start a new run."
         )
-    _prepare(tasks, config)
-    config, prompts = _prepare_model(config, tasks)
     config, chosen = choose_here(config)
-    if chosen is not None:
-        CONSOLE.print(chosen, markup=False, soft_wrap=True)
+    for line in [*ready.notes, *([] if chosen is None else [chosen])]:
+        CONSOLE.print(line, markup=False, soft_wrap=True)
     runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
     module = PMDModule(config, base)
     with module.policy.weights("student") as model:
@@ -331,28 +326,6 @@ def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTra
     return start_vllm(config, share, run_dir.cache)
 
 
-def _prepare(tasks: Mapping[Split, list[Task]], config: RunConfig) -> None:
-    """Refuse verifiers that cannot be used; print notes on rounding, the sandbox and duplicates among the splits."""
-    everything = [task for part in tasks.values() for task in part]
-    for line in [*describe_rounding(config), *prepare_verifiers(everything, config.verifiers.sandbox)]:
-        CONSOLE.print(line, markup=False, soft_wrap=True)
-    duplicates = find_duplicates(everything)
-    if duplicates.same_prompt or duplicates.same_stem:
-        CONSOLE.print(str(duplicates), markup=False, soft_wrap=True)
-
-
-def _prepare_model(config: RunConfig, tasks: Mapping[Split, list[Task]]) -> tuple[RunConfig, PromptFormat]:
-    """Refuse a model or tokenizer that cannot serve the tasks; return the limits that it can hold, and the prompts."""
-    architecture, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
-    check_pretrained(config, architecture, tokenizer, [task for part in tasks.values() for task in part])
-    prompts = make_prompts(config.model.prompts, tokenizer)
-    longest = refuse_long_prompts(tasks, prompts, config.rollouts.max_prompt_tokens)
-    config, lines = fit_to_positions(config, max_positions(architecture), longest)
-    for line in [*lines, *describe_noise(architecture)]:
-        CONSOLE.print(line, markup=False, soft_wrap=True)
-    return config, prompts
-
-
 def callbacks_of(run: Run) -> list[Callback]:
     """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look."""
     config, engine = run.config, run.data.engine
@@ -370,6 +343,7 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(StepVerificationCallback(verification, config.verification.every_steps))
     callbacks.append(WordingCallback())
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
+    callbacks.append(CompletionsCallback(run.run_dir.completions))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
     return callbacks
 

@@ -81,6 +81,21 @@ class ModelConfig:
         "words",
         "`words` and `hard_words` are the tiny worlds' own languages; `chat` uses the tokenizer's chat template.",
     )
+    chat_template: str | None = option(None, "File with a chat template to use instead of the tokenizer's own.")
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "What the chat template is given, such as {enable_thinking: true}; by default, enable_thinking is false. Under "
+        "`student`, `teacher` or `reflection`: for those prompts only.",
+    )
+
+
+@dataclass
+class PromptsConfig:
+    """The wording of the prompts of teacher, reflection and abstraction, with model.prompts `chat`."""
+
+    folder: str | None = option(
+        None, "Folder of edited prompt texts (`pmd prompts export DIR` writes the originals); null uses those."
+    )
 
 
 @dataclass
@@ -246,7 +261,11 @@ class DataConfig:
     columns: dict[str, str | list[str]] = option(
         {}, "jsonl: which column holds what, such as {prompt: question, answer: label}; see the page on own tasks."
     )
-    verifier: str | None = option(None, "jsonl: the verifier, or reward function, of tasks that name none.")
+    verifier: str | list[Any] | None = option(
+        None,
+        "jsonl: the verifier, or reward function, of tasks that name none; or a list of several, each {name, weight, "
+        "options}, whose weighted rewards are added.",
+    )
     answer_after: str | None = option(None, "jsonl: the answer is what follows this text, such as GSM8K's `####`.")
     prompt_suffix: str | None = option(None, "jsonl: added to every prompt, such as the form of the answer.")
     subset: str | None = option(None, "jsonl: subset (configuration) of a data set of the Hub.")
@@ -654,6 +673,7 @@ class RunConfig:
         False, "End the run when the policy has collapsed; false only warns of it (docs/evaluation.md)."
     )
     model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

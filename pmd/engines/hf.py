@@ -28,12 +28,14 @@ class TextDecoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]):
         self.tokenizer = tokenizer
-        self.hidden_ids, self.opened = hidden_ids(tokenizer, stop_ids), opened_thinking(tokenizer)
+        self.hidden_ids = hidden_ids(tokenizer, stop_ids)
+        self.may_open = bool(tokenizer.chat_template)  # only a template opens the thinking
 
-    def __call__(self, token_ids: Sequence[int]) -> str:
-        """Return the text."""
+    def __call__(self, token_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
+        """Return the text of a completion; the prompt matters only if it opened the thinking."""
         shown = [token_id for token_id in token_ids if token_id not in self.hidden_ids]
-        return self.opened + cast(str, self.tokenizer.decode(shown))
+        opened = opened_thinking(self.tokenizer, prompt_ids) if self.may_open else ""
+        return opened + cast(str, self.tokenizer.decode(shown))
 
 
 class HFEngine:
@@ -79,8 +81,8 @@ class HFEngine:
     ) -> list[Completion]:
         with eval_mode(model):
             token_ids, logprobs, lengths = self._decode(model, requests, sampling)
-        rows = zip(token_ids.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
-        return [self._completion(ids[:length], logps[:length]) for ids, logps, length in rows]
+        rows = zip(requests, token_ids.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
+        return [self._completion(request, ids[:length], logps[:length]) for request, ids, logps, length in rows]
 
     def _decode(
         self, model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling
@@ -124,11 +126,11 @@ class HFEngine:
             input_ids, position_ids = next_ids[:, None], position_ids[:, -1:] + 1
         return torch.stack(all_ids, 1), torch.stack(all_logprobs, 1), lengths
 
-    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
+    def _completion(self, request: Request, token_ids: list[int], logprobs: list[float]) -> Completion:
         return Completion(
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
-            text=self.decode(token_ids),
+            text=self.decode(token_ids, request.prompt_ids),
             finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
             policy_version=self.policy_version,
         )

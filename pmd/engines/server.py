@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -85,7 +86,8 @@ class VLLMServerEngine:
             try:
                 for _ in range(len(requests)):
                     raw = self._next_result(call)
-                    completion = to_completion(raw, sampling, self.decode, self.stop_ids, self.policy_version)
+                    decode = partial(self.decode, prompt_ids=requests[raw.position].prompt_ids)
+                    completion = to_completion(raw, sampling, decode, self.stop_ids, self.policy_version)
                     yield raw.position, completion
             finally:
                 call.ended.set()

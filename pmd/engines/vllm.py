@@ -7,7 +7,8 @@ prefix cache is emptied after every weight change; otherwise attention would use
 import math
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -53,7 +54,8 @@ class VLLMEngine:
             for _ in range(MAX_TRIES):
                 for raw in self.runtime.generate(list(pending.items()), sampling, self.stop_ids, adapter):
                     if raw.finish_reason in ("stop", "length") and raw.token_ids:
-                        completion = to_completion(raw, sampling, self.decode, self.stop_ids, self.policy_version)
+                        decode = partial(self.decode, prompt_ids=requests[raw.position].prompt_ids)
+                        completion = to_completion(raw, sampling, decode, self.stop_ids, self.policy_version)
                         yield raw.position, completion
                         del pending[raw.position]
                 if not pending:
@@ -123,7 +125,7 @@ class VLLMEngine:
 def to_completion(
     raw: RawCompletion,
     sampling: Sampling,
-    decode: TextDecoder,
+    decode: Callable[[Sequence[int]], str],
     stop_ids: Sequence[int],
     policy_version: int,
 ) -> Completion:

@@ -6,9 +6,10 @@ Held-out tasks never reach memory: `duplicated_task_ids` finds training tasks th
 from collections.abc import Mapping, Sequence
 from datetime import date
 
-from pmd.config.schema import DataConfig
+from pmd.config.schema import DataConfig, RunConfig
 from pmd.errors import ConfigError
 from pmd.tasks.lines import cap_problems
+from pmd.tasks.prompts.check import describe_prompt_problems
 from pmd.tasks.splits import (
     DuplicateReport,
     duplicated_task_ids,
@@ -23,6 +24,7 @@ from pmd.types import Split, Task
 __all__ = [
     "DuplicateReport",
     "describe_data_problems",
+    "describe_task_problems",
     "duplicated_task_ids",
     "find_duplicates",
     "load_tasks",
@@ -66,6 +68,11 @@ def load_tasks(config: DataConfig, seed: int) -> dict[Split, list[Task]]:
 def validates_on_test(tasks: Mapping[Split, Sequence[Task]]) -> bool:
     """Whether the best checkpoint is chosen on test tasks, which makes its test score too good."""
     return not {task.task_id for task in tasks["validation"]}.isdisjoint(task.task_id for task in tasks["test"])
+
+
+def describe_task_problems(run: RunConfig) -> list[str]:
+    """Return what is wrong with a run's local data files and prompts; never raises and never uses the network."""
+    return [*describe_data_problems(run.data), *describe_prompt_problems(run)]
 
 
 def describe_data_problems(config: DataConfig) -> list[str]:

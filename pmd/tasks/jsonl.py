@@ -12,9 +12,10 @@ from typing import Any
 
 from pmd.config.schema import DataConfig
 from pmd.tasks.code_tests import check_tests
+from pmd.tasks.combined import describe_part_problems, is_combined, parts_of
 from pmd.tasks.lines import Line
 from pmd.tasks.splits import hold_out
-from pmd.tasks.table import check_columns, read_table
+from pmd.tasks.table import check_columns, read_table, verifier_text
 from pmd.types import Message, Split, Task
 
 #: The built-in verifiers; any other is given by its class path.
@@ -58,7 +59,9 @@ def read_task_file(path: str, split: Split, config: DataConfig, seed: int = 0) -
     imports and runs it.
     """
     lines, problems = read_table(path, split, config, seed)
-    trusted = [*config.allow_modules, *([config.verifier.rpartition(".")[0]] if config.verifier else [])]
+    trusted = list(config.allow_modules)
+    if config.verifier is not None:
+        trusted += [part.name.rpartition(".")[0] for part in parts_of(verifier_text(config.verifier))]
     first_line: dict[str, int] = {}
     tasks = []
     for line in lines:
@@ -110,17 +113,32 @@ def check_line(line: Line, allow_modules: Sequence[str] = ()) -> list[str]:
         if not isinstance(row.get(field), str | None):
             problems.append(line.problem(field, "must be a string", "write a string or leave it out"))
     verifier = row.get("verifier")
+    return [*problems, *_check_verifiers(line, verifier, allow_modules)]
+
+
+def _check_verifiers(line: Line, verifier: Any, allow_modules: Sequence[str]) -> Sequence[str]:
+    """Check a verifier, or each of several."""
+    if not isinstance(verifier, str) or not is_combined(verifier):
+        return _check_verifier(line, verifier, allow_modules)
+    try:
+        wrong = describe_part_problems("verifier", json.loads(verifier))
+    except (ValueError, RecursionError):
+        wrong = ["it is no JSON"]
+    if wrong:
+        return [line.problem("verifier", " ".join(wrong), "write one name")]
+    return [problem for part in parts_of(verifier) for problem in _check_verifier(line, part.name, allow_modules)]
+
+
+def _check_verifier(line: Line, verifier: Any, allow_modules: Sequence[str]) -> Sequence[str]:
     if not isinstance(verifier, str) or (verifier not in NAMED_VERIFIERS and not CLASS_PATH.fullmatch(verifier)):
         rule = f"must be {', '.join(NAMED_VERIFIERS)} or a class path such as package.module.Class"
-        problems.append(line.problem("verifier", rule, "name one of them, or set data.verifier for all lines"))
-    elif verifier not in NAMED_VERIFIERS and not is_allowed(verifier, allow_modules):
+        return [line.problem("verifier", rule, "name one of them, or set data.verifier for all lines")]
+    if verifier not in NAMED_VERIFIERS and not is_allowed(verifier, allow_modules):
         module = verifier.rpartition(".")[0]
         rule = "data may not name a module to import and run unless it is allowed"
         remedy = f"if {module} is yours, add --allow-module {module} (or data.allow_modules=[{module}])"
-        problems.append(line.problem("verifier", rule, remedy))
-    else:
-        problems += _check_expected(line, verifier)
-    return problems
+        return [line.problem("verifier", rule, remedy)]
+    return _check_expected(line, verifier)
 
 
 def is_allowed(class_path: str, allow_modules: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pmd.config.schema import DataConfig
+from pmd.tasks.combined import describe_part_problems, encode
 from pmd.tasks.hub import load_rows
 from pmd.tasks.lines import Line, read_lines
 from pmd.types import Split
@@ -106,7 +107,7 @@ def task_fields(line: Line, split: Split, config: DataConfig, seed: int) -> dict
         row["messages"] = row.pop("prompt")
     row.setdefault("id", f"{split}-{line.number}")
     if config.verifier is not None:
-        row.setdefault("verifier", config.verifier)
+        row.setdefault("verifier", verifier_text(config.verifier))
     if "choices" in config.columns:
         _add_choices(row, line, config.columns["choices"], random.Random(f"{seed}/{row['id']}"))
     elif config.answer_after is not None and isinstance(answer := row.get("answer"), str):
@@ -115,6 +116,11 @@ def task_fields(line: Line, split: Split, config: DataConfig, seed: int) -> dict
         row.setdefault("memory_key", prompt)
         row["prompt"] = prompt + config.prompt_suffix.replace("\\n", "\n")
     return row
+
+
+def verifier_text(verifier: str | list[Any]) -> str:
+    """Return how a task names the verifier, or the verifiers, of `data.verifier`."""
+    return verifier if isinstance(verifier, str) else encode(verifier)
 
 
 def _plain(value: Any) -> Any:
@@ -179,6 +185,8 @@ def check_columns(config: DataConfig) -> list[str]:
         for field, named in config.columns.items()
         if isinstance(named, list) and field != "choices"
     ]
+    if isinstance(config.verifier, list):
+        problems += describe_part_problems("data.verifier", config.verifier)
     if isinstance(named := config.columns.get("choices"), list) and len(named) < 2:
         problems.append("data.columns.choices: a list of columns needs at least two, the right option first.")
     return problems

@@ -39,18 +39,26 @@ _crashes: set[tuple[object, ...]] = set()  # that were logged: verifier, kind of
 
 
 def verify(task: Task, completion_text: str) -> Verdict:
-    """Return the verdict of the task's verifier and the seconds it took; a crash gives status `error`.
-
-    No verifier sees what the model thought before it answered. A completion without thinking is passed on unchanged.
-    """
+    """Return the verdict of the task's verifier and the seconds it took; a crash gives status `error`."""
     started = time.perf_counter()
     try:
-        answered = strip_thinking(completion_text) if MARK.search(completion_text) else completion_text
-        verdict = _checked(find_verifier(task.verifier)(task, answered))
+        verdict = judge(task, completion_text)
     except Exception as error:  # the one place that swallows errors: a broken verifier must not end a long run
         _report_crash(task, error)
         verdict = Verdict(0.0, False, "error")
     return replace(verdict, seconds=time.perf_counter() - started)
+
+
+def judge(task: Task, completion_text: str) -> Verdict:
+    """Return the verdict of the task's verifier; whatever it raises is raised.
+
+    No verifier sees what the model thought before it answered. A completion without thinking is passed on unchanged.
+
+    Raises:
+        TypeError: it returned something else than a verdict.
+    """
+    answered = strip_thinking(completion_text) if MARK.search(completion_text) else completion_text
+    return _checked(find_verifier(task.verifier)(task, answered))
 
 
 def _report_crash(task: Task, error: Exception) -> None:

@@ -8,12 +8,15 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal
 
 from pmd.errors import ConfigError
+from pmd.tasks.combined import Part, is_combined, parts_of
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.tasks.lines import cap_problems
 from pmd.types import Task
+from pmd.verifiers.combined import combine
 from pmd.verifiers.reward import as_verifier
 
 Verifier = Callable[[Task, str], object]  # a Verdict, a reward, or whether the completion is right
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 @functools.cache
 def find_verifier(name: str) -> Verifier:
     """Return the verifier of that name; its module is imported on first use."""
+    if is_combined(name):
+        return combine([(part.weight, _with_options(part)) for part in parts_of(name)])
     match name:
         case "mcq":
             from pmd.verifiers.mcq import verify_mcq as found
@@ -52,11 +57,28 @@ def load_custom_verifier(path: str) -> Verifier:
     return as_verifier(found)
 
 
+def _with_options(part: Part) -> Verifier:
+    """Return one of several verifiers, with its options: a built-in one reads them from the task's `tests`."""
+    if not part.options:
+        return find_verifier(part.name)
+    if part.name in NAMED_VERIFIERS:
+        verifier = find_verifier(part.name)
+        return lambda task, completion: verifier(replace(task, tests={**task.tests, **part.options}), completion)
+    module_name, _, attribute = part.name.rpartition(".")
+    return as_verifier(getattr(importlib.import_module(module_name), attribute), part.options)
+
+
 def describe_verifier_problem(name: str) -> str | None:
     """Return why a verifier of that name cannot be used, or None."""
     if name == "code":
         return _describe_sandbox_problem()
     if name in NAMED_VERIFIERS:
+        return None
+    if is_combined(name):
+        try:
+            find_verifier(name)
+        except (Exception, SystemExit) as error:  # of the user's code, or options that it does not take
+            return f"verifier={name}: cannot be made ({type(error).__name__}: {error}); check names and options."
         return None
     if not CLASS_PATH.fullmatch(name):
         known = ", ".join(NAMED_VERIFIERS)
@@ -72,7 +94,7 @@ def describe_verifier_problem(name: str) -> str | None:
 
 def describe_answer_problems(tasks: Iterable[Task]) -> list[str]:
     """Return a sentence for each task whose answer its verifier cannot judge, with the place it was read from."""
-    mathematical = [task for task in tasks if task.verifier == "math"]
+    mathematical = [task for task in tasks if any(part.name == "math" for part in parts_of(task.verifier))]
     if not mathematical:
         return []
     from pmd.verifiers.math import describe_gold_problems
@@ -87,7 +109,8 @@ def prepare_verifiers(tasks: Iterable[Task], sandbox_level: SandboxChoice) -> li
         ConfigError: naming every verifier that cannot be used, and every answer that its verifier cannot judge.
     """
     tasks = list(tasks)
-    names = sorted({task.verifier for task in tasks})
+    parts = {part.name for task in tasks for part in parts_of(task.verifier)}
+    names = sorted((parts & {*NAMED_VERIFIERS}) | {task.verifier for task in tasks})
     if "code" in names:
         from pmd.verifiers.code import choose_sandbox_level
 

@@ -5,8 +5,10 @@ prompts are lists of messages. Here it is called for one completion at a time.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from pmd.types import Task, Verdict
@@ -47,12 +49,13 @@ class TRLReward:
         return listed[0]
 
 
-def as_verifier(found: Any) -> Callable[[Task, str], object]:
+def as_verifier(found: Any, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Task, str], object]:
     """Return what a class path names as a function of task and completion.
 
-    A class is instantiated without arguments. A function with a parameter `completions` is a TRL reward function.
+    A class is instantiated with the options as arguments; a function gets them at every call. A function with a
+    parameter `completions` is a TRL reward function.
     """
-    made: Any = found() if inspect.isclass(found) else found
+    made: Any = found(**options) if inspect.isclass(found) else partial(found, **options) if options else found
     try:
         parameters = inspect.signature(made).parameters
     except (TypeError, ValueError):  # no function, or one without a signature

@@ -4,7 +4,7 @@ import pytest
 
 from pmd.bootstrap.random_model import make_random_model
 from pmd.config.schema import ModelConfig, TeacherConfig
-from pmd.engines.base import Sampling
+from pmd.engines.base import Request, Sampling
 from pmd.engines.hf import HFEngine, TextDecoder
 from pmd.engines.vllm import to_completion
 from pmd.engines.vllm_runtime import RawCompletion
@@ -39,7 +39,7 @@ def texts(model, text):
     raw = RawCompletion(0, ids, (0.0,) * len(ids), "stop")
     decode = TextDecoder(tokenizer, tuple(engine.stop_ids))
     completion = to_completion(raw, Sampling(1.0, 99), decode, engine.stop_ids, 0)
-    return {engine._completion(list(ids), [0.0] * len(ids)).text, completion.text}
+    return {engine._completion(Request((1,), 0), list(ids), [0.0] * len(ids)).text, completion.text}
 
 
 def test_tags_that_are_special_tokens_stay_readable(model):
@@ -58,14 +58,23 @@ def test_ends_padding_and_turns_are_dropped(model):
 
 def test_a_prompt_that_opens_the_thinking_is_remembered(model):
     tokenizer = load_tokenizer(model)
-    assert TextDecoder(tokenizer, ()).opened == ""
-    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     decode = TextDecoder(tokenizer, (tokenizer.eos_token_id,))
+    opening, closed = (
+        tokenizer.encode(f"x{end}", add_special_tokens=False) for end in ("<think>\n", "<think></think>")
+    )
     ids = tokenizer.encode("maybe <answer>B</answer>", add_special_tokens=False)
-    assert decode([*ids, tokenizer.eos_token_id]) == "<think>maybe <answer>B</answer>"
+    assert decode([*ids, tokenizer.eos_token_id], opening) == "<think>maybe <answer>B</answer>"
+    assert decode(ids, closed) == decode(ids) == "maybe <answer>B</answer>"
     task = Task("t", (Message("user", "Q?\n\nA: one\nB: two"),), "mcq", "test", answer="B")
-    assert verify(task, decode(ids)).status == "format"
+    assert verify(task, decode(ids, opening)).status == "format"
     answer = tokenizer.encode("C?</think><answer>B</answer>", add_special_tokens=False)
-    assert verify(task, decode(answer)).correct
-    tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert TextDecoder(tokenizer, ()).opened == ""
+    assert verify(task, decode(answer, opening)).correct
+
+
+def test_the_engine_looks_at_each_requests_own_prompt(model):
+    tokenizer = load_tokenizer(model)
+    engine = HFEngine(make_policy(load_base(model), model, TeacherConfig()), tokenizer, 2)
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("Hello: <think>\n", "Hello: long text")]
+    requests = [Request(tuple(ids), 0) for ids in prompts]
+    texts = dict(engine.generate(requests, Sampling(1.0, 2)))
+    assert [texts[n].text.startswith("<think>") for n in (0, 1)] == [True, False]

@@ -34,7 +34,7 @@ from pmd.config.save import resolved_values
 from pmd.config.values import build_section
 from pmd.errors import ConfigError
 from pmd.run_dir import RunDir
-from pmd.tasks import describe_data_problems
+from pmd.tasks import describe_task_problems
 
 
 @dataclass
@@ -110,7 +110,7 @@ def plan(file: Path, out: Path, *, for_here: bool = True) -> list[PlannedRun]:
                     try:
                         run, loaded = _plan_run(grid, block, (name, arm), choices, seed, out)
                         if for_here:
-                            check_config(loaded, describe_data_problems(loaded.run.data))
+                            check_config(loaded, describe_task_problems(loaded.run))
                         elif loaded.problems:
                             raise ConfigError(loaded.problems)
                         runs.append(run)

@@ -1,7 +1,7 @@
 """Prompts for chat models: the tokenizer's own chat template around the text files in `templates/`.
 
-Thinking is turned off in every prompt and stripped from every attempt that is shown. The wording is our choice; the
-paper's prompts are not public.
+Thinking is off unless `model.chat_template_kwargs` turns it on, and stripped from every attempt that is shown. The
+wording (texts.py) is our choice; the paper's prompts are not public.
 
 No text can open or close a turn: only the chat template writes control tokens (`ChatEncoder`). A control token is one
 that the tokenizer marks as special or that the source of its chat template names. Where a message, an attempt, a memory
@@ -14,14 +14,14 @@ tokenizer's `apply_chat_template` gives it.
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from pmd.errors import ConfigError
 from pmd.tasks.prompts.base import WHOLE, Extent
 from pmd.tasks.prompts.parsing import Reply, parse_items, parse_line
+from pmd.tasks.prompts.texts import FIELD, read_texts
 from pmd.tasks.thinking import strip_thinking
 from pmd.types import MemoryItem, Message, Rollout, Task
 
@@ -29,8 +29,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TEXT = Path(__file__).parent / "templates"
 CUT = "\n[... left out ...]\n"
+PromptRole = Literal["student", "teacher", "reflection"]
+THINKING_OFF: Mapping[str, Any] = {"enable_thinking": False}
+PROMPT_ROLES: tuple[PromptRole, ...] = ("student", "teacher", "reflection")
+#: Of `apply_chat_template` itself.
+OWN_ARGUMENTS = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
+     "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs",
+     "truncation"}
+)  # fmt: skip
 
 #: Follows the first character of anything in a message that could become a control token; removed after rendering.
 #: Random, so that no text can hold it.
@@ -40,26 +48,26 @@ MARK = f"\ue000{secrets.token_hex(8)}\ue001"
 class ChatPrompts:
     """Prompt format of instruction-tuned models."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template_kwargs: Mapping[str, Any] | None = None,
+        folder: str | None = None,
+    ):
+        """Prepare the prompts.
+
+        Args:
+            template_kwargs: `model.chat_template_kwargs`.
+            folder: `prompts.folder`.
+        """
         self.tokenizer = tokenizer
         self.encoder = ChatEncoder(tokenizer)
-        names = (
-            "teacher",
-            "memory",
-            "success",
-            "failure",
-            "feedback",
-            "reflection",
-            "attempt",
-            "abstraction",
-            "placebo",
-        )
-        names += ("known", "revision")
-        self.text = {name: (TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in names}
+        self.kwargs = {role: kwargs_of(role, template_kwargs or {}) for role in PROMPT_ROLES}
+        self.text = read_texts(folder)
 
     def student(self, task: Task) -> list[int]:
         """Return the task's messages under the chat template."""
-        return self.encoder.ids(task.messages)
+        return self.encoder.ids(task.messages, self.kwargs["student"])
 
     def teacher(
         self,
@@ -79,11 +87,11 @@ class ChatPrompts:
             attempt = strip_thinking(failure.completion.text)
             sections += self._fill("failure" if show_attempt else "feedback", attempt=attempt, feedback=feedback)
         if not sections:
-            return self.student(task)
+            return self.encoder.ids(task.messages, self.kwargs["teacher"])
         last = max(i for i, message in enumerate(task.messages) if message.role == "user")
         question = self._fill("teacher", question=task.question, sections=sections).rstrip("\n")
         messages = [Message("user", question) if i == last else m for i, m in enumerate(task.messages)]
-        return self.encoder.ids(messages)
+        return self.encoder.ids(messages, self.kwargs["teacher"])
 
     def memory_line(self, item: MemoryItem) -> str:
         """Return the item's text; what an attempt is, and how many succeeded where an insight was learned, is said."""
@@ -137,7 +145,7 @@ class ChatPrompts:
         prompt = self._fill("reflection", **values).rstrip("\n")
         if known:
             prompt += self._fill("revision").rstrip("\n")
-        return [self.encoder.ids([Message("user", prompt)])]
+        return [self.encoder.ids([Message("user", prompt)], self.kwargs["reflection"])]
 
     def parse_reflection(self, text: str) -> Reply:
         """Return the well-formed items; a malformed one does not affect the others."""
@@ -150,7 +158,7 @@ class ChatPrompts:
 
     def abstraction(self, insights: Sequence[str]) -> list[int]:
         """Return the prompt for one cluster."""
-        return self.encoder.ids([Message("user", self.abstraction_text(insights))])
+        return self.encoder.ids([Message("user", self.abstraction_text(insights))], self.kwargs["reflection"])
 
     def parse_abstraction(self, text: str) -> str | None:
         """Return the first well-formed item."""
@@ -158,7 +166,13 @@ class ChatPrompts:
 
     def _fill(self, name: str, **values: str) -> str:
         """Fill the {fields} of a template; braces inside the values are left as they are."""
-        return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.text[name])
+        return FIELD.sub(lambda match: values[match[1]], self.text[name])
+
+
+def kwargs_of(role: PromptRole, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the chat template is given for a role's prompts; thinking is off unless it is turned on."""
+    for_all = {name: value for name, value in given.items() if name not in PROMPT_ROLES}
+    return {**THINKING_OFF, **for_all, **given.get(role, {})}
 
 
 def _remarks(rollout: Rollout) -> str:
@@ -200,19 +214,19 @@ class ChatEncoder:
         self._spelled = re.compile("|".join(map(re.escape, sorted(self.controls, key=len, reverse=True))) or r"(?!)")
         self._marks = {ord(token[0]): token[0] + MARK for token in self.controls}
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] = THINKING_OFF) -> list[int]:
         """Return the prompt's token ids, ending with the template's generation prompt."""
-        text = self.render(messages)
+        text = self.render(messages, template_kwargs)
         usual = self._encode(text)
         marked = [Message(message.role, message.content.translate(self._marks)) for message in messages]
         if marked != list(messages):
-            text = self.render(marked)
+            text = self.render(marked, template_kwargs)
         written = [self.controls[token] for token in self._spelled.findall(text)]  # by the template alone
         if [token_id for token_id in usual if token_id in self.control_ids] == written:
             return usual
         return self._encode_marked(text)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], template_kwargs: Mapping[str, Any] = THINKING_OFF) -> str:
         """Return the prompt's text.
 
         Raises:
@@ -221,7 +235,7 @@ class ChatEncoder:
         chat = [{"role": message.role, "content": message.content} for message in messages]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=False, enable_thinking=False
+                chat, add_generation_prompt=True, tokenize=False, **template_kwargs
             )
         except Exception as error:  # a template is a program, and may raise anything
             roles = ", ".join(message.role for message in messages)

@@ -1,0 +1,45 @@
+"""Tables of completions reach the loggers that have tables, in their own form, and no other logger."""
+
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from pmd.callbacks.completions import log_table, markdown
+
+ROWS = [{"task_id": "a", "completion": "x | y\nz"}, {"task_id": "b", "completion": "w"}]
+
+
+def logger_of(kind: type, calls: list):
+    """A logger of this kind whose client notes what it is given."""
+
+    class Client:
+        def __getattr__(self, name):
+            return lambda *args: calls.append((name, *args))
+
+    class Recorded(kind):
+        experiment = Client()
+        run_id = "run"
+
+        def __init__(self):
+            pass
+
+        def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
+            calls.append(("log_table", key, columns, data, step))
+
+    return Recorded()
+
+
+def test_each_logger_gets_its_own_form():
+    calls: list = []
+    for kind in (WandbLogger, MLFlowLogger, TensorBoardLogger, CSVLogger):
+        log_table(logger_of(kind, calls), ROWS, 7)
+    columns = ["task_id", "completion"]
+    assert calls == [
+        ("log_table", "completions", columns, [["a", "x | y\nz"], ["b", "w"]], 7),
+        ("log_table", "run", {"task_id": ["a", "b"], "completion": ["x | y\nz", "w"]}, "completions/step-000007.json"),
+        ("add_text", "completions", markdown(ROWS), 7),
+    ]
+
+
+def test_a_cell_cannot_break_the_table():
+    assert markdown(ROWS).splitlines() == [
+        "| task_id | completion |", "| --- | --- |", "| a | x \\| y<br>z |", "| b | w |",
+    ]  # fmt: skip
