@@ -40,7 +40,7 @@ class Ranks:
         """
         self.rank, self.size = rank, size
         self.num_generating = size if num_generating is None else num_generating
-        self._objects = dist.new_group(backend="gloo", timeout=TIMEOUT)  # pickles stay on the host
+        self._objects: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)  # pickles stay on the host
         self._lock = threading.Lock()
 
     @property

@@ -47,9 +47,7 @@ def weights_after(method: str, finetune: str, num_steps: int, ranks: Ranks | Non
     """Return what is trained, and the gradient's norm of the last step, after some steps in float64."""
     objective, teacher = METHODS[method]
     with truly_float64():
-        module = tiny_module(
-            objective, teacher=teacher, optimizer=OptimizerConfig(lr=1e-3), finetune=finetune
-        )
+        module = tiny_module(objective, teacher=teacher, optimizer=OptimizerConfig(lr=1e-3), finetune=finetune)
         module.double()
         module.layout = replace(module.layout, max_tokens=60)
         if ranks is not None:
