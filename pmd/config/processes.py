@@ -27,9 +27,14 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
     """Return how many processes the run has: devices times nodes with a strategy, else one."""
     if trainer.get("strategy") not in STRATEGIES:
         return 1
-    counts = (trainer.get(key, 1) for key in ("devices", "num_nodes"))
-    devices, nodes = (int(count) if str(count).isdigit() else 1 for count in counts)
+    devices, nodes = (_count(trainer, key) for key in ("devices", "num_nodes"))
     return devices * nodes
+
+
+def _count(trainer: Mapping[str, Any], key: str) -> int:
+    """Return a number of devices or nodes; Lightning has other ways to say one."""
+    value = trainer.get(key, 1)
+    return value if isinstance(value, int) else 1
 
 
 def launcher_of(environment: Mapping[str, str]) -> tuple[str, int, str] | None:
@@ -81,7 +86,7 @@ def _problems(environment: Mapping[str, str], trainer: Mapping[str, Any]) -> Ite
             f"{name}={environment[name]}: {launcher} has started {started} processes, and trainer.devices x "
             f"trainer.num_nodes is {wanted}; make them equal."
         )
-    elif started == 1 and wanted > 1 and int(trainer.get("num_nodes", 1)) > 1:
+    elif started == 1 and _count(trainer, "num_nodes") > 1:
         yield (
             f"trainer.num_nodes={trainer['num_nodes']} needs a launcher on every node: torchrun --nnodes="
             f"{trainer['num_nodes']} --nproc-per-node={trainer.get('devices', 1)} --rdzv-backend=c10d --rdzv-endpoint="

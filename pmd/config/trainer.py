@@ -101,8 +101,8 @@ def _count_problems(key: str, value: Any, strategy: Any) -> Iterator[str]:
     """Check a number of devices or nodes: more than one needs a strategy."""
     if value in ONE_DEVICE:
         return
-    if not str(value).isascii() or not str(value).isdigit() or not 0 < int(value) <= MAX_DEVICES:
-        yield f"trainer.{key}={shown(value)} must be a number, at least 1."
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_DEVICES:
+        yield f"trainer.{key}={shown(value)} must be a whole number from 1 to {MAX_DEVICES}."
     elif strategy not in STRATEGIES:
         yield f"trainer.{key}={shown(value)} needs trainer.strategy=ddp; without it, pmd trains on one device: use 1."
 
