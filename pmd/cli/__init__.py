@@ -144,7 +144,8 @@ def _train(command: str, arguments: list[str]) -> int:
         from pmd.cli.ranks import launch
 
         return launch(arguments, trainer)
-    print(f"{command} {loaded.name}: loading PyTorch and the model ...", flush=True)
+    if not is_other_rank(os.environ):
+        print(f"{command} {loaded.name}: loading PyTorch and the model ...", flush=True)
     from pmd.cli.run import run
 
     return run(command, loaded, store)
