@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pmd.config.schema import MAX_COUNT, RunConfig
-from pmd.config.trainer import CLASS_KEYS, CLASSES, COUNTS, MAX_DEVICES, MINIMUM, ONE_DEVICE, OWN_ARGUMENTS, accepted_types
+from pmd.config.trainer import (
+    CLASS_KEYS,
+    CLASSES,
+    COUNTS,
+    MAX_DEVICES,
+    MINIMUM,
+    ONE_DEVICE,
+    OWN_ARGUMENTS,
+    accepted_types,
+)
 
 #: Bound in `schema.option`: its JSON schema keyword.
 BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum", "below": "exclusiveMaximum"}
