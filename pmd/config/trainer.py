@@ -159,12 +159,18 @@ def _is_duration(value: str | dict[str, int]) -> bool:
 @cache
 def cuda_is_available() -> bool:
     """Whether the driver reports a CUDA device, without loading torch."""
+    return num_cuda_devices() > 0
+
+
+@cache
+def num_cuda_devices() -> int:
+    """Return how many CUDA devices the driver reports to this process, without loading torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return 0
     count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 @cache
