@@ -60,6 +60,8 @@ class BatchLayout:
     reduction: Literal["token", "sequence"]
     shared: frozenset[str] = frozenset()  # sides whose prompts are computed once per group, where that pays off
     packs: bool = False  # whether rows are packed behind one another instead of padded (packing.py)
+    rank: int = 0  # of a run on several devices: which of the groups this process computes
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +135,19 @@ class Batch:
     is_last: bool = True  # of the optimizer steps of its rollout batch
 
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
-        """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout has its own."""
+        """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout has its own.
+
+        Those of all ranks together hold every rollout once, with the weights that it has in the whole step.
+        """
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         pairs = {side: [_pair(example, side) for example in self.examples] for side in SIDES}
         groups = self._groups()
         shared = set(layout.shared)
         if not layout.packs:  # packed rows lose nothing by sharing
             shared = {side for side in shared if sharing_pays([[pairs[side][i] for i in rows] for rows in groups])}
+        if layout.num_ranks > 1:
+            lengths = [sum(sum(map(len, pairs[side][i])) for i in rows for side in SIDES) for rows in groups]
+            groups = [groups[i] for i in balanced(lengths, layout.num_ranks)[layout.rank]]
         for rows in Splitter(pairs, shared, layout.max_tokens, layout.packs).split(groups):
             chosen = [(self.examples[row.rollout], weights[row.rollout]) for row in rows]
             sides = {side: _sequences(pairs[side], rows, side in shared, layout, device) for side in SIDES}
@@ -314,6 +322,17 @@ def sharing_pays(groups: Sequence[Sequence[Pair]]) -> bool:
     saved = sum((len(group) - 1) * cut for group, cut in zip(groups, cuts, strict=True))
     total = sum(len(prompt) + len(completion) for group in groups for prompt, completion in group)
     return min(cuts, default=0) > 0 and saved >= max(MIN_SAVED_TOKENS, MIN_SAVED_SHARE * total)
+
+
+def balanced(sizes: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Divide positions into parts of about the same total size: each, the largest first, into the smallest part."""
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    totals = [0] * num_parts
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        smallest = totals.index(min(totals))
+        parts[smallest].append(i)
+        totals[smallest] += sizes[i]
+    return [sorted(part) for part in parts]
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

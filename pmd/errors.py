@@ -51,3 +51,7 @@ class RunInterrupted(PmdError):
 
 class MemoryStoreError(PmdError):
     """The memory store is damaged, has another schema or embedder, or was asked to store a held-out task."""
+
+
+class RankLost(PmdError):
+    """Another rank of a run on several devices has ended or hangs, so that this one cannot go on."""

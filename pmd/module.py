@@ -30,6 +30,7 @@ from pmd.losses.reduce import clip_tokens, weighted_sum
 from pmd.offload import OffloadedActivations
 from pmd.policy import eval_mode, make_policy
 from pmd.pretrained import load_base, load_tokenizer
+from pmd.ranks import Ranks
 from pmd.scoring import can_share_prefixes, packs_rows, score, shares_packed_prefixes, teacher_part
 from pmd.seeds import derive_seed
 from pmd.trace import StepTrace
@@ -118,6 +119,7 @@ class PMDModule(LightningModule):
         self.policy_version = 0  # optimizer steps applied to the student
         self.num_steps: int | None = None  # of the whole run, for the schedule; None asks the trainer
         self.num_skipped = 0  # steps in a row, up to the latest, whose losses or gradient were not finite
+        self.ranks: Ranks | None = None  # of a run on several devices
         self.trace: StepTrace | None = None  # collects the step's per-token record, if requested
         self.seconds = defaultdict[str, float](float)  # of the latest step, by part
 
@@ -130,6 +132,8 @@ class PMDModule(LightningModule):
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         self.seconds.clear()
         totals = self._accumulate_in_memory(batch, optimizer)
+        if self.ranks is not None:
+            totals = self._sum_over_ranks(self.ranks, totals)
         grad_norm = self._step(batch, optimizer, totals)
         skipped = {"student/skipped_step": float(self.num_skipped > 0)}
         self.log_dict(self._metrics(batch, totals) | skipped | {"student/grad_norm": grad_norm}, batch_size=1)
@@ -152,6 +156,17 @@ class PMDModule(LightningModule):
             if self.trace is not None:
                 self.trace.add(micro_batch, terms)
         return totals
+
+    def share_with(self, ranks: Ranks) -> None:
+        """Compute this rank's share of each step from now on; losses and gradients are summed over all ranks."""
+        self.ranks = ranks
+        self.layout = replace(self.layout, rank=ranks.rank, num_ranks=ranks.size)
+
+    def _sum_over_ranks(self, ranks: Ranks, totals: Mapping[str, float]) -> dict[str, float]:
+        """Sum the step's gradient and the parts of its loss over all ranks, of which some may have had no rollouts."""
+        with _Timer(self, "time/sum_gradients_s"):
+            ranks.sum_gradients(parameter for parameter in self.parameters() if parameter.requires_grad)
+            return ranks.summed(totals)
 
     def on_train_epoch_end(self) -> None:
         """Refresh a frozen teacher from the student if one is due (`teacher.refresh_epochs`)."""
@@ -178,6 +193,8 @@ class PMDModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Begin with the configured rate: a resumed optimizer remembers the one that it last used."""
+        if self.ranks is not None:
+            self.ranks.check_equal((p for p in self.parameters() if p.requires_grad), "the trainable weights")
         scheduler = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
         for group in scheduler.optimizer.param_groups:
             group["lr"] = self.optimizer_config.lr * self._schedule(scheduler.last_epoch)

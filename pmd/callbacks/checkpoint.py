@@ -112,7 +112,7 @@ class CheckpointCallback(Checkpoint):
             return
         self._save(trainer)
         self._epoch = None
-        if self.best_step == _step(trainer):
+        if self.best_step == _step(trainer) and trainer.is_global_zero:
             copy_checkpoint(self.run_dir.last, self.run_dir.best)
 
     def _save(self, trainer: Trainer) -> None:

@@ -30,5 +30,10 @@ class TraceCallback(Callback):
     ) -> None:
         """Write the step's record."""
         assert isinstance(pl_module, PMDModule)
-        if pl_module.trace is not None:
-            pl_module.trace.write(self.folder)
+        trace, ranks = pl_module.trace, pl_module.ranks
+        if trace is None:
+            return
+        if ranks is not None:
+            trace.records = [record for records in ranks.all(trace.records) for record in records]
+        if ranks is None or ranks.is_first:
+            trace.write(self.folder)

@@ -11,14 +11,14 @@ from lightning import Callback, LightningModule, Trainer
 from pmd.batch import Batch
 from pmd.evaluation.evaluate import Evaluator
 from pmd.evaluation.metrics import Scores, score_samples
-from pmd.memory import ProceduralMemory
+from pmd.memory import ReadableMemory
 from pmd.types import Task
 
 
 class VerificationCallback(Callback):
     """Logs `verify/...` on the validation tasks; the best checkpoint is the one with the best `verify/avg`."""
 
-    def __init__(self, evaluator: Evaluator, tasks: list[Task], memory: ProceduralMemory | None):
+    def __init__(self, evaluator: Evaluator, tasks: list[Task], memory: ReadableMemory | None):
         self.evaluator = evaluator
         self.tasks = tasks
         self.memory = memory
@@ -26,8 +26,9 @@ class VerificationCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the policy before the first step of a new run."""
         if trainer.global_step == 0 and trainer.logger is not None:
+            metrics = self.measure()
             for logger in trainer.loggers:
-                logger.log_metrics(self.measure(), step=0)
+                logger.log_metrics(metrics, step=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate every `verification.every_epochs`, and after the last epoch."""

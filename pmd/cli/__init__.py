@@ -17,7 +17,7 @@ from pmd import __version__
 from pmd.cli.printable import printable
 from pmd.config.check import check_config
 from pmd.config.load import load_arguments
-from pmd.config.processes import process_problems
+from pmd.config.processes import is_other_rank, process_problems, starts_ranks
 from pmd.config.save import resolved_yaml
 from pmd.config.schema import RunConfig
 from pmd.config.values import describe, shown
@@ -143,12 +143,20 @@ def _train(command: str, arguments: list[str]) -> int:
     print_config = "--print_config" in arguments
     store, arguments = _take_memory(command, arguments)
     loaded = load_arguments(command, [a for a in arguments if a != "--print_config"])
-    run_dir_problems = describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name)
-    check_config(loaded, [*process_problems(os.environ), *run_dir_problems, *describe_task_problems(loaded.run)])
+    trainer, run_dir_problems = loaded.trainer if command == "fit" else None, []
+    if not is_other_rank(os.environ):  # rank 0 chooses the directory, and may hold it already
+        run_dir_problems = describe_run_dir_problems(command, loaded.run, loaded.folder, loaded.name)
+    problems = [*process_problems(os.environ, trainer), *run_dir_problems, *describe_task_problems(loaded.run)]
+    check_config(loaded, problems)
     if print_config:
         print(resolved_yaml(loaded))
         return 0
-    print(f"{command} {loaded.name}: loading PyTorch and the model ...", flush=True)
+    if trainer is not None and starts_ranks(trainer, os.environ):
+        from pmd.cli.ranks import launch
+
+        return launch(arguments, trainer)
+    if not is_other_rank(os.environ):
+        print(f"{command} {loaded.name}: loading PyTorch and the model ...", flush=True)
     from pmd.cli.run import run
 
     return run(command, loaded, store)

@@ -4,15 +4,16 @@
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
 from pmd.callbacks.completions import CompletionsCallback
 from pmd.callbacks.health import HealthCallback
 from pmd.callbacks.memory import Auditor, MemoryCallback
+from pmd.callbacks.ranks import RanksCallback
 from pmd.callbacks.reflection import ReflectionCallback
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.callbacks.trace import TraceCallback
@@ -29,13 +31,17 @@ from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.preflight import check_run
+from pmd.cli.ranks import joined
 from pmd.cli.trainer import TrainerCLI
 from pmd.config.load import LoadedConfig
 from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig, WandbConfig
+from pmd.engines.base import Engine
+from pmd.engines.hf import HFEngine
 from pmd.engines.make import make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
+from pmd.engines.shared import LeadingEngine, follow
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
@@ -55,12 +61,14 @@ from pmd.memory import EpochRecord, ProceduralMemory
 from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.memory.held_out import HeldOut
 from pmd.memory.reflect import Reflector
+from pmd.memory.shared import Figures, SharedMemory, SharedUpdater
 from pmd.memory.stream import MemoryUpdater
 from pmd.metrics_log import MetricsLog
 from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
 from pmd.planning.estimate import estimate_run
+from pmd.ranks import Ranks
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
 from pmd.run_lock import locked
@@ -80,11 +88,18 @@ class Run:
     tasks: Mapping[Split, list[Task]]
     module: PMDModule
     data: RolloutDataModule
-    memory: ProceduralMemory | None
+    memory: ProceduralMemory | None  # of several ranks, only the first has one; `data.memory` answers on all
     record: EpochRecord
     reflector: Reflector
     evaluator: Evaluator
     parity: ParityCheck | None
+    ranks: Ranks | None = None  # of a run on several devices
+    meet: Callable[[Figures], Figures] | None = None  # where they come together after rank 0 has updated the memory
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.ranks is None or self.ranks.is_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +122,11 @@ def run(command: str, loaded: LoadedConfig, store: Path | None = None) -> int:
 def _fit_command(loaded: LoadedConfig) -> int:
     """Build the run, fit it, evaluate the first, the last and the best policy, report."""
     cli = TrainerCLI(loaded.trainer)
-    with _claimed(loaded) as run_dir:
+    with joined(loaded.trainer) as ranks, _claimed(loaded, ranks) as run_dir:
         resumed = _open_checkpoint(loaded, run_dir)
         with explaining_failures(run_dir, resumable=False):
-            run = build(loaded.run, run_dir, None if resumed is None else resumed.state["RolloutDataModule"]["tasks"])
+            digest = None if resumed is None else resumed.state["RolloutDataModule"]["tasks"]
+            run = build(loaded.run, run_dir, digest, ranks)
         with closing(run.data.engine):
             if resumed is not None:
                 run.module.check_checkpoint(resumed.state)
@@ -119,7 +135,8 @@ def _fit_command(loaded: LoadedConfig) -> int:
                 initial = evaluate(run, "initial", with_memory=False)  # the untrained policy, even in a resumed run
                 trained = fit(run, trainer, None if resumed is None else resumed.path)
                 later, problems = evaluate_checkpoints(run, checkpoints)
-                report(run, initial | later, trained, problems)
+                if run.is_first:
+                    report(run, initial | later, trained, problems)
     return 0
 
 
@@ -131,15 +148,19 @@ def _prepare_to_fit(
     if resumed is not None:
         run.data.load_state_dict(resumed.state["RolloutDataModule"])
         step = run.data.position.step
-        restore_best(run_dir, resumed.path, resumed.state)
+        if run.is_first:
+            restore_best(run_dir, resumed.path, resumed.state)
         resumed.state.clear()  # its tensors would keep the file on the disk when the next one replaces it
-    replace_text(run_dir.config, saved_yaml(loaded))
+    if run.is_first:
+        replace_text(run_dir.config, saved_yaml(loaded))
     checkpoints = CheckpointCallback(run_dir, saved_values(loaded), loaded.run.checkpoint_every_steps)
     is_behind = resumed is not None and resumed.path != run_dir.last and _step_of(run_dir.last) > run.data.position.step
-    loggers: list[Logger] = [MetricsLog(run_dir, step, keep_later=is_behind)]
-    if loaded.run.wandb.mode != "off":
-        loggers.append(_wandb_logger(loaded.run.wandb, run_dir))
-    trainer = cli.trainer_for([*callbacks_of(run), checkpoints], loggers, run_dir.root)
+    loggers: list[Logger] = [DummyLogger()]
+    if run.is_first:
+        loggers = [MetricsLog(run_dir, step, keep_later=is_behind)]
+        if loaded.run.wandb.mode != "off":
+            loggers.append(_wandb_logger(loaded.run.wandb, run_dir))
+    trainer = cli.trainer_for([*callbacks_of(run), checkpoints], loggers, run_dir.root, run.ranks)
     for logger in trainer.loggers:
         logger.log_hyperparams(saved_values(loaded))
     run.module.num_steps = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps)
@@ -170,8 +191,20 @@ def _step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _claimed(loaded: LoadedConfig) -> Iterator[RunDir]:
-    """Choose the directory that `fit` writes to, keep other processes out of it, and check that it can be written."""
+def _claimed(loaded: LoadedConfig, ranks: Ranks | None) -> Iterator[RunDir]:
+    """Choose the directory that `fit` writes to, keep other runs out of it, and check that it can be written.
+
+    Of several ranks, the first does so for all.
+    """
+    with ExitStack() as stack:
+        if ranks is None:
+            yield stack.enter_context(_claimed_here(loaded))
+        else:
+            yield ranks.from_first(lambda: stack.enter_context(_claimed_here(loaded)))
+
+
+@contextmanager
+def _claimed_here(loaded: LoadedConfig) -> Iterator[RunDir]:
     config = loaded.run
     with ExitStack() as stack:
         while True:
@@ -268,11 +301,12 @@ def _sample_with(run: Run, tasks: Sequence[Task], store: Path) -> list[Sample]:
         return run.evaluator.memory_conditioned(tasks, config.verification.final_samples, memory)
 
 
-def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -> Run:
+def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, ranks: Ranks | None = None) -> Run:
     """Load the tasks and the weights, start the engine, open the memory.
 
     Args:
         tasks_digest: of the tasks with which a resumed run began.
+        ranks: of a run on several devices; the first opens the memory for all.
 
     Raises:
         ConfigError: something cannot be used, or the tasks are others.
@@ -289,19 +323,25 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
         CONSOLE.print(line, markup=False, soft_wrap=True)
     runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
     module = PMDModule(config, base)
+    if ranks is not None:
+        module.share_with(ranks)
     with module.policy.weights("student") as model:
         output_head(model)  # refuses an unusual one before anything is generated
-    engine = make_engine(config, module.policy, module.tokenizer, runtime)
+    engine, meet = _make_engine(config, module, runtime, ranks), None
+    leading = engine
+    if ranks is not None:
+        leading, meet = _meeting(engine, ranks)
     train_tasks = {task.task_id: task for task in tasks["train"]}
     writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
-    reflector = Reflector(engine, prompts, config.reflection, train_tasks, config.seed_everything, writer)
-    memory, updater, record = None, None, EpochRecord()
-    if config.memory.enabled:
-        keys = [task.memory_key or task.question for task in tasks["train"]]
-        memory = ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
-        if config.memory.update == "batch":
-            updater = MemoryUpdater(record, memory, reflector)
-    data = RolloutDataModule(config, tasks, engine, prompts, memory, updater)
+    reflector = Reflector(leading, prompts, config.reflection, train_tasks, config.seed_everything, writer)
+    record, memory = EpochRecord(), _open_memory(config, tasks, run_dir, ranks)
+    readable, updater = memory, None
+    if config.memory.update == "batch" and memory is not None:
+        updater = MemoryUpdater(record, memory, reflector)
+    if config.memory.enabled and ranks is not None and meet is not None:
+        readable = SharedMemory(memory, ranks.from_first)
+        updater = SharedUpdater(updater, meet) if config.memory.update == "batch" else None
+    data = RolloutDataModule(config, tasks, engine, prompts, readable, updater, ranks)
     evaluator = Evaluator(
         engine,
         data.contexts,
@@ -309,13 +349,41 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None) -
         config.verifiers,
         config.rollouts.max_new_tokens,
         config.seed_everything,
+        ranks,
     )
     parity = None
     vllm = config.rollouts.vllm
-    if config.rollouts.engine in ("vllm", "vllm_server") and vllm.parity_completions:  # engines with their own weights
+    if not isinstance(engine, HFEngine) and vllm.parity_completions:  # engines with their own weights
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
-    return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity)
+    return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity, ranks, meet)
+
+
+def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | None, ranks: Ranks | None) -> Engine:
+    """Return this process's engine. Where servers generate, the first rank alone talks to them."""
+    if ranks is not None and config.rollouts.engine == "vllm_server":
+        ranks.num_generating = 1
+        if not ranks.is_first:
+            return HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)  # is never asked
+    return make_engine(config, module.policy, module.tokenizer, runtime)
+
+
+def _meeting(engine: Engine, ranks: Ranks) -> tuple[Engine, Callable[[Figures], Figures]]:
+    """Return the engine that rank 0 reflects with, and how the ranks come together after that."""
+    if not ranks.is_first:
+        return engine, lambda _: follow(engine, ranks)
+    leading = LeadingEngine(engine, ranks)
+    return cast(Engine, leading), leading.release
+
+
+def _open_memory(
+    config: RunConfig, tasks: Mapping[Split, list[Task]], run_dir: RunDir, ranks: Ranks | None
+) -> ProceduralMemory | None:
+    """Open the run's memory; of several ranks, the first does."""
+    if not config.memory.enabled or not (ranks is None or ranks.is_first):
+        return None
+    keys = [task.memory_key or task.question for task in tasks["train"]]
+    return ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
 
 
 def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTrainedModel]:
@@ -329,7 +397,7 @@ def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTra
 def callbacks_of(run: Run) -> list[Callback]:
     """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look."""
     config, engine = run.config, run.data.engine
-    verification = VerificationCallback(run.evaluator, run.tasks["validation"], run.memory)
+    verification = VerificationCallback(run.evaluator, run.tasks["validation"], run.data.memory)
     callbacks: list[Callback] = [verification]
     if run.memory is not None:
         callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
@@ -338,6 +406,8 @@ def callbacks_of(run: Run) -> list[Callback]:
             scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, run.module.layout.max_tokens)
             auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, run.parity)
         callbacks.append(MemoryCallback(run.record, run.memory, run.reflector, run.run_dir.items, auditor))
+    if run.meet is not None and run.data.memory is not None:
+        callbacks.append(RanksCallback(run.meet))
     callbacks.append(WeightSyncCallback(engine, run.parity))
     if config.verification.every_steps is not None:
         callbacks.append(StepVerificationCallback(verification, config.verification.every_steps))
@@ -364,8 +434,8 @@ def evaluate(run: Run, name: str, *, with_memory: bool) -> dict[str, Phase]:
     """Evaluate the policy, as it is now, on the test tasks; return one phase, or two (see `phases_of`)."""
     verification, shown = run.config.verification, list[Sample]()
     samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples)
-    if with_memory and run.memory is not None:
-        shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.memory)
+    if with_memory and run.data.memory is not None:
+        shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.data.memory)
     return phases_of(run, name, samples, shown)
 
 

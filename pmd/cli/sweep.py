@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pmd.cli import main as run_command
 from pmd.cli.arguments import make_parser
+from pmd.config.trainer import num_cuda_devices
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun, plan, read_grid, row_label
 from pmd.planning.sweep.launch import launch, log_file, unfinished
@@ -35,14 +36,15 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("sweep", DESCRIPTION)
     parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
     parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: one per core)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one per GPU, or per core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
     parser.add_argument(
         "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
     )
     parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
     options = parser.parse_args(argv)
-    jobs = options.jobs if options.jobs is not None else len(os.sched_getaffinity(0))
+    gpus = visible_gpus(os.environ)
+    jobs = options.jobs if options.jobs is not None else len(gpus) or len(os.sched_getaffinity(0))
     numbers = {"jobs": jobs, "threads": options.threads}
     wrong = [f"--{name}={value} must be at least 1." for name, value in numbers.items() if value < 1]
     if wrong:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"python -m pmd {run.command} {' '.join(run.arguments)} --run_dir={run.run_dir}")
         return 0
     console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}", markup=False)
-    failed = _run_all(left, jobs, options.threads, console)
+    failed = _run_all(left, jobs, options.threads, gpus, console)
     from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
     rows = make_rows(runs)
@@ -105,7 +107,16 @@ def _compare(runs: Sequence[PlannedRun], reference: str, out: Path, console: Con
         write_differences(rows, reference, out)
 
 
-def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Console) -> list[PlannedRun]:
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the GPUs that the sweep may use, as in CUDA_VISIBLE_DEVICES."""
+    count = num_cuda_devices()
+    named = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]
+
+
+def _run_all(
+    runs: Sequence[PlannedRun], jobs: int, threads: int, gpus: Sequence[str], console: Console
+) -> list[PlannedRun]:
     """Run these under a progress bar; return the runs that failed."""
     failed: list[PlannedRun] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that launch() stops its runs
@@ -114,7 +125,7 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, threads: int, console: Conso
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not runs) as progress:
         bar = progress.add_task("runs", total=len(runs))
-        for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run"), start=1):
+        for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run", gpus), start=1):
             if code != 0:
                 failed.append(run)
                 progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}", markup=False)

@@ -13,10 +13,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from pmd.callbacks.checkpoint import VerifiedCheckpointIO
 from pmd.callbacks.progress import ProgressCallback
 from pmd.errors import ConfigError
+from pmd.ranks import Ranks
 
 #: Warnings that Lightning gives in every run, but that do not apply: rollouts are streamed, batches stay on the host,
 #: teachers are in eval mode.
@@ -64,25 +66,42 @@ class TrainerCLI(LightningCLI):
         """Leave the Trainer to `trainer_for`, which gets the callbacks and loggers."""
         self.config_init = self.parser.instantiate_classes(self.config)
 
-    def trainer_for(self, callbacks: list[Callback], loggers: list[Logger], root: Path) -> Trainer:
+    def trainer_for(
+        self, callbacks: list[Callback], loggers: list[Logger], root: Path, ranks: Ranks | None = None
+    ) -> Trainer:
         """Return a trainer with these callbacks and loggers, in this order, then those of the configuration.
 
         The trainer itself writes nothing outside `root`.
         """
         given = dict(self.config_init["trainer"])
+        if ranks is None:  # a strategy for several devices in one process is a strategy for one
+            given |= {"strategy": "auto", "devices": 1, "num_nodes": 1}
+        else:
+            given["strategy"] = SummedGradients()
         theirs = _as_list(given["callbacks"])
         has_bar = any(isinstance(callback, ProgressBar) for callback in theirs)
-        progress = ProgressCallback(bar=given["enable_progress_bar"] is not False and not has_bar)
+        is_first = ranks is None or ranks.is_first
+        progress = ProgressCallback(bar=given["enable_progress_bar"] is not False and not has_bar and is_first)
         own = {
             "callbacks": [*callbacks, progress, *theirs],
             "enable_progress_bar": has_bar,  # Lightning's would be a second one
             "logger": [*loggers, *_as_list(given["logger"])],
-            # One process, whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
+            # Whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
             "plugins": [VerifiedCheckpointIO(), LightningEnvironment()],
             "default_root_dir": root,
             "reload_dataloaders_every_n_epochs": 1,  # a resumed epoch is shorter than the next
         }
         return Trainer(**(given | own))
+
+
+class SummedGradients(DDPStrategy):
+    """One process a device, with the whole model in each. The module itself sums gradients, once an optimizer step.
+
+    DistributedDataParallel would average them at every backward pass, of which ranks have different numbers.
+    """
+
+    def configure_ddp(self) -> None:
+        """Leave the module as it is."""
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -5,13 +5,15 @@ All problems are raised as one `ConfigError` before any weights load, and nothin
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pmd.config.load import LoadedConfig
+from pmd.config.processes import num_processes
 from pmd.config.schema import (
     MIN_TEMPERATURE,
     BehaviourWriterConfig,
@@ -53,6 +55,7 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
         *loaded.problems,
         *found,
         *trainer_problems(loaded.trainer),
+        *_device_problems(run, loaded.trainer),
         *_model_problems(run),
         *_method_problems(run),
         *_engine_problems(run),
@@ -62,6 +65,15 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
     ]
     if problems:
         raise ConfigError([loaded.without_secrets(problem) for problem in problems])
+
+
+def _device_problems(run: RunConfig, trainer: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse what several ranks cannot do."""
+    if num_processes(trainer) > 1 and run.rollouts.engine == "vllm":
+        yield (
+            "rollouts.engine=vllm is one engine in one process, and trainer.strategy has several; use vllm_server "
+            "(python -m pmd serve, on other GPUs), or hf."
+        )
 
 
 def describe_rounding(run: RunConfig) -> list[str]:

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pmd.config.schema import MAX_COUNT, RunConfig
-from pmd.config.trainer import CLASS_KEYS, CLASSES, COUNTS, MINIMUM, ONE_DEVICE, OWN_ARGUMENTS, accepted_types
+from pmd.config.trainer import (
+    CLASS_KEYS,
+    CLASSES,
+    COUNTS,
+    MAX_DEVICES,
+    MINIMUM,
+    ONE_DEVICE,
+    OWN_ARGUMENTS,
+    accepted_types,
+)
 
 #: Bound in `schema.option`: its JSON schema keyword.
 BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum", "below": "exclusiveMaximum"}
@@ -58,7 +67,9 @@ def _trainer_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, hint in accepted_types().items():
         if name in COUNTS:
-            properties[name] = {"description": "pmd trains on one device.", "enum": list(ONE_DEVICE)}
+            several = {"type": "integer", "minimum": 1, "maximum": MAX_DEVICES}
+            text = "More than one needs strategy: ddp."
+            properties[name] = {"description": text, "anyOf": [{"enum": list(ONE_DEVICE)}, several]}
         elif name in CLASSES:
             properties[name] = _classes_schema(name)
         elif name not in OWN_ARGUMENTS:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from pmd.config.processes import STRATEGIES
 from pmd.config.schema import MAX_COUNT
 from pmd.config.values import describe, fits, shown, text_problem
 
@@ -45,17 +46,17 @@ OWN_ARGUMENTS = {
     "fast_dev_run": "data.max_train and trainer.max_epochs=1",
     "barebones": "trace_every=0",
     "inference_mode": "nothing: evaluation needs no gradient",
-    "use_distributed_sampler": "nothing: pmd trains on one device",
-    "sync_batchnorm": "nothing: pmd trains on one device",
+    "use_distributed_sampler": "nothing: every rank draws its share of each batch itself",
+    "sync_batchnorm": "nothing: no model here has batch norms",
     "plugins": "trainer.precision",
 }
 #: Precisions of the forward pass; model.dtype is that of the weights. None of them scales the loss, because gradients
 #: are clipped without unscaling.
 PRECISIONS = ("32-true", "32", 32, "bf16-mixed", "bf16")
-#: Narrower than Lightning's own annotation, because pmd trains on one device.
+#: Narrower than Lightning's own annotation.
 OWN_TYPES: dict[str, Any] = {
     "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
-    "strategy": Literal["auto"],
+    "strategy": Literal[("auto", *STRATEGIES)],
     "precision": Union[Literal[PRECISIONS], None],  # noqa: UP007  (a Literal of a tuple has no | for type checkers)
     "deterministic": bool | Literal["warn"] | None,
     "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
@@ -67,6 +68,7 @@ CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 #: Arguments that count devices and nodes, and all the values with which Lightning means one.
 COUNTS = ("devices", "num_nodes")
 ONE_DEVICE = (1, "1", "auto", [0])
+MAX_DEVICES = 1 << 16
 UNITS = ("days", "hours", "minutes", "seconds")
 SECONDS = {
     "weeks": 604_800, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1, "milliseconds": 1e-3,
@@ -89,11 +91,20 @@ def trainer_problems(trainer: dict[str, Any]) -> list[str]:
         elif key in CLASSES:
             problems += _class_problems(key, value)
         elif key in COUNTS:
-            if value not in ONE_DEVICE:
-                problems.append(f"trainer.{key}={shown(value)} is not supported: pmd trains on one device; use 1.")
+            problems += _count_problems(key, value, trainer.get("strategy"))
         else:
             problems += _value_problems(key, value, types[key])
     return problems
+
+
+def _count_problems(key: str, value: Any, strategy: Any) -> Iterator[str]:
+    """Check a number of devices or nodes: more than one needs a strategy."""
+    if value in ONE_DEVICE:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_DEVICES:
+        yield f"trainer.{key}={shown(value)} must be a whole number from 1 to {MAX_DEVICES}."
+    elif strategy not in STRATEGIES:
+        yield f"trainer.{key}={shown(value)} needs trainer.strategy=ddp; without it, pmd trains on one device: use 1."
 
 
 def _class_problems(key: str, value: Any) -> Iterator[str]:
@@ -148,12 +159,18 @@ def _is_duration(value: str | dict[str, int]) -> bool:
 @cache
 def cuda_is_available() -> bool:
     """Whether the driver reports a CUDA device, without loading torch."""
+    return num_cuda_devices() > 0
+
+
+@cache
+def num_cuda_devices() -> int:
+    """Return how many CUDA devices the driver reports to this process, without loading torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return 0
     count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 @cache

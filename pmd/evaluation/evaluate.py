@@ -12,9 +12,10 @@ from pmd.config.schema import RunConfig, VerificationConfig, VerifiersConfig
 from pmd.engines.base import Engine, Sampling
 from pmd.errors import VerificationError
 from pmd.evaluation.metrics import Sample, chance_scores
-from pmd.memory import ProceduralMemory
+from pmd.memory import ReadableMemory
 from pmd.memory.reading import StoredMemory
-from pmd.rollouts.generate import generate_rollouts
+from pmd.ranks import Ranks
+from pmd.rollouts.generate import gather_rollouts, generate_rollouts
 from pmd.seeds import derive_seed
 from pmd.teacher import ContextBuilder
 from pmd.types import UNSCORED, Task, Verdict
@@ -36,13 +37,14 @@ class Evaluator:
     verifiers: VerifiersConfig
     max_new_tokens: int
     seed: int
+    ranks: Ranks | None = None  # of a run on several devices: each evaluates a share of the tasks
 
     def memory_free(self, tasks: Sequence[Task], num_samples: int) -> list[Sample]:
         """Sample the policy as it will be used, with nothing but the task in its prompt."""
         return self._sample([(task, self.contexts.prompts.student(task)) for task in tasks], num_samples)
 
     def memory_conditioned(
-        self, tasks: Sequence[Task], num_samples: int, memory: ProceduralMemory | StoredMemory
+        self, tasks: Sequence[Task], num_samples: int, memory: ReadableMemory | StoredMemory
     ) -> list[Sample]:
         """Sample the policy with retrieved memory in its prompt; the memory is only read."""
         prompts = []
@@ -54,9 +56,10 @@ class Evaluator:
     def _sample(self, prompts: Sequence[tuple[Task, Sequence[int]]], num_samples: int) -> list[Sample]:
         """Sample with seeds that depend on the task alone, so that policies are compared on the same random draws."""
         sampling = Sampling(self.config.temperature, self.max_new_tokens, self.config.top_p)
-        rollouts = generate_rollouts(
-            self.engine, prompts, num_samples, sampling, f"{self.seed}/evaluate", self.verifiers
-        )
+        own = prompts if self.ranks is None else self.ranks.share(prompts)
+        rollouts = generate_rollouts(self.engine, own, num_samples, sampling, f"{self.seed}/evaluate", self.verifiers)
+        if self.ranks is not None:
+            rollouts = gather_rollouts(self.ranks, rollouts)
         samples = [
             sample_of(task, rollout.verdict, rollout.completion.text)
             for (task, _), group in zip(prompts, rollouts.groups, strict=True)

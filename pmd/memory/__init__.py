@@ -8,7 +8,7 @@ and then refreshes the index. Nothing here imports Lightning or torch, so a memo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError, MemoryStoreError
@@ -25,6 +25,23 @@ from pmd.types import InsightChange, ItemKind, MemoryItem, Rollout, Task
 
 #: Maps the insight texts of each cluster to one behaviour line per cluster; None if the model's output is malformed.
 Abstraction = Callable[[Sequence[Sequence[str]]], Sequence[str | None]]
+
+
+class ReadableMemory(Protocol):
+    """What rollouts and evaluation need of a memory: nothing that changes it."""
+
+    @property
+    def generation(self) -> int:
+        """How many times the memory has been updated."""
+        ...
+
+    def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
+        """Return at most k items for `task`, in an order drawn from `seed`."""
+        ...
+
+    def past_success(self, task: Task, group_id: str = "") -> str | None:
+        """Return a verified success on this task of another group than `group_id`, if there is one."""
+        ...
 
 
 @dataclass(slots=True)

@@ -23,9 +23,11 @@ from pmd.config.schema import RunConfig
 from pmd.engines.base import Engine, Sampling
 from pmd.errors import ConfigError
 from pmd.losses.policy_gradient import group_advantages
-from pmd.memory import ProceduralMemory
+from pmd.memory import ReadableMemory
+from pmd.memory.shared import SharedUpdater
 from pmd.memory.stream import MemoryUpdater
-from pmd.rollouts.generate import RolloutGroups, generate_rollouts, is_uniform
+from pmd.ranks import Ranks
+from pmd.rollouts.generate import RolloutGroups, gather_rollouts, generate_rollouts, is_uniform
 from pmd.seeds import derive_seed
 from pmd.tasks import tasks_of_epoch
 from pmd.tasks.prompts.base import PromptFormat
@@ -73,8 +75,9 @@ class RolloutDataModule(LightningDataModule):
         tasks: Mapping[Split, Sequence[Task]],
         engine: Engine,
         prompts: PromptFormat,
-        memory: ProceduralMemory | None,
-        updater: MemoryUpdater | None = None,
+        memory: ReadableMemory | None,
+        updater: MemoryUpdater | SharedUpdater | None = None,
+        ranks: Ranks | None = None,
     ):
         """Take the parts of a run; `updater` updates the memory with each batch."""
         super().__init__()
@@ -85,6 +88,7 @@ class RolloutDataModule(LightningDataModule):
         self.memory = memory
         self.updater = updater
         self.between_batches: Callable[[], None] | None = None  # called when a step is over and the next batch is due
+        self.ranks = ranks  # of a run on several devices: each generates a share of every batch, and trains on all
         self.contexts = ContextBuilder(prompts, config.teacher, config.memory.max_tokens)
         self.position = Position()
         self.tasks_digest = digest_of(tasks)
@@ -128,7 +132,10 @@ class RolloutDataModule(LightningDataModule):
         """Yield the batches that are left of an epoch, and keep count of the position."""
         self.position = start
         task_batches = self.task_batches(start)
-        for task_batch, generated in zip(task_batches, self._generate_all(task_batches), strict=True):
+        own = task_batches if self.ranks is None else [self._own_share(self.ranks, batch) for batch in task_batches]
+        for task_batch, generated in zip(task_batches, self._generate_all(own), strict=True):
+            if self.ranks is not None:  # here, because other threads must not talk to other ranks
+                generated = gather_rollouts(self.ranks, generated)
             yield from self._training_batches(task_batch, generated)
 
     def task_batches(self, start: Position) -> list[TaskBatch]:
@@ -153,6 +160,11 @@ class RolloutDataModule(LightningDataModule):
             batches.append(TaskBatch(chosen, epoch, step, key, updates, first + len(chosen)))
             step += updates
         return batches
+
+    @staticmethod
+    def _own_share(ranks: Ranks, batch: TaskBatch) -> TaskBatch:
+        """Return the tasks of a batch that this rank attempts."""
+        return replace(batch, tasks=ranks.share(batch.tasks))
 
     def first_pass(self) -> tuple[list[list[Rollout]], dict[str, float]]:
         """Have the policy attempt every training task once more, before the first step; return groups and costs.

@@ -6,13 +6,14 @@ Training and evaluation both use it. Slow verifiers run in threads while the eng
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
 from pmd.config.schema import VerifiersConfig
 from pmd.engines.base import Engine, Request, Sampling
 from pmd.errors import EngineError
+from pmd.ranks import Ranks
 from pmd.seeds import derive_seed
 from pmd.types import Completion, Rollout, Task, Verdict
 from pmd.verifiers.pool import VerificationPool, Verified
@@ -129,6 +130,18 @@ def generate_rollouts(
         verify_s += time.perf_counter() - waiting
     groups = [rollouts[start : start + num_samples] for start in range(0, len(rollouts), num_samples)]
     return RolloutGroups(groups, time.perf_counter() - started - verify_s, verify_s, pool.num_hung)
+
+
+def gather_rollouts(ranks: Ranks, own: RolloutGroups) -> RolloutGroups:
+    """Return on every rank the groups that all of them generated, in the order of the tasks they were shared out by."""
+    groups, costs = ranks.gathered(own.groups), ranks.all(replace(own, groups=[]))
+    return RolloutGroups(
+        groups,
+        max(part.generate_s for part in costs),
+        max(part.verify_s for part in costs),
+        sum(part.num_hung for part in costs),
+        tuple(group for part in costs for group in part.discarded),
+    )
 
 
 def _check_whole(completion: Completion, request: Request) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from pmd.config.load import load_config
-from pmd.config.processes import process_problems
+from pmd.config.processes import is_other_rank, process_problems, starts_ranks
 from pmd.config.resume import CHANGEABLE, check_changes, check_end, check_same_model, find_changes
 from pmd.config.schema import RunConfig
 from pmd.config.values import all_keys
@@ -98,6 +98,28 @@ def test_several_processes_are_refused(name):
     assert "pmd trains in one" in problem
     assert process_problems({name: "1"}) == process_problems({name: ""}) == process_problems({}) == []
     assert process_problems({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}) == []
+
+
+def test_launchers_start_as_many_ranks_as_the_run_has_devices():
+    two, four = ({"strategy": "ddp", "devices": 2, "num_nodes": nodes} for nodes in (1, 2))
+    for environment in ({"WORLD_SIZE": "4"}, {"SLURM_NTASKS": "4"}, {"WORLD_SIZE": "4", "SLURM_NTASKS": "2"}):
+        assert process_problems(environment, four) == []
+        (problem,) = process_problems(environment, two)
+        assert "has started 4 processes, and trainer.devices x trainer.num_nodes is 2" in problem
+    assert process_problems({}, two) == []
+    assert "torchrun --nnodes=2 --nproc-per-node=2" in process_problems({}, four)[0]
+    assert "use torchrun or SLURM's srun" in process_problems({"OMPI_COMM_WORLD_SIZE": "4"}, four)[0]
+    assert [starts_ranks(two, e) for e in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"})] == [True, True, False]
+    assert not starts_ranks({"strategy": "ddp"}, {})
+
+
+def test_the_first_rank_alone_owns_the_run_directory():
+    ranks = [
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "1"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    ]
+    assert [is_other_rank(environment) for environment in (*ranks, {})] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "{}"])

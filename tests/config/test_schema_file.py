@@ -29,7 +29,7 @@ WRONG = [
     "data.world.boxes=5", "seed_everything=-1", "trainer.max_epochs=0", "trainer.max_steps=many",
     "trainer.logger=3", "trainer.callbacks=[{init_args: {}}]", "trainer.callbacks={class_path: C, n: 1}",
     "trainer.callbacks=true", "wandb=on", "wandb.mode=yes please",
-    "trainer.max_epoch=3", "trainer.devices=2", "trainer.precision=16-mixed", "trainer.accelerator=gpuu",
+    "trainer.max_epoch=3", "trainer.devices=0", "trainer.precision=16-mixed", "trainer.accelerator=gpuu",
 ]  # fmt: skip
 
 

@@ -43,39 +43,56 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def launch(
-    runs: Sequence[PlannedRun], jobs: int, threads: int, main: Callable[[list[str]], int], preload: str
+    runs: Sequence[PlannedRun],
+    jobs: int,
+    threads: int,
+    main: Callable[[list[str]], int],
+    preload: str,
+    gpus: Sequence[str] = (),
 ) -> Iterator[tuple[PlannedRun, int]]:
     """Run all runs, `jobs` at a time with `threads` threads each; yield each with its exit code when it ends.
 
     `main` is the command line, and `preload` a module that is imported once and then shared by forking. Closing the
-    generator, or an interrupt, stops the active runs; the next sweep resumes them.
+    generator, or an interrupt, stops the active runs; the next sweep resumes them. A run that a signal has killed is
+    tried once more, from its last checkpoint.
+
+    Args:
+        gpus: GPUs as in CUDA_VISIBLE_DEVICES. Each run sees one of them; only more jobs than GPUs share one.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     waiting = list(reversed(runs))
-    running: dict[int, tuple[PlannedRun, BaseProcess]] = {}
+    free = [gpus[slot % len(gpus)] if gpus else None for slot in reversed(range(jobs))]
+    retried: set[Path] = set()
+    running: dict[int, tuple[PlannedRun, BaseProcess, str | None]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                run = waiting.pop()
-                process = context.Process(target=_fit, args=(main, _arguments(run), str(log_file(run))))
+                run, gpu = waiting.pop(), free.pop()
+                process = context.Process(target=_fit, args=(main, _arguments(run), str(log_file(run)), gpu))
                 process.start()
-                running[process.sentinel] = run, process
+                running[process.sentinel] = run, process, gpu
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
-                run, process = running.pop(sentinel)
+                run, process, gpu = running.pop(sentinel)
                 process.join()
-                yield run, process.exitcode or 0
+                free.append(gpu)
+                code = process.exitcode or 0
+                if code < 0 and run.run_dir not in retried:
+                    retried.add(run.run_dir)
+                    waiting.append(run)
+                else:
+                    yield run, code
     finally:
         _stop(running)
 
 
-def _stop(running: Mapping[int, tuple[PlannedRun, BaseProcess]]) -> None:
-    for _, process in running.values():
+def _stop(running: Mapping[int, tuple[PlannedRun, BaseProcess, str | None]]) -> None:
+    for _, process, _ in running.values():
         process.terminate()
-    for _, process in running.values():
+    for _, process, _ in running.values():
         process.join(30)
         if process.is_alive():
             process.kill()
@@ -97,11 +114,13 @@ def _marker(run: PlannedRun) -> Path:
     return run.run_dir.with_name(run.run_dir.name + ".grid.json")
 
 
-def _fit(main: Callable[[list[str]], int], arguments: list[str], log: str) -> None:
+def _fit(main: Callable[[list[str]], int], arguments: list[str], log: str, gpu: str | None) -> None:
     """Act as `python -m pmd ARGUMENTS` with the output in a file; exit when the sweep exits."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,0 +1,90 @@
+"""Shares out over the ranks what rank 0 alone asks its engine for: reflections and behaviours.
+
+Rank 0 leads: its `LeadingEngine` sends the requests to all ranks, each generates every n-th, and rank 0 collects the
+completions. The others `follow` until rank 0 releases them. A completion depends on its request alone, so it does not
+matter who generates it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pmd.engines.base import Engine, Request, Sampling
+from pmd.ranks import Ranks
+from pmd.types import Completion, Role
+
+Order = tuple[Sequence[Request], Sampling, Role]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Ends an order of rank 0."""
+
+    result: Any
+
+
+class LeadingEngine:
+    """Rank 0's engine, with those of the ranks that follow."""
+
+    def __init__(self, engine: Engine, ranks: Ranks):
+        self.engine, self.ranks = engine, ranks
+
+    @property
+    def policy_version(self) -> int:
+        """The version of rank 0's engine; all are synced together."""
+        return self.engine.policy_version
+
+    @policy_version.setter
+    def policy_version(self, version: int) -> None:
+        self.engine.policy_version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (position, completion) once all ranks have generated."""
+        order: Order = (requests, sampling, role)
+        self.ranks.from_first(lambda: order)
+        completions = _generate_share(self.engine, self.ranks, order)
+        yield from enumerate(completions)
+
+    def release(self, result: T) -> T:
+        """Let the other ranks go on, with a result; return it."""
+        self.ranks.from_first(lambda: Release(result))
+        return result
+
+    def sync(self, policy_version: int) -> None:
+        """Sync rank 0's engine."""
+        self.engine.sync(policy_version)
+
+    def sleep(self) -> None:
+        """Put rank 0's engine to sleep; the others have GPUs of their own."""
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        """Wake rank 0's engine."""
+        self.engine.wake()
+
+    def close(self) -> None:
+        """Close rank 0's engine."""
+        self.engine.close()
+
+
+def follow(engine: Engine, ranks: Ranks) -> Any:
+    """Generate this rank's share of whatever rank 0 asks for, until it releases the ranks; return its result."""
+    while True:
+        order: Order | Release = ranks.from_first(_never)
+        if isinstance(order, Release):
+            return order.result
+        _generate_share(engine, ranks, order)
+
+
+def _never() -> Any:
+    raise AssertionError("rank 0 leads")
+
+
+def _generate_share(engine: Engine, ranks: Ranks, order: Order) -> list[Completion]:
+    requests, sampling, role = order
+    own = ranks.share(requests)
+    completions = dict(engine.generate(own, sampling, role)) if own else {}
+    return ranks.gathered([completions[position] for position in range(len(own))])

@@ -1,0 +1,135 @@
+"""A step that several ranks share out is the step of one: the same weights, whatever their number."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from examples import make_example, make_rollout, random_ids, take_steps, tiny_module, trained
+from rank_processes import on_ranks
+
+from pmd.batch import Example
+from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
+from pmd.engines.base import Request, Sampling
+from pmd.engines.shared import LeadingEngine, follow
+from pmd.errors import AlignmentError, RankLost
+from pmd.ranks import Ranks
+from pmd.types import Completion
+
+sys.path.append(str(Path(__file__).with_name("golden")))
+from test_training_steps import truly_float64
+
+METHODS = {
+    "grpo": (ObjectiveConfig(policy_gradient=1.0, distillation=0.0, kl_weight=0.05), TeacherConfig()),
+    "sdpo": (ObjectiveConfig(alpha=0.5, top_k=20, no_context_weight=0.0, reduction="sequence"), TeacherConfig("ema")),
+    "pmd": (ObjectiveConfig(alpha="symmetric"), TeacherConfig()),
+}
+TOLERANCE = 1e-9
+METRICS = ("student/grad_norm", "student/entropy")
+
+
+def recorded_batch(step: int, num_groups: int = 3) -> list[Example]:
+    """Groups of different sizes and lengths, so that ranks differ in their number of micro-batches."""
+    draw, examples = random.Random(step), []
+    for group in range(num_groups):
+        prompt, shown = random_ids(draw, draw.randrange(4, 12)), random_ids(draw, draw.randrange(6, 20))
+        for _ in range(draw.randrange(1, 4)):
+            ids = random_ids(draw, draw.randrange(1, 9))
+            logprobs = [-draw.random() * 4 for _ in ids]
+            number, version = len(examples), draw.randrange(step + 1)
+            rollout = make_rollout(
+                number, ids, group=group, prompt_ids=prompt, logprobs=logprobs, policy_version=version
+            )
+            success = "yes" if draw.random() < 0.7 else None
+            examples.append(make_example(rollout, shown, advantage=draw.random() - 0.5, success=success))
+    return examples
+
+
+def weights_after(method: str, finetune: str, num_steps: int, ranks: Ranks | None = None) -> dict[str, np.ndarray]:
+    """Return what is trained, and the gradient's norm of the last step, after some steps in float64."""
+    objective, teacher = METHODS[method]
+    with truly_float64():
+        module = tiny_module(objective, teacher=teacher, optimizer=OptimizerConfig(lr=1e-3), finetune=finetune)
+        module.double()
+        module.layout = replace(module.layout, max_tokens=60)
+        if ranks is not None:
+            module.share_with(ranks)
+        trainer = take_steps(module, [recorded_batch(step) for step in range(num_steps)])
+        found = {name: parameter.detach().numpy() for name, parameter in trained(module).items()}
+        metrics = trainer.callback_metrics
+        return found | {name: metrics[name].double().numpy() for name in METRICS}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, tensor in expected.items():
+        limit = TOLERANCE if name not in METRICS else 1e-6  # metrics are logged in float32
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=limit, err_msg=name)
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    alone = weights_after("sdpo", "lora", 3)
+    for found in on_ranks(2, tmp_path, lambda ranks: weights_after("sdpo", "lora", 3, ranks)):
+        assert_same(found, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_and_four_ranks_end_where_one_ends(method, finetune, tmp_path):
+    alone = weights_after(method, finetune, 20)
+    for size in (2, 4):  # with four, one of them has no rollouts at all
+        for found in on_ranks(size, tmp_path, lambda ranks: weights_after(method, finetune, 20, ranks)):
+            assert_same(found, alone)
+
+
+class CountingEngine:
+    """Completes each request with its seed, and counts what it was asked for."""
+
+    def __init__(self):
+        self.policy_version, self.asked = 0, []
+
+    def generate(self, requests, sampling, role="student"):
+        self.asked += [request.seed for request in requests]
+        yield from ((n, Completion((request.seed,), (-1.0,), "", "stop", 0)) for n, request in enumerate(requests))
+
+
+def test_rank_0_leads_and_tells(tmp_path):
+    """Requests of rank 0 are shared out; its results come back in order, and what only it knows is told to all."""
+
+    def act(ranks: Ranks):
+        engine, sampling = CountingEngine(), Sampling(1.0, 1)
+        if ranks.is_first:
+            leading = LeadingEngine(engine, ranks)
+            requests = [Request((1,), seed) for seed in range(5)]
+            found = [completion.token_ids[0] for _, completion in leading.generate(requests, sampling)]
+            released = leading.release({"n": 7.0})
+        else:
+            found, released = None, follow(engine, ranks)
+        told = ranks.from_first(lambda: "only rank 0 is asked" if ranks.is_first else 1 / 0)
+        failed = ""
+        try:
+            ranks.from_first(lambda: 1 / 0)
+        except (RankLost, ZeroDivisionError) as error:
+            failed = type(error).__name__
+        groups = ranks.gathered([f"done {item}" for item in ranks.share(list("abc"))])
+        return found, engine.asked, released, told, failed, groups, ranks.summed({"x": 1.0, f"y{ranks.rank}": 2.0})
+
+    first, second = on_ranks(2, tmp_path, act)
+    assert first[0] == [0, 1, 2, 3, 4]
+    assert [first[1], second[1]] == [[0, 2, 4], [1, 3]]
+    assert [first[4], second[4]] == ["ZeroDivisionError", "RankLost"]
+    for found in (first, second):
+        assert found[2:4] == ({"n": 7.0}, "only rank 0 is asked")
+        assert found[5:] == (["done a", "done b", "done c"], {"x": 2.0, "y0": 2.0, "y1": 2.0})
+
+
+def test_ranks_that_hold_other_weights_are_refused(tmp_path):
+    def act(ranks: Ranks) -> str:
+        with pytest.raises(AlignmentError, match="the weights differ between rank 0 and rank 1") as raised:
+            ranks.check_equal([torch.tensor([1.0, ranks.rank])], "the weights")
+        return str(raised.value)
+
+    assert len(on_ranks(2, tmp_path, act)) == 2
