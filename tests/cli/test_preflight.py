@@ -88,7 +88,7 @@ def test_check_says_what_it_tried(typed, capsys):
     assert main(["check", *typed("fine", lambda folder: None)]) == 0
     said = capsys.readouterr().out
     for words in (
-        "18 train tasks",
+        "17 train tasks",
         "verifier exact: format for an empty completion, ok for a plausible completion",
         "reflection",
         "Nothing is",

@@ -35,7 +35,8 @@ class NeverReturns:
 
     def __call__(self, task: Task, completion_text: str) -> Verdict:
         """Return a verdict, or never."""
-        if task.answer != "hang":
+        is_tried = not completion_text or completion_text.startswith("The answer is hang.")  # before the run
+        if task.answer != "hang" or is_tried:
             return Verdict(0.0, False, "wrong_answer")
         with self.lock:
             self.num_calls += 1
