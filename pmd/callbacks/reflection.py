@@ -31,8 +31,12 @@ class ReflectionCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Record the batch's rollouts and what their teachers were shown."""
+        """Record the batch, and whether it is the epoch's last."""
         self.record.is_complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self.collect(batch)
+
+    def collect(self, batch: Batch) -> None:
+        """Record the batch's rollouts and what their teachers were shown."""
         groups: dict[str, list[Example]] = {}
         for example in batch.examples:
             groups.setdefault(example.rollout.group_id, []).append(example)
