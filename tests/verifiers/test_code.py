@@ -119,6 +119,16 @@ def test_feedback_prefers_a_crash_then_a_limit_then_the_two_shortest():
     assert len(feedback) <= 2000
 
 
+def test_a_text_without_a_program_earns_nothing():
+    verdict = verify(task(CASES), "print(2)")
+    assert (verdict.status, verdict.reward, verdict.correct) == ("format", 0.0, False)
+
+
+def test_the_arguments_of_a_call_are_shown_as_they_are():
+    verdict = verify(task([{"args": ["é"], "expected": "e"}]), fence("def f(x): return x"))
+    assert '["é"]' in verdict.feedback
+
+
 @given(st.text(max_size=50))
 def test_any_text_is_a_completion(text):
     assert verify(task(CASES), text).status in ("format", "runtime_error", "wrong_answer")
