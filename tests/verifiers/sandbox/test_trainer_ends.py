@@ -13,7 +13,8 @@ from command_line import PmdProcess, start_pmd
 
 #: A tiny model that reads any text, few and short rollouts.
 FLAGS = [
-    "--config", "configs/tiny_sciknoweval.yaml", "--method=grpo", "--memory.enabled=false", "--data.task=jsonl", "--data.validation_share=0",
+    "--config", "configs/tiny_sciknoweval.yaml", "--method=grpo", "--memory.enabled=false", "--data.task=jsonl",
+    "--data.validation_share=0",
     "--rollouts.tasks_per_step=4", "--rollouts.max_new_tokens=4", "--verification.samples=1",
     "--verification.final_samples=1", "--verification.pass_at=[1]", "--verifiers.workers=2",
 ]  # fmt: skip
