@@ -29,7 +29,8 @@ class CompletionsCallback(Callback):
     ) -> None:
         """Write the step's table."""
         assert isinstance(pl_module, PMDModule)
-        if pl_module.trace is None:
+        ranks = pl_module.ranks
+        if pl_module.trace is None or (ranks is not None and not ranks.is_first):  # the first has all ranks' traces
             return
         traced = {record["rollout_id"]: record for record in pl_module.trace.records}
         rows = [
