@@ -181,7 +181,8 @@ def test_the_reading_is_checked(tmp_path):
 
 
 def test_one_file_is_split(data_folder):
-    tasks = load_tasks(DataConfig(task="tooluse", path=str(data_folder / "tooluse_test.jsonl.gz")), seed=0)
+    path = str(data_folder / "tooluse_test.jsonl.gz")
+    tasks = load_tasks(DataConfig(task="tooluse", path=path, validation_share=0), seed=0)
     assert (len(tasks["train"]), len(tasks["test"])) == (61, 7)
 
 

@@ -24,7 +24,8 @@ def reference(answer, text):
 
 def test_multiple_choice_follows_sdpos_rule_on_every_question(data_folder):
     domains = ["biology", "chemistry", "material", "physics"]
-    tasks = load_tasks(DataConfig(task="sciknoweval", path=str(data_folder), domains=domains), seed=0)
+    config = DataConfig(task="sciknoweval", path=str(data_folder), domains=domains, validation_share=0)
+    tasks = load_tasks(config, seed=0)
     everything = tasks["train"] + tasks["test"]
     assert len(everything) == 4335
     for one in everything:
