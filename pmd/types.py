@@ -55,6 +55,11 @@ class Task:
     place: str = field(default="", compare=False, repr=False)  # FILE:LINE it was read from, for error messages
 
     @property
+    def lookup_key(self) -> str:
+        """What retrieval looks up: the memory key, or the question where there is none."""
+        return self.memory_key or self.question
+
+    @property
     def question(self) -> str:
         """The last user message: the task itself, without the system prompt."""
         return next(m.content for m in reversed(self.messages) if m.role == "user")

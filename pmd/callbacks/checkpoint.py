@@ -61,7 +61,7 @@ class CheckpointCallback(Checkpoint):
         """Ask the data to say when a step is over."""
         self._written_at = _step(trainer)
         if self.every_steps is not None:
-            _data(trainer).between_batches = partial(self._write_if_due, trainer, self.every_steps)
+            data_of(trainer).between_batches = partial(self._write_if_due, trainer, self.every_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
@@ -161,10 +161,11 @@ def start_loop_at(fit_loop: dict[str, Any], epoch: int, step: int) -> None:
 
 def _step(trainer: Trainer) -> int:
     """Return after how many steps of the data the run is."""
-    return _data(trainer).position.step
+    return data_of(trainer).position.step
 
 
-def _data(trainer: Trainer) -> RolloutDataModule:
+def data_of(trainer: Trainer) -> RolloutDataModule:
+    """Return the data module that a trainer fits with."""
     data = cast(Any, trainer).datamodule
     assert isinstance(data, RolloutDataModule)
     return data

@@ -29,8 +29,7 @@ class CompletionsCallback(Callback):
     ) -> None:
         """Write the step's table."""
         assert isinstance(pl_module, PMDModule)
-        ranks = pl_module.ranks
-        if pl_module.trace is None or (ranks is not None and not ranks.is_first):  # the first has all ranks' traces
+        if pl_module.trace is None or not trainer.is_global_zero:  # the first of several processes has all traces
             return
         traced = {record["rollout_id"]: record for record in pl_module.trace.records}
         rows = [

@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from pmd.callbacks.checkpoint import data_of
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
 from pmd.errors import DiskError, MemoryStoreError
@@ -28,7 +29,6 @@ from pmd.memory.pending import decode, encode
 from pmd.memory.reflect import Reflector
 from pmd.memory.stream import MemoryUpdater
 from pmd.module import PMDModule
-from pmd.rollouts.datamodule import RolloutDataModule
 from pmd.scoring import PolicyScorer
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class MemoryCallback(Callback):
         """Build a frozen memory before the first step."""
         if not self.memory.config.frozen or self.memory.is_closed:
             return
-        data = cast(Any, trainer).datamodule
-        assert isinstance(data, RolloutDataModule)
+        data = data_of(trainer)
         attempted, costs = data.first_pass()
         updater = MemoryUpdater(self.record, self.memory, self.reflector)
         figures = costs | updater.update(attempted, 0, data.engine.policy_version)

@@ -296,7 +296,7 @@ def _sample_with(run: Run, tasks: Sequence[Task], store: Path) -> list[Sample]:
     from pmd.memory.reading import opened_memory
 
     config, train = run.config, run.tasks["train"]
-    held_out, keys = HeldOut({"train": train, "test": tasks}), [task.memory_key or task.question for task in train]
+    held_out, keys = HeldOut({"train": train, "test": tasks}), [task.lookup_key for task in train]
     with opened_memory(store, config.memory, keys, held_out) as memory:
         return run.evaluator.memory_conditioned(tasks, config.verification.final_samples, memory)
 
@@ -382,7 +382,7 @@ def _open_memory(
     """Open the run's memory; of several ranks, the first does."""
     if not config.memory.enabled or not (ranks is None or ranks.is_first):
         return None
-    keys = [task.memory_key or task.question for task in tasks["train"]]
+    keys = [task.lookup_key for task in tasks["train"]]
     return ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
 
 

@@ -150,7 +150,7 @@ class ProceduralMemory:
 
     def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
         """Return at most k items for `task`, in an order drawn from `seed`."""
-        return self.retriever.retrieve(task.memory_key or task.question, seed=seed, task_id=task.task_id)
+        return self.retriever.retrieve(task.lookup_key, seed=seed, task_id=task.task_id)
 
     def past_success(self, task: Task, group_id: str = "") -> str | None:
         """Return a verified success on this task, if there is one, that is not of the group being trained on."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pmd.config.schema import ReflectionConfig
 from pmd.tasks.prompts.base import PromptFormat
+from pmd.tasks.prompts.parsing import printable_line
 
 MAX_TRIES = 3  # of one call, while the endpoint is unreachable or busy
 PAUSE_S = 1.0  # before the second try; doubles
@@ -167,8 +168,7 @@ class BehaviourWriter:
         """Return the beginning of a text for a message, on one printable line and without the key."""
         if self.key:
             text = text.replace(self.key, "[the key]")
-        text = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_QUOTED])
-        return repr(" ".join(text.split())[:MAX_QUOTED])
+        return repr(printable_line(text[: 4 * MAX_QUOTED])[:MAX_QUOTED])
 
 
 def _pauses() -> Iterator[float]:

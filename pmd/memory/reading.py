@@ -27,7 +27,7 @@ class StoredMemory:
 
     def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
         """Return at most k items for `task`, in an order drawn from `seed`."""
-        return self.retriever.retrieve(task.memory_key or task.question, seed=seed, task_id=task.task_id)
+        return self.retriever.retrieve(task.lookup_key, seed=seed, task_id=task.task_id)
 
 
 @contextmanager

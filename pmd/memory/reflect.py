@@ -17,7 +17,7 @@ from pmd.engines.base import Engine, Request, Sampling
 from pmd.memory.behaviour_writer import BehaviourWriter
 from pmd.seeds import derive_seed
 from pmd.tasks.prompts.base import Extent, PromptFormat
-from pmd.tasks.prompts.parsing import ParsedInsight
+from pmd.tasks.prompts.parsing import ParsedInsight, printable_line
 from pmd.types import Completion, InsightChange, MemoryItem, Rollout, Task
 
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same output
@@ -69,8 +69,7 @@ class Reflections:
             cause = "the policy writes nothing, so check its chat template"
         else:
             cause = "the policy does not keep to the form asked for, so it may be too small, or not instruction-tuned"
-        quoted = "".join(c if c.isprintable() else " " for c in self.example[: 4 * MAX_QUOTED])
-        quoted = " ".join(quoted.split())[:MAX_QUOTED]
+        quoted = printable_line(self.example[: 4 * MAX_QUOTED])[:MAX_QUOTED]
         share = f"{num_readable} of {self.num_prompts}"
         return f'memory: {share} reflections readable, e.g. "{quoted}". Likely cause: {cause}.'
 

@@ -129,7 +129,7 @@ class Writer:
                 f"task_id={task.task_id} has split={task.split}; memory keeps training tasks only. "
                 "Write the rollouts of training tasks, never those of evaluation."
             )
-        key = task.memory_key or task.question
+        key = task.lookup_key
         content = hashlib.sha256("\0".join([key, task.question, task.answer]).encode()).hexdigest()
         row = self._db.execute("SELECT id, content_sha FROM tasks WHERE task_id = ?", (task.task_id,)).fetchone()
         if row is not None:

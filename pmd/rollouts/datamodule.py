@@ -63,6 +63,7 @@ class TaskBatch:
     key: str  # identifies the batch; seeds and rollout ids are derived from it
     num_updates: int  # optimizer steps; the tasks are divided among them
     num_begun: int  # tasks of the epoch that have begun with this batch
+    num_in_epoch: int
 
 
 class RolloutDataModule(LightningDataModule):
@@ -152,12 +153,12 @@ class RolloutDataModule(LightningDataModule):
             by_id = {task.task_id: task for task in tasks}
             owed = [by_id[task_id] for task_id in start.owed]
             key = f"{seed}/train/{epoch}/{step}"
-            batches.append(TaskBatch(owed, epoch, step, key, start.owed_steps, start.num_begun))
+            batches.append(TaskBatch(owed, epoch, step, key, start.owed_steps, start.num_begun, len(tasks)))
             step += start.owed_steps
         for first in range(start.num_begun, len(tasks), rollouts.tasks_per_step):
             chosen, updates = tasks[first : first + rollouts.tasks_per_step], rollouts.updates_per_batch
             key = f"{seed}/train/{epoch}/{step}"
-            batches.append(TaskBatch(chosen, epoch, step, key, updates, first + len(chosen)))
+            batches.append(TaskBatch(chosen, epoch, step, key, updates, first + len(chosen), len(tasks)))
             step += updates
         return batches
 
@@ -276,7 +277,7 @@ class RolloutDataModule(LightningDataModule):
         num_rollouts = self.position.num_rollouts + num_tasks * self.config.rollouts.group_size
         steps_left = batch.num_updates - update - 1
         owed = [task.task_id for n, task in enumerate(batch.tasks) if n % batch.num_updates > update]
-        if batch.num_begun == len(self._tasks_of(batch.epoch)) and not owed:
+        if batch.num_begun == batch.num_in_epoch and not owed:
             return Position(batch.epoch + 1, step, num_rollouts=num_rollouts)
         return Position(batch.epoch, step, batch.num_begun, tuple(owed), steps_left, num_rollouts)
 

@@ -38,7 +38,7 @@ def prompt_of(task: Task) -> str:
 
 def stem_of(task: Task) -> str:
     """Return the question without its options, with white space normalized."""
-    return " ".join((task.memory_key or task.question).split())
+    return " ".join(task.lookup_key.split())
 
 
 def find_duplicates(tasks: Iterable[Task]) -> DuplicateReport:

@@ -48,7 +48,7 @@ def tasks(tmp_path):
 
 
 def memory_for(tasks, folder) -> ProceduralMemory:
-    keys = [task.memory_key or task.question for task in tasks["train"]]
+    keys = [task.lookup_key for task in tasks["train"]]
     return ProceduralMemory(folder / "memory.sqlite", MemoryConfig(), keys, duplicated_task_ids(tasks))
 
 

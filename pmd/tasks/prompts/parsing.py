@@ -78,12 +78,12 @@ def _line(item: dict[str, Any]) -> str | None:
     title, content = item.get("title"), item.get("content")
     if not (isinstance(title, str) and isinstance(content, str)):
         return None
-    title, content = _printable(title), _printable(content)
+    title, content = printable_line(title), printable_line(content)
     line = f"{title}: {content}"
     return line if title and content and len(line) <= MAX_ITEM_CHARACTERS else None
 
 
-def _printable(text: str) -> str:
+def printable_line(text: str) -> str:
     """Return one line without control characters and lone surrogates, which stores and tokenizers reject."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
