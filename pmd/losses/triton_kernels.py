@@ -328,6 +328,19 @@ def _bound_of_row(x_row, vocabulary, k, LANES: tl.constexpr, STAGES: tl.constexp
 
 @triton.jit
 @no_type_check
+def _store_others(maximum_at, total_at, moment_at, top, sums, sums_of_moments, rest):
+    """Store (maximum, total, moment) of a row's tokens that were not picked; `rest` are candidates among them."""
+    rest_top = tl.maximum(tl.max(rest, 0), LOWEST)
+    step = tl.maximum(rest - rest_top, FAR_BELOW)
+    e = tl.exp(step)
+    top, sums, sums_of_moments = _combine(top, sums, sums_of_moments, rest_top, tl.sum(e, 0), tl.sum(step * e, 0))
+    tl.store(maximum_at, top)
+    tl.store(total_at, sums)
+    tl.store(moment_at, sums_of_moments)
+
+
+@triton.jit
+@no_type_check
 def _select(
     logits, row_stride, vocabulary, candidates, is_crowded, ids, picked, k, maxima, totals, moments, scale,
     LANES: tl.constexpr, STAGES: tl.constexpr, CAPACITY: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
@@ -381,13 +394,7 @@ def _select(
         tl.store(picked + k, tl.load(x_row + tl.load(ids + k)).to(tl.float32) * scale)
 
         rest = tl.where(valid & ~chosen, logit * scale, float("-inf"))
-        rest_top = tl.maximum(tl.max(rest, 0), LOWEST)
-        step = tl.maximum(rest - rest_top, FAR_BELOW)
-        e = tl.exp(step)
-        top, sums, sums_of_moments = _combine(top, sums, sums_of_moments, rest_top, tl.sum(e, 0), tl.sum(step * e, 0))
-        tl.store(maxima + row, top)
-        tl.store(totals + row, sums)
-        tl.store(moments + row, sums_of_moments)
+        _store_others(maxima + row, totals + row, moments + row, top, sums, sums_of_moments, rest)
 
 
 @triton.jit
@@ -429,13 +436,7 @@ def _select_crowded(
         tl.store(picked + k, tl.load(x_row + tl.load(ids + k)).to(tl.float32) * scale)
 
         rest = tl.where(candidate & ~chosen, x * scale, float("-inf"))
-        rest_top = tl.maximum(tl.max(rest, 0), LOWEST)
-        step = tl.maximum(rest - rest_top, FAR_BELOW)
-        e = tl.exp(step)
-        top, sums, sums_of_moments = _combine(top, sums, sums_of_moments, rest_top, tl.sum(e, 0), tl.sum(step * e, 0))
-        tl.store(maxima + row, top)
-        tl.store(totals + row, sums)
-        tl.store(moments + row, sums_of_moments)
+        _store_others(maxima + row, totals + row, moments + row, top, sums, sums_of_moments, rest)
 
 
 @triton.jit
