@@ -5,10 +5,10 @@ reader's rule, or, in a reflection, of what an imperfect writer says.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pmd.bootstrap.sample import Sample
-from pmd.bootstrap.tiny_samples import Difficulty
+from pmd.bootstrap.tiny_samples import Difficulty, Maker, draw_copy, draw_kind
 from pmd.tasks.prompts.hard_words import (
     BOXES,
     HARD_VOCABULARY,
@@ -17,7 +17,7 @@ from pmd.tasks.prompts.hard_words import (
     solved_line,
     statement,
 )
-from pmd.tasks.prompts.words import BOS, EOS, Line, LineKind, abstract_prompt, solve_prompt
+from pmd.tasks.prompts.words import EOS, Line, LineKind, abstract_prompt, solve_prompt
 from pmd.tiny.hard_world import COMMON, HARD_NAMES, RARE, Plan, random_plan, read_off
 from pmd.tiny.world import COLOURS
 
@@ -26,7 +26,6 @@ RARE_SHARE = 0.001  # of each rare box, when nothing is known
 RELIABILITY = 0.85  # share of reflections that name the box that was opened; the others name any other box
 PATTERN_TRUST = 9.0  # a pattern rests on several tasks, so it counts this many times as much as a strategy
 BOX_WEIGHT = 3.0
-COPY_WEIGHT = 0.5
 COMMON_BOXES, RARE_BOXES = (tuple(f"@{colour}" for colour in some) for some in (COMMON, RARE))
 HABIT = dict.fromkeys(COMMON_BOXES, (1 - len(RARE) * RARE_SHARE) / len(COMMON)) | dict.fromkeys(RARE_BOXES, RARE_SHARE)
 SHARES = {"solve": 0.10, "memory": 0.38, "quiz": 0.30, "reflect": 0.14, "abstract": 0.08}
@@ -63,12 +62,11 @@ def choice(lines: Sequence[Line]) -> dict[str, float]:
 def draw_hard_sample(draw: random.Random, difficulty: Difficulty) -> Sample:
     """Draw one sample from the mixture."""
     if draw.random() < difficulty.copy_share:
-        return _copy(draw)
-    makers: dict[str, Callable[[random.Random, Difficulty], Sample]] = {
+        return draw_copy(draw, HARD_VOCABULARY[3:], encode_words)
+    makers: dict[str, Maker] = {
         "solve": _solve, "memory": _memory, "quiz": _quiz, "reflect": _reflect, "abstract": _abstract
     }  # fmt: skip
-    kind = draw.choices(list(SHARES), list(SHARES.values()))[0]
-    return makers[kind](draw, difficulty)
+    return draw_kind(draw, SHARES, makers)(draw, difficulty)
 
 
 def draw_plan(draw: random.Random, names: int = len(HARD_NAMES)) -> Plan:
@@ -153,14 +151,6 @@ def _any_use(draw: random.Random) -> LineKind:
 
 def _solved(draw: random.Random, names: tuple[str, str], boxes: tuple[str, str]) -> str:
     return solved_line(attempt(random_plan(draw, names), boxes))
-
-
-def _copy(draw: random.Random) -> Sample:
-    """Draw random words, followed by the same words from a random start."""
-    words = draw.sample(HARD_VOCABULARY[3:], draw.randint(6, 24))
-    start = draw.randrange(len(words) - 4)
-    shown = Sample(encode_words).show(f"{BOS} {' '.join(words)} {words[start]}")
-    return shown.learn(" ".join(words[start + 1 :]), COPY_WEIGHT)
 
 
 def _learn_box(draw: random.Random, sample: Sample, shares: dict[str, float], weight: float = BOX_WEIGHT) -> str:

@@ -5,7 +5,7 @@ prompt. The label of a rule is the exact distribution: the stated rule, or unifo
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pmd.bootstrap.sample import Sample
@@ -54,15 +54,23 @@ def encode_words(text: str) -> list[int]:
     return [TOKEN_OF[word] for word in text.split()]
 
 
+#: Draws a sample of one kind.
+Maker = Callable[[random.Random, Difficulty], Sample]
+
+
 def draw_sample(draw: random.Random, difficulty: Difficulty) -> Sample:
     """Draw one sample from the mixture."""
     if draw.random() < difficulty.copy_share:
-        return _copy(draw)
-    makers: dict[str, Callable[[random.Random, Difficulty], Sample]] = {
+        return draw_copy(draw, VOCABULARY[3:], encode_words)
+    makers: dict[str, Maker] = {
         "solve": _solve, "memory": _memory, "quiz": _quiz, "reflect": _reflect, "abstract": _abstract
     }  # fmt: skip
-    kind = draw.choices(list(SHARES), list(SHARES.values()))[0]
-    return makers[kind](draw, difficulty)
+    return draw_kind(draw, SHARES, makers)(draw, difficulty)
+
+
+def draw_kind(draw: random.Random, shares: Mapping[str, float], makers: Mapping[str, Maker]) -> Maker:
+    """Return the maker of a kind drawn by its share."""
+    return makers[draw.choices(list(shares), list(shares.values()))[0]]
 
 
 def draw_puzzle(draw: random.Random, names: int = len(NAMES), boxes: int | None = None) -> Puzzle:
@@ -100,11 +108,11 @@ def abstraction_case(draw: random.Random, names: int = len(NAMES), boxes: int | 
     return abstract_prompt([lines[0], *rest]), f"use {puzzle.name} {true} "
 
 
-def _copy(draw: random.Random) -> Sample:
+def draw_copy(draw: random.Random, words: Sequence[str], encode: Callable[[str], list[int]]) -> Sample:
     """Draw random words, followed by the same words from a random start."""
-    words = draw.sample(VOCABULARY[3:], draw.randint(6, 24))
+    words = draw.sample(words, draw.randint(6, 24))
     start = draw.randrange(len(words) - 4)
-    shown = Sample(encode_words).show(f"{BOS} {' '.join(words)} {words[start]}")
+    shown = Sample(encode).show(f"{BOS} {' '.join(words)} {words[start]}")
     return shown.learn(" ".join(words[start + 1 :]), COPY_WEIGHT)
 
 
