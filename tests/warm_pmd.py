@@ -35,7 +35,6 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until they end."""
     for module in ("pmd.cli.run", "pmd.planning.sweep.table", "peft", "matplotlib.pyplot"):
         import_module(module)
-    import_module("torch").set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     sys.modules["__main__"] = ModuleType("__main__")  # what starts Python anew must not import pytest's
     for line in requests:
@@ -63,6 +62,8 @@ def run(request: dict) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
         os.environ.update(request["environment"])
+        # Here, not before the fork: threads that come later would find a pool that the fork has broken.
+        import_module("torch").set_num_threads(1)
         tempfile.tempdir = None  # TMPDIR may be another one now
         os.chdir(request["cwd"])
         sys.path[:0] = request["path"]
