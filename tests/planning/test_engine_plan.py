@@ -154,7 +154,7 @@ def test_a_layer_with_sliding_window_attention_caches_only_its_window(tmp_path):
 
 def test_the_doctor_explains_the_plan_for_a_gpu_that_is_not_there(tmp_path, capsys):
     model = make_random_model(tmp_path / "model")
-    arguments = ["doctor", "--config", "configs/qwen3_8b.yaml", f"--model.path={model}"]
+    arguments = ["doctor", "--config", "configs/qwen3_8b.yaml", f"--model.path={model}", "--memory.embedder=hash"]
     assert main([*arguments, "--gpu-gb=24"]) == 0  # all of so small a model fits, so vLLM need not sleep
     assert "GB, always" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--gpu-gb=24", "--rollouts.vllm.sleep=true"]) == 0
