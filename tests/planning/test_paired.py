@@ -9,6 +9,7 @@ import pytest
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun, plan
 from pmd.planning.sweep.paired import difference_rows, paired_difference, write_differences
+from pmd.planning.sweep.table import make_rows
 
 
 def test_the_interval_of_three_seeds():
@@ -36,7 +37,8 @@ def finished(folder: Path, arm: str, seed: int, avg: float, with_memory: float |
     run_dir = folder / arm / f"seed-{seed}"
     run_dir.mkdir(parents=True)
     last = {"avg": avg, "pass_at": {"1": avg, "8": avg + 0.1}, "memory_conditioned": with_memory}
-    (run_dir / "results.json").write_text(json.dumps({"phases": {"last": last}}))
+    results = {"rollouts": 64, "updates": 4, "phases": {"last": last}}
+    (run_dir / "results.json").write_text(json.dumps(results))
     return PlannedRun("block", arm, (), seed, (), run_dir, "")
 
 
@@ -46,7 +48,7 @@ def test_arms_are_compared_with_the_reference_of_their_block(tmp_path):
         *(finished(tmp_path, "frozen policy", seed, 0.1, avg) for seed, avg in ((0, 0.4), (1, 0.5))),
         *(finished(tmp_path, "GRPO", seed, avg, None) for seed, avg in ((0, 0.5), (1, 0.6))),
     ]
-    rows = {row.label: row.differences for row in difference_rows(runs, "PMD")}
+    rows = {row.label: row.differences for row in difference_rows(make_rows(runs), "PMD")}
     assert list(rows["PMD"]) == ["with memory"]
     assert rows["PMD"]["with memory"].mean == pytest.approx(0.1)
     assert rows["frozen policy"]["avg"].mean == pytest.approx(-0.75)
@@ -54,7 +56,7 @@ def test_arms_are_compared_with_the_reference_of_their_block(tmp_path):
     assert rows["frozen policy"]["with memory"].half_width == pytest.approx(0.0, abs=1e-9)
     assert rows["GRPO"]["pass@8"].mean == pytest.approx(-0.3)
     assert "with memory" not in rows["GRPO"]
-    write_differences(difference_rows(runs, "PMD"), "PMD", tmp_path)
+    write_differences(difference_rows(make_rows(runs), "PMD"), "PMD", tmp_path)
     assert "| GRPO | -30.0 ± 0.0 | -30.0 ± 0.0 | - |" in (tmp_path / "differences.md").read_text()
 
 

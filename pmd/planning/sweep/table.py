@@ -49,11 +49,16 @@ class Row:
     num_failed: int
     rollouts: int
     updates: int
-    quantities: Mapping[str, Estimate]  # avg, pass@k, other domains, with memory, best (chosen on test)
+    scores: Mapping[str, Mapping[int, float]]  # avg, pass@k, other domains, with memory, best (chosen on test); by seed
     tokens: float = 0.0  # generated in training by a run, reflections included; the mean over seeds
     seconds: float = 0.0  # of training, likewise
     device: str = "CPU"  # whose seconds
     best: bool = False  # the highest avg among the choices of its arm, if there are several
+
+    @property
+    def quantities(self) -> dict[str, Estimate]:
+        """Each score, summarised over the seeds."""
+        return {name: _estimate(list(by_seed.values())) for name, by_seed in self.scores.items()}
 
 
 def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
@@ -63,12 +68,13 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
         groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
     rows: list[Row] = []
     for (block, arm, label), own in groups.items():
-        results = [json.loads(run.results.read_text()) for run in own if run.results.is_file()]
+        results = {run.seed: json.loads(run.results.read_text()) for run in own if run.results.is_file()}
         if own[0].command == "test":
             rows.append(_row(block, arm, label, results, "initial", len(own) - len(results)))
             continue
         if block not in [row.block for row in rows]:
-            rows.append(_row(block, BASE, BASE, [r for r in results if "initial" in r["phases"]], "initial", 0))
+            untrained = {seed: result for seed, result in results.items() if "initial" in result["phases"]}
+            rows.append(_row(block, BASE, BASE, untrained, "initial", 0))
         rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
     rows = [_marked(row, rows) for row in rows]
     return [row for block in _by_block(rows).values() for row in (*block, *_at_equal_tokens(block, groups))]
@@ -127,9 +133,9 @@ def _effort(rows: Sequence[Row]) -> str:
     return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained."
 
 
-def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]], phase: str, failed: int) -> Row:
-    collected: dict[str, list[float]] = {}
-    for result in results:
+def _row(block: str, arm: str, label: str, results: Mapping[int, Mapping[str, Any]], phase: str, failed: int) -> Row:
+    collected: dict[str, dict[int, float]] = {}
+    for seed, result in results.items():
         scores = result["phases"][phase]
         values = {"avg": scores["avg"]}
         values |= {f"pass@{k}": value for k, value in scores["pass_at"].items() if k != "1"}
@@ -142,18 +148,19 @@ def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]],
             values["best (chosen on test)"] = result["phases"]["best"]["avg"]
         for name, value in values.items():
             if value is not None:
-                collected.setdefault(name, []).append(value)
+                collected.setdefault(name, {})[seed] = value
     trained = phase != "initial" and bool(results)
-    costs = [cost for result in results if trained and (cost := cost_of(result))]
+    costs = [cost for result in results.values() if trained and (cost := cost_of(result))]
+    first = next(iter(results.values()), {})
     return Row(
         block=block,
         arm=arm,
         label=label,
         num_seeds=len(results),
         num_failed=failed,
-        rollouts=results[0]["rollouts"] if trained else 0,
-        updates=results[0]["updates"] if trained else 0,
-        quantities={name: _estimate(values) for name, values in collected.items()},
+        rollouts=first["rollouts"] if trained else 0,
+        updates=first["updates"] if trained else 0,
+        scores=collected,
         tokens=_mean([cost.tokens for cost in costs]),
         seconds=_mean([cost.seconds for cost in costs]),
         device=costs[0].device if costs else "CPU",
@@ -175,15 +182,15 @@ def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], 
         return []
     equal = []
     for row in chosen:
-        found = [scores_within(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in finished[row.label]]
-        found = [scores for scores in found if scores]
-        names = dict.fromkeys(name for scores in found for name in scores if name != "tokens")
-        quantities = {name: _estimate([s[name] for s in found if name in s]) for name in names}
+        runs = finished[row.label]
+        within = {run.seed: scores_within(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in runs}
+        found = {seed: scores for seed, scores in within.items() if scores}
+        names = dict.fromkeys(name for scores in found.values() for name in scores if name != "tokens")
+        by_seed = {name: {seed: own[name] for seed, own in found.items() if name in own} for name in names}
         title = f"{row.block}: " if row.block else ""
         title += f"at equal tokens ({count(_mean(list(budgets.values())))}), validation tasks, last evaluation within"
-        tokens = _mean([scores["tokens"] for scores in found])
-        equal.append(Row(title, row.arm, row.label, len(found), len(finished[row.label]) - len(found), 0, 0, quantities,
-                         tokens))  # fmt: skip
+        tokens = _mean([scores["tokens"] for scores in found.values()])
+        equal.append(Row(title, row.arm, row.label, len(found), len(runs) - len(found), 0, 0, by_seed, tokens))
     return equal
 
 
@@ -226,8 +233,7 @@ def _plain(row: Row) -> dict[str, Any]:
     quantities = {
         name: {"mean": e.mean, "error": None if math.isnan(e.error) else e.error} for name, e in row.quantities.items()
     }
-    facts = {name: getattr(row, name) for name in Row.__slots__ if name != "quantities"}
-    return facts | {"quantities": quantities}
+    return {name: getattr(row, name) for name in Row.__slots__} | {"quantities": quantities}
 
 
 def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
