@@ -1,8 +1,8 @@
 """Summarises finished runs: a row per arm with mean and standard error over seeds, as a table, Markdown and a plot.
 
 Methods that reflect generate more tokens from the same rollouts. So each row says what it cost, and each block of
-trained arms is followed by another at equal tokens: for each seed the budget is what the cheapest arm generated, and
-every arm is scored by its last evaluation within that budget, on the validation tasks.
+trained arms is followed by another at equal tokens: for each seed, what the cheapest arm generated. There every arm has
+its score on the validation tasks at that number, interpolated between its evaluations.
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pmd.evaluation.costs import cost_of, count, scores_within
+from pmd.evaluation.costs import cost_of, count, scores_at
 from pmd.evaluation.report import ELSEWHERE
 from pmd.planning.sweep.grid import PlannedRun, row_label
 from pmd.run_dir import RunDir
@@ -183,12 +183,12 @@ def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], 
     equal = []
     for row in chosen:
         runs = finished[row.label]
-        within = {run.seed: scores_within(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in runs}
+        within = {run.seed: scores_at(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in runs}
         found = {seed: scores for seed, scores in within.items() if scores}
         names = dict.fromkeys(name for scores in found.values() for name in scores if name != "tokens")
         by_seed = {name: {seed: own[name] for seed, own in found.items() if name in own} for name in names}
         title = f"{row.block}: " if row.block else ""
-        title += f"at equal tokens ({count(_mean(list(budgets.values())))}), validation tasks, last evaluation within"
+        title += f"at equal tokens ({count(_mean(list(budgets.values())))}), validation tasks"
         tokens = _mean([scores["tokens"] for scores in found.values()])
         equal.append(Row(title, row.arm, row.label, len(found), len(runs) - len(found), 0, 0, by_seed, tokens))
     return equal
