@@ -7,6 +7,7 @@ its score on the validation tasks at that number, interpolated between its evalu
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,14 +247,17 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
 
     several = {(r.block, r.arm) for r in rows if r.best}
     shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
-    blocks = list(dict.fromkeys(row.block for row in shown))
     arms = list(dict.fromkeys(row.arm for row in shown))
     names = [name for name in _quantity_names(rows) if name not in LAST]
     if any("avg" not in row.quantities for row in rows if row.num_seeds):
         names.append("with memory")
-    figure, axes = plt.subplots(1, len(names), figsize=(7 * len(names), 4.5), layout="constrained", squeeze=False)
+    drawn = {name: list(dict.fromkeys(row.block for row in shown if name in row.quantities)) for name in names}
+    widths = [max(7, 3.5 * len(blocks)) for blocks in drawn.values()]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(sum(widths), 4.8), width_ratios=widths, layout="constrained", squeeze=False
+    )
     width = 0.85 / len(arms)
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, (name, blocks) in zip(axes[0], drawn.items(), strict=True):
         for position, arm in enumerate(arms):
             own = [r for r in shown if r.arm == arm and name in r.quantities]
             places = [blocks.index(r.block) + (position - (len(arms) - 1) / 2) * width for r in own]
@@ -262,10 +266,10 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
             axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
         memory = "memory in the prompt" if name == "with memory" else f"{name}, no memory in the prompt"
         axis.set(title=memory, ylabel="percent", ylim=(0, 102))
-        axis.set_xticks(range(len(blocks)), blocks)
+        axis.set_xticks(range(len(blocks)), [textwrap.fill(block, 30) for block in blocks])
         axis.grid(axis="y", alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(arms))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(arms), 5))
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
