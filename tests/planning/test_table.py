@@ -44,6 +44,7 @@ def test_arms_are_compared_at_the_tokens_of_the_cheapest_seed_by_seed(tmp_path):
     write_rows(rows, tmp_path, "title")
     table = (tmp_path / "table.md").read_text()
     assert "| method | avg | pass@8 | tokens | seconds | seeds |" in table
+    assert "each seed at what its cheapest arm generated, interpolated between evaluations" in table
     assert "| PMD | 50.0 ± 0.0 | 75.0 ± 0.0 | 800 | 60 CPU | 2 |" in table
 
 

@@ -25,6 +25,7 @@ from pmd.run_dir import RunDir
 BASE = "base"
 LAST = ("other domains", "with memory", "best (chosen on test)")  # quantities that come after the others
 COSTS = ("tokens", "seconds")
+AT_EQUAL_TOKENS = "at equal tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,16 @@ def _by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _effort(rows: Sequence[Row]) -> str:
-    """Say how many rollouts and updates each run had; a frozen policy has rollouts and no updates."""
+    """Say what each run had, and what equal tokens are; a frozen policy has rollouts and no updates."""
     rollouts = sorted({row.rollouts for row in rows if row.rollouts})
     updates = sorted({row.updates for row in rows if row.updates})
     each = [" or ".join(f"{n:,}" for n in numbers) or "no" for numbers in (rollouts, updates)]
-    return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained."
+    tokens = (
+        " At equal tokens: each seed at what its cheapest arm generated, interpolated between evaluations."
+        if any(AT_EQUAL_TOKENS in row.block for row in rows)
+        else ""
+    )
+    return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained.{tokens}"
 
 
 def _row(block: str, arm: str, label: str, results: Mapping[int, Mapping[str, Any]], phase: str, failed: int) -> Row:
@@ -189,7 +195,7 @@ def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], 
         names = dict.fromkeys(name for scores in found.values() for name in scores if name != "tokens")
         by_seed = {name: {seed: own[name] for seed, own in found.items() if name in own} for name in names}
         title = f"{row.block}: " if row.block else ""
-        title += f"at equal tokens ({count(_mean(list(budgets.values())))}), validation tasks"
+        title += f"{AT_EQUAL_TOKENS} ({count(_mean(list(budgets.values())))}), validation tasks"
         tokens = _mean([scores["tokens"] for scores in found.values()])
         equal.append(Row(title, row.arm, row.label, len(found), len(runs) - len(found), 0, 0, by_seed, tokens))
     return equal
