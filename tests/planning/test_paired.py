@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_arms_are_compared_with_the_reference_of_their_block(tmp_path):
     assert "with memory" not in rows["GRPO"]
     write_differences(difference_rows(make_rows(runs), "PMD"), "PMD", tmp_path)
     assert "| GRPO | -30.0 ± 0.0 | -30.0 ± 0.0 | - |" in (tmp_path / "differences.md").read_text()
+
+
+def test_a_reference_that_was_only_scored_with_memory_is_compared_with_that(tmp_path):
+    runs = []
+    for arm, scores in (("k=3", (0.5, 0.25)), ("k=1", (0.25, 0.125))):
+        for seed, avg in enumerate(scores):
+            run = finished(tmp_path, arm, seed, avg, None)
+            result = {"phases": {"initial": json.loads(run.results.read_text())["phases"]["last"]}, "memory": {"k": 3}}
+            run.results.write_text(json.dumps(result))
+            runs.append(replace(run, command="test"))
+    (row,) = difference_rows(make_rows(runs), "k=3")
+    assert (row.label, list(row.differences)) == ("k=1", ["with memory"])
+    assert row.differences["with memory"].mean == pytest.approx((-0.25 - 0.125) / 2)
 
 
 def test_a_reference_must_be_an_arm_of_every_block(tmp_path):

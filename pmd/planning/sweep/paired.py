@@ -57,16 +57,18 @@ def difference_rows(rows: Sequence[Row], reference: str) -> list[DifferenceRow]:
     """Compare each arm with the arm `reference` of its block, at equal rollouts and in the blocks at equal tokens.
 
     The score with memory in the prompt is compared with the reference's score without memory: what a memory is worth to
-    a policy that did not learn from it, against what the reference learned.
+    a policy that did not learn from it, against what the reference learned. A reference that was only scored with
+    memory is compared with that.
     """
     references = {row.block: row.scores for row in rows if row.label == reference}
     found: list[DifferenceRow] = []
     for row in rows:
         base = references.get(row.block, {})
-        pairs = {name: paired_difference(own, base.get(_opposite(name), {})) for name, own in row.scores.items()}
+        against = {name: "avg" if name == WITH_MEMORY and "avg" in base else name for name in row.scores}
+        pairs = {name: paired_difference(own, base.get(against[name], {})) for name, own in row.scores.items()}
         kept = {name: difference for name, difference in pairs.items() if difference is not None}
         if row.label == reference:
-            kept = {name: difference for name, difference in kept.items() if name == WITH_MEMORY}
+            kept = {name: difference for name, difference in kept.items() if against[name] != name}
         if kept:
             found.append(DifferenceRow(row.block, row.label, kept))
     return found
@@ -99,11 +101,6 @@ def write_differences(rows: Sequence[DifferenceRow], reference: str, out: Path) 
     (out / "differences.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _opposite(name: str) -> str:
-    """Return the score of the reference with which this one is compared."""
-    return "avg" if name == WITH_MEMORY else name
-
-
 def _names(rows: Sequence[DifferenceRow]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row.differences)
     return sorted(names, key=lambda name: name == WITH_MEMORY)  # stable: it comes last
@@ -116,5 +113,5 @@ def _cells(row: DifferenceRow, names: Sequence[str]) -> list[str]:
 def _title(reference: str) -> str:
     return (
         f"minus {reference}, paired by seed: percentage points, mean ± 95 % interval; with memory: minus {reference} "
-        "without memory"
+        "without memory (with memory, if it was only scored so)"
     )
