@@ -38,7 +38,7 @@ Make one of the models that ship with pmd, from a seed, on one CPU core.
              that a model of another size has built. About 25 minutes.
   tiny_hard  0.3 million parameters, the language of the hard tiny world. It hardly ever opens a rare box unless memory
              excludes the common ones, and its reflections name a wrong box now and then. About 7 minutes.
-  tiny_hard_large  0.7 million parameters, otherwise like tiny_hard. Not tried yet.
+  tiny_hard_large  0.7 million parameters, otherwise like tiny_hard. About 8 minutes.
   tiny_exam  0.2 million parameters, bytes. It writes in the format of a multiple-choice exam but knows nothing: it
              picks letters uniformly and repeats stock study tips. For running the whole loop on real questions
              without downloading weights. About 5 minutes.

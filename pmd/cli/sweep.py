@@ -64,12 +64,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}", markup=False)
     failed = _run_all(left, jobs, options.threads, gpus, console)
+    from pmd.planning.sweep.paired import difference_rows, print_differences, write_differences
     from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
     rows = make_rows(runs)
     write_rows(rows, out, options.grid.stem)
     print_rows(rows, options.grid.stem, console)
-    _compare(runs, read_grid(options.grid)[0].reference, out, console)
+    reference = read_grid(options.grid)[0].reference
+    if reference and (differences := difference_rows(rows, reference)):
+        print_differences(differences, reference, console)
+        write_differences(differences, reference, out)
     for run in failed:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
     console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
@@ -95,16 +99,6 @@ def _print_hours(runs: Sequence[PlannedRun], console: Console) -> None:
     for block, hours in [*totals.items(), ("all", [h for own in totals.values() for h in own])]:
         table.add_row(escape(block or "-"), str(len(hours)), f"{sum(hours):,.0f}")
     console.print(table)
-
-
-def _compare(runs: Sequence[PlannedRun], reference: str, out: Path, console: Console) -> None:
-    """Print and write the differences from the grid's reference, if it names one."""
-    from pmd.planning.sweep.paired import difference_rows, print_differences, write_differences
-
-    rows = difference_rows(runs, reference) if reference else []
-    if rows:
-        print_differences(rows, reference, console)
-        write_differences(rows, reference, out)
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:

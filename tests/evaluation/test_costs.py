@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pmd.evaluation.costs import cost_of, count, scores_within
+from pmd.evaluation.costs import cost_of, count, scores_at
 from pmd.metrics_log import MetricsLog
 from pmd.run_dir import RunDir
 
@@ -38,13 +38,18 @@ def test_rows_carry_the_tokens_so_far_and_a_resumed_run_goes_on_counting(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("budget", "score"),
-    [(199, {"avg": 0.0, "tokens": 0.0}), (249, {"avg": 0.0, "tokens": 0.0}), (250, {"avg": 0.1, "tokens": 250.0}),
-     (10**6, {"avg": 0.3, "tokens": 750.0})],
+    ("tokens", "score"),
+    [(0, {"avg": 0.0, "tokens": 0.0}), (50, {"avg": 0.02, "tokens": 50.0}), (250, {"avg": 0.1, "tokens": 250.0}),
+     (375, {"avg": 0.15, "tokens": 375.0}), (10**6, {"avg": 0.3, "tokens": 750.0})],
 )  # fmt: skip
-def test_the_score_within_a_budget_is_that_of_the_last_evaluation(tmp_path, budget, score):
+def test_scores_are_interpolated_between_evaluations_and_end_with_the_last(tmp_path, tokens, score):
+    """Evaluated at 0, 250, 500 and 750 tokens: 0, .1, .2 and .3."""
     train(RunDir(tmp_path), range(3), reflects=50)
-    assert scores_within(RunDir(tmp_path).read_metrics(), budget) == score
+    assert scores_at(RunDir(tmp_path).read_metrics(), tokens) == pytest.approx(score)
+
+
+def test_a_run_that_was_not_evaluated_has_no_score_at_any_number_of_tokens():
+    assert scores_at([{"step": "4", "cost/generated_tokens": "500"}], 100) == {}
 
 
 def test_an_evaluation_within_an_epoch_counts_the_step_that_it_follows(tmp_path):
@@ -55,8 +60,8 @@ def test_an_evaluation_within_an_epoch_counts_the_step_that_it_follows(tmp_path)
         {"step": "5", "verify/avg": "0.5", "verify/memory_conditioned_avg": "0.75"},
         {"step": "5", "cost/generated_tokens": "600"},
     ]
-    assert scores_within(rows, 599) == {"avg": 0.1, "tokens": 0.0}
-    assert scores_within(rows, 600) == {"avg": 0.5, "with memory": 0.75, "tokens": 600.0}
+    assert scores_at(rows, 300) == pytest.approx({"avg": 0.3, "tokens": 300.0})  # memory was not scored before training
+    assert scores_at(rows, 600) == {"avg": 0.5, "with memory": 0.75, "tokens": 600.0}
 
 
 def test_a_cost_leaves_evaluations_out():

@@ -69,6 +69,12 @@ def test_an_arm_may_be_tested_with_the_memory_of_another_run(tmp_path):
     assert ends == ["test-initial", "test-initial-memory-k1", "test-initial-memory-k3", "results.json"]
 
 
+def test_a_memory_may_be_that_of_the_run_of_the_same_seed(tmp_path):
+    blocks = '[{arms: {memory: {memory: "runs/a/seed-{seed}"}}}]'
+    runs = plan(write(tmp_path, f"base: configs/tiny.yaml\nseeds: [3, 4]\nblocks: {blocks}"), tmp_path)
+    assert [run.arguments[-1] for run in runs] == ["--memory=runs/a/seed-3", "--memory=runs/a/seed-4"]
+
+
 def test_a_block_may_have_a_base_of_its_own(tmp_path):
     text = GRID + "  - {title: hard, base: configs/tiny_hard.yaml, arms: {PMD: {}}}\n"
     runs = plan(write(tmp_path, text), tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun, plan
 from pmd.planning.sweep.paired import difference_rows, paired_difference, write_differences
+from pmd.planning.sweep.table import make_rows
 
 
 def test_the_interval_of_three_seeds():
@@ -36,7 +38,8 @@ def finished(folder: Path, arm: str, seed: int, avg: float, with_memory: float |
     run_dir = folder / arm / f"seed-{seed}"
     run_dir.mkdir(parents=True)
     last = {"avg": avg, "pass_at": {"1": avg, "8": avg + 0.1}, "memory_conditioned": with_memory}
-    (run_dir / "results.json").write_text(json.dumps({"phases": {"last": last}}))
+    results = {"rollouts": 64, "updates": 4, "phases": {"last": last}}
+    (run_dir / "results.json").write_text(json.dumps(results))
     return PlannedRun("block", arm, (), seed, (), run_dir, "")
 
 
@@ -46,7 +49,7 @@ def test_arms_are_compared_with_the_reference_of_their_block(tmp_path):
         *(finished(tmp_path, "frozen policy", seed, 0.1, avg) for seed, avg in ((0, 0.4), (1, 0.5))),
         *(finished(tmp_path, "GRPO", seed, avg, None) for seed, avg in ((0, 0.5), (1, 0.6))),
     ]
-    rows = {row.label: row.differences for row in difference_rows(runs, "PMD")}
+    rows = {row.label: row.differences for row in difference_rows(make_rows(runs), "PMD")}
     assert list(rows["PMD"]) == ["with memory"]
     assert rows["PMD"]["with memory"].mean == pytest.approx(0.1)
     assert rows["frozen policy"]["avg"].mean == pytest.approx(-0.75)
@@ -54,8 +57,21 @@ def test_arms_are_compared_with_the_reference_of_their_block(tmp_path):
     assert rows["frozen policy"]["with memory"].half_width == pytest.approx(0.0, abs=1e-9)
     assert rows["GRPO"]["pass@8"].mean == pytest.approx(-0.3)
     assert "with memory" not in rows["GRPO"]
-    write_differences(difference_rows(runs, "PMD"), "PMD", tmp_path)
+    write_differences(difference_rows(make_rows(runs), "PMD"), "PMD", tmp_path)
     assert "| GRPO | -30.0 ± 0.0 | -30.0 ± 0.0 | - |" in (tmp_path / "differences.md").read_text()
+
+
+def test_a_reference_that_was_only_scored_with_memory_is_compared_with_that(tmp_path):
+    runs = []
+    for arm, scores in (("k=3", (0.5, 0.25)), ("k=1", (0.25, 0.125))):
+        for seed, avg in enumerate(scores):
+            run = finished(tmp_path, arm, seed, avg, None)
+            result = {"phases": {"initial": json.loads(run.results.read_text())["phases"]["last"]}, "memory": {"k": 3}}
+            run.results.write_text(json.dumps(result))
+            runs.append(replace(run, command="test"))
+    (row,) = difference_rows(make_rows(runs), "k=3")
+    assert (row.label, list(row.differences)) == ("k=1", ["with memory"])
+    assert row.differences["with memory"].mean == pytest.approx((-0.25 - 0.125) / 2)
 
 
 def test_a_reference_must_be_an_arm_of_every_block(tmp_path):

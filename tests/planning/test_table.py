@@ -1,6 +1,7 @@
 """The table of a sweep: costs, equal tokens, domains without training tasks, checkpoints chosen on test."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from pmd.planning.sweep.grid import PlannedRun
+from pmd.planning.sweep.paired import difference_rows, write_differences
 from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
 PHASE = {"avg": 0.5, "pass_at": {"1": 0.5, "8": 0.75}, "memory_conditioned": None, "domain_mean": {"avg": 0.25}}
@@ -36,13 +38,29 @@ def test_arms_are_compared_at_the_tokens_of_the_cheapest_seed_by_seed(tmp_path):
     assert (sdpo.tokens, pmd.tokens, sdpo.seconds, sdpo.device) == (800.0, 800.0, 60.0, "CPU")
     assert sdpo_equal.block == pmd_equal.block
     assert "equal tokens (600), validation tasks" in sdpo_equal.block
-    assert sdpo_equal.quantities["avg"].mean == pytest.approx((0.4 + 0.2) / 2)
+    assert sdpo_equal.quantities["avg"].mean == pytest.approx((0.4 + 0.8 / 3) / 2)
     assert pmd_equal.quantities["avg"].mean == pytest.approx((0.2 + 0.4) / 2)
-    assert (sdpo_equal.tokens, pmd_equal.tokens) == ((400 + 600) / 2, (400 + 800) / 2)
+    assert (sdpo_equal.tokens, pmd_equal.tokens) == (600, 600)
     write_rows(rows, tmp_path, "title")
     table = (tmp_path / "table.md").read_text()
     assert "| method | avg | pass@8 | tokens | seconds | seeds |" in table
+    assert "each seed at what its cheapest arm generated, interpolated between evaluations" in table
     assert "| PMD | 50.0 ± 0.0 | 75.0 ± 0.0 | 800 | 60 CPU | 2 |" in table
+
+
+def test_differences_at_equal_tokens_are_paired_by_seed(tmp_path):
+    """At 400, 800 and 400 tokens SDPO has .4, .8 / 3 (interpolated) and .4, PMD .2, .4 and .1."""
+    runs = [finished(tmp_path, "SDPO", seed, each) for seed, each in enumerate((100.0, 300.0, 100.0))]
+    runs += [finished(tmp_path, "PMD", seed, each) for seed, each in enumerate((200.0, 200.0, 400.0))]
+    rows = difference_rows(make_rows(runs), "PMD")
+    (found,) = [row.differences["avg"] for row in rows if "equal tokens" in row.block]
+    # Differences .2, -.4 / 3, .3: mean .1222, squared deviations .00605, .06531, .03160; t(2, .975) = 4.3027.
+    assert (found.mean, found.num_seeds) == (pytest.approx(0.11 / 0.9), 3)
+    assert found.half_width == pytest.approx(4.3027 * math.sqrt(0.102963 / 2 / 3), rel=1e-4)
+    write_differences(rows, "PMD", tmp_path)
+    written = (tmp_path / "differences.md").read_text()
+    assert "| *at equal tokens (533), validation tasks* |" in written
+    assert "| SDPO | +12.2 ± 56.4 | - |" in written
 
 
 def test_a_score_with_memory_in_the_prompt_stands_in_its_own_column(tmp_path):

@@ -11,7 +11,8 @@
           GRPO: {overlays: [configs/methods/tiny/grpo.yaml]}
           PMD: {settings: {memory.k: 4}, axes: {optimizer.lr: [0.003, 0.006]}}   # one row per choice
 
-An arm with `test: true` is evaluated without training; with `memory: RUN` it sees the memory of that run in its prompt.
+An arm with `test: true` is evaluated without training; with `memory: RUN` it sees the memory of that run in its prompt
+(`{seed}` in RUN stands for the arm's own seed).
 A block may name a base of its own, and overlays that follow those of its arms. Later settings win: base, overlays of
 the arm, overlays of the block, the settings of grid, block and arm, the choice on the axes, the seed.
 """
@@ -43,7 +44,7 @@ class Arm:
 
     overlays: list[str] = field(default_factory=list)
     test: bool = False  # evaluate the untrained policy, instead of training it
-    memory: str = ""  # of another run: evaluate the untrained policy with it in the prompt
+    memory: str = ""  # of another run, whose name may hold {seed}: evaluate the untrained policy with it in the prompt
     settings: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -190,7 +191,7 @@ def _plan_run(
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
     is_test = arm.test or bool(arm.memory)
     tested = "test-initial" + (f"-memory-k{loaded.run.memory.k}" if arm.memory else "") if is_test else ""
-    memory = (f"--memory={arm.memory}",) if arm.memory else ()
+    memory = (f"--memory={arm.memory.replace('{seed}', str(seed))}",) if arm.memory else ()
     run = PlannedRun(
         block=block.title,
         arm=name,

@@ -3,19 +3,17 @@
 Runs of one seed share their world, its tasks and the order of both, so their differences vary less than their scores.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from pmd.planning.sweep.grid import PlannedRun, row_label
+from pmd.planning.sweep.table import Row
 
 CONFIDENCE = 0.95
 WITH_MEMORY = "with memory"
@@ -55,28 +53,25 @@ class DifferenceRow:
     differences: Mapping[str, PairedDifference]  # of avg, pass@k, and of avg with memory from the reference without
 
 
-def difference_rows(runs: Sequence[PlannedRun], reference: str) -> list[DifferenceRow]:
-    """Compare each arm with the arm `reference` of its block, on the test tasks after training.
+def difference_rows(rows: Sequence[Row], reference: str) -> list[DifferenceRow]:
+    """Compare each arm with the arm `reference` of its block, at equal rollouts and in the blocks at equal tokens.
 
     The score with memory in the prompt is compared with the reference's score without memory: what a memory is worth to
-    a policy that did not learn from it, against what the reference learned.
+    a policy that did not learn from it, against what the reference learned. A reference that was only scored with
+    memory is compared with that.
     """
-    scores: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    for run in runs:
-        own = scores.setdefault((run.block, row_label(run.arm, run.choices)), {})
-        if (file := run.results).is_file():
-            for name, value in _scores_of(json.loads(file.read_text())).items():
-                own.setdefault(name, {})[run.seed] = value
-    rows: list[DifferenceRow] = []
-    for (block, label), own in scores.items():
-        base = scores[block, reference]
-        found = {name: paired_difference(own[name], base.get(_opposite(name), {})) for name in own}
-        kept = {name: difference for name, difference in found.items() if difference is not None}
-        if label == reference:
-            kept = {name: difference for name, difference in kept.items() if name == WITH_MEMORY}
+    references = {row.block: row.scores for row in rows if row.label == reference}
+    found: list[DifferenceRow] = []
+    for row in rows:
+        base = references.get(row.block, {})
+        against = {name: "avg" if name == WITH_MEMORY and "avg" in base else name for name in row.scores}
+        pairs = {name: paired_difference(own, base.get(against[name], {})) for name, own in row.scores.items()}
+        kept = {name: difference for name, difference in pairs.items() if difference is not None}
+        if row.label == reference:
+            kept = {name: difference for name, difference in kept.items() if against[name] != name}
         if kept:
-            rows.append(DifferenceRow(block, label, kept))
-    return rows
+            found.append(DifferenceRow(row.block, row.label, kept))
+    return found
 
 
 def print_differences(rows: Sequence[DifferenceRow], reference: str, console: Console) -> None:
@@ -106,17 +101,6 @@ def write_differences(rows: Sequence[DifferenceRow], reference: str, out: Path) 
     (out / "differences.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _scores_of(result: Mapping[str, Any]) -> dict[str, float]:
-    last = result["phases"]["last"]
-    found = {"avg": last["avg"], **{f"pass@{k}": value for k, value in last["pass_at"].items() if k != "1"}}
-    return found | ({} if last["memory_conditioned"] is None else {WITH_MEMORY: last["memory_conditioned"]})
-
-
-def _opposite(name: str) -> str:
-    """Return the score of the reference with which this one is compared."""
-    return "avg" if name == WITH_MEMORY else name
-
-
 def _names(rows: Sequence[DifferenceRow]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row.differences)
     return sorted(names, key=lambda name: name == WITH_MEMORY)  # stable: it comes last
@@ -129,5 +113,5 @@ def _cells(row: DifferenceRow, names: Sequence[str]) -> list[str]:
 def _title(reference: str) -> str:
     return (
         f"minus {reference}, paired by seed: percentage points, mean ± 95 % interval; with memory: minus {reference} "
-        "without memory"
+        "without memory (with memory, if it was only scored so)"
     )

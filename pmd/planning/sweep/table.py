@@ -1,12 +1,13 @@
 """Summarises finished runs: a row per arm with mean and standard error over seeds, as a table, Markdown and a plot.
 
 Methods that reflect generate more tokens from the same rollouts. So each row says what it cost, and each block of
-trained arms is followed by another at equal tokens: for each seed the budget is what the cheapest arm generated, and
-every arm is scored by its last evaluation within that budget, on the validation tasks.
+trained arms is followed by another at equal tokens: for each seed, what the cheapest arm generated. There every arm has
+its score on the validation tasks at that number, interpolated between its evaluations.
 """
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pmd.evaluation.costs import cost_of, count, scores_within
+from pmd.evaluation.costs import cost_of, count, scores_at
 from pmd.evaluation.report import ELSEWHERE
 from pmd.planning.sweep.grid import PlannedRun, row_label
 from pmd.run_dir import RunDir
@@ -24,6 +25,7 @@ from pmd.run_dir import RunDir
 BASE = "base"
 LAST = ("other domains", "with memory", "best (chosen on test)")  # quantities that come after the others
 COSTS = ("tokens", "seconds")
+AT_EQUAL_TOKENS = "at equal tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,16 @@ class Row:
     num_failed: int
     rollouts: int
     updates: int
-    quantities: Mapping[str, Estimate]  # avg, pass@k, other domains, with memory, best (chosen on test)
+    scores: Mapping[str, Mapping[int, float]]  # avg, pass@k, other domains, with memory, best (chosen on test); by seed
     tokens: float = 0.0  # generated in training by a run, reflections included; the mean over seeds
     seconds: float = 0.0  # of training, likewise
     device: str = "CPU"  # whose seconds
     best: bool = False  # the highest avg among the choices of its arm, if there are several
+
+    @property
+    def quantities(self) -> dict[str, Estimate]:
+        """Each score, summarised over the seeds."""
+        return {name: _estimate(list(by_seed.values())) for name, by_seed in self.scores.items()}
 
 
 def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
@@ -63,12 +70,13 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
         groups.setdefault((run.block, run.arm, row_label(run.arm, run.choices)), []).append(run)
     rows: list[Row] = []
     for (block, arm, label), own in groups.items():
-        results = [json.loads(run.results.read_text()) for run in own if run.results.is_file()]
+        results = {run.seed: json.loads(run.results.read_text()) for run in own if run.results.is_file()}
         if own[0].command == "test":
             rows.append(_row(block, arm, label, results, "initial", len(own) - len(results)))
             continue
         if block not in [row.block for row in rows]:
-            rows.append(_row(block, BASE, BASE, [r for r in results if "initial" in r["phases"]], "initial", 0))
+            untrained = {seed: result for seed, result in results.items() if "initial" in result["phases"]}
+            rows.append(_row(block, BASE, BASE, untrained, "initial", 0))
         rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
     rows = [_marked(row, rows) for row in rows]
     return [row for block in _by_block(rows).values() for row in (*block, *_at_equal_tokens(block, groups))]
@@ -120,16 +128,21 @@ def _by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _effort(rows: Sequence[Row]) -> str:
-    """Say how many rollouts and updates each run had; a frozen policy has rollouts and no updates."""
+    """Say what each run had, and what equal tokens are; a frozen policy has rollouts and no updates."""
     rollouts = sorted({row.rollouts for row in rows if row.rollouts})
     updates = sorted({row.updates for row in rows if row.updates})
     each = [" or ".join(f"{n:,}" for n in numbers) or "no" for numbers in (rollouts, updates)]
-    return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained."
+    tokens = (
+        " At equal tokens: each seed at what its cheapest arm generated, interpolated between evaluations."
+        if any(AT_EQUAL_TOKENS in row.block for row in rows)
+        else ""
+    )
+    return f"{each[0]} rollouts and {each[1]} updates per run; the base policy is not trained.{tokens}"
 
 
-def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]], phase: str, failed: int) -> Row:
-    collected: dict[str, list[float]] = {}
-    for result in results:
+def _row(block: str, arm: str, label: str, results: Mapping[int, Mapping[str, Any]], phase: str, failed: int) -> Row:
+    collected: dict[str, dict[int, float]] = {}
+    for seed, result in results.items():
         scores = result["phases"][phase]
         values = {"avg": scores["avg"]}
         values |= {f"pass@{k}": value for k, value in scores["pass_at"].items() if k != "1"}
@@ -142,18 +155,19 @@ def _row(block: str, arm: str, label: str, results: Sequence[Mapping[str, Any]],
             values["best (chosen on test)"] = result["phases"]["best"]["avg"]
         for name, value in values.items():
             if value is not None:
-                collected.setdefault(name, []).append(value)
+                collected.setdefault(name, {})[seed] = value
     trained = phase != "initial" and bool(results)
-    costs = [cost for result in results if trained and (cost := cost_of(result))]
+    costs = [cost for result in results.values() if trained and (cost := cost_of(result))]
+    first = next(iter(results.values()), {})
     return Row(
         block=block,
         arm=arm,
         label=label,
         num_seeds=len(results),
         num_failed=failed,
-        rollouts=results[0]["rollouts"] if trained else 0,
-        updates=results[0]["updates"] if trained else 0,
-        quantities={name: _estimate(values) for name, values in collected.items()},
+        rollouts=first["rollouts"] if trained else 0,
+        updates=first["updates"] if trained else 0,
+        scores=collected,
         tokens=_mean([cost.tokens for cost in costs]),
         seconds=_mean([cost.seconds for cost in costs]),
         device=costs[0].device if costs else "CPU",
@@ -175,15 +189,15 @@ def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], 
         return []
     equal = []
     for row in chosen:
-        found = [scores_within(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in finished[row.label]]
-        found = [scores for scores in found if scores]
-        names = dict.fromkeys(name for scores in found for name in scores if name != "tokens")
-        quantities = {name: _estimate([s[name] for s in found if name in s]) for name in names}
+        runs = finished[row.label]
+        within = {run.seed: scores_at(RunDir(run.run_dir).read_metrics(), budgets[run.seed]) for run in runs}
+        found = {seed: scores for seed, scores in within.items() if scores}
+        names = dict.fromkeys(name for scores in found.values() for name in scores if name != "tokens")
+        by_seed = {name: {seed: own[name] for seed, own in found.items() if name in own} for name in names}
         title = f"{row.block}: " if row.block else ""
-        title += f"at equal tokens ({count(_mean(list(budgets.values())))}), validation tasks, last evaluation within"
-        tokens = _mean([scores["tokens"] for scores in found])
-        equal.append(Row(title, row.arm, row.label, len(found), len(finished[row.label]) - len(found), 0, 0, quantities,
-                         tokens))  # fmt: skip
+        title += f"{AT_EQUAL_TOKENS} ({count(_mean(list(budgets.values())))}), validation tasks"
+        tokens = _mean([scores["tokens"] for scores in found.values()])
+        equal.append(Row(title, row.arm, row.label, len(found), len(runs) - len(found), 0, 0, by_seed, tokens))
     return equal
 
 
@@ -226,8 +240,7 @@ def _plain(row: Row) -> dict[str, Any]:
     quantities = {
         name: {"mean": e.mean, "error": None if math.isnan(e.error) else e.error} for name, e in row.quantities.items()
     }
-    facts = {name: getattr(row, name) for name in Row.__slots__ if name != "quantities"}
-    return facts | {"quantities": quantities}
+    return {name: getattr(row, name) for name in Row.__slots__} | {"quantities": quantities}
 
 
 def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
@@ -240,14 +253,17 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
 
     several = {(r.block, r.arm) for r in rows if r.best}
     shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
-    blocks = list(dict.fromkeys(row.block for row in shown))
     arms = list(dict.fromkeys(row.arm for row in shown))
     names = [name for name in _quantity_names(rows) if name not in LAST]
     if any("avg" not in row.quantities for row in rows if row.num_seeds):
         names.append("with memory")
-    figure, axes = plt.subplots(1, len(names), figsize=(7 * len(names), 4.5), layout="constrained", squeeze=False)
+    drawn = {name: list(dict.fromkeys(row.block for row in shown if name in row.quantities)) for name in names}
+    widths = [max(7, 3.5 * len(blocks)) for blocks in drawn.values()]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(sum(widths), 4.8), width_ratios=widths, layout="constrained", squeeze=False
+    )
     width = 0.85 / len(arms)
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, (name, blocks) in zip(axes[0], drawn.items(), strict=True):
         for position, arm in enumerate(arms):
             own = [r for r in shown if r.arm == arm and name in r.quantities]
             places = [blocks.index(r.block) + (position - (len(arms) - 1) / 2) * width for r in own]
@@ -256,10 +272,10 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
             axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
         memory = "memory in the prompt" if name == "with memory" else f"{name}, no memory in the prompt"
         axis.set(title=memory, ylabel="percent", ylim=(0, 102))
-        axis.set_xticks(range(len(blocks)), blocks)
+        axis.set_xticks(range(len(blocks)), [textwrap.fill(block, 30) for block in blocks])
         axis.grid(axis="y", alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(arms))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(arms), 5))
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
