@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Trials:
     def __init__(self, folder: Path, num_ranks: int, seed: int):
         self.folder, self.num_ranks, self.random = folder, num_ranks, random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self.failures: list[str] = []
+        self.num_failures = 0
         self.ends_s: list[float] = []
         self.largest = 0.0  # difference of a weight
         run = folder / "whole"
@@ -99,6 +100,11 @@ class Trials:
         if alone.wait() != 0:
             raise SystemExit(f"a run that is never stopped has failed:\n{alone.text[-3000:]}")
         self.whole = contents(run)
+
+    def fail(self, text: str) -> None:
+        """Report a failure."""
+        self.num_failures += 1
+        print(f"FAILED {text}", flush=True)
 
     def kill_and_resume(self, number: int) -> None:
         """Kill a run a few times, resume it until it is done, and compare."""
@@ -110,11 +116,10 @@ class Trials:
         resumed = Group(run, size, self.folder)
         code = resumed.wait(1800)
         if code != 0:
-            self.failures.append(f"run {number}: resumed on {size} rank(s): exit code {code}\n{resumed.text[-3000:]}")
+            self.fail(f"run {number}: resumed on {size} rank(s): exit code {code}\n{resumed.text[-3000:]}")
             return
-        if (run / "config.yaml").is_file():
-            self.compare(f"run {number}, resumed on {size} rank(s)", run, size)
-        shutil.rmtree(run, ignore_errors=True)
+        if self.is_same(f"run {number}, resumed on {size} rank(s)", run, size):
+            shutil.rmtree(run)
 
     def kill(self, name: str, run: Path, num_ranks: int) -> None:
         """Start or resume a run, kill one of its ranks at a random moment, and look at how the others end."""
@@ -140,6 +145,7 @@ class Trials:
         while (left := group.processes()) and time.monotonic() < started + LIMIT_S:
             time.sleep(0.05)
         took_s = time.monotonic() - started
+        print(f"{name}: rank {victim} killed {where}; exit code {code}, all ended after {took_s:.1f} s", flush=True)
         self.ends_s.append(took_s)
         self.counts[f"killed rank {victim}, {where}"] += 1
         self.counts[f"exit code {code}"] += 1
@@ -154,12 +160,13 @@ class Trials:
         if left:
             wrong.append(f"processes {left} are left after {took_s:.0f} s")
             for pid in left:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if wrong:
-            self.failures.append(f"{name} ({where}): {'; '.join(wrong)}\n{group.text[-3000:]}")
+            self.fail(f"{name} ({where}): {'; '.join(wrong)}\n{group.text[-3000:]}")
 
-    def compare(self, name: str, run: Path, size: int) -> None:
-        """Compare a run that is done with the one that was never stopped."""
+    def is_same(self, name: str, run: Path, size: int) -> bool:
+        """Return whether a run that is done has the result of the one that was never stopped."""
         found = contents(run)
         different = [key for key in ("memory", "results", "position") if found[key] != self.whole[key]]
         gap = max(
@@ -171,7 +178,8 @@ class Trials:
             different.append(f"weights (by {gap:.1e})")
         self.counts[f"resumed on {size} rank(s): {'differs' if different else 'same result'}"] += 1
         if different:
-            self.failures.append(f"{name}: differs in {', '.join(different)}")
+            self.fail(f"{name}: differs in {', '.join(different)}; it is kept in {run}")
+        return not different
 
 
 def num_rows(run: Path) -> int:
@@ -212,7 +220,7 @@ def main() -> int:
     while len(trials.ends_s) < options.kills:
         trials.kill_and_resume(number)
         number += 1
-        print(f"{len(trials.ends_s)} kills, {len(trials.failures)} failure(s) so far", flush=True)
+        print(f"{len(trials.ends_s)} kills, {trials.num_failures} failure(s) so far", flush=True)
     for name, count in sorted(trials.counts.items()):
         print(f"{count:5}  {name}")
     ends_s = sorted(trials.ends_s)
@@ -220,10 +228,8 @@ def main() -> int:
         f"all processes ended within {ends_s[-1]:.1f} s of a kill, half of them within {ends_s[len(ends_s) // 2]:.1f} s"
     )
     print(f"the largest difference of a weight was {trials.largest:.1e}")
-    for failure in trials.failures:
-        print(f"\nFAILED {failure}")
-    print(f"\n{len(trials.failures)} failure(s); runs are in {folder}")
-    return 1 if trials.failures else 0
+    print(f"{trials.num_failures} failure(s); runs are in {folder}")
+    return 1 if trials.num_failures else 0
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def launch(arguments: Sequence[str], trainer: Mapping[str, Any]) -> int:
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         when = datetime.fromtimestamp(failure.timestamp).strftime("%H:%M:%S")
         message = (
-            f"rank {rank} of {size} (process {failure.pid}) {how} at {when}, so the other ranks were stopped. Continue "
-            "with --ckpt_path last, on any number of devices."
+            f"rank {rank} of {size} (process {failure.pid}) {how} at {when}, so the other ranks were stopped. If "
+            "it has saved a checkpoint, continue with --ckpt_path last, on any number of devices."
         )
         raise (RankKilled(message, -code) if code < 0 else RunFailed(message)) from None
     return 0

@@ -44,27 +44,7 @@ differences.md."""
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0, or 1 if a run failed."""
-    parser = make_parser("sweep", DESCRIPTION)
-    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
-    parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
-    parser.add_argument(
-        "--on", choices=("local", "ray", "slurm"), default="local", help="where the runs run (default: local)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, help="runs at a time (default: as many as have a GPU, or a core; on clusters: all)"
-    )
-    parser.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: 1)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
-    parser.add_argument("--retries", type=int, default=2, help="how often a run that died is tried again (default: 2)")
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="OPTION=VALUE",
-        help="an option of sbatch, without its dashes; time in minutes (default: time=1440)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
-    options = parser.parse_args(argv)
+    options = make_sweep_parser().parse_args(argv)
     problems = _option_problems(options)
     if problems:
         raise ConfigError(problems)
@@ -97,6 +77,31 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
     console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
     return 1 if failed else 0
+
+
+def make_sweep_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = make_parser("sweep", DESCRIPTION)
+    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
+    parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
+    parser.add_argument(
+        "--on", choices=("local", "ray", "slurm"), default="local", help="where the runs run (default: local)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time (default: as many as have a GPU, or a core; on clusters: all)"
+    )
+    parser.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--retries", type=int, default=2, help="how often a run that died is tried again (default: 2)")
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="OPTION=VALUE",
+        help="an option of sbatch, without its dashes; time in minutes (default: time=1440)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
+    return parser
 
 
 def _print_hours(runs: Sequence[PlannedRun], console: Console) -> None:
