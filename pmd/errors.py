@@ -45,6 +45,14 @@ class RunFailed(PmdError):
     """Something unforeseen ended the run; the message says what, and where its traceback is."""
 
 
+class RankKilled(RunFailed):
+    """A signal ended a rank of a run on several devices; another attempt may succeed."""
+
+    def __init__(self, message: str, signal_number: int):
+        self.signal_number = signal_number
+        super().__init__(message)
+
+
 class RunInterrupted(PmdError):
     """Ctrl-C or SIGTERM ended the run; the message says how to continue it."""
 

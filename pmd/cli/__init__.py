@@ -21,7 +21,7 @@ from pmd.config.processes import is_other_rank, process_problems, starts_ranks
 from pmd.config.save import resolved_yaml
 from pmd.config.schema import RunConfig
 from pmd.config.values import describe, shown
-from pmd.errors import ConfigError, PmdError, RunInterrupted
+from pmd.errors import ConfigError, PmdError, RankKilled, RunInterrupted
 from pmd.run_dir import describe_run_dir_problems
 from pmd.tasks import describe_task_problems
 
@@ -97,7 +97,10 @@ its prompt, and every output says so.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 for a failed run, 2 for bad input, 130 for an interrupt."""
+    """Run one command; return its exit code.
+
+    0; 1 for a failed run; 2 for bad input; 130 for an interrupt; 128 + the number of a signal that ended a rank.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
@@ -112,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except PmdError as error:
         print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 1
+        return 128 + error.signal_number if isinstance(error, RankKilled) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from lightning import Callback, LightningModule, Trainer
+
 from pmd.atomic import replace_text
-from pmd.errors import ConfigError, DiskError, PmdError, RunFailed, RunInterrupted
+from pmd.errors import ConfigError, DiskError, PmdError, RankLost, RunFailed, RunInterrupted
+from pmd.ranks import LOST
 from pmd.run_dir import RunDir
 
 _terminated = threading.Event()
@@ -36,6 +39,15 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+class OwnSigterm(Callback):
+    """Puts back pmd's handler of SIGTERM, which ends a rank at once: Lightning's first talks to the other ranks, which
+    may have gone, or may be in the middle of something else."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act after Lightning has registered its handler."""
+        interrupt_on_sigterm()
+
+
 @contextmanager
 def explaining_failures(run_dir: RunDir, *, resumable: bool = True) -> Iterator[None]:
     """Turn whatever ends the run into a PmdError that says what was kept and how to go on.
@@ -47,15 +59,33 @@ def explaining_failures(run_dir: RunDir, *, resumable: bool = True) -> Iterator[
         yield
     except (KeyboardInterrupt, SystemExit):  # Lightning cleans up, then raises SystemExit
         raise RunInterrupted(_how_to_resume(run_dir) if resumable else "interrupted") from None
-    except Exception as error:
+    except Exception as raised:
+        error = _of_lost_rank(raised)
         if isinstance(error, PmdError) and not resumable:
-            raise
+            raise error from raised.__cause__
         remedy = _how_to_resume(run_dir) if resumable else "Nothing that the run needs was changed."
         if isinstance(error, ConfigError):
             raise ConfigError([*error.problems, remedy]) from error
         if isinstance(error, PmdError):
             raise type(error)(f"{error}\n{remedy}") from error
         raise type_of(error)(f"{describe(error, run_dir)}\n{remedy}") from error
+
+
+def _of_lost_rank(error: Exception) -> Exception:
+    """Return what says that another rank has gone, if that is behind an error; else the error itself.
+
+    Lightning's own collective operations raise what the backend says.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RankLost):
+            return found
+        if isinstance(found, RuntimeError) and any(sign in str(found) for sign in LOST):
+            return RankLost(
+                f"this rank has lost another one, which has ended or hangs ({' '.join(str(found).split())[:160]})."
+            )
+        found = found.__cause__ or found.__context__
+    return error
 
 
 def type_of(error: Exception) -> type[PmdError]:

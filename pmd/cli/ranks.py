@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pmd.config.processes import STRATEGIES, launcher_of, num_processes
-from pmd.errors import RunFailed, RunInterrupted
+from pmd.errors import RankKilled, RunFailed, RunInterrupted
 from pmd.ranks import TIMEOUT, Ranks, is_lost
 
 #: A rank that is told to stop has so long, even if it waits for another one inside a collective operation.
@@ -40,6 +40,7 @@ def launch(arguments: Sequence[str], trainer: Mapping[str, Any]) -> int:
 
     Raises:
         RunFailed: a rank died; the message names it. The others have ended.
+        RankKilled: a signal ended it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -64,10 +65,11 @@ def launch(arguments: Sequence[str], trainer: Mapping[str, Any]) -> int:
         code = failure.exitcode
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         when = datetime.fromtimestamp(failure.timestamp).strftime("%H:%M:%S")
-        raise RunFailed(
-            f"rank {rank} of {size} (process {failure.pid}) {how} at {when}, so the other ranks were stopped. Continue "
-            "with --ckpt_path last, on any number of devices."
-        ) from None
+        message = (
+            f"rank {rank} of {size} (process {failure.pid}) {how} at {when}, so the other ranks were stopped. If "
+            "it has saved a checkpoint, continue with --ckpt_path last, on any number of devices."
+        )
+        raise (RankKilled(message, -code) if code < 0 else RunFailed(message)) from None
     return 0
 
 

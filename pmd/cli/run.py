@@ -29,7 +29,7 @@ from pmd.callbacks.trace import TraceCallback
 from pmd.callbacks.verification import StepVerificationCallback, VerificationCallback
 from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
-from pmd.cli.interrupt import describe, explaining_failures, interrupt_on_sigterm
+from pmd.cli.interrupt import OwnSigterm, describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.preflight import check_run
 from pmd.cli.ranks import joined
 from pmd.cli.trainer import TrainerCLI
@@ -415,6 +415,8 @@ def callbacks_of(run: Run) -> list[Callback]:
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(CompletionsCallback(run.run_dir.completions))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
+    if run.ranks is not None:
+        callbacks.append(OwnSigterm())
     return callbacks
 
 

@@ -1,5 +1,6 @@
 """`python -m pmd sweep GRID.yaml`: runs every configuration of a grid and tabulates the results over seeds."""
 
+import argparse
 import json
 import os
 import signal
@@ -16,54 +17,56 @@ from pmd.cli import main as run_command
 from pmd.cli.arguments import make_parser
 from pmd.config.trainer import num_cuda_devices
 from pmd.errors import ConfigError
+from pmd.planning.sweep.attempt import log_file
 from pmd.planning.sweep.grid import PlannedRun, plan, read_grid, row_label
-from pmd.planning.sweep.launch import launch, log_file, unfinished
+from pmd.planning.sweep.here import Here, gpu_slots
+from pmd.planning.sweep.launch import Outcome, Place, launch, unfinished
 
 DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one process per run, and tabulate it over seeds.
 
   python -m pmd sweep ablations/grids/main_table.yaml
   python -m pmd sweep ablations/grids/main_table.yaml --dry_run
   python -m pmd sweep ablations/grids/paper/main_table.yaml --hours
+  python -m pmd sweep GRID.yaml --on ray --out /shared/sweep
+  python -m pmd sweep GRID.yaml --on slurm --out /shared/sweep --slurm partition=gpu --slurm time=720
 
-Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
-tried again by the next call. The table (mean and standard error over seeds) is printed and goes to the output folder
-as table.md, sweep.json and sweep.png. If the grid names a reference, the differences of the other arms from it, paired
-by seed, go to differences.md."""
+Each run has a GPU of its own, or as many as its trainer.devices. Finished runs are not repeated, interrupted ones are
+resumed, and failed ones are reported, keep their log, and are tried again by the next call. A run that a signal has
+killed, or whose machine is lost, is tried again at once, from its last checkpoint.
+
+On a Ray cluster or on SLURM, all machines need pmd, the files of the grid at the same paths, and --out on a file
+system that they share. Runs with trainer.accelerator: cpu need no GPU there.
+
+The table (mean and standard error over seeds) is printed and goes to the output folder as table.md, sweep.json and
+sweep.png. If the grid names a reference, the differences of the other arms from it, paired by seed, go to
+differences.md."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0, or 1 if a run failed."""
-    parser = make_parser("sweep", DESCRIPTION)
-    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
-    parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: one per GPU, or per core)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
-    parser.add_argument(
-        "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
-    options = parser.parse_args(argv)
-    gpus = visible_gpus(os.environ)
-    jobs = options.jobs if options.jobs is not None else len(gpus) or len(os.sched_getaffinity(0))
-    numbers = {"jobs": jobs, "threads": options.threads}
-    wrong = [f"--{name}={value} must be at least 1." for name, value in numbers.items() if value < 1]
-    if wrong:
-        raise ConfigError(wrong)
+    options = make_sweep_parser().parse_args(argv)
+    problems = _option_problems(options)
+    if problems:
+        raise ConfigError(problems)
     out = options.out or Path("runs") / options.grid.stem
+    if options.on != "local":
+        out = out.absolute()  # the working directory of another process may be another
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file has room
     if options.hours:
         _print_hours(plan(options.grid, out, for_here=False), console)
         return 0
-    runs = plan(options.grid, out)
+    runs = plan(options.grid, out, for_here=options.on == "local")
     left = unfinished(runs)
     if options.dry_run:
         for run in left:
             print(f"python -m pmd {run.command} {' '.join(run.arguments)} --run_dir={run.run_dir}")
         return 0
-    console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}", markup=False)
-    failed = _run_all(left, jobs, options.threads, gpus, console)
+    place = _place(options, left, out)
+    at_a_time = f"{place.slots} at a time" if options.on == "local" else f"on {options.on}"
+    console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {at_a_time}, in {out}", markup=False)
+    failed = _run_all(left, place, options, console)
     from pmd.planning.sweep.paired import difference_rows, print_differences, write_differences
     from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
@@ -78,6 +81,31 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
     console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
     return 1 if failed else 0
+
+
+def make_sweep_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = make_parser("sweep", DESCRIPTION)
+    parser.add_argument("grid", type=Path, metavar="GRID", help="a grid file, such as those in ablations/grids/")
+    parser.add_argument("--out", type=Path, help="folder of the runs and the table (default: runs/GRID)")
+    parser.add_argument(
+        "--on", choices=("local", "ray", "slurm"), default="local", help="where the runs run (default: local)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time (default: as many as have a GPU, or a core; on clusters: all)"
+    )
+    parser.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--retries", type=int, default=2, help="how often a run that died is tried again (default: 2)")
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="OPTION=VALUE",
+        help="an option of sbatch, without its dashes; time in minutes (default: time=1440)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
+    return parser
 
 
 def _print_hours(runs: Sequence[PlannedRun], console: Console) -> None:
@@ -108,8 +136,67 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     return named[:count] if named else [str(number) for number in range(count)]
 
 
+def _option_problems(options: argparse.Namespace) -> list[str]:
+    smallest = {"jobs": 1, "threads": 1, "runs_per_gpu": 1, "retries": 0}
+    given = {name: value for name in smallest if (value := getattr(options, name)) is not None}
+    problems = [
+        f"--{name.replace('_', '-')}={value} must be at least {smallest[name]}."
+        for name, value in given.items()
+        if value < smallest[name]
+    ]
+    problems += [
+        f"--slurm {option} is no OPTION=VALUE; write, for example, --slurm partition=gpu."
+        for option in options.slurm
+        if not all(option.partition("="))
+    ]
+    if options.slurm and options.on != "slurm":
+        problems.append(f"--slurm {options.slurm[0]} is for --on slurm; add it, or leave it out.")
+    return problems
+
+
+def _place(options: argparse.Namespace, runs: Sequence[PlannedRun], out: Path) -> Place:
+    """Return where the runs run.
+
+    Raises:
+        ConfigError: this machine has too few GPUs, or there is no cluster.
+    """
+    if options.on == "local":
+        slots = _slots(options.jobs, options.runs_per_gpu, runs, visible_gpus(os.environ))
+        return Here(run_command, "pmd.cli.run", slots, options.threads)
+    jobs = options.jobs if options.jobs is not None else max(1, len(runs))
+    if options.on == "ray":
+        from pmd.planning.sweep.on_ray import RayCluster
+
+        return RayCluster(jobs, options.runs_per_gpu)
+    from pmd.planning.sweep.on_slurm import Slurm
+
+    return Slurm(jobs, out / "slurm", dict(option.split("=", 1) for option in options.slurm))
+
+
+def _slots(
+    jobs: int | None, runs_per_gpu: int, runs: Sequence[PlannedRun], gpus: Sequence[str]
+) -> Sequence[str | None]:
+    """Return the GPUs of each run that runs at a time.
+
+    Raises:
+        ConfigError: more runs at a time are asked for than there are GPUs for.
+    """
+    if not gpus:
+        return [None] * (jobs or len(os.sched_getaffinity(0)))
+    per_run = max((run.num_processes for run in runs), default=1)
+    slots = gpu_slots(gpus, per_run, runs_per_gpu)
+    if not slots:
+        raise ConfigError(f"trainer.devices={per_run} needs as many GPUs, and there are {len(gpus)}; lower it.")
+    if jobs is not None and jobs > len(slots):
+        raise ConfigError(
+            f"--jobs={jobs}: {len(gpus)} GPU(s) hold {len(slots)} run(s) at a time, of {per_run} GPU(s) each; raise "
+            f"--runs-per-gpu={runs_per_gpu}, or lower --jobs."
+        )
+    return slots[:jobs]
+
+
 def _run_all(
-    runs: Sequence[PlannedRun], jobs: int, threads: int, gpus: Sequence[str], console: Console
+    runs: Sequence[PlannedRun], place: Place, options: argparse.Namespace, console: Console
 ) -> list[PlannedRun]:
     """Run these under a progress bar; return the runs that failed."""
     failed: list[PlannedRun] = []
@@ -118,15 +205,29 @@ def _run_all(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not runs) as progress:
-        bar = progress.add_task("runs", total=len(runs))
-        for number, (run, code) in enumerate(launch(runs, jobs, threads, run_command, "pmd.cli.run", gpus), start=1):
-            if code != 0:
+        bar, number = progress.add_task("runs", total=len(runs)), 0
+        for outcome in launch(runs, place, options.threads, options.retries):
+            run = outcome.run
+            if outcome.code != 0:
+                progress.console.print(_sentence(outcome), markup=False)
+            if outcome.retries_left is not None:
+                continue
+            number += 1
+            if outcome.code != 0:
                 failed.append(run)
-                progress.console.print(f"{_name(run)} ended with exit code {code}; see {log_file(run)}", markup=False)
             if not console.is_terminal:
                 console.print(f"{number}/{len(runs)} {_name(run)}", markup=False)  # a log file shows no bar
             progress.update(bar, advance=1, description=f"last: {escape(_name(run))}")
     return failed
+
+
+def _sentence(outcome: Outcome) -> str:
+    """Say how an attempt ended that did not succeed, and what becomes of its run."""
+    code, run = outcome.code, outcome.run
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    if outcome.retries_left is None:
+        return f"{_name(run)} {how}; see {log_file(run)}"
+    return f"{_name(run)} {how}; it goes on from its last checkpoint (retries left: {outcome.retries_left})"
 
 
 def _name(run: PlannedRun) -> str:

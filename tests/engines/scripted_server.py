@@ -31,6 +31,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script, self.vocabulary = script, vocabulary
         self.adapters: set[str] = set()
+        self.num_loads = Counter[str]()  # by adapter
         self.takes_adapters, self.asked, self.count = True, Counter[int](), 0
         self.lock, self.released = threading.Lock(), threading.Event()
 
@@ -53,6 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/load_lora_adapter":
             if self.server.takes_adapters:
                 self.server.adapters.add(body["lora_name"])
+                self.server.num_loads[body["lora_name"]] += 1
             self._answer(200 if self.server.takes_adapters else 400, {})
         else:
             self.server.adapters.discard(body["lora_name"])

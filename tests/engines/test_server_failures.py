@@ -55,6 +55,31 @@ def test_retries_are_limited_and_the_request_is_named(failure, tmp_path):
         assert max(server.asked.values()) == 3
 
 
+def test_two_servers_share_the_requests_and_each_gets_an_adapter_once(tmp_path):
+    with serving(lambda number: None) as one, serving(lambda number: None) as other:
+        engine = engine_on(one.url, tmp_path, urls=[one.url, other.url])
+        for version in (1, 2):
+            engine.sync(version)
+            list(engine.generate(REQUESTS, SAMPLING))
+        assert one.num_loads == other.num_loads
+        assert list(one.num_loads.values()) == [1, 1]
+        assert one.count + other.count == 2 * len(REQUESTS)
+        assert min(one.count, other.count) > len(REQUESTS) / 2  # each has as many connections
+
+
+def test_the_other_server_takes_over_what_a_dead_one_had(tmp_path):
+    with serving(lambda number: "reset" if number >= 5 else None) as dying, serving(lambda number: None) as other:
+        engine = engine_on(dying.url, tmp_path, urls=[dying.url, other.url])
+        engine.sync(1)
+        arrived = dict(engine.generate(REQUESTS, SAMPLING))
+        stop_id = engine.stop_ids[0]
+        assert dying.count > 5
+    assert sorted(arrived) == list(range(len(REQUESTS)))
+    for position, completion in arrived.items():
+        ids, _ = made_up(list(REQUESTS[position].prompt_ids), REQUESTS[position].seed, stop_id, 100)
+        assert list(completion.token_ids) == ids
+
+
 def test_a_server_that_refuses_the_adapter_is_given_up_in_the_end(tmp_path):
     with serving(lambda number: None) as server:
         engine = engine_on(server.url, tmp_path, recovery_s=0.5)

@@ -109,10 +109,13 @@ def test_two_epochs_with_prefetch(served, checkpoint, tmp_path):
 def test_the_command_serves_the_configuration(checkpoint):
     shown = run_pmd(
         "serve", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
-        f"--model.path={checkpoint}", "--port=8765", "--dry-run",
+        f"--model.path={checkpoint}", "--port=8765", "--tensor-parallel-size=2", "--data-parallel-size=4", "--dry-run",
     ).stdout  # fmt: skip
     command = shlex.split(shown)
-    for flag, value in (("--model", str(checkpoint)), ("--port", "8765"), ("--max-loras", "1"), ("--dtype", "float32")):
+    for flag, value in {
+        "--model": str(checkpoint), "--port": "8765", "--max-loras": "1", "--dtype": "float32",
+        "--tensor-parallel-size": "2", "--data-parallel-size": "4",
+    }.items():  # fmt: skip
         assert command[command.index(flag) + 1] == value
     assert "--enable-lora" in command
     assert "--gpu-memory-utilization" not in command

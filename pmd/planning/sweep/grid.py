@@ -31,6 +31,7 @@ from yaml import YAMLError
 
 from pmd.config.check import check_config
 from pmd.config.load import LoadedConfig, load_config
+from pmd.config.processes import num_processes
 from pmd.config.save import resolved_values
 from pmd.config.values import build_section
 from pmd.errors import ConfigError
@@ -89,6 +90,17 @@ class PlannedRun:
     def results(self) -> Path:
         """The file that marks the run as finished."""
         return RunDir(self.run_dir / self.tested).results
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes train it, each on a device of its own."""
+        return num_processes(json.loads(self.config)["trainer"]) if self.command == "fit" else 1
+
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs it needs: one for each process, unless its configuration asks for the CPU."""
+        on_cpu = json.loads(self.config)["trainer"].get("accelerator") == "cpu"
+        return 0 if on_cpu else self.num_processes
 
 
 def plan(file: Path, out: Path, *, for_here: bool = True) -> list[PlannedRun]:

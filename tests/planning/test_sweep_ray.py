@@ -1,0 +1,102 @@
+"""A sweep on a real Ray cluster of two machines (processes of this one) outlives a killed run and a lost machine."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import ROOT
+
+pytestmark = pytest.mark.slow
+cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs ray: pip install 'pmd[ray]'")
+
+GRID = f"""
+base: {ROOT}/configs/tiny.yaml
+seeds: [0, 1, 2, 3]
+settings:
+  trace_every: 0
+  trainer.max_epochs: 3
+  data.world.families: 4
+  data.world.train_per_family: 2
+  data.world.test_per_family: 2
+  rollouts.tasks_per_step: 4
+  checkpoint_every_steps: 1
+  verification.samples: 1
+  verification.final_samples: 2
+  verification.pass_at: [1, 2]
+blocks:
+  - arms:
+      PMD: {{}}
+      GRPO: {{overlays: [{ROOT}/configs/methods/tiny/grpo.yaml]}}
+"""
+DEADLINE_S = 1500.0
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster with a head that runs nothing, and two machines that run one task at a time."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    machines = [started.add_node(num_cpus=1) for _ in range(2)]
+    yield started, machines
+    started.shutdown()
+
+
+def sweep(grid: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pmd", "sweep", str(grid), "--out", str(out), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> Any:
+    """Return what the condition returns, once it is true."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := condition()):
+        assert process.poll() is None, f"the sweep ended too early: {process.communicate()[0][-3000:]}"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+    return found
+
+
+def training(out: Path) -> list[int]:
+    """Return the processes of the runs that have saved a checkpoint and are not finished."""
+    runs = [file.parents[1] for file in out.glob("*/*/checkpoints/last.ckpt")]
+    locks = [(run / ".lock").read_text() for run in runs if not (run / "results.json").is_file()]
+    return [int(found[1]) for lock in locks if (found := re.match(r"process (\d+) on ", lock))]
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """Return the table without what the clock says."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads((out / "sweep.json").read_text())]
+
+
+def test_a_sweep_outlives_a_run_and_a_machine(cluster, tmp_path):
+    started, machines = cluster
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(GRID)
+    out = tmp_path / "on_ray"
+    process = sweep(grid, out, "--on", "ray", RAY_ADDRESS=started.address)
+    os.kill(wait_for(lambda: training(out), process)[0], signal.SIGKILL)
+    wait_for(lambda: list(out.glob("*/*/results.json")), process)
+    lost = wait_for(lambda: training(out), process)
+    started.remove_node(machines[0], allow_graceful=False)
+    said, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, said[-3000:]
+    assert "was killed by signal 9; it goes on from its last checkpoint (retries left: 1)" in " ".join(said.split())
+    logs = "\n".join(file.read_text() for file in out.glob("*/*.log"))
+    assert "Ray: " in logs, f"no run was lost with its machine; these trained then: {lost}"
+    assert logs.count("Resumed from ") >= 1
+    assert len(list(out.glob("*/*/results.json"))) == 8
+
+    serial = tmp_path / "serial"
+    alone = sweep(grid, serial, "--jobs", "1")
+    said, _ = alone.communicate(timeout=DEADLINE_S)
+    assert alone.returncode == 0, said[-3000:]
+    assert table(out) == table(serial)
