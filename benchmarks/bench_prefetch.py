@@ -3,8 +3,8 @@
 python benchmarks/bench_prefetch.py [--rounds 3] [--steps 8] [--tokens 48]
 
 On a machine with vLLM's CPU build: a tiny random model, the server on one core and the trainer on another. Runs with
-and without prefetch alternate; a step is timed from one trace to the next. Prints the median of each, and the parts of a
-step without prefetch: with it, a step cannot be shorter than the longer of them.
+and without prefetch alternate; a step is timed from one trace to the next. Prints the median of each, and the parts of
+a step without prefetch: with it, a step cannot be shorter than the longer of them.
 """
 
 import argparse

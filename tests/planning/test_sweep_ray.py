@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_processes import read_proc
 from command_line import ROOT
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,8 @@ def training(out: Path) -> list[int]:
     """Return the processes of the runs that have saved a checkpoint and are not finished."""
     runs = [file.parents[1] for file in out.glob("*/*/checkpoints/last.ckpt")]
     locks = [(run / ".lock").read_text() for run in runs if not (run / "results.json").is_file()]
-    return [int(found[1]) for lock in locks if (found := re.match(r"process (\d+) on ", lock))]
+    pids = [int(found[1]) for lock in locks if (found := re.match(r"process (\d+) on ", lock))]
+    return [pid for pid in pids if b"\0fit\0" in read_proc(f"/proc/{pid}/cmdline")]  # the others have been killed
 
 
 def table(out: Path) -> list[dict[str, Any]]:
