@@ -8,8 +8,19 @@ def main() -> int:
     """Run the command line; return its exit code."""
     forget_working_directory()
     from pmd.cli import main as run_command
+    from pmd.config.processes import launcher_of
 
-    return run_command()
+    code = run_command()
+    if code and launcher_of(os.environ) is not None:
+        _end_at_once(code)
+    return code
+
+
+def _end_at_once(code: int) -> None:
+    """End a rank that has failed: while Python ends, torch may wait for a rank that is gone, deaf to SIGTERM."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def forget_working_directory() -> None:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from child_processes import read_proc
 from command_line import ROOT
 
 pytestmark = pytest.mark.slow
@@ -42,10 +44,27 @@ DEADLINE_S = 1500.0
 def cluster(monkeypatch):
     """A cluster with a head that runs nothing, and two machines that run one task at a time."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    machines = [started.add_node(num_cpus=1) for _ in range(2)]
-    yield started, machines
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray lets its workers wait for everything else
+    started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield started, [add_machine(started) for _ in range(2)]
     started.shutdown()
+
+
+def add_machine(cluster: Any) -> Any:
+    """Add a machine. Ray gives it half a minute to start, which a busy computer may exceed."""
+    for _ in range(5):
+        with suppress(Exception):
+            return cluster.add_node(num_cpus=1)
+    raise AssertionError("Ray did not start a second machine")
+
+
+def machine_of(pid: int, machines: list[Any]) -> Any:
+    """Return the machine that runs a process: one of the processes above it is the machine's raylet."""
+    raylets = {machine.all_processes["raylet"][0].process.pid: machine for machine in machines}
+    while pid not in raylets:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        assert pid > 1, "the run is on no machine of the cluster"
+    return raylets[pid]
 
 
 def sweep(grid: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
@@ -69,7 +88,8 @@ def training(out: Path) -> list[int]:
     """Return the processes of the runs that have saved a checkpoint and are not finished."""
     runs = [file.parents[1] for file in out.glob("*/*/checkpoints/last.ckpt")]
     locks = [(run / ".lock").read_text() for run in runs if not (run / "results.json").is_file()]
-    return [int(found[1]) for lock in locks if (found := re.match(r"process (\d+) on ", lock))]
+    pids = [int(found[1]) for lock in locks if (found := re.match(r"process (\d+) on ", lock))]
+    return [pid for pid in pids if b"\0fit\0" in read_proc(f"/proc/{pid}/cmdline")]  # the others have been killed
 
 
 def table(out: Path) -> list[dict[str, Any]]:
@@ -85,14 +105,14 @@ def test_a_sweep_outlives_a_run_and_a_machine(cluster, tmp_path):
     process = sweep(grid, out, "--on", "ray", RAY_ADDRESS=started.address)
     os.kill(wait_for(lambda: training(out), process)[0], signal.SIGKILL)
     wait_for(lambda: list(out.glob("*/*/results.json")), process)
-    lost = wait_for(lambda: training(out), process)
-    started.remove_node(machines[0], allow_graceful=False)
+    lost = machine_of(wait_for(lambda: training(out), process)[0], machines)
+    started.remove_node(lost, allow_graceful=False)
     said, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, said[-3000:]
     assert "was killed by signal 9; it goes on from its last checkpoint (retries left: 1)" in " ".join(said.split())
     logs = "\n".join(file.read_text() for file in out.glob("*/*.log"))
-    assert "Ray: " in logs, f"no run was lost with its machine; these trained then: {lost}"
-    assert logs.count("Resumed from ") >= 1
+    assert "Ray: " in logs
+    assert logs.count("Resumed from ") >= 2
     assert len(list(out.glob("*/*/results.json"))) == 8
 
     serial = tmp_path / "serial"
