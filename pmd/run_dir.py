@@ -32,7 +32,7 @@ from pmd.errors import ConfigError
 from pmd.run_lock import LOCK_FILE, describe_holder
 
 #: Metrics that count the tokens which the policy generated in training, since the row before; and their sum so far.
-GENERATED = ("rollout/num_tokens", "reflect/num_tokens")
+GENERATED = ("rollout/num_tokens", "reflect/num_tokens", "reflect/num_behaviour_tokens")
 GENERATED_SO_FAR = "cost/generated_tokens"
 #: What may lie in the directory of a run that failed to start.
 LEFT_BY_A_FAILED_START = {"config.yaml", "error.log", "cache", LOCK_FILE}

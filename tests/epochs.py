@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory
+from pmd.memory.behaviour_writer import Written
 from pmd.memory.reflect import Reflections
 from pmd.types import InsightChange, Rollout, Task
 
@@ -24,4 +25,4 @@ def make_epoch(
 
 def no_behaviours(clusters):
     """Put no cluster into words."""
-    return [None] * len(clusters)
+    return Written([None] * len(clusters))

@@ -2,8 +2,9 @@
 
 The checkpoint of an epoch is written after the epoch's last row is on the disk, so the log is never behind it: when the
 next epoch starts, or when training ends. Those within an epoch (`checkpoint_every_steps`) are written when the next
-batch is asked for, because Lightning logs a step's row after all callbacks. best.ckpt is a copy of what last.ckpt was
-when validation was best.
+batch is asked for, because Lightning logs a step's row after all callbacks. So are those of an evaluation within an
+epoch (`verification.every_steps`) that is the best so far. best.ckpt is a copy of what last.ckpt was when validation
+was best.
 """
 
 import math
@@ -20,13 +21,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pmd import __version__
 from pmd.atomic import replacing
 from pmd.batch import Batch
+from pmd.callbacks.verification import MONITOR
 from pmd.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
 from pmd.errors import CheckpointError, DiskError
 from pmd.metrics_log import MetricsLog
 from pmd.rollouts.datamodule import RolloutDataModule
 from pmd.run_dir import RunDir
-
-MONITOR = "verify/avg"
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -42,7 +42,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 class CheckpointCallback(Checkpoint):
-    """Writes last.ckpt after every epoch, and best.ckpt after those with the best validation score so far.
+    """Writes last.ckpt after every epoch, and both it and best.ckpt after the best evaluation so far.
 
     With `every_steps`, last.ckpt is also written at the first end of a rollout batch after that many steps.
     """
@@ -60,21 +60,19 @@ class CheckpointCallback(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the data to say when a step is over."""
         self._written_at = _step(trainer)
-        if self.every_steps is not None:
-            data_of(trainer).between_batches = partial(self._write_if_due, trainer, self.every_steps)
+        data_of(trainer).between_batches = partial(self._write_if_due, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Note whether a rollout batch is over."""
+        """Note whether a rollout batch is over, and whether the policy is the best so far."""
         self._batch_is_over = batch.is_last
+        self._compare(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a checkpoint is due, and whether it is the best."""
         self._epoch = trainer.current_epoch
-        score = trainer.callback_metrics.get(MONITOR)
-        if score is not None and float(score) > self.best_score:
-            self.best_score, self.best_step = float(score), _step(trainer)
+        self._compare(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint of the epoch before."""
@@ -102,9 +100,17 @@ class CheckpointCallback(Checkpoint):
         """Restore the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
-    def _write_if_due(self, trainer: Trainer, every_steps: int) -> None:
-        """Write last.ckpt within an epoch."""
-        if self._batch_is_over and _step(trainer) - self._written_at >= every_steps:
+    def _compare(self, trainer: Trainer) -> None:
+        """Note the latest evaluation if it is the best so far."""
+        score = trainer.callback_metrics.get(MONITOR)
+        if score is not None and float(score) > self.best_score:
+            self.best_score, self.best_step = float(score), _step(trainer)
+
+    def _write_if_due(self, trainer: Trainer) -> None:
+        """Write a checkpoint within an epoch."""
+        num_steps = _step(trainer) - self._written_at
+        is_due = self.every_steps is not None and num_steps >= self.every_steps
+        if self._batch_is_over and (is_due or self.best_step == _step(trainer)):
             self._save(trainer)
 
     def _write(self, trainer: Trainer) -> None:
@@ -112,15 +118,16 @@ class CheckpointCallback(Checkpoint):
             return
         self._save(trainer)
         self._epoch = None
-        if self.best_step == _step(trainer) and trainer.is_global_zero:
-            copy_checkpoint(self.run_dir.last, self.run_dir.best)
 
     def _save(self, trainer: Trainer) -> None:
+        """Write last.ckpt, and copy it if it is the best."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.commit()
         trainer.save_checkpoint(self.run_dir.last)
         self._written_at = _step(trainer)
+        if self.best_step == _step(trainer) and trainer.is_global_zero:
+            copy_checkpoint(self.run_dir.last, self.run_dir.best)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

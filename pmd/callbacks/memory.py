@@ -24,6 +24,7 @@ from pmd.engines.parity import ParityCheck
 from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
+from pmd.memory.behaviour_writer import Written
 from pmd.memory.behaviours import describe_absence
 from pmd.memory.pending import decode, encode
 from pmd.memory.reflect import Reflector
@@ -66,7 +67,10 @@ class MemoryCallback(Callback):
         data = data_of(trainer)
         attempted, costs = data.first_pass()
         updater = MemoryUpdater(self.record, self.memory, self.reflector)
-        figures = costs | updater.update(attempted, 0, data.engine.policy_version)
+        figures = costs | updater.update(attempted, 0, data.steps_per_epoch, data.engine.policy_version)
+        if problem := self.record.reflected.describe_failure(self.reflector.config):
+            log.warning("before the first step: %s", problem)
+        self._warn("before the first step")
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=0)
 
@@ -82,17 +86,16 @@ class MemoryCallback(Callback):
         if is_due and self.auditor is not None and not self.memory.is_closed:
             self._audit(self.auditor, trainer, pl_module)
         started, version, figures = time.perf_counter(), pl_module.policy_version, self._epoch_figures()
-        num_malformed = 0
         if is_due:
             update = evolve_memory(self.record, self.memory, self._abstract, version)
-            num_malformed = update.num_malformed_behaviours
             figures |= update.figures(self.record.reflections) | self._audit_figures(update)
-            figures |= self.reflector.writer_figures()
-            self.record.clear()
+            figures |= self.reflector.figures_of(update.written)
+            self.record.clear(update)
         store = self.memory.store
         counts = store.stats() | store.health(version) | self._recall()
         pl_module.log_dict(figures | {f"memory/{name}": float(value) for name, value in counts.items()}, batch_size=1)
-        self._warn(num_malformed)
+        if not self.memory.is_closed:
+            self._warn(f"epoch {self.record.epoch}")
         self._log_items(trainer, store.item_table(version))
         self.record.start(self.record.epoch + 1)
         pl_module.log("time/memory_s", time.perf_counter() - started, batch_size=1)
@@ -110,7 +113,7 @@ class MemoryCallback(Callback):
             "database": _tensor(data),
             "sha256": hashlib.sha256(data).hexdigest(),  # torch loads a checkpoint with flipped bits without complaint
         }
-        if self.record.groups or self.record.num_groups:
+        if self.record.groups or self.record.num_groups or self.record.num_steps:
             state["record"] = _tensor(encode(self.record))
         return state
 
@@ -130,19 +133,17 @@ class MemoryCallback(Callback):
         if "record" in state_dict:
             decode(state_dict["record"].numpy().tobytes(), self.record, self.reflector.tasks)
 
-    def _abstract(self, clusters: Sequence[Sequence[str]]) -> list[str | None]:
-        num_steps = len({group.step for group in self.record.groups.values()})
-        return self.reflector.abstract(clusters, str(self.record.epoch), num_steps)
+    def _abstract(self, clusters: Sequence[Sequence[str]]) -> Written:
+        return self.reflector.abstract(clusters, str(self.record.epoch), self.record.num_steps)
 
-    def _warn(self, num_malformed: int) -> None:
-        """Say what keeps behaviours out of the memory, if anything does."""
-        problems = (
-            [] if self.memory.is_closed else [describe_absence(self.memory.store, self.memory.config, num_malformed)]
-        )
+    def _warn(self, when: str) -> None:
+        """Say what kept behaviours out of the memory in this epoch, if anything did."""
+        written = self.record.written
+        problems = [describe_absence(self.memory.store, self.memory.config, written.texts.count(None))]
         if self.reflector.writer is not None:
-            problems.append(self.reflector.writer.latest.describe_problem())
+            problems.append(written.describe_problem())
         for problem in filter(None, problems):
-            log.warning("epoch %d: %s", self.record.epoch, problem)
+            log.warning("%s: %s", when, problem)
 
     def _audit(self, auditor: Auditor, trainer: Trainer, module: PMDModule) -> None:
         """Have the teacher score attempts with and without the items it was shown."""

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from pmd.batch import Batch, Example
 from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory
-from pmd.memory.reflect import Reflector
+from pmd.memory.reflect import Reflections, Reflector
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class ReflectionCallback(Callback):
 
     def collect(self, batch: Batch) -> None:
         """Record the batch's rollouts and what their teachers were shown."""
+        if self.memory.config.update == "epoch":
+            self.record.num_steps += 1
         groups: dict[str, list[Example]] = {}
         for example in batch.examples:
             groups.setdefault(example.rollout.group_id, []).append(example)
@@ -52,17 +54,23 @@ class ReflectionCallback(Callback):
                     self.record.num_memory_tokens += prompts[0] - prompts[1]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reflect, unless the memory is closed, was updated with each batch, or the epoch is to be resumed."""
-        is_due = self.memory.config.update == "epoch" and self.record.is_complete
-        if self.memory.is_closed or not (is_due and self.reflector.config.enabled):
+        """Reflect, unless the memory was updated with each batch; say so if what was written cannot be read.
+
+        Nothing happens if the memory is closed, or the epoch is to be resumed.
+        """
+        if self.memory.is_closed or not (self.record.is_complete and self.reflector.config.enabled):
             return
+        found = self._reflect(pl_module) if self.memory.config.update == "epoch" else self.record.reflected
+        if problem := found.describe_failure(self.reflector.config):
+            log.warning("epoch %d: %s", self.record.epoch, problem)
+
+    def _reflect(self, pl_module: LightningModule) -> Reflections:
         started = time.perf_counter()
         groups = [group.rollouts for group in self.record.groups.values()]
         found = self.reflector.reflect(groups, str(self.record.epoch), self.memory.known_insights)
         self.record.reflections = found
         pl_module.log_dict(found.figures() | {"time/reflect_s": time.perf_counter() - started}, batch_size=1)
-        if problem := found.describe_failure(self.reflector.config):
-            log.warning("epoch %d: %s", self.record.epoch, problem)
+        return found
 
     def _group(self, step: int, examples: Sequence[Example]) -> GroupRecord:
         """Return the record of a group; its rollouts are left out where an update has written them."""

@@ -14,6 +14,8 @@ from pmd.evaluation.metrics import Scores, score_samples
 from pmd.memory import ReadableMemory
 from pmd.types import Task
 
+MONITOR = "verify/avg"  # which the best checkpoint has the best of
+
 
 class VerificationCallback(Callback):
     """Logs `verify/...` on the validation tasks; the best checkpoint is the one with the best `verify/avg`."""
@@ -35,7 +37,7 @@ class VerificationCallback(Callback):
         if self.is_due(trainer):
             metrics = self.measure()
             pl_module.log_dict(metrics, batch_size=1)
-            pl_module.log("held_out", metrics["verify/avg"], prog_bar=True, logger=False, batch_size=1)
+            pl_module.log("held_out", metrics[MONITOR], prog_bar=True, logger=False, batch_size=1)
 
     def is_due(self, trainer: Trainer) -> bool:
         """Whether the end of the current epoch calls for an evaluation."""
@@ -84,10 +86,11 @@ class StepVerificationCallback(Callback):
                 metrics = self.verification.measure()
                 for logger in trainer.loggers:  # not through Lightning, which would repeat the values in the next rows
                     logger.log_metrics(metrics, step=trainer.global_step - 1)
+                pl_module.log(MONITOR, metrics[MONITOR], logger=False, batch_size=1)  # for the best checkpoint
 
 
 def _flatten(scores: Scores) -> dict[str, float]:
-    metrics = {"verify/avg": scores.avg, "verify/valid_rate": scores.valid_rate}
+    metrics = {MONITOR: scores.avg, "verify/valid_rate": scores.valid_rate}
     metrics |= {f"verify/pass_at_{k}": value for k, value in scores.pass_at.items()}
     metrics |= {f"verify/coverage_at_{k}": value for k, value in scores.coverage_at.items()}
     if not math.isnan(scores.procedural_rate):

@@ -41,7 +41,8 @@ policy token by token, and the final model needs no memory.
   generate   prompt a checkpoint of a run: generate RUN --prompt TEXT
   completion print a script that completes commands and keys in bash or zsh: completion bash
   prompts    write the texts of the prompts to a folder, to edit: prompts export DIR
-  config     print the JSON schema of the configuration files, for editors: config schema
+  config     write the configurations that come with pmd: config export .
+             print the JSON schema of such files, for editors: config schema
   doctor     predict whether a run fits into memory, part by part: doctor --config FILE
   export     write the student as a plain Hugging Face checkpoint: export RUN --out DIR
   inspect    show the teacher's prompt and the per-token divergence of a rollout: inspect step RUN

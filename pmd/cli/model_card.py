@@ -9,7 +9,7 @@ import yaml
 
 from pmd import __version__
 from pmd.config.schema import RunConfig
-from pmd.run_dir import RunDir
+from pmd.run_dir import GENERATED, RunDir
 
 PAPER = "https://arxiv.org/abs/2607.01480"
 TEMPLATE = """---
@@ -106,7 +106,7 @@ def _facts(
     for key, name in (("rollouts", "rollouts"), ("updates", "updates")):
         if key in results:
             yield name, f"{results[key]:,}"
-    tokens = sum(value for name, value in totals.items() if name.endswith("/num_tokens"))
+    tokens = sum(totals.get(name, 0.0) for name in GENERATED)
     if tokens:
         yield "generated tokens, reflections included", f"{tokens:,.0f}"
     if results.get("fit_s"):

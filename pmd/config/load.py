@@ -272,6 +272,8 @@ def _nearby(file: Path) -> str:
     close = get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")][:MAX_NODES], n=1)
     if close:
         return f"did you mean {file.parent / close[0]}?"
+    if not Path("configs").is_dir():
+        return "`python -m pmd config export .` writes those that come with pmd into configs/ and ablations/."
     return "complete runs are in configs/, overlays in configs/methods/ and ablations/."
 
 

@@ -448,7 +448,8 @@ class VerificationConfig:
     )
     every_steps: int | None = option(
         None,
-        "Evaluate also within an epoch, every this many optimizer steps, after the rollout batch that they end in.",
+        "Evaluate also within an epoch, every this many optimizer steps, after the rollout batch that they end in. The "
+        "best checkpoint may be one of these.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -501,7 +502,10 @@ class BehaviourWriterConfig:
         None, "Name of the environment variable that holds the key; null sends none. The key itself is saved nowhere."
     )
     max_calls_per_step: int = option(
-        1, "Calls for each optimizer step since the last update; further clusters wait.", minimum=1, maximum=MAX_COUNT
+        1,
+        "Calls for each optimizer step since behaviours were last written; further clusters wait.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     timeout_s: float = option(60.0, "Seconds after which a call has failed.", above=0, maximum=MAX_SECONDS)
 

@@ -27,7 +27,7 @@ from pmd.evaluation.metrics import (
     maj_at_k,
     pass_at_k,
 )
-from pmd.run_dir import RunDir, write_json
+from pmd.run_dir import GENERATED, RunDir, write_json
 from pmd.types import UNSCORED, Task
 
 PHASES = {"initial": "before training", "last": "last checkpoint", "best": "best checkpoint"}
@@ -113,11 +113,11 @@ def write_results(run_dir: RunDir, results: Mapping[str, Any], phases: Mapping[s
 
 
 def sum_costs(run_dir: RunDir) -> dict[str, float]:
-    """Return what training cost over the whole run: seconds by part, tokens of rollouts and of reflections."""
+    """Return what training cost over the whole run: seconds by part, tokens that the policy generated."""
     totals: dict[str, float] = defaultdict(float)
     for row in run_dir.read_metrics():
         for name, value in row.items():
-            if value and (name.startswith("time/") or name.endswith("/num_tokens")):
+            if value and (name.startswith("time/") or name in GENERATED):
                 totals[name] += float(value)
     return {name: round(value, 3) for name, value in sorted(totals.items())}
 

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError, MemoryStoreError
+from pmd.memory.behaviour_writer import Written
 from pmd.memory.embed import make_embedder
 from pmd.memory.held_out import HeldOut
 from pmd.memory.index import TaskIndex
@@ -23,8 +24,8 @@ from pmd.memory.tools.transfer import import_file
 from pmd.memory.update import Writer, open_writer
 from pmd.types import InsightChange, ItemKind, MemoryItem, Rollout, Task
 
-#: Maps the insight texts of each cluster to one behaviour line per cluster; None if the model's output is malformed.
-Abstraction = Callable[[Sequence[Sequence[str]]], Sequence[str | None]]
+#: Writes one behaviour line for the insight texts of each cluster; None if the model's output is malformed.
+Abstraction = Callable[[Sequence[Sequence[str]]], Written]
 
 
 class ReadableMemory(Protocol):
@@ -56,6 +57,25 @@ class GroupRecord:
     memory_generation: int  # from which the items were retrieved
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUpdate:
+    """Counts from one update, besides the items it wrote."""
+
+    written: Written | None = None  # the behaviours; None if none were due
+    num_refused: int = 0  # changes with an unknown target, or that would retire a useful item
+    num_merged: int = 0
+    changed_by_audits: dict[str, int] = field(default_factory=dict)  # new status -> items
+
+    def figures(self, reflections: Reflections) -> dict[str, float]:
+        """Return the metrics of this update, which wrote what these reflections propose."""
+        return {
+            "memory/malformed_behaviours": 0.0 if self.written is None else float(self.written.texts.count(None)),
+            "memory/parse_failure_rate": reflections.num_malformed / max(1, reflections.num_prompts),
+            "memory/refused_changes": float(self.num_refused),
+            "memory/merged": float(self.num_merged),
+        }
+
+
 @dataclass(slots=True)
 class EpochRecord:
     """What has happened since the memory was last updated, and counts of the epoch so far.
@@ -70,41 +90,29 @@ class EpochRecord:
     num_groups: int = 0  # of the epoch
     num_hits: int = 0  # of these, groups whose teacher was shown at least one memory item
     num_memory_tokens: int = 0  # of the epoch, in the teachers' prompts
-    reflections: Reflections = field(default_factory=Reflections)
+    num_steps: int = 0  # optimizer steps since behaviours were last written, with those of the rollouts just recorded
+    reflected: Reflections = field(default_factory=Reflections)  # of the epoch's updates: counts, without changes
+    written: Written = field(default_factory=Written)  # of the epoch's updates
+    reflections: Reflections = field(default_factory=Reflections)  # for the next update
     audits: tuple[ItemAudit, ...] = ()
 
     def start(self, epoch: int) -> None:
         """Begin to count a new epoch."""
         self.epoch, self.is_complete = epoch, False
         self.num_groups, self.num_hits, self.num_memory_tokens = 0, 0, 0
+        self.reflected, self.written = Reflections(), Written()
 
-    def clear(self) -> None:
-        """Forget what an update has written."""
+    def clear(self, update: MemoryUpdate) -> None:
+        """Count what an update has written, and forget it."""
+        self.reflected = self.reflected.plus(self.reflections)
+        if update.written is not None:
+            self.written, self.num_steps = self.written.plus(update.written), 0
         self.groups, self.reflections, self.audits = {}, Reflections(), ()
 
     @property
     def hit_rate(self) -> float:
         """Share of the epoch's groups whose teacher was shown at least one memory item."""
         return self.num_hits / max(1, self.num_groups)
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUpdate:
-    """Counts from one update, besides the items it wrote."""
-
-    num_malformed_behaviours: int = 0  # clusters for which the policy wrote no usable text
-    num_refused: int = 0  # changes with an unknown target, or that would retire a useful item
-    num_merged: int = 0
-    changed_by_audits: dict[str, int] = field(default_factory=dict)  # new status -> items
-
-    def figures(self, reflections: Reflections) -> dict[str, float]:
-        """Return the metrics of this update, which wrote what these reflections propose."""
-        return {
-            "memory/malformed_behaviours": float(self.num_malformed_behaviours),
-            "memory/parse_failure_rate": reflections.num_malformed / max(1, reflections.num_prompts),
-            "memory/refused_changes": float(self.num_refused),
-            "memory/merged": float(self.num_merged),
-        }
 
 
 class ProceduralMemory:
@@ -214,7 +222,7 @@ def evolve_memory(
         return MemoryUpdate()
     _check_generation(record, memory)
     changed_by_audits: dict[str, int] = {}
-    num_malformed = 0
+    written = None
     with open_writer(memory.store) as writer:
         if memory.config.transient:
             writer.forget()
@@ -227,9 +235,9 @@ def evolve_memory(
         num_merged = writer.merge(task_rows.values())
         writer.bound()
         if memory.config.frozen or writer.ledger.generation % memory.config.behaviour_every == 0:
-            num_malformed = _write_behaviours(writer, abstraction, policy_version)
+            written = _write_behaviours(writer, abstraction, policy_version)
     memory.retriever.refresh()
-    return MemoryUpdate(num_malformed, num_refused, num_merged, changed_by_audits)
+    return MemoryUpdate(written, num_refused, num_merged, changed_by_audits)
 
 
 def _check_generation(record: EpochRecord, memory: ProceduralMemory) -> None:
@@ -278,11 +286,12 @@ def _write_insights(
     return num_refused
 
 
-def _write_behaviours(writer: Writer, abstraction: Abstraction, policy_version: int) -> int:
-    """Cluster the insights, have new or changed clusters described; return how many descriptions failed."""
+def _write_behaviours(writer: Writer, abstraction: Abstraction, policy_version: int) -> Written:
+    """Cluster the insights, have new or changed clusters described; return the descriptions."""
     clusters = writer.clusters()
     new = [n for n, cluster in enumerate(clusters) if cluster.needs_text]
-    texts = dict(zip(new, abstraction([clusters[n].texts for n in new]), strict=True))
+    written = abstraction([clusters[n].texts for n in new])
+    texts = dict(zip(new, written.texts, strict=True))
     changes = [cluster.change(texts.get(n)) for n, cluster in enumerate(clusters)]
     writer.replace_behaviours(changes, policy_version=policy_version)
-    return sum(text is None for text in texts.values())
+    return written

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -30,14 +30,27 @@ MAX_QUOTED = 200  # characters of an answer in a message
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The texts of one update and what they cost."""
+    """The behaviours of an update or of an epoch, and what they cost; calls are those of an external writer."""
 
-    texts: list[str | None]  # one for each cluster; None if there is none (yet)
+    texts: list[str | None] = field(default_factory=list)  # one for each cluster; None if there is none (yet)
+    num_tokens: int = 0  # generated, retries included; of an endpoint those that it reports
     num_calls: int = 0
     num_failed: int = 0  # calls without an answer
     num_malformed: int = 0  # answers without a well-formed behaviour
     num_deferred: int = 0  # clusters put off to the next update, by `max_calls_per_step` or because calls failed
     problem: str = ""  # the first failure
+
+    def plus(self, other: "Written") -> "Written":
+        """Return what both wrote, and what it cost together."""
+        return Written(
+            [*self.texts, *other.texts],
+            self.num_tokens + other.num_tokens,
+            self.num_calls + other.num_calls,
+            self.num_failed + other.num_failed,
+            self.num_malformed + other.num_malformed,
+            self.num_deferred + other.num_deferred,
+            self.problem or other.problem,
+        )
 
     def describe_problem(self) -> str:
         """Return a sentence on calls that came to nothing; empty if there are none."""
@@ -67,7 +80,6 @@ class BehaviourWriter:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.url = f"{(self.endpoint.base_url or '').rstrip('/')}/chat/completions"
         self.client = httpx2.Client(headers=headers, timeout=self.endpoint.timeout_s)
-        self.latest = Written([])  # of the last call of `write`
         self.limits: dict[str, Any] = {"max_tokens": config.max_new_tokens, "temperature": config.temperature}
 
     def write(self, clusters: Sequence[Sequence[str]], num_steps: int) -> Written:
@@ -75,11 +87,12 @@ class BehaviourWriter:
 
         Args:
             clusters: the best supported first.
-            num_steps: optimizer steps since the last update, each of which allows `max_calls_per_step` calls.
+            num_steps: optimizer steps since behaviours were last written, each of which allows `max_calls_per_step`
+                calls.
         """
         texts: list[str | None] = [None] * len(clusters)
         budget = self.endpoint.max_calls_per_step * num_steps
-        calls = failed = malformed = deferred = failures_in_row = 0
+        calls = failed = malformed = deferred = failures_in_row = tokens = 0
         problem = ""
         for position, insights in tqdm(
             list(enumerate(clusters)), desc="behaviours", leave=False, delay=2.0, disable=None
@@ -92,16 +105,16 @@ class BehaviourWriter:
                 continue
             calls += 1
             try:
-                answer = self._ask(prompt)
+                answer, num_tokens = self._ask(prompt)
             except CallFailed as error:
                 failed, problem = failed + 1, problem or str(error)
                 failures_in_row = MAX_FAILURES if error.is_final else failures_in_row + 1
                 continue
             failures_in_row, texts[position] = 0, self.prompts.parse_abstraction(answer)
+            tokens += num_tokens
             if texts[position] is None:
                 malformed, problem = malformed + 1, problem or f"it wrote {self._quoted(answer)}"
-        self.latest = Written(texts, calls, failed, malformed, deferred, problem)
-        return self.latest
+        return Written(texts, tokens, calls, failed, malformed, deferred, problem)
 
     def close(self) -> None:
         """Close the connections."""
@@ -116,8 +129,8 @@ class BehaviourWriter:
             prompt = self.prompts.abstraction_text(insights)
         return prompt[:limit]
 
-    def _ask(self, prompt: str) -> str:
-        """Return the endpoint's answer; try again while it is unreachable or busy."""
+    def _ask(self, prompt: str) -> tuple[str, int]:
+        """Return the endpoint's answer, and its tokens; try again while it is unreachable or busy."""
         for pause_s in (*_pauses(), None):
             try:
                 status, text = self._post(prompt)
@@ -155,14 +168,18 @@ class BehaviourWriter:
                     raise httpx2.ReadTimeout("the answer does not end")
             return response.status_code, body.decode("utf-8", "replace")
 
-    def _content(self, text: str) -> str:
+    def _content(self, text: str) -> tuple[str, int]:
+        """Return a completion's text, and the number of its tokens; 0 if the endpoint does not report it."""
         try:
-            content = json.loads(text)["choices"][0]["message"]["content"]
+            completion = json.loads(text)
+            content = completion["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            content = None
+            completion, content = {}, None
         if not isinstance(content, str):
             raise CallFailed(f"no chat completion: {self._quoted(text)}")
-        return content
+        usage = completion.get("usage")
+        reported = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return content, reported if isinstance(reported, int) else 0
 
     def _quoted(self, text: str) -> str:
         """Return the beginning of a text for a message, on one printable line and without the key."""

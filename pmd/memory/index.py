@@ -3,23 +3,30 @@
 The index can always be rebuilt from the store. It is built in id order on one thread, so equal stores have
 byte-identical indexes. The hnswlib graph is built and saved at every size; below `EXACT_BELOW` tasks, queries use exact
 search, which is faster there. hnswlib loads damaged files silently, so a file is used only if it matches its manifest
-and the store's vectors; otherwise the index is rebuilt.
+and the store's vectors; otherwise the index is rebuilt. Where hnswlib is not installed, because it has no wheels and
+there was no compiler, there is no graph, and all search is exact.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hnswlib
 import numpy as np
 
 from pmd.errors import MemoryStoreError
 from pmd.memory.embed import validated
 from pmd.memory.store import MemoryStore
 
+if TYPE_CHECKING:
+    import hnswlib
+
+log = logging.getLogger(__name__)
 EXACT_BELOW = 2_000
 CONNECTIVITY = 16  # M
 EF_CONSTRUCTION = 100  # 200 takes 1.6 times as long to build, with the same recall at 100,000 tasks
@@ -60,7 +67,12 @@ class TaskIndex:
     def open(cls, store: MemoryStore) -> "TaskIndex":
         """Load the index file if it matches the store exactly, else rebuild it."""
         index = cls(store)
-        if store.read_only:  # its graph may be a stranger's, and hnswlib does not check what it loads
+        if not store.read_only and not has_graphs():
+            log.warning(
+                "hnswlib is not installed, so the memory is searched exactly: slower from about 100,000 tasks on. To "
+                "install it, `pip install hnswlib` needs a C++ compiler."
+            )
+        if store.read_only or not has_graphs():  # a graph may be a stranger's, and hnswlib does not check what it loads
             index.refresh()
             return index
         ids, vectors = store.vectors("tasks")
@@ -70,7 +82,9 @@ class TaskIndex:
         return index
 
     def mismatch(self) -> str:
-        """Return why the index file does not match the store; empty if it does."""
+        """Return why the index file does not match the store; empty if it does, or if none is used."""
+        if not has_graphs():
+            return ""
         return self._mismatch(*self._store.vectors("tasks"))
 
     def __len__(self) -> int:
@@ -84,7 +98,7 @@ class TaskIndex:
         same_start = old <= len(ids) and np.array_equal(ids[:old], self._ids)
         if self._graph is not None and same_start and old == len(ids):
             return
-        if self._store.read_only:  # must not write, and a graph is not worth building for a reader's few queries
+        if self._store.read_only or not has_graphs():  # a reader must not write, and its few queries need no graph
             self._graph, self._ids, self._vectors = None, ids, vectors
             return
         if self._graph is None or not self._complete_history or not same_start:
@@ -135,7 +149,9 @@ class TaskIndex:
         nearest = np.argsort(-similarities, kind="stable")[:k]
         return [(int(self._ids[row]), float(similarities[row])) for row in nearest]
 
-    def _new_graph(self, size: int) -> hnswlib.Index:
+    def _new_graph(self, size: int) -> "hnswlib.Index":
+        import hnswlib
+
         graph = hnswlib.Index(space="ip", dim=self._dimension)
         graph.init_index(max_elements=size, M=CONNECTIVITY, ef_construction=EF_CONSTRUCTION, random_seed=SEED)
         graph.set_num_threads(1)
@@ -195,6 +211,8 @@ class TaskIndex:
         """Load the file if it matches the store; return why it does not, empty on success."""
         if problem := self._mismatch(ids, vectors):
             return problem
+        import hnswlib
+
         graph = hnswlib.Index(space="ip", dim=self._dimension)
         graph.load_index(str(self._path), max_elements=max(len(ids), 1))
         graph.set_num_threads(1)
@@ -202,6 +220,11 @@ class TaskIndex:
             return "it holds other tasks than the store"
         self._graph, self._ids, self._vectors = graph, ids, vectors
         return ""
+
+
+def has_graphs() -> bool:
+    """Whether hnswlib is installed."""
+    return find_spec("hnswlib") is not None
 
 
 def _capacity(count: int) -> int:

@@ -10,15 +10,18 @@ from dataclasses import asdict
 from typing import Any
 
 from pmd.memory import EpochRecord, GroupRecord
+from pmd.memory.behaviour_writer import Written
+from pmd.memory.reflect import Reflections
 from pmd.types import CaseCounts, Completion, MemoryItem, Rollout, Task, Verdict
 
-COUNTS = ("epoch", "num_groups", "num_hits", "num_memory_tokens")
+COUNTS = ("epoch", "num_groups", "num_hits", "num_memory_tokens", "num_steps")
 
 
 def encode(record: EpochRecord) -> bytes:
     """Return the groups and counts of a record; its reflections and audits belong to an update in progress."""
     groups = [_plain_group(group_id, group) for group_id, group in record.groups.items()]
     values = {name: getattr(record, name) for name in COUNTS} | {"groups": groups}
+    values |= {"reflected": asdict(record.reflected), "written": asdict(record.written)}
     return zlib.compress(json.dumps(values).encode("ascii"), 1)
 
 
@@ -26,7 +29,9 @@ def decode(data: bytes, record: EpochRecord, tasks: Mapping[str, Task]) -> None:
     """Put what `encode` kept into a record."""
     values = json.loads(zlib.decompress(data))
     for name in COUNTS:
-        setattr(record, name, values[name])
+        setattr(record, name, values.get(name, 0))  # earlier checkpoints lack the newer ones
+    record.reflected = Reflections(**values.get("reflected", {}) | {"changes": ()})
+    record.written = Written(**values.get("written", {}))
     record.groups = {group["group_id"]: _group(group, tasks) for group in values["groups"]}
 
 

@@ -6,7 +6,7 @@ fewer attempts, then with shortened ones. Works without Lightning and writes not
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pmd.config.schema import ReflectionConfig
 from pmd.engines.base import Engine, Request, Sampling
-from pmd.memory.behaviour_writer import BehaviourWriter
+from pmd.memory.behaviour_writer import BehaviourWriter, Written
 from pmd.seeds import derive_seed
 from pmd.tasks.prompts.base import Extent, PromptFormat
 from pmd.tasks.prompts.parsing import ParsedInsight, printable_line
@@ -50,6 +50,15 @@ class Reflections:
     num_shortened: int = 0  # groups whose prompt shows fewer or shorter attempts
     num_cut_off: int = 0  # malformed outputs that reached reflection.max_new_tokens
     example: str = ""  # the first malformed output
+
+    def plus(self, other: "Reflections") -> "Reflections":
+        """Return the counts of both rounds together, without the changes that they propose."""
+        counts = {
+            each.name: getattr(self, each.name) + getattr(other, each.name)
+            for each in fields(self)
+            if each.name.startswith("num_")
+        }
+        return Reflections(example=self.example or other.example, **counts)
 
     def describe_failure(self, config: ReflectionConfig) -> str:
         """Return what keeps the memory empty and its likely cause; empty if enough reflections are well-formed."""
@@ -204,17 +213,17 @@ def abstract(
     prompts: PromptFormat,
     config: ReflectionConfig,
     key: str,
-) -> list[str | None]:
-    """Return the behaviour for each cluster of insight texts; None if no prompt fits or the output is malformed."""
+) -> Written:
+    """Write a behaviour for each cluster of insight texts; None if no prompt fits or the output is malformed."""
     wanted = [(position, _fitting(prompts, insights, config)) for position, insights in enumerate(clusters)]
     asked = [(position, ids) for position, ids in wanted if ids]
-    answers, _, _ = _ask(
+    answers, _, num_tokens = _ask(
         engine, [ids for _, ids in asked], prompts.parse_abstraction, lambda text: text is not None, config, key
     )
     behaviours: list[str | None] = [None] * len(clusters)
     for (position, _), (text, _) in zip(asked, answers, strict=True):
         behaviours[position] = text
-    return behaviours
+    return Written(behaviours, num_tokens)
 
 
 def _fitting(prompts: PromptFormat, insights: Sequence[str], config: ReflectionConfig) -> list[int]:
@@ -256,23 +265,24 @@ class Reflector:
             return Reflections()
         return reflect(self.engine, self.tasks, groups, self.prompts, self.config, f"{self.seed}/reflect/{name}", known)
 
-    def abstract(self, clusters: Sequence[Sequence[str]], name: str, num_steps: int = 1) -> list[str | None]:
+    def abstract(self, clusters: Sequence[Sequence[str]], name: str, num_steps: int) -> Written:
         """Describe clusters of insights; see `abstract`. Seeds are derived from `name`.
 
         Args:
-            num_steps: optimizer steps since the last update, for the limits of an external writer.
+            num_steps: optimizer steps since behaviours were last written, for the limits of an external writer.
         """
         if self.writer is not None:
-            return self.writer.write(clusters, num_steps).texts
+            return self.writer.write(clusters, num_steps)
         return abstract(self.engine, clusters, self.prompts, self.config, f"{self.seed}/abstract/{name}")
 
-    def writer_figures(self) -> dict[str, float]:
-        """Return the metrics of what an external writer did in the latest update; none if the policy writes."""
+    def figures_of(self, written: Written | None) -> dict[str, float]:
+        """Return the metrics of the behaviours of an update; None if none were due."""
+        written = written or Written()
         if self.writer is None:
-            return {}
-        latest = self.writer.latest
+            return {"reflect/num_behaviour_tokens": float(written.num_tokens)}
         return {
-            "memory/behaviour_calls": float(latest.num_calls),
-            "memory/behaviour_calls_failed": float(latest.num_failed),
-            "memory/behaviours_deferred": float(latest.num_deferred),
+            "memory/behaviour_calls": float(written.num_calls),
+            "memory/behaviour_calls_failed": float(written.num_failed),
+            "memory/behaviours_deferred": float(written.num_deferred),
+            "memory/behaviour_writer_tokens": float(written.num_tokens),
         }

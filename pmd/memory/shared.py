@@ -52,6 +52,6 @@ class SharedUpdater:
     own: MemoryUpdater | None  # on rank 0 only
     meet: Callable[[Figures], Figures]  # returns on every rank what rank 0 gives, once rank 0 comes here
 
-    def update(self, groups: Sequence[Sequence[Rollout]], step: int, policy_version: int) -> Figures:
+    def update(self, groups: Sequence[Sequence[Rollout]], step: int, num_steps: int, policy_version: int) -> Figures:
         """Return on every rank the metrics of rank 0's update."""
-        return self.meet({} if self.own is None else self.own.update(groups, step, policy_version))
+        return self.meet({} if self.own is None else self.own.update(groups, step, num_steps, policy_version))

@@ -22,11 +22,14 @@ class MemoryUpdater:
     memory: ProceduralMemory
     reflector: Reflector
 
-    def update(self, groups: Sequence[Sequence[Rollout]], step: int, policy_version: int) -> dict[str, float]:
+    def update(
+        self, groups: Sequence[Sequence[Rollout]], step: int, num_steps: int, policy_version: int
+    ) -> dict[str, float]:
         """Write what these groups teach, all or nothing, and what has been shown since the last update; return metrics.
 
         Args:
             step: optimizer step of the run before which the update happens; seeds are derived from it.
+            num_steps: optimizer steps that these groups are for.
 
         Raises:
             MemoryStoreError: a task is not in the training split, or the store cannot be written.
@@ -41,9 +44,13 @@ class MemoryUpdater:
             task = self.reflector.tasks[group[0].task_id]
             new = GroupRecord(step, task, group, (), (), self.memory.generation)
             record.groups[group[0].group_id] = new
+        record.num_steps += num_steps
         update = evolve_memory(
-            record, self.memory, lambda clusters: self.reflector.abstract(clusters, f"step {step}"), policy_version
+            record,
+            self.memory,
+            lambda clusters: self.reflector.abstract(clusters, f"step {step}", record.num_steps),
+            policy_version,
         )
-        record.clear()
+        record.clear(update)
         seconds = {"time/reflect_s": reflected - started, "time/memory_s": time.perf_counter() - reflected}
-        return found.figures() | update.figures(found) | self.reflector.writer_figures() | seconds
+        return found.figures() | update.figures(found) | self.reflector.figures_of(update.written) | seconds

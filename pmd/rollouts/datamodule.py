@@ -36,8 +36,8 @@ from pmd.types import Rollout, Split, Task
 
 #: Metrics of a whole rollout batch; logged with its first optimizer step, and 0 with the others.
 COSTS = (
-    "rollout/num_tokens", "reflect/num_tokens", "time/rollout_s", "time/verify_s", "time/context_s", "time/reflect_s",
-    "time/memory_s",
+    "rollout/num_tokens", "reflect/num_tokens", "reflect/num_behaviour_tokens", "memory/behaviour_writer_tokens",
+    "time/rollout_s", "time/verify_s", "time/context_s", "time/reflect_s", "time/memory_s",
 )  # fmt: skip
 
 
@@ -227,7 +227,9 @@ class RolloutDataModule(LightningDataModule):
         """Divide one rollout batch, by group, into a training batch for each of its optimizer steps."""
         learned: dict[str, float] = {}
         if self.updater is not None:
-            learned = self.updater.update(generated.groups, task_batch.step, self.engine.policy_version)
+            learned = self.updater.update(
+                generated.groups, task_batch.step, task_batch.num_updates, self.engine.policy_version
+            )
         started = time.perf_counter()
         examples = [
             self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))

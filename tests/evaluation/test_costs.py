@@ -9,15 +9,16 @@ from pmd.run_dir import RunDir
 
 
 def train(run_dir: RunDir, epochs: range, resumed_at: int | None = None, reflects: int = 0) -> None:
-    """Log epochs of two steps of 100 tokens; each ends with a score and, if there are any, tokens of reflections."""
+    """Log epochs of two steps of 100 tokens; each ends with a score and, if there are any, tokens of reflections and
+    behaviours."""
     log = MetricsLog(run_dir, resumed_at)
     if resumed_at is None:
         log.log_metrics({"verify/avg": 0.0}, step=0)
     for epoch in epochs:
         for step in (2 * epoch, 2 * epoch + 1):
             log.log_metrics({"rollout/num_tokens": torch.tensor(100.0)}, step=step)
-        ends = {"verify/avg": (epoch + 1) / 10} | ({"reflect/num_tokens": float(reflects)} if reflects else {})
-        log.log_metrics(ends, step=2 * epoch + 1)
+        written = {"reflect/num_tokens": reflects - 20.0, "reflect/num_behaviour_tokens": 20.0} if reflects else {}
+        log.log_metrics({"verify/avg": (epoch + 1) / 10} | written, step=2 * epoch + 1)
     log.save()
 
 
@@ -66,7 +67,7 @@ def test_an_evaluation_within_an_epoch_counts_the_step_that_it_follows(tmp_path)
 
 def test_a_cost_leaves_evaluations_out():
     totals = {
-        "rollout/num_tokens": 1e6, "reflect/num_tokens": 5e5, "time/cpu_s": 60.0,
+        "rollout/num_tokens": 1e6, "reflect/num_tokens": 4e5, "reflect/num_behaviour_tokens": 1e5, "time/cpu_s": 60.0,
         "time/verification_cpu_s": 10.0, "time/verification_s": 20.0, "time/student_s": 30.0, "time/rollout_s": 40.0,
     }  # fmt: skip
     on_cpu = cost_of({"totals": totals, "device": "cpu"})

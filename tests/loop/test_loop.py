@@ -43,7 +43,7 @@ def test_an_evaluation_within_an_epoch_has_a_row_of_its_own(whole):
     assert max(tokens) == sum(
         float(row[name] or 0)
         for row in RunDir(whole).read_metrics()
-        for name in ("rollout/num_tokens", "reflect/num_tokens")
+        for name in ("rollout/num_tokens", "reflect/num_tokens", "reflect/num_behaviour_tokens")
     )
 
 

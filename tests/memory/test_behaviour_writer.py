@@ -30,8 +30,8 @@ class Plain(PromptFormat):
         return parse_line(text)
 
 
-def chat(text: str) -> bytes:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+def chat(text: str, **more) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}], **more}).encode()
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -107,6 +107,20 @@ def test_one_call_per_cluster_over_one_connection(serve):
         "model": "large", "messages": [{"role": "user", "content": "one\ntwo"}], "max_tokens": 77, "temperature": 0.25,
     }  # fmt: skip
     assert client == other
+
+
+@pytest.mark.parametrize(
+    ("more", "num_tokens"),
+    [
+        ({"usage": {"completion_tokens": 9}}, 18),
+        ({"usage": {"completion_tokens": "9"}}, 0),
+        ({"usage": [9]}, 0),
+        ({}, 0),
+    ],
+)
+def test_tokens_are_those_that_the_endpoint_reports(serve, more, num_tokens):
+    _, writer = serve(lambda n, payload: (200, chat(GOOD, **more)))
+    assert writer.write(CLUSTERS[:2], 1).num_tokens == num_tokens
 
 
 def test_calls_are_limited_by_the_steps_since_the_last_update(serve):

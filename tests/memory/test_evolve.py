@@ -12,6 +12,7 @@ from memory_world import make_rollout, make_task
 from pmd.config.schema import MemoryConfig
 from pmd.errors import AlignmentError, MemoryStoreError
 from pmd.memory import MemoryUpdate, ProceduralMemory, evolve_memory
+from pmd.memory.behaviour_writer import Written
 from pmd.memory.judge import ItemAudit
 from pmd.memory.tools.transfer import export_file
 from pmd.types import InsightChange
@@ -39,10 +40,10 @@ def test_one_call_writes_all_that_an_epoch_taught_and_retrieval_follows(tmp_path
 
     def abstraction(clusters):
         asked.extend(clusters)
-        return ["wash apples" for _ in clusters]
+        return Written(["wash apples" for _ in clusters], 7)
 
     record = make_epoch(memory, TASKS, rollouts(), strategies("wash it"))
-    assert evolve_memory(record, memory, abstraction, policy_version=3) == MemoryUpdate()
+    assert evolve_memory(record, memory, abstraction, policy_version=3) == MemoryUpdate(Written(["wash apples"], 7))
     store = memory.store
     assert (store.generation, memory.retriever.generation) == (1, 1)
     assert [e.rollout_id for e in store.experiences()] == ["t0#0", "t1#0", "t2#0"]

@@ -1,6 +1,7 @@
 """The index matches the store or is rebuilt, and finds the nearest tasks."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,19 @@ def test_what_is_no_unit_vector_is_refused(stored):
     with pytest.raises(MemoryStoreError, match="embedding length=nan of 1 of 1 texts must be 1"):
         fill(stored, 600, 601)
     assert len(stored.tasks()) == 500
+
+
+def test_without_hnswlib_all_search_is_exact(stored, monkeypatch, caplog):
+    queries, found = stored.vectors("tasks")[1][:20], TaskIndex.open(stored)
+    wanted = found.search(queries, 5, exact=True)
+    for file in stored.path.parent.glob("tasks.*"):
+        file.unlink()
+    monkeypatch.setitem(sys.modules, "hnswlib", None)  # as if it were not installed
+    index = TaskIndex.open(stored)
+    assert index.search(queries, 5) == wanted
+    assert (len(index), index.recall(), index.mismatch()) == (500, 1.0, "")
+    assert "searched exactly" in caplog.text
+    fill(stored, 500, 600)
+    index.refresh()
+    assert len(index) == 600
+    assert list(stored.path.parent.glob("tasks.*")) == []

@@ -183,15 +183,17 @@ def test_abstractions_keep_their_place_whatever_fails():
     engine = Scripted([["no", GOOD, "{"], ["still no", GOOD.replace("Units", "Late")]])
     found = abstract(engine, clusters, Plain(), ReflectionConfig(max_prompt_tokens=5), "key")
     assert [[r.prompt_ids for r in requests] for requests, _, _ in engine.calls] == [[(1,), (2,), (3,)], [(1,), (3,)]]
-    assert found == [None, None, "Units: Check them.", "Late: Check them.", None]
+    assert found.texts == [None, None, "Units: Check them.", "Late: Check them.", None]
+    assert found.num_tokens == 5 * 3  # three were asked about, two again
     once = Scripted([["no", GOOD, "{"]])
     config = ReflectionConfig(max_prompt_tokens=5, retry=False)
-    assert abstract(once, clusters, Plain(), config, "key") == [None, None, "Units: Check them.", None, None]
+    found = abstract(once, clusters, Plain(), config, "key")
+    assert (found.texts, found.num_tokens) == ([None, None, "Units: Check them.", None, None], 3 * 3)
 
 
 def test_a_cluster_too_large_for_a_prompt_is_put_into_words_from_its_best_supported_insights():
     engine = Scripted([[GOOD, GOOD]])
     clusters = [["a" * n for n in range(1, 41)], ["b"]]
     found = abstract(engine, clusters, Plain(), ReflectionConfig(max_prompt_tokens=12), "key")
-    assert found == ["Units: Check them."] * 2
+    assert found.texts == ["Units: Check them."] * 2
     assert [request.prompt_ids for request in engine.calls[0][0]] == [tuple(range(1, 11)), (1,)]

@@ -13,6 +13,7 @@ from pmd.bootstrap.hard_samples import BOXES, HABIT, RARE_BOXES, choice, reflect
 from pmd.bootstrap.tiny_tokenizer import make_tokenizer
 from pmd.config.load import load_config
 from pmd.memory import EpochRecord, GroupRecord, ProceduralMemory, evolve_memory
+from pmd.memory.behaviour_writer import Written
 from pmd.memory.reflect import Reflections
 from pmd.memory.retrieve import Retriever
 from pmd.tasks import load_tasks
@@ -72,7 +73,7 @@ def habitual_rollout(draw, task, group_id, each):
 def first_strategies(clusters):
     """Describe each cluster as the model is taught to: by the first line of its prompt."""
     prompts = [PROMPTS.tokenizer.decode(PROMPTS.abstraction(cluster)).split() for cluster in clusters]
-    return [f"pattern use {words[4]} {words[5]}" for words in prompts]
+    return Written([f"pattern use {words[4]} {words[5]}" for words in prompts])
 
 
 def answered(memory, tasks, **changes):
