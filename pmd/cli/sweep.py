@@ -22,7 +22,7 @@ from pmd.planning.sweep.launch import launch, log_file, unfinished
 DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one process per run, and tabulate it over seeds.
 
   python -m pmd sweep ablations/grids/main_table.yaml
-  python -m pmd sweep ablations/grids/main_table.yaml --dry_run
+  python -m pmd sweep ablations/grids/main_table.yaml --dry-run
   python -m pmd sweep ablations/grids/paper/main_table.yaml --hours
 
 Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
     )
-    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs as commands and stop")
     options = parser.parse_args(argv)
     gpus = visible_gpus(os.environ)
     jobs = options.jobs if options.jobs is not None else len(gpus) or len(os.sched_getaffinity(0))
