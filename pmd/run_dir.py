@@ -5,14 +5,15 @@ metrics.csv      the logged metrics, by step
 checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position
 memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
-completions/     tables of the traced steps, to read: prompt, completion, verdict, what the teacher saw
+completions/     tables to read: step-N.jsonl of a traced step (prompt, completion, verdict, what the teacher saw),
+                 validation-N.jsonl after N steps, test-initial.jsonl, test-last.jsonl and test-best.jsonl
 cache/           what vLLM compiled at its first start, for the next one; may be deleted
 samples.jsonl    every evaluation sample behind the final table
 results.json     the final table
 curves.png       the learning curves
 error.log        the traceback of what ended the run, if it was nothing that pmd foresaw
 .lock            held by the process that works in the directory (run_lock.py)
-test-NAME/       results of `pmd test` for checkpoint NAME: results.json, samples.jsonl, pass_at_k.png; of
+test-NAME/       results of `pmd test` for checkpoint NAME: results.json, samples.jsonl, pass_at_k.png, completions/; of
                  `pmd test --memory` in test-NAME-memory-kK/
 """
 

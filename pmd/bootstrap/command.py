@@ -32,6 +32,10 @@ MODELS = ("tiny", "tiny_large", "tiny_hard", "tiny_hard_large", "tiny_exam")
 DESCRIPTION = """\
 Make one of the models that ship with pmd, from a seed, on one CPU core.
 
+  python -m pmd bootstrap                                   # tiny, seed 0, into ./bootstrapped/tiny
+  python -m pmd bootstrap --model tiny_exam --seed 3 --out my_exam
+  python -m pmd fit --config configs/tiny.yaml --model.path bootstrapped/tiny
+
   tiny       half a million parameters, the tiny world's language. It attempts puzzles, uses memory lines in its
              prompt, reflects on attempts and abstracts patterns; it knows no family's rule. About 12 minutes.
   tiny_large one million parameters, otherwise like tiny. For experiments across model sizes, such as using a memory
@@ -46,11 +50,6 @@ Make one of the models that ship with pmd, from a seed, on one CPU core.
 EPILOG = """\
 The probes measure the model after its weights are rounded to bfloat16. If any probe fails, nothing is written and the
 exit code is 1. The same seed gives the same model on the same machine.
-
-examples:
-  python -m pmd bootstrap                                   # tiny, seed 0, into ./bootstrapped/tiny
-  python -m pmd bootstrap --model tiny_exam --seed 3 --out my_exam
-  python -m pmd fit --config configs/tiny.yaml --model.path bootstrapped/tiny
 """
 
 

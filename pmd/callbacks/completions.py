@@ -1,9 +1,12 @@
-"""Writes a table of completions for every traced step: prompt, completion, verdict, what the teacher saw, divergence.
+"""Writes tables of completions to read, for every traced step and every evaluation.
 
-To `completions/step-N.jsonl` in the run directory, and to every logger of the trainer that has tables.
+To `completions/` in the run directory, and to every logger of the trainer that has tables. A step's table holds prompt,
+completion, verdict, what the teacher saw and the divergence; an evaluation's has no teacher.
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from pmd.atomic import replace_text
 from pmd.batch import Batch, Example
 from pmd.module import PMDModule
+from pmd.types import Rollout
 
 MAX_ROWS = 32  # in a logger's table; the file holds all
 NAME = "completions"
@@ -37,17 +41,51 @@ class CompletionsCallback(Callback):
             for example in batch.examples
             if example.rollout.rollout_id in traced
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        replace_text(self.folder / f"step-{batch.step:06d}.jsonl", lines)
+        write_rows(self.folder / f"step-{batch.step:06d}.jsonl", rows)
         for logger in trainer.loggers:
-            log_table(logger, rows[:MAX_ROWS], batch.step)
+            log_table(logger, NAME, rows[:MAX_ROWS], batch.step)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTables:
+    """Writes the tables of a run's evaluations."""
+
+    folder: Path
+    tokenizer: Any
+
+    def write(self, name: str, rollouts: Mapping[bool, Iterable[Rollout]], step: int) -> list[dict[str, Any]]:
+        """Write `NAME.jsonl` and return its rows.
+
+        Args:
+            rollouts: without and, under True, with memory in the prompt.
+        """
+        rows = [
+            describe_rollout(rollout, self.tokenizer) | {"memory_in_prompt": with_memory, "step": step}
+            for with_memory, own in rollouts.items()
+            for rollout in own
+        ]
+        write_rows(self.folder / f"{name}.jsonl", rows)
+        return rows
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def describe(example: Example, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return one row of the table."""
-    rollout, context = example.rollout, example.context
-    divergence = record.get("per_token_divergence")
+    """Return one row of a step's table."""
+    context, divergence = example.context, record.get("per_token_divergence")
+    return describe_rollout(example.rollout, tokenizer) | {
+        "teacher_memory": "\n".join(item.text for item in context.items),
+        "teacher_attempt": context.success or ("its own failure" if context.shows_failure else ""),
+        "mean_divergence": sum(divergence) / len(divergence) if divergence else None,
+    }
+
+
+def describe_rollout(rollout: Rollout, tokenizer: Any) -> dict[str, Any]:
+    """Return what every table says of a rollout."""
     return {
         "task_id": rollout.task_id,
         "rollout_id": rollout.rollout_id,
@@ -56,24 +94,21 @@ def describe(example: Example, record: dict[str, Any], tokenizer: Any) -> dict[s
         "status": rollout.verdict.status,
         "reward": rollout.verdict.reward,
         "feedback": rollout.verdict.feedback,
-        "teacher_memory": "\n".join(item.text for item in context.items),
-        "teacher_attempt": context.success or ("its own failure" if context.shows_failure else ""),
-        "mean_divergence": sum(divergence) / len(divergence) if divergence else None,
     }
 
 
-def log_table(logger: Logger, rows: list[dict[str, Any]], step: int) -> None:
+def log_table(logger: Logger, name: str, rows: list[dict[str, Any]], step: int) -> None:
     """Write rows to a logger that has tables; others are left alone."""
     if not rows:
         return
     columns = list(rows[0])
     if isinstance(logger, WandbLogger):
-        logger.log_table(NAME, columns=columns, data=[list(row.values()) for row in rows], step=step)
+        logger.log_table(name, columns=columns, data=[list(row.values()) for row in rows], step=step)
     elif isinstance(logger, MLFlowLogger):
         data = {column: [row[column] for row in rows] for column in columns}
-        logger.experiment.log_table(logger.run_id, data, f"{NAME}/step-{step:06d}.json")
+        logger.experiment.log_table(logger.run_id, data, f"{name}/step-{step:06d}.json")
     elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text(NAME, markdown(rows), step)
+        logger.experiment.add_text(name, markdown(rows), step)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -8,34 +8,20 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from pmd.cli import memory_tools
-from pmd.cli.printable import printable, printable_json
+from pmd.cli.printable import printable_json
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
-from pmd.memory.checksum import remedy
-from pmd.memory.files import one_line
-from pmd.memory.index import TaskIndex
-from pmd.memory.retrieve import Retriever
-from pmd.memory.store import MemoryStore
 from pmd.types import INSIGHT_KINDS
 
-Rows = list[dict[str, Any]]
 STORE_IN_RUN = Path("memory") / "memory.sqlite"
 #: Commands drop nothing that they are not asked to drop; the caps of the run apply at its next update.
 UNBOUNDED = MemoryConfig(keep_generations=None, capacity=2**62)
 WHAT = ("task", "experience", "insight", "behaviour")
 STATUSES = ("active", "internalized", "retired", "quarantined", "all")
-EPILOG = """\
-The memory has three levels: experiences (attempts at one task), insights (what the attempts at one task teach:
-strategies, lessons, contrasts) and behaviours (what insights of several tasks have in common).
+DESCRIPTION = """\
+Inspect a memory store, given by its run directory or its file.
 
-examples:
   python -m pmd memory stats  runs/pmd                      what is in the memory of a run
   python -m pmd memory list   runs/pmd behaviour            the behaviours, best supported first
   python -m pmd memory list   runs/pmd insight --status quarantined
@@ -47,15 +33,16 @@ examples:
   python -m pmd memory forget runs/pmd TASK                 delete what was learnt from a task
   python -m pmd memory report runs/pmd --out memory.html    everything on one page
   python -m pmd memory export runs/pmd memory.jsonl         to read, to keep, or to import into another store
-"""
+
+The memory has three levels: experiences (attempts at one task), insights (what the attempts at one task teach:
+strategies, lessons, contrasts) and behaviours (what insights of several tasks have in common)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m pmd memory`."""
     parser = argparse.ArgumentParser(
-        prog="pmd memory",
-        description="Inspect a memory store, given by its run directory or its file.",
-        epilog=EPILOG,
+        prog="python -m pmd memory",
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -132,9 +119,25 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"--kind={arguments.kind} applies to insights only; leave it out for {arguments.what}")
         if arguments.status not in (None, "all") and arguments.what == "task":
             parser.error(f"--status={arguments.status}: tasks have no status; leave it out")
-    console = Console()
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pmd.cli import memory_tools, memory_views
+    from pmd.memory.checksum import remedy
+    from pmd.memory.files import one_line
+    from pmd.memory.store import MemoryStore
+
     write = arguments.command in memory_tools.WRITING
-    commands = {"stats": _stats, "list": _list, "show": _show, "search": _search, **memory_tools.COMMANDS}
+    commands = {
+        "stats": memory_views.stats_rows,
+        "list": memory_views.list_rows,
+        "show": memory_views.show_rows,
+        "search": memory_views.search_rows,
+        **memory_tools.COMMANDS,
+    }
     with MemoryStore.open(find_store(arguments.store), read_only=not write, config=UNBOUNDED) as store:
         try:
             tables = commands[arguments.command](store, arguments)
@@ -151,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
         print(printable_json(json.dumps(tables, ensure_ascii=False, indent=1)))
     else:
         for title, rows in tables.items():
-            _print(console, title, rows)
+            memory_views.print_rows(Console(), title, rows)
     return int(arguments.command == "check" and any(tables.values()))
 
 
@@ -179,127 +182,3 @@ def find_store(path: Path) -> Path:
     if not found.is_file():
         raise MemoryStoreError(f"memory store={found} does not exist; give a run directory or a store's .sqlite file.")
     return found
-
-
-def _stats(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
-    facts: dict[str, Any] = {"file": str(store.path), "megabytes": round(store.path.stat().st_size / 1e6, 2)}
-    facts |= {"embedder": store.meta("embedder"), "schema version": store.query("PRAGMA user_version")[0][0]}
-    facts |= store.stats()
-    return {"memory": [{"quantity": key, "value": value} for key, value in facts.items()]}
-
-
-def _list(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
-    columns, source, order = {
-        "task": (
-            "t.id, task_id, domain, memory_key AS text,"
-            " (SELECT count(*) FROM insights i WHERE i.task_row = t.id AND status = 'active') AS insights",
-            "tasks t",
-            "t.id",
-        ),
-        "experience": (
-            "e.id, task_id, correct, policy_version AS policy, e.support, status, response AS text",
-            "experiences e JOIN tasks t ON t.id = task_row",
-            "e.id",
-        ),
-        "insight": (
-            "i.id, task_id, kind, policy_version AS policy, i.support, status, leak, content AS text",
-            "insights i JOIN tasks t ON t.id = task_row",
-            "i.support DESC, i.id",
-        ),
-        "behaviour": (
-            "id, version, policy_version AS policy, support, status, content AS text",
-            "behaviours",
-            "support DESC, id",
-        ),
-    }[arguments.what]
-    conditions, values = ["TRUE"], []
-    if arguments.what != "task" and arguments.status != "all":
-        conditions.append("status = ?")
-        values.append(arguments.status or "active")
-    if arguments.kind:
-        conditions.append("kind = ?")
-        values.append(arguments.kind)
-    where = " AND ".join(conditions)
-    total = store.query(f"SELECT count(*) FROM {source} WHERE {where}", *values)[0][0]
-    sql = f"SELECT {columns} FROM {source} WHERE {where} ORDER BY {order} LIMIT ?"
-    rows = store.query_rows(sql, *values, arguments.limit or -1)
-    return {f"{arguments.what}s: {len(rows)} of {total}": rows}
-
-
-def _show(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
-    table = f"{arguments.what}s"
-    found = store.query_rows(f"SELECT * FROM {table} WHERE id = ?", arguments.id)
-    if not found:
-        raise MemoryStoreError(f"{arguments.what}={arguments.id} is not in the store; `pmd memory list` shows the ids.")
-    item = {key: value for key, value in found[0].items() if key != "embedding" and value not in (None, "")}
-    tables = {f"{arguments.what} {arguments.id}": [{"field": key, "value": value} for key, value in item.items()]}
-    if arguments.what == "task":
-        for child, text in (("experiences", "response"), ("insights", "content")):
-            sql = f"SELECT id, status, support, {text} AS text FROM {child} WHERE task_row = ? ORDER BY id"
-            tables[child] = store.query_rows(sql, arguments.id)
-        return tables
-    level = WHAT.index(arguments.what) - 1
-    if level > 0:
-        parent, text = (("experiences", "response"), ("insights", "content"))[level - 1]
-        tables[f"rests on {parent}"] = store.query_rows(
-            f"SELECT parent.id, task_id, status, {text} AS text"
-            f" FROM links JOIN {parent} parent ON parent.id = parent_id JOIN tasks t ON t.id = task_row"
-            " WHERE child_level = ? AND child_id = ? ORDER BY parent.id",
-            level,
-            arguments.id,
-        )
-    if arguments.lineage:
-        tables["lineage"] = memory_tools.lineage(store, level, arguments.id)
-    tables["history"] = store.query_rows(
-        "SELECT generation, action, reason, before, after FROM ops WHERE level = ? AND item_id = ? ORDER BY id",
-        level,
-        arguments.id,
-    )
-    return tables
-
-
-def _search(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, Rows]:
-    config = MemoryConfig(k=arguments.k, levels=arguments.levels)
-    index = TaskIndex.open(store)
-    retriever = Retriever(store, index, config)
-    tasks = {task.id: task for task in store.tasks()}
-    hits = index.search(store.embedder.embed_queries([arguments.text]), config.neighbours)[0]
-    items = sorted(retriever.retrieve(arguments.text, seed=0), key=lambda item: (-item.level, item.item_id))
-    return {
-        "a teacher would be shown": [
-            {
-                "level": item.level,
-                "kind": item.kind,
-                "id": item.item_id,
-                "task_id": item.task_id or "",
-                "similarity": item.similarity,
-                "text": item.text,
-            }
-            for item in items
-        ],
-        "nearest training tasks": [
-            {"id": row, "task_id": tasks[row].task_id, "similarity": similarity, "text": tasks[row].memory_key}
-            for row, similarity in hits
-        ],
-    }
-
-
-def _print(console: Console, title: str, rows: Rows) -> None:
-    if not rows:
-        console.print(f"[bold]{title}[/bold]: none")  # titles are our own words
-        return
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
-    for column in rows[0]:
-        number = all(isinstance(row[column], int | float) for row in rows)
-        heading = column.replace("_", " ")  # wraps between words if the terminal is narrow
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
-
-
-def _cell(value: Any) -> Text:
-    if isinstance(value, float):
-        return Text(f"{value:.3f}")
-    text = "" if value is None else str(value)
-    return Text(printable(text if len(text) <= 400 else text[:400] + " ..."))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pmd.atomic import replace_text
 from pmd.callbacks.checkpoint import CheckpointCallback, restore_best
-from pmd.callbacks.completions import CompletionsCallback
+from pmd.callbacks.completions import CompletionsCallback, EvaluationTables
 from pmd.callbacks.health import HealthCallback
 from pmd.callbacks.memory import Auditor, MemoryCallback
 from pmd.callbacks.ranks import RanksCallback
@@ -44,7 +44,7 @@ from pmd.engines.parity import ParityCheck
 from pmd.engines.shared import LeadingEngine, follow
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
-from pmd.evaluation.evaluate import Evaluator, evaluation_facts
+from pmd.evaluation.evaluate import Evaluator, Keep, evaluation_facts
 from pmd.evaluation.metrics import Sample, score_samples
 from pmd.evaluation.report import (
     ELSEWHERE,
@@ -74,7 +74,7 @@ from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
 from pmd.run_lock import locked
 from pmd.scoring import PolicyScorer, output_head
 from pmd.tasks import duplicated_task_ids, validates_on_test
-from pmd.types import Split, Task
+from pmd.types import Rollout, Split, Task
 
 CONSOLE = Console(stderr=False)
 
@@ -275,15 +275,18 @@ def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir
     tasks, name = run.tasks[split], checkpoint.stem if checkpoint else "initial"
     method = config.method if store is None else f"{config.method} with memory, k={config.memory.k}"
     facts = {"method": method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
+    rollouts: list[Rollout] = []
     if store is None:
-        samples = run.evaluator.memory_free(tasks, config.verification.final_samples)
+        samples = run.evaluator.memory_free(tasks, config.verification.final_samples, rollouts.append)
     else:
         facts["memory"] = {"store": str(store), "k": config.memory.k}
-        samples = _sample_with(run, tasks, store)
+        samples = _sample_with(run, tasks, store, rollouts.append)
+    if (tables := _tables(run, out)) is not None:
+        tables.write(f"{split}-{name}", {store is not None: rollouts}, run.module.policy_version)
     facts |= evaluation_facts(config, tasks)
     phases = phases_of(run, name, samples)
     results = results_of(facts, phases)
-    print_table(results | {"method": f"{method}, {split}"}, results["chance"], CONSOLE)
+    print_table(results, results["chance"], CONSOLE)
     out.root.mkdir(parents=True, exist_ok=True)
     title = f"{config.method}, seed {config.seed_everything}, {split} tasks, {name}, {prompt_label(results)}"
     draw_pass_at(out.pass_at_k, {name: samples}, tasks, title)
@@ -291,14 +294,14 @@ def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir
     CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
 
 
-def _sample_with(run: Run, tasks: Sequence[Task], store: Path) -> list[Sample]:
+def _sample_with(run: Run, tasks: Sequence[Task], store: Path, keep: Keep) -> list[Sample]:
     """Sample the policy with a memory in its prompt that another run built."""
     from pmd.memory.reading import opened_memory
 
     config, train = run.config, run.tasks["train"]
     held_out, keys = HeldOut({"train": train, "test": tasks}), [task.lookup_key for task in train]
     with opened_memory(store, config.memory, keys, held_out) as memory:
-        return run.evaluator.memory_conditioned(tasks, config.verification.final_samples, memory)
+        return run.evaluator.memory_conditioned(tasks, config.verification.final_samples, memory, keep)
 
 
 def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, ranks: Ranks | None = None) -> Run:
@@ -397,7 +400,9 @@ def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTra
 def callbacks_of(run: Run) -> list[Callback]:
     """Return the callbacks in the order in which they act: verify, reflect, update memory, sync, trace, look."""
     config, engine = run.config, run.data.engine
-    verification = VerificationCallback(run.evaluator, run.tasks["validation"], run.data.memory)
+    verification = VerificationCallback(
+        run.evaluator, run.tasks["validation"], run.data.memory, _tables(run, run.run_dir)
+    )
     callbacks: list[Callback] = [verification]
     if run.memory is not None:
         callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
@@ -420,6 +425,13 @@ def callbacks_of(run: Run) -> list[Callback]:
     return callbacks
 
 
+def _tables(run: Run, run_dir: RunDir) -> EvaluationTables | None:
+    """Return what writes the tables of evaluations; nothing does if the run keeps no traces."""
+    if not run.config.trace_every or not run.is_first:
+        return None
+    return EvaluationTables(run_dir.completions, run.module.tokenizer)
+
+
 def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, Any]:
     """Train from a checkpoint or from the start; return the run's rollouts and updates, the seconds it took now, and
     the kind of its device."""
@@ -435,9 +447,14 @@ def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, Any]:
 def evaluate(run: Run, name: str, *, with_memory: bool) -> dict[str, Phase]:
     """Evaluate the policy, as it is now, on the test tasks; return one phase, or two (see `phases_of`)."""
     verification, shown = run.config.verification, list[Sample]()
-    samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples)
+    rollouts: dict[bool, list[Rollout]] = {False: [], True: []}
+    samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples, rollouts[False].append)
     if with_memory and run.data.memory is not None:
-        shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.data.memory)
+        shown = run.evaluator.memory_conditioned(
+            run.tasks["test"], verification.samples, run.data.memory, rollouts[True].append
+        )
+    if (tables := _tables(run, run.run_dir)) is not None:
+        tables.write(f"test-{name}", rollouts, run.module.policy_version)
     return phases_of(run, name, samples, shown)
 
 
@@ -538,6 +555,14 @@ def _announce(run: Run, trainer: Trainer) -> None:
     rollouts, steps = run.config.rollouts, run.data.steps_per_epoch
     epochs = trainer.max_epochs or 0
     left = run.data.num_steps(trainer.max_epochs or 0, trainer.max_steps) - run.data.position.step
+    if left <= 0:
+        CONSOLE.print(
+            f"Nothing is left to train: the run has done its {run.data.position.step} updates and is evaluated again. "
+            f"A larger trainer.max_epochs continues it. Run directory: {run.run_dir.root}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
     estimate = estimate_run(run.config, run.run_dir, left)
     CONSOLE.print(
         f"{run.config.method}: {rollouts.tasks_per_step} tasks x {rollouts.group_size} attempts = "

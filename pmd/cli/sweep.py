@@ -25,7 +25,7 @@ from pmd.planning.sweep.launch import Outcome, Place, launch, unfinished
 DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one process per run, and tabulate it over seeds.
 
   python -m pmd sweep ablations/grids/main_table.yaml
-  python -m pmd sweep ablations/grids/main_table.yaml --dry_run
+  python -m pmd sweep ablations/grids/main_table.yaml --dry-run
   python -m pmd sweep ablations/grids/paper/main_table.yaml --hours
   python -m pmd sweep GRID.yaml --on ray --out /shared/sweep
   python -m pmd sweep GRID.yaml --on slurm --out /shared/sweep --slurm partition=gpu --slurm time=720
@@ -104,7 +104,7 @@ def make_sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hours", action="store_true", help="predict the GPU hours of grids on real data, for any machine, and stop"
     )
-    parser.add_argument("--dry_run", action="store_true", help="list the runs as commands and stop")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs as commands and stop")
     return parser
 
 

@@ -251,7 +251,7 @@ class TinyWorldConfig:
 class DataConfig:
     """Where the tasks come from, and how they are split."""
 
-    task: Literal["tiny", "tiny_hard", "sciknoweval", "livecodebench", "tooluse", "jsonl"] = option(
+    task: Literal["tiny", "tiny_hard", "sciknoweval", "livecodebench", "tooluse", "jsonl", "verifiers"] = option(
         "tiny", "Source of the tasks."
     )
     path: str | None = option(
@@ -271,6 +271,13 @@ class DataConfig:
     subset: str | None = option(None, "jsonl: subset (configuration) of a data set of the Hub.")
     train_split: str = option("train", "jsonl: the split of a data set of the Hub to train on.")
     test_split: str | None = option(None, "jsonl: its held-out split; null splits `train_split`.")
+    taskset: dict[str, Any] = option(
+        {},
+        "verifiers: the taskset of an installed environment, such as {id: my-environment}, with its own arguments.",
+    )
+    test_taskset: dict[str, Any] = option(
+        {}, "verifiers: arguments that differ for the held-out tasks; empty splits `taskset`."
+    )
     allow_modules: list[str] = option(
         [],
         "jsonl: modules or packages whose verifiers the task files may name; they are imported and run. "

@@ -4,7 +4,7 @@ It works without Lightning; `metrics.py` turns the samples into scores.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from pmd.ranks import Ranks
 from pmd.rollouts.generate import gather_rollouts, generate_rollouts
 from pmd.seeds import derive_seed
 from pmd.teacher import ContextBuilder
-from pmd.types import UNSCORED, Task, Verdict
+from pmd.types import UNSCORED, Rollout, Task, Verdict
+
+Keep = Callable[[Rollout], None]  # is given every rollout of an evaluation, for a table to read
 
 #: Words of memory and of its prompts. Used without any memory in sight, they are a trace of what was internalized.
 PROCEDURAL = re.compile(
@@ -39,27 +41,36 @@ class Evaluator:
     seed: int
     ranks: Ranks | None = None  # of a run on several devices: each evaluates a share of the tasks
 
-    def memory_free(self, tasks: Sequence[Task], num_samples: int) -> list[Sample]:
+    def memory_free(self, tasks: Sequence[Task], num_samples: int, keep: Keep | None = None) -> list[Sample]:
         """Sample the policy as it will be used, with nothing but the task in its prompt."""
-        return self._sample([(task, self.contexts.prompts.student(task)) for task in tasks], num_samples)
+        return self._sample([(task, self.contexts.prompts.student(task)) for task in tasks], num_samples, keep)
 
     def memory_conditioned(
-        self, tasks: Sequence[Task], num_samples: int, memory: ReadableMemory | StoredMemory
+        self,
+        tasks: Sequence[Task],
+        num_samples: int,
+        memory: ReadableMemory | StoredMemory,
+        keep: Keep | None = None,
     ) -> list[Sample]:
         """Sample the policy with retrieved memory in its prompt; the memory is only read."""
         prompts = []
         for task in tasks:
             items = memory.retrieve(task, seed=derive_seed(self.seed, "evaluate", task.task_id))
             prompts.append((task, self.contexts.memory_prompt(task, items)))
-        return self._sample(prompts, num_samples)
+        return self._sample(prompts, num_samples, keep)
 
-    def _sample(self, prompts: Sequence[tuple[Task, Sequence[int]]], num_samples: int) -> list[Sample]:
+    def _sample(
+        self, prompts: Sequence[tuple[Task, Sequence[int]]], num_samples: int, keep: Keep | None
+    ) -> list[Sample]:
         """Sample with seeds that depend on the task alone, so that policies are compared on the same random draws."""
         sampling = Sampling(self.config.temperature, self.max_new_tokens, self.config.top_p)
         own = prompts if self.ranks is None else self.ranks.share(prompts)
         rollouts = generate_rollouts(self.engine, own, num_samples, sampling, f"{self.seed}/evaluate", self.verifiers)
         if self.ranks is not None:
             rollouts = gather_rollouts(self.ranks, rollouts)
+        if keep is not None:
+            for rollout in (rollout for group in rollouts.groups for rollout in group):
+                keep(rollout)
         samples = [
             sample_of(task, rollout.verdict, rollout.completion.text)
             for (task, _), group in zip(prompts, rollouts.groups, strict=True)

@@ -129,12 +129,14 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     with memory if it was measured.
     """
     console = console or Console()
-    phases = {phase_label(name, results): phase for name, phase in results["phases"].items()}
+    shown, best_is_last = _distinct(results["phases"])
+    phases = {phase_label(name, results): phase for name, phase in shown.items()}
     first = next(iter(phases.values()))
     max_k = max(first["pass_at"], key=int, default="1")
     columns = _columns(list(phases.values()), [k for k in first["pass_at"] if k != "1"], max_k)
     num_each = first["num_samples"] // first["num_tasks"]
-    title = f"{results['method']}: {first['num_tasks']} test tasks x {num_each} samples, {prompt_label(results)}"
+    split = results.get("split", "test")
+    title = f"{results['method']}: {first['num_tasks']} {split} tasks x {num_each} samples, {prompt_label(results)}"
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in columns:
@@ -148,12 +150,25 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
         guessing = {name: {str(k): v for k, v in chance[name].items()} for name in ("pass_at", "coverage_at")}
         table.add_row("chance", *(_cell({"avg": chance["avg"]} | guessing, keys) for keys in columns.values()))
     console.print(table)
+    if best_is_last:
+        console.print(f"The {phase_label('best', results)} is the last one.")
     for name, phase in phases.items():
         if phase["num_unscored"]:
             left_out = f"{phase['num_unscored']} samples could not be verified and are left out of all scores"
             console.print(f"{name}: {left_out}", markup=False)
     if cost := cost_of(results):
         console.print(str(cost), markup=False)
+
+
+def _distinct(phases: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Leave out the best checkpoint's phases where they repeat those of the last; return whether they did."""
+    scores = {name: phase | {"memory_conditioned": None} for name, phase in phases.items()}
+    repeated = [
+        name
+        for name in phases
+        if name.startswith("best") and scores[name] == scores.get(name.replace("best", "last", 1))
+    ]
+    return {name: phase for name, phase in phases.items() if name not in repeated}, bool(repeated)
 
 
 def phase_label(name: str, results: Mapping[str, Any]) -> str:

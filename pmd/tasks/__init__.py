@@ -8,6 +8,7 @@ from datetime import date
 
 from pmd.config.schema import DataConfig, RunConfig
 from pmd.errors import ConfigError
+from pmd.tasks.environment import describe_taskset_problems
 from pmd.tasks.lines import cap_problems
 from pmd.tasks.prompts.check import describe_prompt_problems
 from pmd.tasks.splits import (
@@ -85,6 +86,8 @@ def describe_data_problems(config: DataConfig) -> list[str]:
         return []
     if config.task == "jsonl" and any(path and is_hub_id(path) for path in (config.path, config.validation_path)):
         return check_columns(config)
+    if config.task == "verifiers":
+        return describe_taskset_problems(config)
     return cap_problems(_read(config, config.seed or 0)[1])
 
 
@@ -123,6 +126,10 @@ def _read(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
             from pmd.tasks.livecodebench import read_livecodebench
 
             return read_livecodebench(config, seed)
+        case "verifiers":
+            from pmd.tasks.environment import read_environment
+
+            return read_environment(config, seed)
         case "tooluse":
             from pmd.tasks.tooluse import read_tooluse
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pmd.errors import ConfigError
 from pmd.tasks.combined import Part, is_combined, parts_of
+from pmd.tasks.environment import VERIFIER as ENVIRONMENT
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.tasks.lines import cap_problems
 from pmd.types import Task
@@ -42,6 +43,8 @@ def find_verifier(name: str) -> Verifier:
             from pmd.verifiers.code import verify_code as found
         case "boxes":
             from pmd.verifiers.boxes import verify_boxes as found
+        case "environment":
+            from pmd.verifiers.environment import verify_environment as found
         case "each_box":
             from pmd.verifiers.boxes import verify_each_box as found
         case _:
@@ -72,7 +75,7 @@ def describe_verifier_problem(name: str) -> str | None:
     """Return why a verifier of that name cannot be used, or None."""
     if name == "code":
         return _describe_sandbox_problem()
-    if name in NAMED_VERIFIERS:
+    if name in (*NAMED_VERIFIERS, ENVIRONMENT):
         return None
     if is_combined(name):
         try:

@@ -1,8 +1,11 @@
-"""Tables of completions reach the loggers that have tables, in their own form, and no other logger."""
+"""Tables of completions are written, and reach the loggers that have tables, in their own form, and no other logger."""
 
+import json
+
+from examples import make_rollout
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from pmd.callbacks.completions import log_table, markdown
+from pmd.callbacks.completions import EvaluationTables, log_table, markdown
 
 ROWS = [{"task_id": "a", "completion": "x | y\nz"}, {"task_id": "b", "completion": "w"}]
 
@@ -32,7 +35,7 @@ def logger_of(kind: type, calls: list):
 def test_each_logger_gets_its_own_form():
     calls: list = []
     for kind in (WandbLogger, MLFlowLogger, TensorBoardLogger, CSVLogger):
-        log_table(logger_of(kind, calls), ROWS, 7)
+        log_table(logger_of(kind, calls), "completions", ROWS, 7)
     columns = ["task_id", "completion"]
     assert calls == [
         ("log_table", "completions", columns, [["a", "x | y\nz"], ["b", "w"]], 7),
@@ -45,3 +48,23 @@ def test_a_cell_cannot_break_the_table():
     assert markdown(ROWS).splitlines() == [
         "| task_id | completion |", "| --- | --- |", "| a | x \\| y<br>z |", "| b | w |",
     ]  # fmt: skip
+
+
+class Spelling:
+    """Writes token ids as they are."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_an_evaluation_says_which_rows_had_memory_in_the_prompt(tmp_path):
+    plain, shown = make_rollout(1, prompt_ids=(7, 8)), make_rollout(2, prompt_ids=(9,))
+    rows = EvaluationTables(tmp_path / "new", Spelling()).write(
+        "validation-000012", {False: [plain], True: [shown]}, 12
+    )
+    assert [(row["prompt"], row["memory_in_prompt"], row["step"], row["reward"]) for row in rows] == [
+        ("7 8", False, 12, 1.0),
+        ("9", True, 12, 1.0),
+    ]
+    lines = (tmp_path / "new" / "validation-000012.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows

@@ -98,7 +98,8 @@ def test_evaluation_needs_no_memory_and_no_place(run, request, tmp_path):
     shutil.rmtree(run_dir / "memory")
     run_pmd("test", "--config", str(run_dir / "config.yaml"), "--ckpt_path", "last", cwd=tmp_path)
     if run == "full_run":  # how a policy is stored makes no difference between the two commands
-        run_pmd("validate", "--config", "moved/config.yaml", "--ckpt_path", "best", cwd=tmp_path)
+        done = run_pmd("validate", "--config", "moved/config.yaml", "--ckpt_path", "best", cwd=tmp_path)
+        assert "validation tasks x" in done.stdout
     assert not (run_dir / "memory").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"moved"}
     trained = json.loads((run_dir / "results.json").read_text())["phases"]["last"]["avg"]

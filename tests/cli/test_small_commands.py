@@ -81,3 +81,7 @@ def test_a_run_leaves_tables_of_its_completions(full_run):
         assert "plan" in row["prompt"]
         assert row["status"] in ("ok", "wrong_answer", "format")
         assert row["mean_divergence"] >= 0
+    evaluated = {path.stem for path in (full_run / "completions").glob("*.jsonl")} - {path.stem for path in steps}
+    assert evaluated == {"test-initial", "test-last", "validation-000000", "validation-000002"}
+    last = [json.loads(line) for line in (full_run / "completions" / "validation-000002.jsonl").open()]
+    assert [row["memory_in_prompt"] for row in last] == [False] * 24 + [True] * 24  # 2 x 6 tasks, 2 samples of each

@@ -107,6 +107,21 @@ def test_a_table_says_what_was_in_the_prompt_and_on_what_the_best_was_chosen():
     assert "no memory" not in marked
 
 
+def test_the_best_checkpoint_has_a_row_where_it_is_not_the_last():
+    phase, better = (Phase(each, score_samples(each, [1, 2])).as_json() for each in (ALL, ALL[:4]))
+    same = table_of({"method": "m", "phases": {"last": phase | {"memory_conditioned": 0.5}, "best": phase}}, None)
+    assert "best checkpoint  " not in same
+    assert "The best checkpoint is the last one." in same
+    differs = table_of({"method": "m", "phases": {"last": phase, "best": better}}, None)
+    assert "best checkpoint  " in differs
+    assert "is the last one" not in differs
+
+
+def test_a_table_is_titled_by_its_split():
+    phase = Phase(ALL, score_samples(ALL, [1, 2])).as_json()
+    assert "m: 3 validation tasks x 4" in table_of({"method": "m", "split": "validation", "phases": {"x": phase}}, None)
+
+
 def test_best_of_n_selects_by_public_tests_and_is_judged_by_the_others():
     """One sample passes only the public test, one all but the public test, one all tests."""
     public_only, hidden_only, whole = CaseCounts(3, 1, 1, 1), CaseCounts(3, 2, 1, 0), CaseCounts(3, 3, 1, 1)
