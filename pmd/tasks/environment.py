@@ -30,8 +30,6 @@ def describe_taskset_problems(config: DataConfig) -> list[str]:
     taskset_id = config.taskset.get("id")
     if not isinstance(taskset_id, str) or not taskset_id:
         return [f"data.taskset={json.dumps(config.taskset)} names no environment; write data.taskset.id=NAME."]
-    if importlib.util.find_spec("verifiers") is None:
-        return ["data.task=verifiers needs the package verifiers; install it with pip install 'pmd[verifiers]'."]
     return []
 
 
@@ -39,6 +37,8 @@ def read_environment(config: DataConfig, seed: int) -> tuple[list[Task], list[st
     """Return the tasks of the training taskset and the held-out one, or of one with a seeded share held out."""
     if problems := describe_taskset_problems(config):
         return [], problems
+    if importlib.util.find_spec("verifiers") is None:
+        return [], ["data.task=verifiers needs the package verifiers; install it with pip install 'pmd[verifiers]'."]
     train, problems = _read(config.taskset, "train", config.max_train)
     if config.test_taskset:
         test, wrong = _read({**config.taskset, **config.test_taskset}, "test", config.max_test)
