@@ -17,6 +17,7 @@ from pmd.engines.base import Request, Sampling
 from pmd.engines.shared import LeadingEngine, follow
 from pmd.errors import AlignmentError, RankLost
 from pmd.ranks import Ranks
+from pmd.sharding import whole
 from pmd.types import Completion
 
 sys.path.append(str(Path(__file__).with_name("golden")))
@@ -58,7 +59,7 @@ def weights_after(method: str, finetune: str, num_steps: int, ranks: Ranks | Non
         if ranks is not None:
             module.share_with(ranks)
         trainer = take_steps(module, [recorded_batch(step) for step in range(num_steps)])
-        found = {name: parameter.detach().numpy() for name, parameter in trained(module).items()}
+        found = {name: whole(parameter.detach()).numpy() for name, parameter in trained(module).items()}
         metrics = trainer.callback_metrics
         return found | {name: metrics[name].double().numpy() for name in METRICS}
 
@@ -76,13 +77,15 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
-def test_two_and_four_ranks_end_where_one_ends(method, finetune, tmp_path):
+def test_two_and_four_ranks_end_where_one_ends(method, finetune, shards, tmp_path):
     alone = weights_after(method, finetune, 20)
     for size in (2, 4):  # with four, one of them has no rollouts at all
-        for found in on_ranks(size, tmp_path, lambda ranks: weights_after(method, finetune, 20, ranks)):
-            assert_same(found, alone)
+        found = on_ranks(size, tmp_path, lambda ranks: weights_after(method, finetune, 20, ranks), shards=shards)
+        for weights in found:
+            assert_same(weights, alone)
 
 
 class CountingEngine:

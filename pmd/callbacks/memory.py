@@ -64,7 +64,7 @@ class MemoryCallback(Callback):
         if not self.memory.config.frozen or self.memory.is_closed:
             return
         data = data_of(trainer)
-        attempted, costs = data.first_pass()
+        attempted, costs = data.first_pass(self.reflector.engine)
         updater = MemoryUpdater(self.record, self.memory, self.reflector)
         figures = costs | updater.update(attempted, 0, data.engine.policy_version)
         for logger in trainer.loggers:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ from pmd.engines.base import Engine
 from pmd.engines.hf import HFEngine
 from pmd.engines.make import make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
-from pmd.engines.shared import LeadingEngine, follow
+from pmd.engines.shared import IdleEngine, LeadingEngine, follow
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
@@ -318,7 +319,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
             f"data.path={config.data.path}: the training or validation tasks are not those that this run began with, "
             "so its position and its memory mean nothing for them; restore them, or start a new run."
         )
-    config, chosen = choose_here(config)
+    config, chosen = choose_here(config) if ranks is None else ranks.from_first(partial(choose_here, config, ranks))
     for line in [*ready.notes, *([] if chosen is None else [chosen])]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
     runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
@@ -355,7 +356,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     vllm = config.rollouts.vllm
     if not isinstance(engine, HFEngine) and vllm.parity_completions:  # engines with their own weights
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
-        parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
+        parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id, ranks)
     return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity, ranks, meet)
 
 
@@ -364,7 +365,7 @@ def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | No
     if ranks is not None and config.rollouts.engine == "vllm_server":
         ranks.num_generating = 1
         if not ranks.is_first:
-            return HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)  # is never asked
+            return IdleEngine()
     return make_engine(config, module.policy, module.tokenizer, runtime)
 
 

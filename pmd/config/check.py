@@ -74,6 +74,32 @@ def _device_problems(run: RunConfig, trainer: Mapping[str, Any]) -> Iterator[str
             "rollouts.engine=vllm is one engine in one process, and trainer.strategy has several; use vllm_server "
             "(python -m pmd serve, on other GPUs), or hf."
         )
+    if trainer.get("strategy") == "fsdp2":
+        yield from _sharding_problems(run)
+
+
+def _sharding_problems(run: RunConfig) -> Iterator[str]:
+    """Refuse what needs whole weights on one rank, or lets one rank make passes that the others do not."""
+    key = "with trainer.strategy=fsdp2"
+    if run.model.finetune == "qlora":
+        yield f"model.finetune=qlora {key}: 4-bit weights are not divided among ranks; use lora, or strategy=ddp."
+    if run.model.finetune == "full" and run.optimizer.kind != "adamw":
+        yield f"optimizer.kind={run.optimizer.kind} {key}: bitsandbytes steps whole weights only; use adamw."
+    if run.model.offload_activations:
+        yield (
+            f"model.offload_activations=true {key}: gathered weights would be moved to main memory as well; use "
+            "false, and smaller rollouts.micro_batch_tokens."
+        )
+    if run.memory.enabled and run.memory.audit_groups:
+        yield (
+            f"memory.audit_groups={run.memory.audit_groups} {key}: audits are scored by the first rank alone, which "
+            "has a part of the weights; use 0, or strategy=ddp."
+        )
+    if run.rollouts.engine == "hf" and run.rollouts.uniform_groups == "resample":
+        yield (
+            f"rollouts.uniform_groups=resample {key} and rollouts.engine=hf: ranks would generate different numbers "
+            "of times; use keep or drop, or vllm_server."
+        )
 
 
 def describe_rounding(run: RunConfig) -> list[str]:

@@ -70,6 +70,32 @@ class LeadingEngine:
         self.engine.close()
 
 
+class IdleEngine:
+    """The engine of a rank for which another one generates: it is asked for nothing, and knows the version."""
+
+    policy_version = 0
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield nothing."""
+        assert not requests
+        yield from ()
+
+    def sync(self, policy_version: int) -> None:
+        """Note the version."""
+        self.policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Do nothing."""
+
+    def wake(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def follow(engine: Engine, ranks: Ranks) -> Any:
     """Generate this rank's share of whatever rank 0 asks for, until it releases the ranks; return its result."""
     while True:
@@ -86,5 +112,5 @@ def _never() -> Any:
 def _generate_share(engine: Engine, ranks: Ranks, order: Order) -> list[Completion]:
     requests, sampling, role = order
     own = ranks.share(requests)
-    completions = dict(engine.generate(own, sampling, role)) if own else {}
+    completions = dict(engine.generate(own, sampling, role)) if ranks.generates else {}
     return ranks.gathered([completions[position] for position in range(len(own))])
