@@ -34,7 +34,7 @@ from pmd.pretrained import load_base, load_tokenizer
 from pmd.ranks import Ranks
 from pmd.scoring import can_share_prefixes, packs_rows, score, shares_packed_prefixes, teacher_part
 from pmd.seeds import derive_seed
-from pmd.sharding import whole
+from pmd.sharding import collected, divided, whole
 from pmd.trace import StepTrace
 
 log = logging.getLogger(__name__)
@@ -243,9 +243,15 @@ class PMDModule(LightningModule):
         schedule["base_lrs"] = [config.lr for _ in schedule["base_lrs"]]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path."""
+        """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path.
+
+        What ranks have divided is collected by the first one, which writes the file.
+        """
         kept = self._own_state_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        if self.ranks is not None and self.ranks.shards:
+            for part in ("state_dict", "optimizer_states"):
+                checkpoint[part] = collected(checkpoint[part], self.ranks.is_first)
         checkpoint["policy_version"] = self.policy_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -257,6 +263,21 @@ class PMDModule(LightningModule):
         self.policy_version = checkpoint["policy_version"]
         for optimizer, schedule in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
             self._set_rates(optimizer, schedule)
+        if self.policy.is_sharded:
+            self._divide(checkpoint)
+
+    def _divide(self, checkpoint: dict[str, Any]) -> None:
+        """Replace whole tensors of weights and optimizer by this rank's parts."""
+        own, trained = self.state_dict(), [p for p in self.parameters() if p.requires_grad]
+        checkpoint["state_dict"] = {name: divided(value, own[name]) for name, value in checkpoint["state_dict"].items()}
+        states = []
+        for optimizer in checkpoint["optimizer_states"]:
+            state = {
+                number: {k: divided(v, trained[number] if v.dim() else v) for k, v in moments.items()}  # steps have no dims
+                for number, moments in optimizer["state"].items()
+            }
+            states.append(optimizer | {"state": state})
+        checkpoint["optimizer_states"] = states
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds exactly this module's tensors, by name and shape.

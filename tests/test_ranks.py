@@ -3,6 +3,7 @@
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rank_processes import on_ranks
 from pmd.batch import Example
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
+from pmd.engines.hf import HFEngine
 from pmd.engines.shared import LeadingEngine, follow
 from pmd.errors import AlignmentError, RankLost
 from pmd.ranks import Ranks
@@ -49,16 +51,32 @@ def recorded_batch(step: int, num_groups: int = 3) -> list[Example]:
     return examples
 
 
-def weights_after(method: str, finetune: str, num_steps: int, ranks: Ranks | None = None) -> dict[str, np.ndarray]:
-    """Return what is trained, and the gradient's norm of the last step, after some steps in float64."""
+def weights_after(
+    method: str,
+    finetune: str,
+    num_steps: int,
+    ranks: Ranks | None = None,
+    *,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Return what is trained, and the gradient's norm of the last step, after some steps in float64.
+
+    Args:
+        save_to: write a checkpoint there at the end.
+        resume_from: take the last so many of 20 steps, from a checkpoint.
+    """
     objective, teacher = METHODS[method]
+    steps = range(num_steps) if resume_from is None else range(20 - num_steps, 20)
     with truly_float64():
         module = tiny_module(objective, teacher=teacher, optimizer=OptimizerConfig(lr=1e-3), finetune=finetune)
         module.double()
         module.layout = replace(module.layout, max_tokens=60)
         if ranks is not None:
             module.share_with(ranks)
-        trainer = take_steps(module, [recorded_batch(step) for step in range(num_steps)])
+        trainer = take_steps(module, [recorded_batch(step) for step in steps], resume_from=resume_from)
+        if save_to is not None:  # each rank's trainer takes itself for the first; the first one's file is complete
+            trainer.save_checkpoint(save_to.with_suffix(f".{0 if ranks is None else ranks.rank}"))
         found = {name: whole(parameter.detach()).numpy() for name, parameter in trained(module).items()}
         metrics = trainer.callback_metrics
         return found | {name: metrics[name].double().numpy() for name in METRICS}
@@ -86,6 +104,45 @@ def test_two_and_four_ranks_end_where_one_ends(method, finetune, shards, tmp_pat
         found = on_ranks(size, tmp_path, lambda ranks: weights_after(method, finetune, 20, ranks), shards=shards)
         for weights in found:
             assert_same(weights, alone)
+
+
+def test_ranks_that_divide_the_weights_train_and_generate_as_one(tmp_path):
+    def act(ranks: Ranks | None):
+        module = tiny_module(METHODS["sdpo"][0], teacher=TeacherConfig("ema"))
+        if ranks is not None:
+            module.share_with(ranks)
+        take_steps(module, [recorded_batch(step) for step in range(2)])
+        engine = HFEngine(module.policy, module.tokenizer, 2)
+        requests = [Request((1, 5, seed), seed) for seed in range(5)]
+        own = requests if ranks is None else [requests, requests[:0]][ranks.rank]  # the other rank has none
+        return [dict(engine.generate(own, Sampling(1.0, 6), role)) for role in ("student", "teacher")]
+
+    alone, (first, second) = act(None), on_ranks(2, tmp_path, act, shards=True)
+    assert second == [{}, {}]
+    for whole, found in zip(alone, first, strict=True):
+        assert {n: c.token_ids for n, c in found.items()} == {n: c.token_ids for n, c in whole.items()}
+        for n, completion in whole.items():
+            np.testing.assert_allclose(found[n].logprobs, completion.logprobs, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_run_goes_on_on_another_number_of_ranks(finetune, tmp_path):
+    """With a moving average as teacher, which the checkpoint holds too."""
+    alone = weights_after("sdpo", finetune, 20)
+
+    def after_ten(ranks: Ranks | None = None):
+        weights_after("sdpo", finetune, 10, ranks, save_to=tmp_path / f"of-{1 if ranks is None else ranks.size}")
+
+    def resumed(path: Path, ranks: Ranks | None = None):
+        return weights_after("sdpo", finetune, 10, ranks, resume_from=path)
+
+    after_ten()
+    on_ranks(2, tmp_path, after_ten, shards=True)
+    assert_same(resumed(tmp_path / "of-2.0"), alone)
+    for size, path in ((4, tmp_path / "of-2.0"), (2, tmp_path / "of-1.0")):
+        for found in on_ranks(size, tmp_path, partial(resumed, path), shards=True):
+            assert_same(found, alone)
 
 
 class CountingEngine:

@@ -32,13 +32,17 @@ MONITOR = "verify/avg"
 class VerifiedCheckpointIO(TorchCheckpointIO):
     """Has Lightning write and read pmd's file format: atomic, with a digest, loaded without running code."""
 
+    def __init__(self, mmap: bool = False):
+        """Leave tensors on the disk until they are used, if `mmap`: for ranks that take a part of each."""
+        self.mmap = mmap
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`; see `write_checkpoint`."""
         write_checkpoint(Path(path), checkpoint)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Return what is at `path`; see `read_checkpoint`."""
-        return read_checkpoint(Path(path), mmap=False)
+        return read_checkpoint(Path(path), mmap=self.mmap)
 
 
 class CheckpointCallback(Checkpoint):

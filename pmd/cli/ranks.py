@@ -22,7 +22,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from pmd.config.processes import STRATEGIES, launcher_of, num_processes
+from pmd.config.processes import STRATEGIES, gathers_in_bfloat16, launcher_of, num_processes
 from pmd.errors import RunFailed, RunInterrupted
 from pmd.ranks import TIMEOUT, Ranks, is_lost
 
@@ -30,8 +30,6 @@ from pmd.ranks import TIMEOUT, Ranks, is_lost
 GRACE_S = 10.0
 #: A rank that has lost another ends so much later than that one, so that the launcher names the first.
 HOLD_S = 3.0
-#: Precisions in which layers compute in bfloat16, whatever their weights' dtype.
-MIXED = ("bf16-mixed", "bf16")
 #: Exit codes that say what their own message has said already: bad input, and an interrupt.
 EXPLAINED = (2, 130)
 PR_SET_PDEATHSIG = 1
@@ -91,8 +89,7 @@ def joined(trainer: Mapping[str, Any]) -> Iterator[Ranks | None]:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        is_mixed = trainer.get("precision") in MIXED
-        shard_dtype = torch.bfloat16 if is_mixed else None
+        shard_dtype = torch.bfloat16 if gathers_in_bfloat16(trainer) else None
         yield Ranks(rank, size, shards=trainer["strategy"] == "fsdp2", shard_dtype=shard_dtype)
     except BaseException as error:
         if is_lost(error):

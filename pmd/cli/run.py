@@ -69,6 +69,7 @@ from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
 from pmd.planning.estimate import estimate_run
+from pmd.planning.gpu_memory import UNDIVIDED, Shards
 from pmd.ranks import Ranks
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
@@ -319,7 +320,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
             f"data.path={config.data.path}: the training or validation tasks are not those that this run began with, "
             "so its position and its memory mean nothing for them; restore them, or start a new run."
         )
-    config, chosen = choose_here(config) if ranks is None else ranks.from_first(partial(choose_here, config, ranks))
+    config, chosen = choose_here(config) if ranks is None else ranks.from_first(partial(_choose_for, config, ranks))
     for line in [*ready.notes, *([] if chosen is None else [chosen])]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
     runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
@@ -358,6 +359,11 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
         parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id, ranks)
     return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity, ranks, meet)
+
+
+def _choose_for(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, str | None]:
+    """Return what is chosen for all ranks by the memory that the first one has."""
+    return choose_here(config, Shards(ranks.size, ranks.shard_dtype is not None) if ranks.shards else UNDIVIDED)
 
 
 def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | None, ranks: Ranks | None) -> Engine:
@@ -520,7 +526,8 @@ def report(
 
 def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
     """Load a checkpoint's weights into the policy and the engine."""
-    run.module.on_load_checkpoint(dict(state))
+    state = dict(state)
+    run.module.on_load_checkpoint(state)
     run.module.load_state_dict(state["state_dict"], strict=False)
     _sync_engine(run)
 

@@ -87,7 +87,7 @@ class TrainerCLI(LightningCLI):
             "enable_progress_bar": has_bar,  # Lightning's would be a second one
             "logger": [*loggers, *_as_list(given["logger"])],
             # Whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
-            "plugins": [VerifiedCheckpointIO(), LightningEnvironment()],
+            "plugins": [VerifiedCheckpointIO(mmap=ranks is not None and ranks.shards), LightningEnvironment()],
             "default_root_dir": root,
             "reload_dataloaders_every_n_epochs": 1,  # a resumed epoch is shorter than the next
         }
@@ -95,9 +95,9 @@ class TrainerCLI(LightningCLI):
 
 
 class SummedGradients(DDPStrategy):
-    """One process a device, with the whole model in each. The module itself sums gradients, once an optimizer step.
+    """One process a device; the module itself sums gradients, once an optimizer step, or has divided its weights.
 
-    DistributedDataParallel would average them at every backward pass, of which ranks have different numbers.
+    DistributedDataParallel would average gradients at every backward pass, of which ranks have different numbers.
     """
 
     def configure_ddp(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 #: Strategies for several devices (`trainer.strategy`).
 STRATEGIES = ("ddp", "fsdp2")
+#: Precisions (`trainer.precision`) in which layers compute in bfloat16.
+MIXED = ("bf16-mixed", "bf16")
 #: Variables with which launchers say how many processes they have started.
 COUNTS = {
     "WORLD_SIZE": "torchrun",
@@ -29,6 +31,11 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
         return 1
     devices, nodes = (_count(trainer, key) for key in ("devices", "num_nodes"))
     return devices * nodes
+
+
+def gathers_in_bfloat16(trainer: Mapping[str, Any]) -> bool:
+    """Whether ranks that divide the weights gather them in bfloat16, whatever their own dtype."""
+    return trainer.get("precision") in MIXED
 
 
 def _count(trainer: Mapping[str, Any], key: str) -> int:
