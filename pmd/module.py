@@ -270,14 +270,10 @@ class PMDModule(LightningModule):
         """Replace whole tensors of weights and optimizer by this rank's parts."""
         own, trained = self.state_dict(), [p for p in self.parameters() if p.requires_grad]
         checkpoint["state_dict"] = {name: divided(value, own[name]) for name, value in checkpoint["state_dict"].items()}
-        states = []
         for optimizer in checkpoint["optimizer_states"]:
-            state = {
-                number: {k: divided(v, trained[number] if v.dim() else v) for k, v in moments.items()}  # steps have no dims
-                for number, moments in optimizer["state"].items()
-            }
-            states.append(optimizer | {"state": state})
-        checkpoint["optimizer_states"] = states
+            for number, moments in optimizer["state"].items():
+                for name, value in moments.items():  # the number of steps has no dimension
+                    moments[name] = divided(value, trained[number] if value.dim() else value)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds exactly this module's tensors, by name and shape.

@@ -158,7 +158,8 @@ def fit_batches(
 ) -> Trainer:
     """Take one optimizer step on each batch, as long as `max_steps` allows; in a second epoch if resumed."""
     trainer = Trainer(
-        max_epochs=1 if resume_from is None else 2, max_steps=max_steps, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False,
+        max_epochs=2 if resume_from else 1, max_steps=max_steps, accelerator="cpu", devices=1, logger=False,
+        callbacks=list(callbacks),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=resume_from)

@@ -16,7 +16,7 @@ from pmd.batch import Example
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
 from pmd.engines.hf import HFEngine
-from pmd.engines.shared import LeadingEngine, follow
+from pmd.engines.shared import LeadingEngine, LeadingScorer, follow
 from pmd.errors import AlignmentError, RankLost
 from pmd.ranks import Ranks
 from pmd.sharding import whole
@@ -119,9 +119,9 @@ def test_ranks_that_divide_the_weights_train_and_generate_as_one(tmp_path):
 
     alone, (first, second) = act(None), on_ranks(2, tmp_path, act, shards=True)
     assert second == [{}, {}]
-    for whole, found in zip(alone, first, strict=True):
-        assert {n: c.token_ids for n, c in found.items()} == {n: c.token_ids for n, c in whole.items()}
-        for n, completion in whole.items():
+    for expected, found in zip(alone, first, strict=True):
+        assert {n: c.token_ids for n, c in found.items()} == {n: c.token_ids for n, c in expected.items()}
+        for n, completion in expected.items():
             np.testing.assert_allclose(found[n].logprobs, completion.logprobs, atol=1e-5)
 
 
@@ -160,14 +160,21 @@ def test_rank_0_leads_and_tells(tmp_path):
     """Requests of rank 0 are shared out; its results come back in order, and what only it knows is told to all."""
 
     def act(ranks: Ranks):
-        engine, sampling = CountingEngine(), Sampling(1.0, 1)
+        engine, sampling, scored = CountingEngine(), Sampling(1.0, 1), []
+
+        def scorer(pairs, role):
+            scored.append((pairs, role))
+            return [[-1.0]]
+
         if ranks.is_first:
             leading = LeadingEngine(engine, ranks)
             requests = [Request((1,), seed) for seed in range(5)]
             found = [completion.token_ids[0] for _, completion in leading.generate(requests, sampling)]
+            assert LeadingScorer(scorer, ranks)([((1,), (2,))], "teacher") == [[-1.0]]
             released = leading.release({"n": 7.0})
         else:
-            found, released = None, follow(engine, ranks)
+            found, released = None, follow(engine, scorer, ranks)
+        assert scored == [([((1,), (2,))], "teacher")]
         told = ranks.from_first(lambda: "only rank 0 is asked" if ranks.is_first else 1 / 0)
         failed = ""
         try:

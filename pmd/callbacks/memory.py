@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from pmd.callbacks.checkpoint import data_of
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
+from pmd.engines.shared import LeadingScorer
 from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
@@ -39,7 +40,7 @@ class Auditor:
     """What audits need besides the memory. The trainer's model scores, so the engine sleeps meanwhile."""
 
     engine: Engine
-    scorer: PolicyScorer
+    scorer: PolicyScorer | LeadingScorer
     max_prompt_tokens: int
     parity: ParityCheck | None
 

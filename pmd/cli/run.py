@@ -42,7 +42,7 @@ from pmd.engines.base import Engine
 from pmd.engines.hf import HFEngine
 from pmd.engines.make import make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
-from pmd.engines.shared import IdleEngine, LeadingEngine, follow
+from pmd.engines.shared import IdleEngine, LeadingEngine, LeadingScorer, follow
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, evaluation_facts
@@ -332,7 +332,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     engine, meet = _make_engine(config, module, runtime, ranks), None
     leading = engine
     if ranks is not None:
-        leading, meet = _meeting(engine, ranks)
+        leading, meet = _meeting(engine, _scorer(module), ranks)
     train_tasks = {task.task_id: task for task in tasks["train"]}
     writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
     reflector = Reflector(leading, prompts, config.reflection, train_tasks, config.seed_everything, writer)
@@ -375,12 +375,16 @@ def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | No
     return make_engine(config, module.policy, module.tokenizer, runtime)
 
 
-def _meeting(engine: Engine, ranks: Ranks) -> tuple[Engine, Callable[[Figures], Figures]]:
+def _meeting(engine: Engine, scorer: PolicyScorer, ranks: Ranks) -> tuple[Engine, Callable[[Figures], Figures]]:
     """Return the engine that rank 0 reflects with, and how the ranks come together after that."""
     if not ranks.is_first:
-        return engine, lambda _: follow(engine, ranks)
+        return engine, lambda _: follow(engine, scorer, ranks)
     leading = LeadingEngine(engine, ranks)
     return cast(Engine, leading), leading.release
+
+
+def _scorer(module: PMDModule) -> PolicyScorer:
+    return PolicyScorer(module.policy, module.layout.pad_id, module.layout.max_tokens)
 
 
 def _open_memory(
@@ -410,8 +414,11 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
         auditor = None
         if config.memory.audit_groups:
-            scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, run.module.layout.max_tokens)
-            auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, run.parity)
+            scorer, parity = _scorer(run.module), run.parity
+            if run.ranks is not None:
+                scorer = LeadingScorer(scorer, run.ranks) if run.ranks.shards else scorer
+                parity = None  # all ranks would have to measure it, and engines of several ranks do not sleep
+            auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, parity)
         callbacks.append(MemoryCallback(run.record, run.memory, run.reflector, run.run_dir.items, auditor))
     if run.meet is not None and run.data.memory is not None:
         callbacks.append(RanksCallback(run.meet))

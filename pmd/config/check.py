@@ -79,7 +79,7 @@ def _device_problems(run: RunConfig, trainer: Mapping[str, Any]) -> Iterator[str
 
 
 def _sharding_problems(run: RunConfig) -> Iterator[str]:
-    """Refuse what needs whole weights on one rank, or lets one rank make passes that the others do not."""
+    """Refuse what needs whole weights, or lets one rank generate when the others do not."""
     key = "with trainer.strategy=fsdp2"
     if run.model.finetune == "qlora":
         yield f"model.finetune=qlora {key}: 4-bit weights are not divided among ranks; use lora, or strategy=ddp."
@@ -89,11 +89,6 @@ def _sharding_problems(run: RunConfig) -> Iterator[str]:
         yield (
             f"model.offload_activations=true {key}: gathered weights would be moved to main memory as well; use "
             "false, and smaller rollouts.micro_batch_tokens."
-        )
-    if run.memory.enabled and run.memory.audit_groups:
-        yield (
-            f"memory.audit_groups={run.memory.audit_groups} {key}: audits are scored by the first rank alone, which "
-            "has a part of the weights; use 0, or strategy=ddp."
         )
     if run.rollouts.engine == "hf" and run.rollouts.uniform_groups == "resample":
         yield (

@@ -1,8 +1,8 @@
 """How many processes a run has, and who starts them.
 
-With `trainer.strategy: ddp` or `fsdp2`, each device has a process of its own, a rank. On one machine pmd starts them itself; on
-several, `torchrun` or SLURM does. Without a strategy, a run that was started several times over is refused: the copies
-would overwrite each other's files.
+With `trainer.strategy: ddp` or `fsdp2`, each device has a process of its own, a rank. On one machine pmd starts them
+itself; on several, `torchrun` or SLURM does. Without a strategy, a run that was started several times over is refused:
+the copies would overwrite each other's files.
 """
 
 from collections.abc import Iterator, Mapping
