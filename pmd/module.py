@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
+from pmd.checkpoint_shards import divided, filled
 from pmd.config.schema import MICRO_BATCH_TOKENS, ObjectiveConfig, OptimizerConfig, RunConfig
 from pmd.errors import AlignmentError, TrainingError
 from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
@@ -34,7 +35,7 @@ from pmd.pretrained import load_base, load_tokenizer
 from pmd.ranks import Ranks
 from pmd.scoring import can_share_prefixes, packs_rows, score, shares_packed_prefixes, teacher_part
 from pmd.seeds import derive_seed
-from pmd.sharding import collected, divided, whole
+from pmd.sharding import whole
 from pmd.trace import StepTrace
 
 log = logging.getLogger(__name__)
@@ -243,15 +244,9 @@ class PMDModule(LightningModule):
         schedule["base_lrs"] = [config.lr for _ in schedule["base_lrs"]]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path.
-
-        What ranks have divided is collected by the first one, which writes the file.
-        """
+        """Keep only trained weights and a separate teacher's weights; the rest is reloaded from model.path."""
         kept = self._own_state_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        if self.ranks is not None and self.ranks.shards:
-            for part in ("state_dict", "optimizer_states"):
-                checkpoint[part] = collected(checkpoint[part], self.ranks.is_first)
         checkpoint["policy_version"] = self.policy_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -263,17 +258,23 @@ class PMDModule(LightningModule):
         self.policy_version = checkpoint["policy_version"]
         for optimizer, schedule in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
             self._set_rates(optimizer, schedule)
-        if self.policy.is_sharded:
-            self._divide(checkpoint)
+        self._complete(checkpoint)
 
-    def _divide(self, checkpoint: dict[str, Any]) -> None:
-        """Replace whole tensors of weights and optimizer by this rank's parts."""
-        own, trained = self.state_dict(), [p for p in self.parameters() if p.requires_grad]
-        checkpoint["state_dict"] = {name: divided(value, own[name]) for name, value in checkpoint["state_dict"].items()}
-        for optimizer in checkpoint["optimizer_states"]:
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
+        """Read what a checkpoint keeps in other files; where ranks divide the weights, leave this rank's parts only."""
+        has_shards = "shards" in checkpoint.get("pmd", {})
+        if not has_shards and not self.policy.is_sharded:
+            return
+        trained = [p for p in self.parameters() if p.requires_grad]
+        like = {f"state_dict.{name}": tensor for name, tensor in self.state_dict().items()}
+        for n, optimizer in enumerate(checkpoint["optimizer_states"]):
             for number, moments in optimizer["state"].items():
-                for name, value in moments.items():  # the number of steps has no dimension
-                    moments[name] = divided(value, trained[number] if value.dim() else value)
+                names = [name for name, value in moments.items() if value.dim()]  # the number of steps has none
+                like |= {f"optimizer_states.{n}.state.{number}.{name}": trained[number] for name in names}
+        if has_shards:
+            checkpoint.update(filled(checkpoint, like, self.ranks if self.policy.is_sharded else None))
+        if self.policy.is_sharded:
+            checkpoint.update(divided(checkpoint, like))
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds exactly this module's tensors, by name and shape.

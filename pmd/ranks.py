@@ -43,7 +43,7 @@ class Ranks:
         self.rank, self.size = rank, size
         self.shards, self.shard_dtype = shards, shard_dtype
         self.num_generating = size  # the first so many ranks have an engine
-        self._objects: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)  # pickles stay on the host
+        self.objects: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)  # pickles stay on the host
         self._lock = threading.Lock()
 
     @property
@@ -76,7 +76,7 @@ class Ranks:
         """Return every rank's value, by rank."""
         values: list[Any] = [None] * self.size
         with self._together("gathering"):
-            dist.all_gather_object(values, value, group=self._objects)
+            dist.all_gather_object(values, value, group=self.objects)
         return values
 
     def from_first(self, compute: Callable[[], T]) -> T:
@@ -93,7 +93,7 @@ class Ranks:
             except Exception as raised:
                 error, message = raised, [None, f"{type(raised).__name__}: {raised}"]
         with self._together("waiting for rank 0"):
-            dist.broadcast_object_list(message, 0, group=self._objects)
+            dist.broadcast_object_list(message, 0, group=self.objects)
         if error is not None:
             raise error
         if message[1] is not None:

@@ -8,7 +8,7 @@ Lightning's ModelParallelStrategy would divide the module when `fit` begins; her
 before that.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -65,29 +65,6 @@ def whole(weight: Tensor) -> Tensor:
 def own_part(weight: Tensor) -> Tensor:
     """Return this rank's part of a weight, without a copy."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def collected(value: Any, keep: bool) -> Any:
-    """Return nested values with the divided tensors in them whole and on the CPU.
-
-    All ranks must call this together.
-
-    Args:
-        keep: whether this rank needs them; if not, empty tensors stand in their place, and the others are as they are.
-    """
-    if isinstance(value, DTensor):
-        gathered_value = value.full_tensor()
-        return gathered_value.cpu() if keep else torch.empty(0)
-    if isinstance(value, Mapping):
-        return {key: collected(part, keep) for key, part in value.items()}
-    return [collected(part, keep) for part in value] if isinstance(value, list) else value
-
-
-def divided(value: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of a whole tensor, divided as `like` is; a copy in any case."""
-    if not isinstance(like, DTensor):
-        return value.clone()
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager

@@ -141,12 +141,12 @@ def gradient_of(module: PMDModule) -> Tensor:
 
 
 def take_steps(
-    module: PMDModule, batches: Sequence[Sequence[Example]], *callbacks: Callback, resume_from: Path | None = None
+    module: PMDModule, batches: Sequence[Sequence[Example]], *callbacks: Callback, **options: Any
 ) -> Trainer:
     """Take one optimizer step on each batch of examples under Lightning's trainer, as a run does."""
     metrics = {"rollout/reward": 0.5, "rollout/mean_length": 5.0}
     made = [Batch(tuple(rows), 0, step, metrics) for step, rows in enumerate(batches)]
-    return fit_batches(module, made, *callbacks, resume_from=resume_from)
+    return fit_batches(module, made, *callbacks, **options)
 
 
 def fit_batches(
@@ -155,11 +155,12 @@ def fit_batches(
     *callbacks: Callback,
     max_steps: int = -1,
     resume_from: Path | None = None,
+    plugins: Any = None,
 ) -> Trainer:
     """Take one optimizer step on each batch, as long as `max_steps` allows; in a second epoch if resumed."""
     trainer = Trainer(
         max_epochs=2 if resume_from else 1, max_steps=max_steps, accelerator="cpu", devices=1, logger=False,
-        callbacks=list(callbacks),
+        callbacks=list(callbacks), plugins=plugins,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=resume_from)

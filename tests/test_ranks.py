@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from examples import make_example, make_rollout, random_ids, take_steps, tiny_module, trained
+from lightning import Callback
 from rank_processes import on_ranks
 
 from pmd.batch import Example
+from pmd.callbacks.checkpoint import VerifiedCheckpointIO
+from pmd.checkpoint_file import FORMAT
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
 from pmd.engines.hf import HFEngine
@@ -51,6 +54,13 @@ def recorded_batch(step: int, num_groups: int = 3) -> list[Example]:
     return examples
 
 
+class RunState(Callback):
+    """Adds to checkpoints what a run does."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint |= {"pmd": {"format": FORMAT}, "RolloutDataModule": {}}
+
+
 def weights_after(
     method: str,
     finetune: str,
@@ -74,9 +84,11 @@ def weights_after(
         module.layout = replace(module.layout, max_tokens=60)
         if ranks is not None:
             module.share_with(ranks)
-        trainer = take_steps(module, [recorded_batch(step) for step in steps], resume_from=resume_from)
-        if save_to is not None:  # each rank's trainer takes itself for the first; the first one's file is complete
-            trainer.save_checkpoint(save_to.with_suffix(f".{0 if ranks is None else ranks.rank}"))
+        sharing = ranks if ranks is not None and ranks.shards else None
+        batches, plugins = [recorded_batch(step) for step in steps], [VerifiedCheckpointIO(sharing)]
+        trainer = take_steps(module, batches, RunState(), resume_from=resume_from, plugins=plugins)
+        if save_to is not None:  # each rank's trainer takes itself for the first, so all of them write, as they must
+            trainer.save_checkpoint(save_to)
         found = {name: whole(parameter.detach()).numpy() for name, parameter in trained(module).items()}
         metrics = trainer.callback_metrics
         return found | {name: metrics[name].double().numpy() for name in METRICS}
@@ -130,17 +142,15 @@ def test_ranks_that_divide_the_weights_train_and_generate_as_one(tmp_path):
 def test_a_run_goes_on_on_another_number_of_ranks(finetune, tmp_path):
     """With a moving average as teacher, which the checkpoint holds too."""
     alone = weights_after("sdpo", finetune, 20)
-
-    def after_ten(ranks: Ranks | None = None):
-        weights_after("sdpo", finetune, 10, ranks, save_to=tmp_path / f"of-{1 if ranks is None else ranks.size}")
+    of_one, of_two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
 
     def resumed(path: Path, ranks: Ranks | None = None):
         return weights_after("sdpo", finetune, 10, ranks, resume_from=path)
 
-    after_ten()
-    on_ranks(2, tmp_path, after_ten, shards=True)
-    assert_same(resumed(tmp_path / "of-2.0"), alone)
-    for size, path in ((4, tmp_path / "of-2.0"), (2, tmp_path / "of-1.0")):
+    weights_after("sdpo", finetune, 10, save_to=of_one)
+    on_ranks(2, tmp_path, lambda ranks: weights_after("sdpo", finetune, 10, ranks, save_to=of_two), shards=True)
+    assert_same(resumed(of_two), alone)
+    for size, path in ((4, of_two), (2, of_one)):
         for found in on_ranks(size, tmp_path, partial(resumed, path), shards=True):
             assert_same(found, alone)
 
