@@ -9,9 +9,11 @@ from pmd.checkpoint_file import FORMAT, read_checkpoint
 from pmd.checkpoint_shards import divided, filled, write_divided
 from pmd.errors import CheckpointError
 from pmd.ranks import Ranks
+from pmd.sharding import whole
 
 #: Rows that two ranks cannot share evenly, a single one, and a tensor that is not divided.
 TENSORS = {"head": torch.arange(15.0).view(5, 3), "norm": torch.tensor([0.5]), "adapter": torch.ones(2)}
+LISTS = {name: tensor.tolist() for name, tensor in TENSORS.items()}
 
 
 def state_of(tensors: dict[str, torch.Tensor]) -> dict:
@@ -24,8 +26,8 @@ def state_of(tensors: dict[str, torch.Tensor]) -> dict:
 
 def shared_out(ranks: Ranks, scale: float = 1.0) -> dict[str, torch.Tensor]:
     mesh = ranks.mesh()
-    whole = {name: tensor * scale for name, tensor in TENSORS.items()}
-    return {n: t if n == "adapter" else distribute_tensor(t, mesh, [Shard(0)]) for n, t in whole.items()}
+    scaled = {name: tensor * scale for name, tensor in TENSORS.items()}
+    return {n: t if n == "adapter" else distribute_tensor(t, mesh, [Shard(0)]) for n, t in scaled.items()}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,11 @@ def folder(tmp_path_factory):
         again = filled(read_checkpoint(folder / "last.ckpt"), like, ranks)["state_dict"]
         from_whole = divided(state_of(TENSORS), like)["state_dict"]
         assert isinstance(again["head"], DTensor)
-        return [
-            {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
-            for found in (again, from_whole)
-        ]
+        return [{name: whole(tensor).numpy() for name, tensor in found.items()} for found in (again, from_whole)]
 
     for found in on_ranks(2, folder, act):
         for tensors in found:
-            torch.testing.assert_close(tensors, TENSORS, rtol=0, atol=0)
+            assert {name: tensor.tolist() for name, tensor in tensors.items()} == LISTS
     return folder
 
 
@@ -58,9 +57,9 @@ def test_one_process_reads_whole_tensors(folder):
     state = read_checkpoint(folder / "last.ckpt")
     assert state["state_dict"]["head"].is_meta
     assert state["state_dict"]["head"].shape == (5, 3)
-    whole = filled(state, {}, None)
-    torch.testing.assert_close(whole["state_dict"], TENSORS, rtol=0, atol=0)
-    moments = whole["optimizer_states"][0]["state"][0]
+    state = filled(state, {}, None)
+    torch.testing.assert_close(state["state_dict"], TENSORS, rtol=0, atol=0)
+    moments = state["optimizer_states"][0]["state"][0]
     torch.testing.assert_close(moments["exp_avg"], -TENSORS["head"], rtol=0, atol=0)
     assert moments["step"] == 3
 
