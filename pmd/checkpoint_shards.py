@@ -46,10 +46,20 @@ def write_divided(path: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
     _refuse_non_finite(path, tensors, ranks)
     if tensors:
         folder = path.parent / ranks.from_first(lambda: f"{path.stem}-{uuid4().hex[:8]}{SUFFIX}")
-        rest["pmd"]["shards"] = {"folder": folder.name, "sha256": _write_shards(path, folder, tensors, ranks)}
+        tied = ranks.from_first(lambda: _tied(tensors))
+        written = {name: value for name, value in tensors.items() if name not in tied}
+        digests = _write_shards(path, folder, written, ranks)
+        rest["pmd"]["shards"] = {"folder": folder.name, "sha256": digests, "tied": tied}
     ranks.from_first(lambda: write_checkpoint(path, rest))
     if ranks.is_first:
         _remove_unnamed(path.parent)
+
+
+def _tied(tensors: Mapping[str, DTensor]) -> dict[str, str]:
+    """Return the other name of each tensor that is the same as an earlier one, such as an output head."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(value.to_local().data_ptr(), name) for name, value in tensors.items()}
+    return {name: other for name, other in names.items() if other != name}
 
 
 def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -72,7 +82,8 @@ def _write_shards(path: Path, folder: Path, tensors: dict[str, DTensor], ranks: 
         own = {file.name: _sha256(file) for file in folder.glob(f"shard-{ranks.rank + 1:05d}-*")}
         sync_folder(folder)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        reason = " ".join(str(error).split())[:200]
+        failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
+        reason = " ".join(str(failures[0] if failures else error).split())[:200]
         raise DiskError(
             f"checkpoint={path}: its tensors could not be written to {folder} ({reason}); the last good one is kept: "
             "free space and resume."
@@ -120,7 +131,7 @@ def filled(state: Mapping[str, Any], like: Mapping[str, Tensor], ranks: Ranks | 
     targets: dict[str, Tensor] = {}
 
     def take_up(name: str, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_meta:
+        if isinstance(value, Tensor) and value.is_meta and name not in shards["tied"]:
             owner = like.get(name)
             is_divided = isinstance(owner, DTensor)
             targets[name] = torch.empty_like(owner) if is_divided else torch.empty(value.shape, dtype=value.dtype)
@@ -130,7 +141,7 @@ def filled(state: Mapping[str, Any], like: Mapping[str, Tensor], ranks: Ranks | 
     reader = HuggingFaceStorageReader(str(folder))
     group = None if ranks is None else ranks.objects
     dcp.load(targets, storage_reader=reader, process_group=group, no_dist=ranks is None)
-    return _mapped(state, lambda name, value: targets.get(name, value))
+    return _mapped(state, lambda name, value: targets.get(shards["tied"].get(name, name), value))
 
 
 def divided(state: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Any]:

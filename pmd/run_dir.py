@@ -2,7 +2,8 @@
 
 config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
 metrics.csv      the logged metrics, by step
-checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position
+checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position;
+                 what ranks have divided is in folders *.shards that they name
 memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
 completions/     tables of the traced steps, to read: prompt, completion, verdict, what the teacher saw

@@ -25,7 +25,7 @@ from pmd.losses import distillation, fused
 from pmd.losses.distillation import TeacherPart, TokenTerms
 from pmd.packing import PackedSequences
 from pmd.policy import Policy, eval_mode
-from pmd.sharding import backbone_of, whole
+from pmd.sharding import backbone_of, class_of, whole
 from pmd.types import PromptAndCompletion, Role
 
 #: The objective that `score` uses by default.
@@ -140,11 +140,11 @@ def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
         ConfigError: the logits are not just the hidden states times a weight, which is all that is supported.
     """
     inner = _unwrap(model)
-    name, head = type(inner).__name__, inner.get_output_embeddings()
+    name, head = class_of(inner).__name__, inner.get_output_embeddings()
     problems = []
-    if type(head) is not torch.nn.Linear:
+    if class_of(head) is not torch.nn.Linear:
         problems.append(
-            f"model: the output head of {name} is a {type(head).__name__}, not a plain linear layer; "
+            f"model: the output head of {name} is a {class_of(head).__name__}, not a plain linear layer; "
             "leave it out of LoRA's target modules and of quantisation."
         )
     elif head.bias is not None:

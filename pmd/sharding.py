@@ -57,6 +57,11 @@ def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:
     return getattr(model, BACKBONE, None) or getattr(model, model.base_model_prefix)
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class, as it was before its weights were divided."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def whole(weight: Tensor) -> Tensor:
     """Return a weight, gathered if it is divided; its gradient is then summed over the ranks."""
     return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight

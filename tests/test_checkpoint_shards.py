@@ -13,6 +13,7 @@ from pmd.sharding import whole
 
 #: Rows that two ranks cannot share evenly, a single one, and a tensor that is not divided.
 TENSORS = {"head": torch.arange(15.0).view(5, 3), "norm": torch.tensor([0.5]), "adapter": torch.ones(2)}
+TENSORS["embedding"] = TENSORS["head"]  # tied: one tensor with two names
 LISTS = {name: tensor.tolist() for name, tensor in TENSORS.items()}
 
 
@@ -27,7 +28,8 @@ def state_of(tensors: dict[str, torch.Tensor]) -> dict:
 def shared_out(ranks: Ranks, scale: float = 1.0) -> dict[str, torch.Tensor]:
     mesh = ranks.mesh()
     scaled = {name: tensor * scale for name, tensor in TENSORS.items()}
-    return {n: t if n == "adapter" else distribute_tensor(t, mesh, [Shard(0)]) for n, t in scaled.items()}
+    parts = {n: t if n == "adapter" else distribute_tensor(t, mesh, [Shard(0)]) for n, t in scaled.items()}
+    return parts | {"embedding": parts["head"].detach()}
 
 
 @pytest.fixture(scope="module")

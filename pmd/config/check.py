@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ MAX_VLLM_RANK = 512
 TINY_LANGUAGES = {"tiny": "words", "tiny_hard": "hard_words"}
 #: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
 MIN_BFLOAT16_LR = 1e-4
+#: The oldest torch that a supported vLLM comes with. FSDP2 and its checkpoints are young, and untried with older ones.
+SHARDING_TORCH = (2, 11)
 #: The module and package from which transformers loads each flash attention.
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -81,6 +84,8 @@ def _device_problems(run: RunConfig, trainer: Mapping[str, Any]) -> Iterator[str
 def _sharding_problems(run: RunConfig) -> Iterator[str]:
     """Refuse what needs whole weights, or lets one rank generate when the others do not."""
     key = "with trainer.strategy=fsdp2"
+    if tuple(map(int, version("torch").split(".")[:2])) < SHARDING_TORCH:
+        yield f"trainer.strategy=fsdp2 needs torch {'.'.join(map(str, SHARDING_TORCH))} or newer; upgrade it, or use ddp."
     if run.model.finetune == "qlora":
         yield f"model.finetune=qlora {key}: 4-bit weights are not divided among ranks; use lora, or strategy=ddp."
     if run.model.finetune == "full" and run.optimizer.kind != "adamw":
