@@ -85,7 +85,8 @@ def _sharding_problems(run: RunConfig) -> Iterator[str]:
     """Refuse what needs whole weights, or lets one rank generate when the others do not."""
     key = "with trainer.strategy=fsdp2"
     if tuple(map(int, version("torch").split(".")[:2])) < SHARDING_TORCH:
-        yield f"trainer.strategy=fsdp2 needs torch {'.'.join(map(str, SHARDING_TORCH))} or newer; upgrade it, or use ddp."
+        needed = ".".join(map(str, SHARDING_TORCH))
+        yield f"trainer.strategy=fsdp2 needs torch {needed} or newer; upgrade it, or use ddp."
     if run.model.finetune == "qlora":
         yield f"model.finetune=qlora {key}: 4-bit weights are not divided among ranks; use lora, or strategy=ddp."
     if run.model.finetune == "full" and run.optimizer.kind != "adamw":
