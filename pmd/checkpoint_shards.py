@@ -78,7 +78,8 @@ def _write_shards(path: Path, folder: Path, tensors: dict[str, DTensor], ranks: 
 
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.objects)
+        with ranks.naming_loss("writing a checkpoint"):
+            dcp.save(tensors, storage_writer=writer, process_group=ranks.objects)
         own = {file.name: _sha256(file) for file in folder.glob(f"shard-{ranks.rank + 1:05d}-*")}
         sync_folder(folder)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:

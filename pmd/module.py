@@ -181,7 +181,7 @@ class PMDModule(LightningModule):
         if ranks.shards:
             beginnings = (parameter.detach().flatten()[:CHECKED] for parameter in self.parameters())
             ranks.check_equal(beginnings, "the weights")
-            self.policy.shard(ranks.mesh(), ranks.shard_dtype)
+            self.policy.shard(ranks)
             shared = self.layout.shared if self.layout.packs else frozenset[str]()
             self.layout = replace(self.layout, in_step=True, shared=shared)
 
@@ -263,7 +263,7 @@ class PMDModule(LightningModule):
     def _complete(self, checkpoint: dict[str, Any]) -> None:
         """Read what a checkpoint keeps in other files; where ranks divide the weights, leave this rank's parts only."""
         has_shards = "shards" in checkpoint.get("pmd", {})
-        if not has_shards and not self.policy.is_sharded:
+        if not has_shards and self.policy.ranks is None:
             return
         trained = [p for p in self.parameters() if p.requires_grad]
         like = {f"state_dict.{name}": tensor for name, tensor in self.state_dict().items()}
@@ -272,8 +272,8 @@ class PMDModule(LightningModule):
                 names = [name for name, value in moments.items() if value.dim()]  # the number of steps has none
                 like |= {f"optimizer_states.{n}.state.{number}.{name}": trained[number] for name in names}
         if has_shards:
-            checkpoint.update(filled(checkpoint, like, self.ranks if self.policy.is_sharded else None))
-        if self.policy.is_sharded:
+            checkpoint.update(filled(checkpoint, like, self.policy.ranks))
+        if self.policy.ranks is not None:
             checkpoint.update(divided(checkpoint, like))
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -339,7 +339,7 @@ class PMDModule(LightningModule):
         """
         while True:
             try:
-                with nullcontext() if self.ranks is None else self.ranks.naming_loss("computing a step"):
+                with self._naming_lost_ranks():
                     return self._accumulate(batch, optimizer)
             except torch.OutOfMemoryError as error:
                 cause = str(error).splitlines()[0]
@@ -352,6 +352,10 @@ class PMDModule(LightningModule):
             if self.trace is not None:
                 self.trace.records.clear()
             self._halve_micro_batches(batch, cause)
+
+    def _naming_lost_ranks(self) -> AbstractContextManager[None]:
+        """Return the context of what needs the other ranks if they divide the weights."""
+        return nullcontext() if self.ranks is None else self.ranks.naming_loss("computing a step")
 
     def _halve_micro_batches(self, batch: Batch, cause: str) -> None:
         """Use micro-batches of half the size from now on, as long as the run goes on."""
@@ -378,7 +382,8 @@ class PMDModule(LightningModule):
         """
         with _Timer(self, "time/optimizer_s"):
             trainable = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = clip_gradients(trainable, self.optimizer_config.max_grad_norm).item()
+            with self._naming_lost_ranks():
+                norm = clip_gradients(trainable, self.optimizer_config.max_grad_norm).item()
             checked = {name: value for name, value in totals.items() if name.startswith("loss/")}
             infinite = [name for name, value in (checked | {"gradient norm": norm}).items() if not math.isfinite(value)]
             if infinite or not self.objective.update_policy:

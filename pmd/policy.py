@@ -9,16 +9,16 @@ average of their products BA.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from pmd import sharding
 from pmd.config.schema import ModelConfig, TeacherConfig
+from pmd.ranks import Ranks
 from pmd.types import Role
 
 
@@ -43,7 +43,7 @@ class Policy(nn.Module):
         self.refresh_epochs = teacher.refresh_epochs
         self.keeps_own_teacher = teacher.has_own_weights
         self.trust_region_rate = teacher.trust_region_rate
-        self.is_sharded = False  # whether each rank of a run holds a part of the weights only
+        self.ranks: Ranks | None = None  # those that hold a part of the weights each
 
     @property
     def teacher_mixture(self) -> list[tuple[Role, float]]:
@@ -76,17 +76,22 @@ class Policy(nn.Module):
         """Return the weights of all adapters, which every rank holds whole."""
         return []
 
-    def shard(self, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-        """Divide the weights among the ranks of `mesh`, on their devices; see `sharding.shard`."""
+    def shard(self, ranks: Ranks) -> None:
+        """Divide the weights among the ranks, on their devices; see `sharding.shard`."""
+        self.ranks, mesh = ranks, ranks.mesh()
         for model in self.models():
-            sharding.shard(model, mesh, self.adapters(), dtype)
-        self.is_sharded = True
+            sharding.shard(model, mesh, self.adapters(), ranks.shard_dtype)
         if mesh.device_type == "cuda":
             self.to(torch.device("cuda", torch.cuda.current_device()))  # adapters, and what is computed
 
-    def gathered(self, role: Role) -> AbstractContextManager[None]:
-        """Return a context in which all weights of `role` are here; if they are divided, all ranks enter together."""
-        return sharding.gathered(self.model_of(self.resolve(role))) if self.is_sharded else nullcontext()
+    @contextmanager
+    def gathered(self, role: Role) -> Iterator[None]:
+        """Hold all weights of `role` here; if they are divided, all ranks enter together."""
+        if self.ranks is None:
+            yield
+            return
+        with self.ranks.naming_loss("gathering the weights"), sharding.gathered(self.model_of(self.resolve(role))):
+            yield
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield corresponding (teacher, student) tensors; of weights that are divided, this rank's parts."""

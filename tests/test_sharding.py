@@ -30,7 +30,7 @@ def gradients(finetune: str, recomputes: bool, ranks: Ranks | None) -> dict[str,
             torch.nn.init.normal_(parameter)
     if ranks is not None:
         size, kept = (sum(p.numel() for p in weights) for weights in (policy.parameters(), policy.adapters()))
-        policy.shard(ranks.mesh())
+        policy.shard(ranks)
         assert sum(own_part(p.detach()).numel() for p in policy.parameters()) == (size - kept) / 2 + kept
     for pair in PAIRS if ranks is None else [PAIRS[ranks.rank]]:
         score(policy, pad_sequences([pair], 0, torch.device("cpu"))).student_logprobs.sum().backward()
