@@ -146,12 +146,14 @@ def filled(state: Mapping[str, Any], like: Mapping[str, Tensor], ranks: Ranks | 
 
 
 def divided(state: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a checkpoint with this rank's parts of whole tensors; those that are in `like`, as they are there."""
+    """Return a checkpoint with this rank's parts of what `like` divides; nothing in it stays on the disk."""
 
     def part_of(name: str, value: Any) -> Any:
         owner = like.get(name)
-        if not isinstance(owner, DTensor) or isinstance(value, DTensor):
+        if not isinstance(value, Tensor) or isinstance(value, DTensor):
             return value
+        if not isinstance(owner, DTensor):
+            return value.clone()
         return distribute_tensor(value, owner.device_mesh, owner.placements, src_data_rank=None).clone()
 
     return _mapped(state, part_of)

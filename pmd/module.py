@@ -269,7 +269,8 @@ class PMDModule(LightningModule):
         like = {f"state_dict.{name}": tensor for name, tensor in self.state_dict().items()}
         for n, optimizer in enumerate(checkpoint["optimizer_states"]):
             for number, moments in optimizer["state"].items():
-                names = [name for name, value in moments.items() if value.dim()]  # the number of steps has none
+                # The number of steps has no dimension.
+                names = [name for name, value in moments.items() if isinstance(value, Tensor) and value.dim()]
                 like |= {f"optimizer_states.{n}.state.{number}.{name}": trained[number] for name in names}
         if has_shards:
             checkpoint.update(filled(checkpoint, like, self.policy.ranks))

@@ -149,7 +149,9 @@ class RunDir:
                     f"run_dir={self.root}: nothing can be written to {folder} ({reason}); make it writable."
                 )
         if self.last.is_file() and not problems:
-            free, needed = (n / 1e6 for n in (shutil.disk_usage(self.root).free, self.last.stat().st_size))
+            parts = (sum(f.stat().st_size for f in folder.iterdir()) for folder in self.checkpoints.glob("*.shards"))
+            size = self.last.stat().st_size + max(parts, default=0)
+            free, needed = (n / 1e6 for n in (shutil.disk_usage(self.root).free, size))
             if free < needed:
                 problems.append(f"run_dir={self.root}: a checkpoint takes {needed:.0f} MB, and {free:.0f} MB are free.")
         if problems:

@@ -157,6 +157,9 @@ def restore_best(run_dir: RunDir, resumed: Path, state: dict[str, Any]) -> None:
     with suppress(CheckpointError):
         if read_checkpoint(run_dir.best)["RolloutDataModule"]["step"] == step:
             return
+    shards = state["pmd"].get("shards")
+    if shards is not None and resumed.parent != run_dir.checkpoints:
+        shutil.copytree(shards["path"], run_dir.checkpoints / shards["folder"], dirs_exist_ok=True)
     copy_checkpoint(resumed, run_dir.best)
 
 
