@@ -35,6 +35,9 @@ TOKENS_PER_COPY = 8
 #: Without gradient, a token takes less than this share of the memory that it takes with one, layers recomputed or not.
 TEACHER_TOKEN_MEMORY = 0.5
 
+#: One pass over all rows and columns.
+WHOLE = ((slice(None), slice(None)),)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -62,6 +65,7 @@ class BatchLayout:
     packs: bool = False  # whether rows are packed behind one another instead of padded (packing.py)
     rank: int = 0  # of a run on several devices: which of the groups this process computes
     num_ranks: int = 1
+    in_step: bool = False  # whether all ranks must make the same passes, because each holds only a part of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Sequences:
     attention_mask: Tensor
     completion_mask: Tensor  # bool
     prefixes: SharedPrefixes | None = None  # what precedes the rows, where prompts are shared
-    passes: tuple[tuple[slice, slice], ...] = ((slice(None), slice(None)),)  # (rows, columns) that hold all real tokens
+    passes: tuple[tuple[slice, slice], ...] = WHOLE  # (rows, columns) that hold all real tokens
 
     @property
     def completion_ids(self) -> Tensor:
@@ -137,7 +141,8 @@ class Batch:
     def micro_batches(self, layout: BatchLayout, device: torch.device) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `layout.max_tokens` tokens, padding included; a longer rollout has its own.
 
-        Those of all ranks together hold every rollout once, with the weights that it has in the whole step.
+        Those of all ranks together hold every rollout once, with the weights that it has in the whole step. Ranks that
+        keep in step have equally many; what is missing is filled up with micro-batches of no weight and no examples.
         """
         weights = token_weights([len(example.completion_ids) for example in self.examples], layout.reduction)
         pairs = {side: [_pair(example, side) for example in self.examples] for side in SIDES}
@@ -145,14 +150,29 @@ class Batch:
         shared = set(layout.shared)
         if not layout.packs:  # packed rows lose nothing by sharing
             shared = {side for side in shared if sharing_pays([[pairs[side][i] for i in rows] for rows in groups])}
-        if layout.num_ranks > 1:
-            lengths = [sum(sum(map(len, pairs[side][i])) for i in rows for side in SIDES) for rows in groups]
-            groups = [groups[i] for i in balanced(lengths, layout.num_ranks)[layout.rank]]
-        for rows in Splitter(pairs, shared, layout.max_tokens, layout.packs).split(groups):
+        lengths = [sum(sum(map(len, pairs[side][i])) for i in rows for side in SIDES) for rows in groups]
+        shares = [[groups[i] for i in share] for share in balanced(lengths, layout.num_ranks)]
+        splitter = Splitter(pairs, shared, layout.max_tokens, layout.packs)
+        num_made = 0
+        for rows in splitter.split(shares[layout.rank]):
             chosen = [(self.examples[row.rollout], weights[row.rollout]) for row in rows]
             sides = {side: _sequences(pairs[side], rows, side in shared, layout, device) for side in SIDES}
             micro_batch = _collate([e for e, _ in chosen], [weight for _, weight in chosen], sides, layout)
             yield moved(micro_batch, device) if layout.packs else micro_batch
+            num_made += 1
+        if layout.in_step:
+            most = max(sum(1 for _ in splitter.split(share)) for share in shares)
+            for _ in range(most - num_made):
+                filler = self._filler(pairs, layout, device)
+                yield moved(filler, device) if layout.packs else filler
+
+    def _filler(self, pairs: Mapping[str, Sequence[Pair]], layout: BatchLayout, device: torch.device) -> MicroBatch:
+        """Return the step's shortest rollout without any weight: it adds nothing to losses, gradients and counts."""
+        shortest = min(range(len(self.examples)), key=lambda i: sum(sum(map(len, pairs[side][i])) for side in SIDES))
+        sides = {side: _sequences(pairs[side], [Row(shortest, 0)], False, layout, device) for side in SIDES}
+        filler = _collate([self.examples[shortest]], [0.0], sides, layout)
+        known = torch.zeros_like(filler.tokens.sampling_logprobs)
+        return replace(filler, examples=(), tokens=replace(filler.tokens, sampling_logprobs=known))
 
     @property
     def longest_sequence(self) -> int:
@@ -182,7 +202,8 @@ def _sequences(
         return pack_rows(chosen, groups, shares)
     if shares and len(set(groups)) < len(groups):
         return pad_after_prefixes(chosen, groups, layout.pad_id, device)
-    return pad_sequences(chosen, layout.pad_id, device)
+    sequences = pad_sequences(chosen, layout.pad_id, device)
+    return replace(sequences, passes=WHOLE) if layout.in_step else sequences
 
 
 def pack_rows(pairs: Sequence[Pair], groups: Sequence[int], shares: bool) -> PackedSequences:

@@ -69,7 +69,8 @@ def read_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     """Return what a checkpoint holds, on the CPU, after checking that the file is whole.
 
     Args:
-        mmap: leave tensors on disk until they are used.
+        mmap: leave tensors on disk until they are used. Those that ranks have divided are in other files, and only
+            placeholders here.
 
     Raises:
         CheckpointError: the file is damaged, was not written by pmd, or has another format; the message names another.
@@ -92,6 +93,8 @@ def read_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
             f"checkpoint={path} holds more than tensors and plain values and was not loaded ({what}); {_remedy(path)}"
         ) from None
     _check_content(state, path)
+    if shards := state["pmd"].get("shards"):  # tensors in other files (checkpoint_shards.py)
+        shards["path"] = str(path.parent / shards["folder"])
     return state
 
 
@@ -168,7 +171,8 @@ class _HashingWriter:
 def _non_finite(value: Any, name: str = "") -> Iterator[str]:
     """Yield the names of the tensors, in nested dicts and lists, that hold NaN or infinity."""
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.element_size() > 1 and not bool(torch.isfinite(value).all()):
+        checked = value.is_floating_point() and value.element_size() > 1 and not value.is_meta
+        if checked and not bool(torch.isfinite(value).all()):
             yield name
     elif isinstance(value, Mapping):
         for key, part in value.items():

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,10 +18,12 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pmd.batch import Batch, BatchLayout, CompletionTokens, MicroBatch
+from pmd.checkpoint_shards import divided, filled
 from pmd.config.schema import MICRO_BATCH_TOKENS, ObjectiveConfig, OptimizerConfig, RunConfig
 from pmd.errors import AlignmentError, TrainingError
 from pmd.losses.distillation import TokenTerms, importance_weights, policy_ratio
@@ -33,9 +35,12 @@ from pmd.pretrained import load_base, load_tokenizer
 from pmd.ranks import Ranks
 from pmd.scoring import can_share_prefixes, packs_rows, score, shares_packed_prefixes, teacher_part
 from pmd.seeds import derive_seed
+from pmd.sharding import whole
 from pmd.trace import StepTrace
 
 log = logging.getLogger(__name__)
+#: How many numbers of each weight are compared between ranks before the weights are divided.
+CHECKED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,14 @@ def rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
     return 1.0 - progress if config.schedule == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
 
 
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm over all of them, on all ranks; return the norm before."""
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 class PMDModule(LightningModule):
     """Trains the student by distillation from its memory-conditioned teacher, by policy gradient, or by both."""
 
@@ -153,20 +166,37 @@ class PMDModule(LightningModule):
             for name, value in loss.parts.items():
                 totals[name] += value
             totals["student/entropy"] += float((terms.entropy * micro_batch.tokens.token_weights).sum())
-            if self.trace is not None:
+            if self.trace is not None and micro_batch.examples:
                 self.trace.add(micro_batch, terms)
         return totals
 
     def share_with(self, ranks: Ranks) -> None:
-        """Compute this rank's share of each step from now on; losses and gradients are summed over all ranks."""
+        """Compute this rank's share of each step from now on; losses and gradients are summed over all ranks.
+
+        If the ranks divide the weights, they are divided now; all ranks make the same number of passes, each over
+        whole rows.
+        """
         self.ranks = ranks
         self.layout = replace(self.layout, rank=ranks.rank, num_ranks=ranks.size)
+        if ranks.shards:
+            beginnings = (parameter.detach().flatten()[:CHECKED] for parameter in self.parameters())
+            ranks.check_equal(beginnings, "the weights")
+            self.policy.shard(ranks)
+            shared = self.layout.shared if self.layout.packs else frozenset[str]()
+            self.layout = replace(self.layout, in_step=True, shared=shared)
 
     def _sum_over_ranks(self, ranks: Ranks, totals: Mapping[str, float]) -> dict[str, float]:
-        """Sum the step's gradient and the parts of its loss over all ranks, of which some may have had no rollouts."""
+        """Sum the step's gradient and the parts of its loss over all ranks, of which some may have had no rollouts.
+
+        Gradients of weights that are divided have been summed in the backward passes.
+        """
         with _Timer(self, "time/sum_gradients_s"):
-            ranks.sum_gradients(parameter for parameter in self.parameters() if parameter.requires_grad)
+            ranks.sum_gradients(self._trained_whole())
             return ranks.summed(totals)
+
+    def _trained_whole(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable weights that every rank holds whole."""
+        yield from (p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor))
 
     def on_train_epoch_end(self) -> None:
         """Refresh a frozen teacher from the student if one is due (`teacher.refresh_epochs`)."""
@@ -194,7 +224,7 @@ class PMDModule(LightningModule):
     def on_train_start(self) -> None:
         """Begin with the configured rate: a resumed optimizer remembers the one that it last used."""
         if self.ranks is not None:
-            self.ranks.check_equal((p for p in self.parameters() if p.requires_grad), "the trainable weights")
+            self.ranks.check_equal(self._trained_whole(), "the trainable weights")
         scheduler = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
         for group in scheduler.optimizer.param_groups:
             group["lr"] = self.optimizer_config.lr * self._schedule(scheduler.last_epoch)
@@ -228,6 +258,24 @@ class PMDModule(LightningModule):
         self.policy_version = checkpoint["policy_version"]
         for optimizer, schedule in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
             self._set_rates(optimizer, schedule)
+        self._complete(checkpoint)
+
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
+        """Read what a checkpoint keeps in other files; where ranks divide the weights, leave this rank's parts only."""
+        has_shards = "shards" in checkpoint.get("pmd", {})
+        if not has_shards and self.policy.ranks is None:
+            return
+        trained = [p for p in self.parameters() if p.requires_grad]
+        like = {f"state_dict.{name}": tensor for name, tensor in self.state_dict().items()}
+        for n, optimizer in enumerate(checkpoint["optimizer_states"]):
+            for number, moments in optimizer["state"].items():
+                # The number of steps has no dimension.
+                names = [name for name, value in moments.items() if isinstance(value, Tensor) and value.dim()]
+                like |= {f"optimizer_states.{n}.state.{number}.{name}": trained[number] for name in names}
+        if has_shards:
+            checkpoint.update(filled(checkpoint, like, self.policy.ranks))
+        if self.policy.ranks is not None:
+            checkpoint.update(divided(checkpoint, like))
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds exactly this module's tensors, by name and shape.
@@ -292,13 +340,23 @@ class PMDModule(LightningModule):
         """
         while True:
             try:
-                return self._accumulate(batch, optimizer)
+                with self._naming_lost_ranks():
+                    return self._accumulate(batch, optimizer)
             except torch.OutOfMemoryError as error:
                 cause = str(error).splitlines()[0]
+                if self.layout.in_step:  # the other ranks are in the middle of the same pass
+                    raise TrainingError(
+                        f"out of memory at step {batch.step} ({cause}); lower rollouts.micro_batch_tokens "
+                        f"({self.layout.max_tokens}), or use more devices."
+                    ) from error
             optimizer.zero_grad()  # outside of `except`: the error would keep the tensors of the failed pass alive
             if self.trace is not None:
                 self.trace.records.clear()
             self._halve_micro_batches(batch, cause)
+
+    def _naming_lost_ranks(self) -> AbstractContextManager[None]:
+        """Return the context of what needs the other ranks if they divide the weights."""
+        return nullcontext() if self.ranks is None else self.ranks.naming_loss("computing a step")
 
     def _halve_micro_batches(self, batch: Batch, cause: str) -> None:
         """Use micro-batches of half the size from now on, as long as the run goes on."""
@@ -325,7 +383,8 @@ class PMDModule(LightningModule):
         """
         with _Timer(self, "time/optimizer_s"):
             trainable = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(trainable, self.optimizer_config.max_grad_norm).item()
+            with self._naming_lost_ranks():
+                norm = clip_gradients(trainable, self.optimizer_config.max_grad_norm).item()
             checked = {name: value for name, value in totals.items() if name.startswith("loss/")}
             infinite = [name for name, value in (checked | {"gradient norm": norm}).items() if not math.isfinite(value)]
             if infinite or not self.objective.update_policy:
@@ -348,7 +407,9 @@ class PMDModule(LightningModule):
         torch.manual_seed(derive_seed(self.seed, "dropout", batch.step))
         with torch.no_grad():
             for micro_batch in batch.micro_batches(self.layout, self.device):
-                self.trace.add(micro_batch, self._score(micro_batch))
+                terms = self._score(micro_batch)
+                if micro_batch.examples:
+                    self.trace.add(micro_batch, terms)
 
     def _metrics(self, batch: Batch, totals: Mapping[str, float]) -> dict[str, float]:
         """Combine the step's losses with the metrics of rollouts, teacher contexts and timing."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pmd import sharding
 from pmd.config.schema import ModelConfig, TeacherConfig
+from pmd.ranks import Ranks
 from pmd.types import Role
 
 
@@ -41,6 +43,7 @@ class Policy(nn.Module):
         self.refresh_epochs = teacher.refresh_epochs
         self.keeps_own_teacher = teacher.has_own_weights
         self.trust_region_rate = teacher.trust_region_rate
+        self.ranks: Ranks | None = None  # those that hold a part of the weights each
 
     @property
     def teacher_mixture(self) -> list[tuple[Role, float]]:
@@ -61,8 +64,37 @@ class Policy(nn.Module):
         raise NotImplementedError
         yield
 
+    def models(self) -> list[PreTrainedModel]:
+        """Return the causal LMs whose weights exist, without any adapters around them."""
+        raise NotImplementedError
+
+    def model_of(self, role: Role) -> PreTrainedModel:
+        """Return the one of `models` that acts as `role`."""
+        raise NotImplementedError
+
+    def adapters(self) -> list[nn.Parameter]:
+        """Return the weights of all adapters, which every rank holds whole."""
+        return []
+
+    def shard(self, ranks: Ranks) -> None:
+        """Divide the weights among the ranks, on their devices; see `sharding.shard`."""
+        self.ranks, mesh = ranks, ranks.mesh()
+        for model in self.models():
+            sharding.shard(model, mesh, self.adapters(), ranks.shard_dtype)
+        if mesh.device_type == "cuda":
+            self.to(torch.device("cuda", torch.cuda.current_device()))  # adapters, and what is computed
+
+    @contextmanager
+    def gathered(self, role: Role) -> Iterator[None]:
+        """Hold all weights of `role` here; if they are divided, all ranks enter together."""
+        if self.ranks is None:
+            yield
+            return
+        with self.ranks.naming_loss("gathering the weights"), sharding.gathered(self.model_of(self.resolve(role))):
+            yield
+
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield corresponding (teacher, student) tensors."""
+        """Yield corresponding (teacher, student) tensors; of weights that are divided, this rank's parts."""
         raise NotImplementedError
 
     def is_own_state(self, name: str) -> bool:
@@ -103,12 +135,21 @@ class FullPolicy(Policy):
     @contextmanager
     def weights(self, role: Role) -> Iterator[PreTrainedModel]:
         """Yield the student or a frozen copy."""
-        yield cast(PreTrainedModel, getattr(self, self.resolve(role)))
+        yield self.model_of(self.resolve(role))
+
+    def models(self) -> list[PreTrainedModel]:
+        """Return the student and the frozen copies."""
+        return [model for model in (self.student, self.teacher, self.reference) if model is not None]
+
+    def model_of(self, role: Role) -> PreTrainedModel:
+        """Return the student or a frozen copy."""
+        return cast(PreTrainedModel, getattr(self, role))
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (teacher, student) parameters."""
         assert self.teacher is not None
-        yield from zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            yield sharding.own_part(teacher), sharding.own_part(student)
 
     def is_own_state(self, name: str) -> bool:
         """Everything but the copy of the reference policy."""
@@ -165,6 +206,18 @@ class AdapterPolicy(Policy):
                     yield model
             finally:
                 self._activate("student")
+
+    def models(self) -> list[PreTrainedModel]:
+        """Return the base."""
+        return [self.peft_model.get_base_model()]
+
+    def model_of(self, role: Role) -> PreTrainedModel:
+        """Return the base, whatever the role."""
+        return self.peft_model.get_base_model()
+
+    def adapters(self) -> list[nn.Parameter]:
+        """Return the weights of all adapters."""
+        return [parameter for name, parameter in self.named_parameters() if self.is_own_state(name)]
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (teacher, student) adapter tensors, matched by name."""

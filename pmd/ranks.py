@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pmd.errors import AlignmentError, RankLost
 
@@ -32,15 +33,17 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 class Ranks:
     """One process's view of all of them: its number, how many there are, and their collective operations."""
 
-    def __init__(self, rank: int, size: int, *, num_generating: int | None = None):
+    def __init__(self, rank: int, size: int, *, shards: bool = False, shard_dtype: torch.dtype | None = None):
         """Describe the ranks of an initialised process group.
 
         Args:
-            num_generating: the first so many ranks have an engine; None means all.
+            shards: the ranks divide the weights (sharding.py); else each holds all.
+            shard_dtype: the dtype in which divided weights are gathered; None is their own.
         """
         self.rank, self.size = rank, size
-        self.num_generating = size if num_generating is None else num_generating
-        self._objects: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)  # pickles stay on the host
+        self.shards, self.shard_dtype = shards, shard_dtype
+        self.num_generating = size  # the first so many ranks have an engine
+        self.objects: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)  # pickles stay on the host
         self._lock = threading.Lock()
 
     @property
@@ -48,9 +51,18 @@ class Ranks:
         """Whether this is rank 0, which owns the memory and the run directory."""
         return self.rank == 0
 
+    @property
+    def generates(self) -> bool:
+        """Whether this rank has an engine that generates."""
+        return self.rank < self.num_generating
+
+    def mesh(self) -> DeviceMesh:
+        """Return the devices of all ranks."""
+        return init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (self.size,))
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return what this rank generates: every n-th item. `gathered` puts the results back in order."""
-        return items[self.rank :: self.num_generating] if self.rank < self.num_generating else items[:0]
+        return items[self.rank :: self.num_generating] if self.generates else items[:0]
 
     def gathered(self, results: Sequence[T]) -> list[T]:
         """Return the results of all ranks for the items that `share` gave each of them, in the order of the items."""
@@ -64,7 +76,7 @@ class Ranks:
         """Return every rank's value, by rank."""
         values: list[Any] = [None] * self.size
         with self._together("gathering"):
-            dist.all_gather_object(values, value, group=self._objects)
+            dist.all_gather_object(values, value, group=self.objects)
         return values
 
     def from_first(self, compute: Callable[[], T]) -> T:
@@ -81,7 +93,7 @@ class Ranks:
             except Exception as raised:
                 error, message = raised, [None, f"{type(raised).__name__}: {raised}"]
         with self._together("waiting for rank 0"):
-            dist.broadcast_object_list(message, 0, group=self._objects)
+            dist.broadcast_object_list(message, 0, group=self.objects)
         if error is not None:
             raise error
         if message[1] is not None:
@@ -134,12 +146,23 @@ class Ranks:
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """Say in words that another rank has gone, when a collective operation fails because of it."""
-        started = time.monotonic()
+        """Enter a collective operation, in one thread at a time."""
         if not self._lock.acquire(blocking=False):
             raise AlignmentError(f"rank {self.rank}: {what} began in two threads at once.")
         try:
+            with self.naming_loss(what):
+                yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def naming_loss(self, what: str) -> Iterator[None]:
+        """Say in words that another rank has gone, when a collective operation fails because of it."""
+        started = time.monotonic()
+        try:
             yield
+        except RankLost:
+            raise
         except RuntimeError as error:
             text = " ".join(str(error).split())
             if isinstance(error, dist.DistError) or any(sign in text for sign in LOST) or "imed out" in text:
@@ -149,8 +172,6 @@ class Ranks:
                     f"has ended or hangs; what ended it is in its own output ({text[:160]})."
                 ) from error
             raise
-        finally:
-            self._lock.release()
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -2,7 +2,8 @@
 
 config.yaml      the resolved configuration; `pmd fit --config RUN/config.yaml` repeats the run
 metrics.csv      the logged metrics, by step
-checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position
+checkpoints/     last.ckpt and best.ckpt, each with the whole state: weights, optimizer, teacher, memory, position;
+                 what ranks have divided is in folders *.shards that they name
 memory/          memory.sqlite, its index, and items/: the live items at the end of each epoch
 traces/          per-token records of the steps, for `pmd inspect step`
 completions/     tables to read: step-N.jsonl of a traced step (prompt, completion, verdict, what the teacher saw),
@@ -149,7 +150,9 @@ class RunDir:
                     f"run_dir={self.root}: nothing can be written to {folder} ({reason}); make it writable."
                 )
         if self.last.is_file() and not problems:
-            free, needed = (n / 1e6 for n in (shutil.disk_usage(self.root).free, self.last.stat().st_size))
+            parts = (sum(f.stat().st_size for f in folder.iterdir()) for folder in self.checkpoints.glob("*.shards"))
+            size = self.last.stat().st_size + max(parts, default=0)
+            free, needed = (n / 1e6 for n in (shutil.disk_usage(self.root).free, size))
             if free < needed:
                 problems.append(f"run_dir={self.root}: a checkpoint takes {needed:.0f} MB, and {free:.0f} MB are free.")
         if problems:

@@ -6,14 +6,14 @@ This is the one place where positions shift by one: the state before a token pre
 is ever created. Padded rows, packed rows and shared prompts give the same states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -25,6 +25,7 @@ from pmd.losses import distillation, fused
 from pmd.losses.distillation import TeacherPart, TokenTerms
 from pmd.packing import PackedSequences
 from pmd.policy import Policy, eval_mode
+from pmd.sharding import backbone_of, class_of, whole
 from pmd.types import PromptAndCompletion, Role
 
 #: The objective that `score` uses by default.
@@ -120,31 +121,30 @@ def completion_hidden_states(model: PreTrainedModel, sequences: Sequences | Pack
     return torch.cat(states)
 
 
-def _whole_states(forward: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _whole_states(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return forward(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
 
 
-def backbone(model: PreTrainedModel) -> torch.nn.Module:
+def backbone(model: PreTrainedModel) -> Callable[..., Any]:
     """Return the part of a causal LM that ends before the output head, adapters included."""
-    inner = _unwrap(model)
-    return getattr(inner, inner.base_model_prefix)
+    return backbone_of(_unwrap(model))
 
 
 def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
-    """Return the output head's weight [V, H].
+    """Return the output head's weight [V, H]; if it is divided among ranks, all of them must ask for it.
 
     Raises:
         ConfigError: the logits are not just the hidden states times a weight, which is all that is supported.
     """
     inner = _unwrap(model)
-    name, head = type(inner).__name__, inner.get_output_embeddings()
+    name, head = class_of(inner).__name__, inner.get_output_embeddings()
     problems = []
-    if type(head) is not torch.nn.Linear:
+    if class_of(head) is not torch.nn.Linear:
         problems.append(
-            f"model: the output head of {name} is a {type(head).__name__}, not a plain linear layer; "
+            f"model: the output head of {name} is a {class_of(head).__name__}, not a plain linear layer; "
             "leave it out of LoRA's target modules and of quantisation."
         )
     elif head.bias is not None:
@@ -152,7 +152,7 @@ def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
     problems += describe_logit_settings(inner.config, name)
     if problems:
         raise ConfigError(problems)
-    return cast(torch.nn.Linear, head).weight
+    return whole(cast(torch.nn.Linear, head).weight)
 
 
 def describe_logit_settings(architecture: PretrainedConfig, name: str) -> list[str]:
@@ -208,7 +208,7 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
 class KeptPrefixes:
     """Keys and values of shared prefixes, which rows continue from; gradients flow through them."""
 
-    def __init__(self, backbone: nn.Module, prefixes: SharedPrefixes):
+    def __init__(self, backbone: Callable[..., Any], prefixes: SharedPrefixes):
         """Compute the prefixes [P, W], padded on the left, in one pass."""
         real = prefixes.attention_mask
         positions = (real.cumsum(1) - 1).clamp(min=0)

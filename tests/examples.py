@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,17 +140,28 @@ def gradient_of(module: PMDModule) -> Tensor:
     return torch.cat([p.grad.flatten() for p in trained(module).values() if p.grad is not None])
 
 
-def take_steps(module: PMDModule, batches: Sequence[Sequence[Example]], *callbacks: Callback) -> Trainer:
+def take_steps(
+    module: PMDModule, batches: Sequence[Sequence[Example]], *callbacks: Callback, **options: Any
+) -> Trainer:
     """Take one optimizer step on each batch of examples under Lightning's trainer, as a run does."""
     metrics = {"rollout/reward": 0.5, "rollout/mean_length": 5.0}
-    return fit_batches(module, [Batch(tuple(rows), 0, step, metrics) for step, rows in enumerate(batches)], *callbacks)
+    made = [Batch(tuple(rows), 0, step, metrics) for step, rows in enumerate(batches)]
+    return fit_batches(module, made, *callbacks, **options)
 
 
-def fit_batches(module: PMDModule, batches: Sequence[Batch], *callbacks: Callback, max_steps: int = -1) -> Trainer:
-    """Take one optimizer step on each batch, as long as `max_steps` allows."""
+def fit_batches(
+    module: PMDModule,
+    batches: Sequence[Batch],
+    *callbacks: Callback,
+    max_steps: int = -1,
+    resume_from: Path | None = None,
+    plugins: Any = None,
+) -> Trainer:
+    """Take one optimizer step on each batch, as long as `max_steps` allows; in a second epoch if resumed."""
     trainer = Trainer(
-        max_epochs=1, max_steps=max_steps, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=False,
+        max_epochs=2 if resume_from else 1, max_steps=max_steps, accelerator="cpu", devices=1, logger=False,
+        callbacks=list(callbacks), plugins=plugins,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(list(batches), batch_size=None))
+    trainer.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=resume_from)
     return trainer

@@ -4,7 +4,7 @@ import multiprocessing
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,25 @@ from pmd.ranks import Ranks
 CONTEXT = multiprocessing.get_context("fork")
 
 
-def on_ranks(size: int, folder: Path, function: Callable[[Ranks], Any]) -> list[Any]:
-    """Return what `function` returns on each rank; raise if one of them raised."""
+class Rank(NamedTuple):
+    """Which rank a process is to be."""
+
+    rank: int
+    size: int
+    shards: bool
+
+
+def on_ranks(size: int, folder: Path, function: Callable[[Ranks], Any], *, shards: bool = False) -> list[Any]:
+    """Return what `function` returns on each rank; raise if one of them raised.
+
+    Args:
+        shards: the ranks divide the weights.
+    """
     meeting = folder / f"meeting-{size}-{len(list(folder.iterdir()))}"
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_run, args=(rank, size, meeting, function, theirs), daemon=True)
+        process = CONTEXT.Process(target=_run, args=(Rank(rank, size, shards), meeting, function, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -33,10 +45,10 @@ def on_ranks(size: int, folder: Path, function: Callable[[Ranks], Any]) -> list[
     return [value for _, value in answers]
 
 
-def _run(rank: int, size: int, meeting: Path, function: Callable[[Ranks], Any], pipe: Any) -> None:
+def _run(given: Rank, meeting: Path, function: Callable[[Ranks], Any], pipe: Any) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-        pipe.send((True, function(Ranks(rank, size))))
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=given.rank, world_size=given.size)
+        pipe.send((True, function(Ranks(given.rank, given.size, shards=given.shards))))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

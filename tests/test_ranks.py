@@ -3,20 +3,26 @@
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from examples import make_example, make_rollout, random_ids, take_steps, tiny_module, trained
+from lightning import Callback
 from rank_processes import on_ranks
 
 from pmd.batch import Example
+from pmd.callbacks.checkpoint import VerifiedCheckpointIO
+from pmd.checkpoint_file import FORMAT
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
-from pmd.engines.shared import LeadingEngine, follow
+from pmd.engines.hf import HFEngine
+from pmd.engines.shared import LeadingEngine, LeadingScorer, follow
 from pmd.errors import AlignmentError, RankLost
 from pmd.ranks import Ranks
+from pmd.sharding import whole
 from pmd.types import Completion
 
 sys.path.append(str(Path(__file__).with_name("golden")))
@@ -48,17 +54,42 @@ def recorded_batch(step: int, num_groups: int = 3) -> list[Example]:
     return examples
 
 
-def weights_after(method: str, finetune: str, num_steps: int, ranks: Ranks | None = None) -> dict[str, np.ndarray]:
-    """Return what is trained, and the gradient's norm of the last step, after some steps in float64."""
+class RunState(Callback):
+    """Adds to checkpoints what a run does."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint |= {"pmd": {"format": FORMAT}, "RolloutDataModule": {}}
+
+
+def weights_after(
+    method: str,
+    finetune: str,
+    num_steps: int,
+    ranks: Ranks | None = None,
+    *,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Return what is trained, and the gradient's norm of the last step, after some steps in float64.
+
+    Args:
+        save_to: write a checkpoint there at the end.
+        resume_from: take the last so many of 20 steps, from a checkpoint.
+    """
     objective, teacher = METHODS[method]
+    steps = range(num_steps) if resume_from is None else range(20 - num_steps, 20)
     with truly_float64():
         module = tiny_module(objective, teacher=teacher, optimizer=OptimizerConfig(lr=1e-3), finetune=finetune)
         module.double()
         module.layout = replace(module.layout, max_tokens=60)
         if ranks is not None:
             module.share_with(ranks)
-        trainer = take_steps(module, [recorded_batch(step) for step in range(num_steps)])
-        found = {name: parameter.detach().numpy() for name, parameter in trained(module).items()}
+        sharing = ranks if ranks is not None and ranks.shards else None
+        batches, plugins = [recorded_batch(step) for step in steps], [VerifiedCheckpointIO(sharing)]
+        trainer = take_steps(module, batches, RunState(), resume_from=resume_from, plugins=plugins)
+        if save_to is not None:  # each rank's trainer takes itself for the first, so all of them write, as they must
+            trainer.save_checkpoint(save_to)
+        found = {name: whole(parameter.detach()).numpy() for name, parameter in trained(module).items()}
         metrics = trainer.callback_metrics
         return found | {name: metrics[name].double().numpy() for name in METRICS}
 
@@ -76,12 +107,51 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
-def test_two_and_four_ranks_end_where_one_ends(method, finetune, tmp_path):
+def test_two_and_four_ranks_end_where_one_ends(method, finetune, shards, tmp_path):
     alone = weights_after(method, finetune, 20)
     for size in (2, 4):  # with four, one of them has no rollouts at all
-        for found in on_ranks(size, tmp_path, lambda ranks: weights_after(method, finetune, 20, ranks)):
+        found = on_ranks(size, tmp_path, lambda ranks: weights_after(method, finetune, 20, ranks), shards=shards)
+        for weights in found:
+            assert_same(weights, alone)
+
+
+def test_ranks_that_divide_the_weights_train_and_generate_as_one(tmp_path):
+    def act(ranks: Ranks | None):
+        module = tiny_module(METHODS["sdpo"][0], teacher=TeacherConfig("ema"))
+        if ranks is not None:
+            module.share_with(ranks)
+        take_steps(module, [recorded_batch(step) for step in range(2)])
+        engine = HFEngine(module.policy, module.tokenizer, 2)
+        requests = [Request((1, 5, seed), seed) for seed in range(5)]
+        own = requests if ranks is None else [requests, requests[:0]][ranks.rank]  # the other rank has none
+        return [dict(engine.generate(own, Sampling(1.0, 6), role)) for role in ("student", "teacher")]
+
+    alone, (first, second) = act(None), on_ranks(2, tmp_path, act, shards=True)
+    assert second == [{}, {}]
+    for expected, found in zip(alone, first, strict=True):
+        assert {n: c.token_ids for n, c in found.items()} == {n: c.token_ids for n, c in expected.items()}
+        for n, completion in expected.items():
+            np.testing.assert_allclose(found[n].logprobs, completion.logprobs, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_run_goes_on_on_another_number_of_ranks(finetune, tmp_path):
+    """With a moving average as teacher, which the checkpoint holds too."""
+    alone = weights_after("sdpo", finetune, 20)
+    of_one, of_two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
+
+    def resumed(path: Path, ranks: Ranks | None = None):
+        return weights_after("sdpo", finetune, 10, ranks, resume_from=path)
+
+    weights_after("sdpo", finetune, 10, save_to=of_one)
+    on_ranks(2, tmp_path, lambda ranks: weights_after("sdpo", finetune, 10, ranks, save_to=of_two), shards=True)
+    assert_same(resumed(of_two), alone)
+    for size, path in ((4, of_two), (2, of_one)):
+        for found in on_ranks(size, tmp_path, partial(resumed, path), shards=True):
             assert_same(found, alone)
 
 
@@ -100,14 +170,21 @@ def test_rank_0_leads_and_tells(tmp_path):
     """Requests of rank 0 are shared out; its results come back in order, and what only it knows is told to all."""
 
     def act(ranks: Ranks):
-        engine, sampling = CountingEngine(), Sampling(1.0, 1)
+        engine, sampling, scored = CountingEngine(), Sampling(1.0, 1), []
+
+        def scorer(pairs, role):
+            scored.append((pairs, role))
+            return [[-1.0]]
+
         if ranks.is_first:
             leading = LeadingEngine(engine, ranks)
             requests = [Request((1,), seed) for seed in range(5)]
             found = [completion.token_ids[0] for _, completion in leading.generate(requests, sampling)]
+            assert LeadingScorer(scorer, ranks)([((1,), (2,))], "teacher") == [[-1.0]]
             released = leading.release({"n": 7.0})
         else:
-            found, released = None, follow(engine, ranks)
+            found, released = None, follow(engine, scorer, ranks)
+        assert scored == [([((1,), (2,))], "teacher")]
         told = ranks.from_first(lambda: "only rank 0 is asked" if ranks.is_first else 1 / 0)
         failed = ""
         try:

@@ -23,8 +23,10 @@ from pmd.atomic import replacing
 from pmd.batch import Batch
 from pmd.callbacks.verification import MONITOR
 from pmd.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
+from pmd.checkpoint_shards import write_divided
 from pmd.errors import CheckpointError, DiskError
 from pmd.metrics_log import MetricsLog
+from pmd.ranks import Ranks
 from pmd.rollouts.datamodule import RolloutDataModule
 from pmd.run_dir import RunDir
 
@@ -32,13 +34,20 @@ from pmd.run_dir import RunDir
 class VerifiedCheckpointIO(TorchCheckpointIO):
     """Has Lightning write and read pmd's file format: atomic, with a digest, loaded without running code."""
 
+    def __init__(self, ranks: Ranks | None = None):
+        """Write and read alone, or together with the `ranks` that divide the weights."""
+        self.ranks = ranks
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`; see `write_checkpoint`."""
-        write_checkpoint(Path(path), checkpoint)
+        """Write `checkpoint` to `path`; see `write_checkpoint` and `write_divided`."""
+        if self.ranks is None:
+            write_checkpoint(Path(path), checkpoint)
+        else:
+            write_divided(Path(path), checkpoint, self.ranks)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Return what is at `path`; see `read_checkpoint`."""
-        return read_checkpoint(Path(path), mmap=False)
+        return read_checkpoint(Path(path), mmap=self.ranks is not None)  # a rank needs a part of each tensor only
 
 
 class CheckpointCallback(Checkpoint):
@@ -155,6 +164,9 @@ def restore_best(run_dir: RunDir, resumed: Path, state: dict[str, Any]) -> None:
     with suppress(CheckpointError):
         if read_checkpoint(run_dir.best)["RolloutDataModule"]["step"] == step:
             return
+    shards = state["pmd"].get("shards")
+    if shards is not None and resumed.parent != run_dir.checkpoints:
+        shutil.copytree(shards["path"], run_dir.checkpoints / shards["folder"], dirs_exist_ok=True)
     copy_checkpoint(resumed, run_dir.best)
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from pmd.callbacks.checkpoint import data_of
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
+from pmd.engines.shared import LeadingScorer
 from pmd.errors import DiskError, MemoryStoreError
 from pmd.memory import EpochRecord, MemoryUpdate, ProceduralMemory, evolve_memory
 from pmd.memory.audit import ShownGroup, audit, choose_groups
@@ -40,7 +41,7 @@ class Auditor:
     """What audits need besides the memory. The trainer's model scores, so the engine sleeps meanwhile."""
 
     engine: Engine
-    scorer: PolicyScorer
+    scorer: PolicyScorer | LeadingScorer
     max_prompt_tokens: int
     parity: ParityCheck | None
 
@@ -65,7 +66,7 @@ class MemoryCallback(Callback):
         if not self.memory.config.frozen or self.memory.is_closed:
             return
         data = data_of(trainer)
-        attempted, costs = data.first_pass()
+        attempted, costs = data.first_pass(self.reflector.engine)
         updater = MemoryUpdater(self.record, self.memory, self.reflector)
         figures = costs | updater.update(attempted, 0, data.steps_per_epoch, data.engine.policy_version)
         if problem := self.record.reflected.describe_failure(self.reflector.config):

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pmd.cli.arguments import load_checked, make_config_parser, split_options
 from pmd.config.load import LoadedConfig, load_arguments
+from pmd.config.processes import gathers_in_bfloat16, num_processes
 from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
 
@@ -21,7 +23,7 @@ DESCRIPTION = """Predict the memory that a configuration needs, part by part, wi
 
 Prints versions, the predicted memory, what the device has free, and what to change if that is too little. With
 rollouts.engine=vllm on a GPU also what vLLM needs while the policy trains and while vLLM generates, and the share of
-the GPU that it will be given."""
+the GPU that it will be given; with another engine, on how many GPUs the run fits if they divide the weights."""
 
 
 def main(argv: list[str]) -> int:
@@ -56,19 +58,27 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
 
     from pmd.planning.choose_memory import available_bytes, choose, is_open, without_gpu
     from pmd.planning.engine_memory import Gpu, plan_engine, read_cache, refuse_small_cache, shares_base
-    from pmd.planning.gpu_memory import libraries_bytes, max_micro_batch_tokens, predict, read_shape
+    from pmd.planning.gpu_memory import (
+        libraries_bytes,
+        max_micro_batch_tokens,
+        num_gpus_needed,
+        predict,
+        read_shape,
+        shards_of,
+    )
 
     on_cuda = gpu_gb is not None or (torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu")
     free, total = _gpu_bytes(gpu_gb) if on_cuda else (0.0, 0.0)
     run, shape = loaded.run, read_shape(loaded.run.model)
+    shards = shards_of(loaded.trainer)
     if is_open(run) and on_cuda:
-        choice = choose(shape, run, available_bytes(run, free, total))
+        choice = choose(shape, run, available_bytes(run, free, total), shards)
         run = choice.applied(run)
         console.print(str(choice), markup=False, soft_wrap=True)
     elif is_open(run):
         run = without_gpu(run)
     tokens = tokens or max_micro_batch_tokens(run)
-    parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu")
+    parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu", shards)
     if run.rollouts.engine == "vllm":
         refuse_small_cache(read_cache(run), run)
     if not on_cuda:
@@ -79,7 +89,10 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     if run.memory.embedder_device == "cpu":
         _describe_embedder(run, console)
     if run.rollouts.engine != "vllm":
-        return _verdict(run, {"peak": parts}, tokens, free, console)
+        code = _verdict(run, {"peak": parts}, tokens, free, console)
+        enough = num_gpus_needed(shape, run, tokens, free, in_bfloat16=gathers_in_bfloat16(loaded.trainer))
+        console.print(describe_ranks(run, loaded.trainer, enough, total), markup=False, soft_wrap=True)
+        return code
     shares_weights, lines = shares_base(run, on_gpu=True)
     try:
         plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free), shares_weights=shares_weights)
@@ -130,6 +143,26 @@ def _verdict(
         return 0
     console.print("It does not fit: " + "; ".join(remedies(run)) + ".", markup=False)
     return 1
+
+
+def describe_ranks(run: RunConfig, trainer: Mapping[str, Any], enough: int | None, gpu_bytes: float) -> str:
+    """Say what the prediction is of, and among how many GPUs the weights would have to be divided.
+
+    Args:
+        enough: the fewest GPUs of `gpu_bytes` that the run fits on with trainer.strategy=fsdp2; None if it never does.
+    """
+    strategy, size = trainer.get("strategy"), num_processes(trainer)
+    if strategy == "fsdp2":
+        of = f"This is for each of {size} GPUs, which divide the weights."
+    else:
+        of = "This is for each GPU: with trainer.strategy=ddp, every one holds all of it."
+    if run.model.finetune == "qlora":
+        return f"{of} trainer.strategy=fsdp2 cannot divide 4-bit weights."
+    if enough is None:
+        return f"{of} Divided among any number of GPUs (fsdp2), it does not fit: what is not divided is too large."
+    if enough == 1:
+        return f"{of} One GPU is enough."
+    return f"{of} With trainer.strategy=fsdp2, {enough} GPUs of {gpu_bytes / 1e9:.0f} GB are enough."
 
 
 def remedies(run: RunConfig) -> list[str]:

@@ -22,7 +22,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from pmd.config.processes import STRATEGIES, launcher_of, num_processes
+from pmd.config.processes import STRATEGIES, gathers_in_bfloat16, launcher_of, num_processes
 from pmd.errors import RankKilled, RunFailed, RunInterrupted
 from pmd.ranks import TIMEOUT, Ranks, is_lost
 
@@ -91,7 +91,8 @@ def joined(trainer: Mapping[str, Any]) -> Iterator[Ranks | None]:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield Ranks(rank, size)
+        shard_dtype = torch.bfloat16 if gathers_in_bfloat16(trainer) else None
+        yield Ranks(rank, size, shards=trainer["strategy"] == "fsdp2", shard_dtype=shard_dtype)
     except BaseException as error:
         if is_lost(error):
             time.sleep(HOLD_S)

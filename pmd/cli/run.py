@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ from pmd.engines.base import Engine
 from pmd.engines.hf import HFEngine
 from pmd.engines.make import make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
-from pmd.engines.shared import LeadingEngine, follow
+from pmd.engines.shared import IdleEngine, LeadingEngine, LeadingScorer, follow
 from pmd.engines.vllm_runtime import VLLMRuntime
 from pmd.errors import CheckpointError, ConfigError, RunFailed
 from pmd.evaluation.evaluate import Evaluator, Keep, evaluation_facts
@@ -68,6 +69,7 @@ from pmd.module import PMDModule
 from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
 from pmd.planning.estimate import estimate_run
+from pmd.planning.gpu_memory import UNDIVIDED, Shards
 from pmd.ranks import Ranks
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
@@ -321,7 +323,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
             f"data.path={config.data.path}: the training or validation tasks are not those that this run began with, "
             "so its position and its memory mean nothing for them; restore them, or start a new run."
         )
-    config, chosen = choose_here(config)
+    config, chosen = choose_here(config) if ranks is None else ranks.from_first(partial(_choose_for, config, ranks))
     for line in [*ready.notes, *([] if chosen is None else [chosen])]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
     runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
@@ -333,7 +335,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     engine, meet = _make_engine(config, module, runtime, ranks), None
     leading = engine
     if ranks is not None:
-        leading, meet = _meeting(engine, ranks)
+        leading, meet = _meeting(engine, _scorer(module), ranks)
     train_tasks = {task.task_id: task for task in tasks["train"]}
     writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
     reflector = Reflector(leading, prompts, config.reflection, train_tasks, config.seed_everything, writer)
@@ -358,8 +360,13 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     vllm = config.rollouts.vllm
     if not isinstance(engine, HFEngine) and vllm.parity_completions:  # engines with their own weights
         sampled = [prompts.student(task) for task in tasks["train"][: vllm.parity_completions]]
-        parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id)
+        parity = ParityCheck(engine, module.policy, sampled, vllm, module.layout.pad_id, ranks)
     return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity, ranks, meet)
+
+
+def _choose_for(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, str | None]:
+    """Return what is chosen for all ranks by the memory that the first one has."""
+    return choose_here(config, Shards(ranks.size, ranks.shard_dtype is not None) if ranks.shards else UNDIVIDED)
 
 
 def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | None, ranks: Ranks | None) -> Engine:
@@ -367,16 +374,20 @@ def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | No
     if ranks is not None and config.rollouts.engine == "vllm_server":
         ranks.num_generating = 1
         if not ranks.is_first:
-            return HFEngine(module.policy, module.tokenizer, config.rollouts.engine_batch)  # is never asked
+            return IdleEngine()
     return make_engine(config, module.policy, module.tokenizer, runtime)
 
 
-def _meeting(engine: Engine, ranks: Ranks) -> tuple[Engine, Callable[[Figures], Figures]]:
+def _meeting(engine: Engine, scorer: PolicyScorer, ranks: Ranks) -> tuple[Engine, Callable[[Figures], Figures]]:
     """Return the engine that rank 0 reflects with, and how the ranks come together after that."""
     if not ranks.is_first:
-        return engine, lambda _: follow(engine, ranks)
+        return engine, lambda _: follow(engine, scorer, ranks)
     leading = LeadingEngine(engine, ranks)
     return cast(Engine, leading), leading.release
+
+
+def _scorer(module: PMDModule) -> PolicyScorer:
+    return PolicyScorer(module.policy, module.layout.pad_id, module.layout.max_tokens)
 
 
 def _open_memory(
@@ -408,8 +419,11 @@ def callbacks_of(run: Run) -> list[Callback]:
         callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
         auditor = None
         if config.memory.audit_groups:
-            scorer = PolicyScorer(run.module.policy, run.module.layout.pad_id, run.module.layout.max_tokens)
-            auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, run.parity)
+            scorer, parity = _scorer(run.module), run.parity
+            if run.ranks is not None:
+                scorer = LeadingScorer(scorer, run.ranks) if run.ranks.shards else scorer
+                parity = None  # all ranks would have to measure it, and engines of several ranks do not sleep
+            auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, parity)
         callbacks.append(MemoryCallback(run.record, run.memory, run.reflector, run.run_dir.items, auditor))
     if run.meet is not None and run.data.memory is not None:
         callbacks.append(RanksCallback(run.meet))
@@ -538,7 +552,8 @@ def report(
 
 def _load_policy(run: Run, state: Mapping[str, Any]) -> None:
     """Load a checkpoint's weights into the policy and the engine."""
-    run.module.on_load_checkpoint(dict(state))
+    state = dict(state)
+    run.module.on_load_checkpoint(state)
     run.module.load_state_dict(state["state_dict"], strict=False)
     _sync_engine(run)
 

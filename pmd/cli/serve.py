@@ -23,6 +23,7 @@ DESCRIPTION = """Serve a configuration's model with vLLM, for runs with rollouts
 
 The server has the settings that the configuration needs, and is restarted when it dies. Anyone who can reach it can
 make it load files, so it listens only on this machine unless --host is given."""
+ONE_PROCESS = ("trainer.strategy=auto", "trainer.devices=1", "trainer.num_nodes=1")  # however many of them train
 MAX_RESTARTS = 5  # in a row, each after less than SETTLED_S seconds
 SETTLED_S = 600.0  # a server that ran for longer had started properly
 FIRST_PAUSE_S = 1.0
@@ -31,7 +32,7 @@ FIRST_PAUSE_S = 1.0
 def main(argv: list[str]) -> int:
     """Serve until SIGINT or SIGTERM; return 0."""
     arguments, rest = split_options(_parser(), argv, _option_problems)
-    loaded = load_checked("serve", rest, ["rollouts.engine=vllm"])
+    loaded = load_checked("serve", rest, ["rollouts.engine=vllm", *ONE_PROCESS])
 
     from pmd.engines.make import GpuShare, engine_settings
     from pmd.engines.vllm_runtime import check_version, server_command, server_environment

@@ -77,7 +77,8 @@ class TrainerCLI(LightningCLI):
         if ranks is None:  # a strategy for several devices in one process is a strategy for one
             given |= {"strategy": "auto", "devices": 1, "num_nodes": 1}
         else:
-            given["strategy"] = SummedGradients()
+            given["strategy"] = DividedWeights() if ranks.shards else SummedGradients()
+        sharing = ranks if ranks is not None and ranks.shards else None
         theirs = _as_list(given["callbacks"])
         has_bar = any(isinstance(callback, ProgressBar) for callback in theirs)
         is_first = ranks is None or ranks.is_first
@@ -87,7 +88,7 @@ class TrainerCLI(LightningCLI):
             "enable_progress_bar": has_bar,  # Lightning's would be a second one
             "logger": [*loggers, *_as_list(given["logger"])],
             # Whatever the environment says: a cluster's would requeue the job with checkpoints of its own.
-            "plugins": [VerifiedCheckpointIO(), LightningEnvironment()],
+            "plugins": [VerifiedCheckpointIO(sharing), LightningEnvironment()],
             "default_root_dir": root,
             "reload_dataloaders_every_n_epochs": 1,  # a resumed epoch is shorter than the next
         }
@@ -97,11 +98,19 @@ class TrainerCLI(LightningCLI):
 class SummedGradients(DDPStrategy):
     """One process a device, with the whole model in each. The module itself sums gradients, once an optimizer step.
 
-    DistributedDataParallel would average them at every backward pass, of which ranks have different numbers.
+    DistributedDataParallel would average gradients at every backward pass, of which ranks have different numbers.
     """
 
     def configure_ddp(self) -> None:
         """Leave the module as it is."""
+
+
+class DividedWeights(SummedGradients):
+    """One process a device, with a part of the weights in each: the module has divided them (sharding.py)."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint together with the other ranks."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ MAX_VLLM_RANK = 512
 TINY_LANGUAGES = {"tiny": "words", "tiny_hard": "hard_words"}
 #: AdamW changes a weight by about the learning rate a step; smaller changes are lost in bfloat16 weights of usual size.
 MIN_BFLOAT16_LR = 1e-4
+#: The oldest torch that a supported vLLM comes with. FSDP2 and its checkpoints are young, and untried with older ones.
+SHARDING_TORCH = (2, 11)
 #: The module and package from which transformers loads each flash attention.
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -73,6 +76,30 @@ def _device_problems(run: RunConfig, trainer: Mapping[str, Any]) -> Iterator[str
         yield (
             "rollouts.engine=vllm is one engine in one process, and trainer.strategy has several; use vllm_server "
             "(python -m pmd serve, on other GPUs), or hf."
+        )
+    if trainer.get("strategy") == "fsdp2":
+        yield from _sharding_problems(run)
+
+
+def _sharding_problems(run: RunConfig) -> Iterator[str]:
+    """Refuse what needs whole weights, or lets one rank generate when the others do not."""
+    key = "with trainer.strategy=fsdp2"
+    if tuple(map(int, version("torch").split(".")[:2])) < SHARDING_TORCH:
+        needed = ".".join(map(str, SHARDING_TORCH))
+        yield f"trainer.strategy=fsdp2 needs torch {needed} or newer; upgrade it, or use ddp."
+    if run.model.finetune == "qlora":
+        yield f"model.finetune=qlora {key}: 4-bit weights are not divided among ranks; use lora, or strategy=ddp."
+    if run.model.finetune == "full" and run.optimizer.kind != "adamw":
+        yield f"optimizer.kind={run.optimizer.kind} {key}: bitsandbytes steps whole weights only; use adamw."
+    if run.model.offload_activations:
+        yield (
+            f"model.offload_activations=true {key}: gathered weights would be moved to main memory as well; use "
+            "false, and smaller rollouts.micro_batch_tokens."
+        )
+    if run.rollouts.engine == "hf" and run.rollouts.uniform_groups == "resample":
+        yield (
+            f"rollouts.uniform_groups=resample {key} and rollouts.engine=hf: ranks would generate different numbers "
+            "of times; use keep or drop, or vllm_server."
         )
 
 

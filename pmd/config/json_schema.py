@@ -68,7 +68,7 @@ def _trainer_schema() -> dict[str, Any]:
     for name, hint in accepted_types().items():
         if name in COUNTS:
             several = {"type": "integer", "minimum": 1, "maximum": MAX_DEVICES}
-            text = "More than one needs strategy: ddp."
+            text = "More than one needs strategy: ddp or fsdp2."
             properties[name] = {"description": text, "anyOf": [{"enum": list(ONE_DEVICE)}, several]}
         elif name in CLASSES:
             properties[name] = _classes_schema(name)

@@ -1,15 +1,17 @@
 """How many processes a run has, and who starts them.
 
-With `trainer.strategy: ddp`, each device has a process of its own, a rank. On one machine pmd starts them itself; on
-several, `torchrun` or SLURM does. Without a strategy, a run that was started several times over is refused: the copies
-would overwrite each other's files.
+With `trainer.strategy: ddp` or `fsdp2`, each device has a process of its own, a rank. On one machine pmd starts them
+itself; on several, `torchrun` or SLURM does. Without a strategy, a run that was started several times over is refused:
+the copies would overwrite each other's files.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Strategies for several devices (`trainer.strategy`).
-STRATEGIES = ("ddp",)
+STRATEGIES = ("ddp", "fsdp2")
+#: Precisions (`trainer.precision`) in which layers compute in bfloat16.
+MIXED = ("bf16-mixed", "bf16")
 #: Variables with which launchers say how many processes they have started.
 COUNTS = {
     "WORLD_SIZE": "torchrun",
@@ -29,6 +31,11 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
         return 1
     devices, nodes = (_count(trainer, key) for key in ("devices", "num_nodes"))
     return devices * nodes
+
+
+def gathers_in_bfloat16(trainer: Mapping[str, Any]) -> bool:
+    """Whether ranks that divide the weights gather them in bfloat16, whatever their own dtype."""
+    return trainer.get("precision") in MIXED
 
 
 def _count(trainer: Mapping[str, Any], key: str) -> int:
@@ -77,7 +84,7 @@ def _problems(environment: Mapping[str, str], trainer: Mapping[str, Any]) -> Ite
         yield (
             f"{name}={environment[name]}: {launcher} has started several processes, and pmd trains in one, on one "
             f"device; start it once, without {launcher} or with one task, or unset {name}. To train on several "
-            "devices, set trainer.strategy=ddp and trainer.devices."
+            "devices, set trainer.strategy=ddp (or fsdp2) and trainer.devices."
         )
     elif started != 1 and launcher not in KNOWN:
         yield f"{name}={environment[name]}: {launcher} cannot start the ranks of a run; use torchrun or SLURM's srun."

@@ -104,7 +104,10 @@ def _count_problems(key: str, value: Any, strategy: Any) -> Iterator[str]:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_DEVICES:
         yield f"trainer.{key}={shown(value)} must be a whole number from 1 to {MAX_DEVICES}."
     elif strategy not in STRATEGIES:
-        yield f"trainer.{key}={shown(value)} needs trainer.strategy=ddp; without it, pmd trains on one device: use 1."
+        yield (
+            f"trainer.{key}={shown(value)} needs trainer.strategy=ddp, or fsdp2 for a model that is too large for one "
+            "device; without it, pmd trains on one device: use 1."
+        )
 
 
 def _class_problems(key: str, value: Any) -> Iterator[str]:

@@ -54,13 +54,18 @@ class HFEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (position, completion) batch by batch, shortest prompts first."""
+        """Yield (position, completion) batch by batch, shortest prompts first.
+
+        Where the weights are divided among ranks, all of them generate at the same time, if only for no request: each
+        gathers the weights for as long as it generates.
+        """
         order = sorted(range(len(requests)), key=lambda position: len(requests[position].prompt_ids))
-        for start in range(0, len(order), self.batch):
-            positions = order[start : start + self.batch]
-            with self.policy.weights(role) as model:
-                completions = self._generate_batch(model, [requests[p] for p in positions], sampling)
-            yield from zip(positions, completions, strict=True)
+        with self.policy.gathered(role):
+            for start in range(0, len(order), self.batch):
+                positions = order[start : start + self.batch]
+                with self.policy.weights(role) as model:
+                    completions = self._generate_batch(model, [requests[p] for p in positions], sampling)
+                yield from zip(positions, completions, strict=True)
 
     def sync(self, policy_version: int) -> None:
         """Note the new version; there is nothing to copy."""

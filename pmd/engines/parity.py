@@ -13,6 +13,7 @@ from pmd.config.schema import VLLMConfig
 from pmd.engines.base import Engine, Request, Sampling
 from pmd.errors import EngineError
 from pmd.policy import Policy
+from pmd.ranks import Ranks
 from pmd.scoring import PolicyScorer
 from pmd.seeds import derive_seed
 from pmd.types import Completion
@@ -24,9 +25,16 @@ class ParityCheck:
     """Compares the trainer's log-probs of `config.parity_completions` completions with the engine's."""
 
     def __init__(
-        self, engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]], config: VLLMConfig, pad_id: int
+        self,
+        engine: Engine,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        config: VLLMConfig,
+        pad_id: int,
+        ranks: Ranks | None = None,
     ):
-        self.engine, self.config = engine, config
+        """Prepare to compare; of several ranks, the first samples, and all score, as they may divide the weights."""
+        self.engine, self.config, self.ranks = engine, config, ranks
         self.scorer = PolicyScorer(policy, pad_id, config.parity_completions * MAX_TOKENS)
         count = config.parity_completions
         self.prompts = [tuple(prompts[i % len(prompts)]) for i in range(count)] if prompts else []
@@ -38,7 +46,7 @@ class ParityCheck:
             EngineError: the mean gap exceeds `rollouts.vllm.parity_bound`.
         """
         started = time.perf_counter()
-        pairs = self._sample()
+        pairs = self._sample() if self.ranks is None else self.ranks.from_first(self._sample)
         with precision:
             scores = self.scorer([(prompt, completion.token_ids) for prompt, completion in pairs], "student")
         trainer_logprobs = torch.tensor([logprob for completion in scores for logprob in completion])

@@ -1,4 +1,4 @@
-"""Shares out over the ranks what rank 0 alone asks its engine for: reflections and behaviours.
+"""Shares out over the ranks what rank 0 alone asks for: reflections, behaviours, and the scores of audits.
 
 Rank 0 leads: its `LeadingEngine` sends the requests to all ranks, each generates every n-th, and rank 0 collects the
 completions. The others `follow` until rank 0 releases them. A completion depends on its request alone, so it does not
@@ -11,15 +11,24 @@ from typing import Any, TypeVar
 
 from pmd.engines.base import Engine, Request, Sampling
 from pmd.ranks import Ranks
-from pmd.types import Completion, Role
+from pmd.scoring import PolicyScorer
+from pmd.types import Completion, PromptAndCompletion, Role
 
 Order = tuple[Sequence[Request], Sampling, Role]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """An order to score prompts with completions."""
+
+    pairs: Sequence[PromptAndCompletion]
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """Ends an order of rank 0."""
+    """Ends the orders of rank 0."""
 
     result: Any
 
@@ -70,13 +79,54 @@ class LeadingEngine:
         self.engine.close()
 
 
-def follow(engine: Engine, ranks: Ranks) -> Any:
+class LeadingScorer:
+    """Rank 0's scorer where the ranks divide the weights: all of them score the same, as every pass needs all parts."""
+
+    def __init__(self, scorer: PolicyScorer, ranks: Ranks):
+        self.scorer, self.ranks = scorer, ranks
+
+    def __call__(self, pairs: Sequence[PromptAndCompletion], role: Role) -> list[list[float]]:
+        """Return the log-probs of each completion's tokens."""
+        self.ranks.from_first(lambda: Pairs(pairs, role))
+        return self.scorer(pairs, role)
+
+
+class IdleEngine:
+    """The engine of a rank for which another one generates: it is asked for nothing, and knows the version."""
+
+    policy_version = 0
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, role: Role = "student"
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield nothing."""
+        assert not requests
+        yield from ()
+
+    def sync(self, policy_version: int) -> None:
+        """Note the version."""
+        self.policy_version = policy_version
+
+    def sleep(self) -> None:
+        """Do nothing."""
+
+    def wake(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def follow(engine: Engine, scorer: PolicyScorer, ranks: Ranks) -> Any:
     """Generate this rank's share of whatever rank 0 asks for, until it releases the ranks; return its result."""
     while True:
-        order: Order | Release = ranks.from_first(_never)
+        order: Order | Pairs | Release = ranks.from_first(_never)
         if isinstance(order, Release):
             return order.result
-        _generate_share(engine, ranks, order)
+        if isinstance(order, Pairs):
+            scorer(order.pairs, order.role)
+        else:
+            _generate_share(engine, ranks, order)
 
 
 def _never() -> Any:
@@ -86,5 +136,5 @@ def _never() -> Any:
 def _generate_share(engine: Engine, ranks: Ranks, order: Order) -> list[Completion]:
     requests, sampling, role = order
     own = ranks.share(requests)
-    completions = dict(engine.generate(own, sampling, role)) if own else {}
+    completions = dict(engine.generate(own, sampling, role)) if ranks.generates else {}
     return ranks.gathered([completions[position] for position in range(len(own))])

@@ -13,7 +13,7 @@ import torch
 
 from pmd.config.schema import MICRO_BATCH_TOKENS, RunConfig
 from pmd.planning.engine_memory import CUDA_CONTEXT_BYTES, CUDA_GRAPH_BYTES
-from pmd.planning.gpu_memory import Shape, max_micro_batch_tokens, predict, read_shape
+from pmd.planning.gpu_memory import UNDIVIDED, Shape, Shards, max_micro_batch_tokens, predict, read_shape
 
 #: From here on, larger matrix products are hardly more efficient.
 EFFICIENT_TOKENS = 8192
@@ -51,22 +51,25 @@ class MemoryChoice:
         return replace(run, model=model, rollouts=replace(run.rollouts, micro_batch_tokens=self.micro_batch_tokens))
 
 
-def choose(shape: Shape, run: RunConfig, available: float) -> MemoryChoice:
+def choose(shape: Shape, run: RunConfig, available: float, shards: Shards = UNDIVIDED) -> MemoryChoice:
     """Return what `auto` means for a GPU with `available` free bytes; values that are set stay as they are.
 
     If nothing fits, everything is recomputed, and the longest sequence has a micro-batch of its own.
+
+    Args:
+        shards: how the ranks divide the weights.
     """
-    choices = [_largest(shape, run, mode, available) for mode in _modes(run)]
-    return next((choice for choice in choices if choice is not None), _smallest(shape, run, available))
+    choices = [_largest(shape, run, mode, available, shards) for mode in _modes(run)]
+    return next((choice for choice in choices if choice is not None), _smallest(shape, run, available, shards))
 
 
-def choose_here(run: RunConfig) -> tuple[RunConfig, str | None]:
+def choose_here(run: RunConfig, shards: Shards = UNDIVIDED) -> tuple[RunConfig, str | None]:
     """Return the configuration without `auto` for this machine, and a line that says what was chosen on a GPU."""
     if not is_open(run):
         return run, None
     if not torch.cuda.is_available():
         return without_gpu(run), None
-    choice = choose(read_shape(run.model), run, available_bytes(run, *torch.cuda.mem_get_info()))
+    choice = choose(read_shape(run.model), run, available_bytes(run, *torch.cuda.mem_get_info()), shards)
     return choice.applied(run), str(choice)
 
 
@@ -98,10 +101,12 @@ def _modes(run: RunConfig) -> list[Checkpointing]:
     return [False, "selective", True] if mode == "auto" else [mode]
 
 
-def _largest(shape: Shape, run: RunConfig, mode: Checkpointing, available: float) -> MemoryChoice | None:
+def _largest(
+    shape: Shape, run: RunConfig, mode: Checkpointing, available: float, shards: Shards
+) -> MemoryChoice | None:
     """Return the largest micro-batches that fit with this way of recomputing; None if they would be too small."""
     for tokens in _sizes(run):
-        choice = _predicted(shape, run, mode, tokens, available)
+        choice = _predicted(shape, run, mode, tokens, available, shards)
         if choice.predicted <= USED_SHARE * available:
             return choice
     return None
@@ -120,15 +125,17 @@ def _sizes(run: RunConfig) -> Iterator[int]:
     yield smallest
 
 
-def _smallest(shape: Shape, run: RunConfig, available: float) -> MemoryChoice:
+def _smallest(shape: Shape, run: RunConfig, available: float, shards: Shards) -> MemoryChoice:
     tokens, mode = run.rollouts.micro_batch_tokens, _modes(run)[-1]
-    return _predicted(shape, run, mode, longest_sequence(run) if tokens == "auto" else tokens, available)
+    return _predicted(shape, run, mode, longest_sequence(run) if tokens == "auto" else tokens, available, shards)
 
 
-def _predicted(shape: Shape, run: RunConfig, mode: Checkpointing, tokens: int, available: float) -> MemoryChoice:
+def _predicted(
+    shape: Shape, run: RunConfig, mode: Checkpointing, tokens: int, available: float, shards: Shards
+) -> MemoryChoice:
     tried = MemoryChoice(mode, tokens, 0.0, available).applied(run)
     largest = max_micro_batch_tokens(tried)
-    parts = predict(shape, tried, largest, largest, "cuda")
+    parts = predict(shape, tried, largest, largest, "cuda", shards)
     return replace(MemoryChoice(mode, tokens, 0.0, available), predicted=sum(parts.values()))
 
 

@@ -6,10 +6,13 @@ the `hf` engine take turns, so only the larger of the two is counted. Freed memo
 allocator keeps is not included.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PretrainedConfig
 
+from pmd.config.processes import gathers_in_bfloat16, num_processes
 from pmd.config.schema import MICRO_BATCH_TOKENS, ModelConfig, RunConfig
 from pmd.losses.distillation import SLAB_TOKENS, chunk_size, kernel_chunk_size
 from pmd.losses.fused import block_size
@@ -93,21 +96,48 @@ def max_micro_batch_tokens(run: RunConfig) -> int:
     return min(max(tokens, longest), rollouts * longest)
 
 
-def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
-    """Return the predicted bytes by part.
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """How the ranks of a run divide its weights (`trainer.strategy: fsdp2`)."""
+
+    number: int = 1
+    computes_in_bfloat16: bool = False  # gathers weights in bfloat16, whatever model.dtype (`trainer.precision`)
+
+    def computed(self, run: RunConfig) -> RunConfig:
+        """Return the run with the dtype in which its layers compute."""
+        return replace(run, model=replace(run.model, dtype="bfloat16")) if self.computes_in_bfloat16 else run
+
+
+#: One device has everything.
+UNDIVIDED = Shards()
+
+
+def shards_of(trainer: Mapping[str, Any]) -> Shards:
+    """Return how the ranks of the `trainer` section divide weights."""
+    if trainer.get("strategy") != "fsdp2":
+        return UNDIVIDED
+    return Shards(num_processes(trainer), gathers_in_bfloat16(trainer))
+
+
+def predict(
+    shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str, shards: Shards = UNDIVIDED
+) -> dict[str, float]:
+    """Return the predicted bytes by part, on one device.
 
     Args:
         tokens: tokens in the student's largest micro-batch, padding included.
         completion_tokens: how many of them are completion tokens, which are scored.
+        shards: how weights are divided; adapters are not.
     """
     size = DTYPES[run.model.dtype].itemsize
     all_weights = shape.linear + shape.embedding
-    parts = {"base": float(all_weights * size)}
+    parts = {"base": float(all_weights * size) / shards.number}
+    trained_shards = shards.number if run.model.finetune == "full" else 1
     if run.model.finetune == "full":
         trained, trained_size = all_weights, size
         has_teacher = run.teacher.has_own_weights
         has_reference = run.objective.kl_weight > 0 or not (has_teacher or run.teacher.kind == "live")
-        parts["frozen copies"] = float(all_weights * size * (has_teacher + has_reference))
+        parts["frozen copies"] = float(all_weights * size * (has_teacher + has_reference)) / shards.number
     else:
         if run.model.finetune == "qlora":
             parts["base"] = shape.linear * NF4_BYTES + shape.embedding * size
@@ -116,13 +146,44 @@ def predict(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, d
     embedder = embedder_bytes(run.memory) if run.memory.embedder_device == device else 0.0
     if embedder:
         parts["embedder"] = embedder
-    parts["gradients"] = float(trained * trained_size)
+    parts["gradients"] = float(trained * trained_size) / trained_shards
     parts["optimizer"] = 2.0 * trained * (1 if run.optimizer.kind == "adamw_8bit_paged" else trained_size)
-    transient = _transient(shape, run, tokens, completion_tokens, device)
-    cache, sampling = _generation(shape, run, size)
-    if run.rollouts.engine == "hf" and cache + sampling > sum(transient.values()):
-        return parts | {"KV cache": cache, "sampling": sampling}
+    parts["optimizer"] /= trained_shards
+    computed = shards.computed(run)
+    computed_size = DTYPES[computed.model.dtype].itemsize
+    transient = _transient(shape, computed, tokens, completion_tokens, device)
+    generating = dict(zip(("KV cache", "sampling"), _generation(shape, run, computed_size), strict=True))
+    if shards.number > 1:
+        transient["gathered weights"] = _gathered(shape, run, computed_size)
+        generating["gathered weights"] = float(all_weights * computed_size)
+    if run.rollouts.engine == "hf" and sum(generating.values()) > sum(transient.values()):
+        return parts | generating
     return parts | transient
+
+
+def _gathered(shape: Shape, run: RunConfig, size: int) -> float:
+    """Return the bytes of what is whole at the same time while ranks that divide the weights train.
+
+    That is the layer that computes and the next one, the input embedding, and the output head once for the student and
+    once for the teacher; if all weights are trained, also the gradients of a layer (`scoring_bytes` has the head's).
+    """
+    layer = shape.linear / shape.layers
+    heads = 1 + (run.objective.distillation > 0)
+    gradients = layer if run.model.finetune == "full" else 0.0
+    return size * (2 * layer + gradients + (1 + heads) * shape.vocabulary * shape.hidden)
+
+
+def num_gpus_needed(
+    shape: Shape, run: RunConfig, tokens: int, available: float, *, in_bfloat16: bool = False
+) -> int | None:
+    """Return the smallest power of two of GPUs, with `available` bytes each, among which the weights can be divided.
+
+    None if no number is enough, because what is not divided is too large.
+    """
+    for shards in (Shards(2**n, in_bfloat16) for n in range(11)):
+        if sum(predict(shape, run, tokens, tokens, "cuda", shards).values()) <= available:
+            return shards.number
+    return None
 
 
 def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:

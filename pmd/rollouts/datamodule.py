@@ -167,15 +167,16 @@ class RolloutDataModule(LightningDataModule):
         """Return the tasks of a batch that this rank attempts."""
         return replace(batch, tasks=ranks.share(batch.tasks))
 
-    def first_pass(self) -> tuple[list[list[Rollout]], dict[str, float]]:
-        """Have the policy attempt every training task once more, before the first step; return groups and costs.
+    def first_pass(self, engine: Engine) -> tuple[list[list[Rollout]], dict[str, float]]:
+        """Have `engine` attempt every training task once more, before the first step; return groups and costs.
 
         The rollouts count as the run's, although nothing is trained on them.
         """
         groups: list[list[Rollout]] = []
         costs = {"rollout/num_tokens": 0.0, "time/rollout_s": 0.0, "time/verify_s": 0.0}
         for batch in self.task_batches(Position()):
-            generated = self._generate(replace(batch, key=f"{self.config.seed_everything}/first pass/{batch.step}"))
+            key = f"{self.config.seed_everything}/first pass/{batch.step}"
+            generated = self._generate(replace(batch, key=key), engine)
             groups += generated.groups
             costs["rollout/num_tokens"] += sum(len(r.completion.token_ids) for r in generated.rollouts)
             costs["time/rollout_s"] += generated.generate_s
@@ -204,12 +205,13 @@ class RolloutDataModule(LightningDataModule):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _generate(self, batch: TaskBatch) -> RolloutGroups:
+    def _generate(self, batch: TaskBatch, engine: Engine | None = None) -> RolloutGroups:
         """Have the student attempt every task of the batch, without any memory in its prompt."""
         config = self.config.rollouts
         prompts = [(task, self.prompts.student(task)) for task in batch.tasks]
         sampling = Sampling(config.temperature, config.max_new_tokens)
-        return generate_rollouts(self.engine, prompts, config.group_size, sampling, batch.key, self.config.verifiers)
+        engine = self.engine if engine is None else engine
+        return generate_rollouts(engine, prompts, config.group_size, sampling, batch.key, self.config.verifiers)
 
     def _generate_with_signal(self, batch: TaskBatch) -> RolloutGroups:
         """Generate a batch; with `uniform_groups: resample`, attempt tasks again whose rewards are all equal."""

@@ -40,7 +40,7 @@ WRONG = [
     ("--trainer.precision=bf16-true", ["trainer.precision=bf16-true", "model.dtype"]),
     ("--trainer.devices=2", ["trainer.devices=2", "trainer.strategy=ddp", "one device"]),
     ("--trainer.num_nodes=0", ["trainer.num_nodes=0", "from 1"]),
-    ("--trainer.strategy=fsdp", ["trainer.strategy=fsdp", "ddp"]),
+    ("--trainer.strategy=fsdp", ["trainer.strategy=fsdp", "ddp", "fsdp2"]),
     ("--trainer.max_time=soon", ["trainer.max_time=soon", "DD:HH:MM:SS"]),
     ("--trainer.logger=3", ["trainer.logger=3", "class_path: lightning.pytorch.loggers.CSVLogger"]),
     ('--trainer.callbacks=[{"class_path":"Mine","n":1}]', ["trainer.callbacks[0].n", "init_args"]),

@@ -27,12 +27,28 @@ from pmd.errors import ConfigError
         (["rollouts.engine=vllm", "model.finetune=qlora"], "use bfloat16"),
         (["rollouts.engine=vllm", "rollouts.vllm.max_model_len=2000"], "max_model_len=2000 is below 16390"),
         (["rollouts.prefetch=true"], "prefetch=true"),
+        (["trainer.strategy=fsdp2", "trainer.devices=2", "rollouts.engine=vllm"], "rollouts.engine=vllm is one engine"),
+        (["trainer.strategy=fsdp2", "model.finetune=qlora"], "4-bit weights are not divided among ranks; use lora"),
+        (["trainer.strategy=fsdp2", "optimizer.kind=adamw_8bit_paged"], "bitsandbytes steps whole weights only"),
+        (["trainer.strategy=fsdp2", "model.offload_activations=true"], "offload_activations=true with trainer.strat"),
+        (["trainer.strategy=fsdp2", "rollouts.uniform_groups=resample", "memory.enabled=false"], "different numbers"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_run_are_refused(overrides, message):
     with pytest.raises(ConfigError) as refused:
         check_config(load_config(["configs/tiny.yaml"], overrides))
     assert message in str(refused.value)
+
+
+def test_full_and_lora_runs_may_divide_their_weights():
+    for finetune in ("full", "lora"):
+        settings = [
+            "trainer.strategy=fsdp2",
+            "trainer.devices=2",
+            f"model.finetune={finetune}",
+            "memory.audit_groups=4",
+        ]
+        check_config(load_config(["configs/tiny.yaml"], settings))
 
 
 @pytest.fixture

@@ -3,10 +3,21 @@
 import pytest
 
 from pmd.cli import main
+from pmd.config.load import load_config
 from pmd.config.schema import ModelConfig, ObjectiveConfig, RunConfig, TeacherConfig
-from pmd.planning.gpu_memory import predict, read_shape
+from pmd.planning.gpu_memory import (
+    UNDIVIDED,
+    Shape,
+    Shards,
+    num_gpus_needed,
+    predict,
+    read_shape,
+    shards_of,
+)
 from pmd.policy import make_policy
 from pmd.pretrained import load_base
+
+QWEN3_8B = Shape(36, 4096, 12288, 4096, 1024, 151936, tied=False)
 
 
 def test_the_number_of_weights_is_that_of_the_model():
@@ -27,6 +38,37 @@ def test_parts_follow_the_configuration():
     assert full["frozen copies"] == full["base"]
     assert "frozen copies" not in lora
     assert lora["optimizer"] < full["optimizer"]
+
+
+def test_divided_weights_need_several_gpus():
+    """Qwen3-8B: everything that is trained or frozen is divided, adapters are not, and what is gathered is added."""
+    full = load_config(["configs/qwen3_8b_full_8gpu.yaml"])
+    shards, tokens = shards_of(full.trainer), 18_432
+    assert shards == Shards(8, computes_in_bfloat16=True)
+    whole, part = (predict(QWEN3_8B, full.run, tokens, tokens, "cuda", of) for of in (UNDIVIDED, shards))
+    for name in ("base", "frozen copies", "gradients", "optimizer"):
+        assert part[name] == whole[name] / 8
+    assert part["gathered weights"] == 2 * (QWEN3_8B.linear + QWEN3_8B.embedding)  # to generate, in bfloat16
+    assert num_gpus_needed(QWEN3_8B, full.run, tokens, sum(part.values()), in_bfloat16=True) == 8
+    assert num_gpus_needed(QWEN3_8B, full.run, tokens, 10e9, in_bfloat16=True) is None
+
+    lora = load_config(["configs/qwen3_32b_fsdp.yaml"])
+    whole, part = (predict(QWEN3_8B, lora.run, tokens, tokens, "cuda", of) for of in (UNDIVIDED, Shards(4)))
+    assert part["base"] == whole["base"] / 4
+    assert (part["adapters"], part["optimizer"]) == (whole["adapters"], whole["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "One GPU is enough."),
+        (("--trainer.strategy=fsdp2", "--trainer.devices=4"), "for each of 4 GPUs, which divide the weights"),
+        (("--trainer.strategy=ddp", "--trainer.devices=2"), "with trainer.strategy=ddp, every one holds all of it"),
+    ],
+)
+def test_the_doctor_says_for_how_many_gpus(options, words, capsys):
+    assert main(["doctor", "--config", "configs/tiny.yaml", "--gpu-gb", "24", *options]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("tokens", "code", "words"), [("1000", 0, "It fits"), ("1000000000", 1, "micro_batch_tokens")])
