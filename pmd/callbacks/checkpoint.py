@@ -69,14 +69,16 @@ class CheckpointCallback(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the data to say when a step is over."""
         self._written_at = _step(trainer)
-        data_of(trainer).between_batches = partial(self._write_if_due, trainer)
+        if self.every_steps is not None:
+            data_of(trainer).between_batches = partial(self._write_if_due, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Note whether a rollout batch is over, and whether the policy is the best so far."""
+        """Note whether a rollout batch is over; after an evaluation that is the best so far, a checkpoint is due."""
         self._batch_is_over = batch.is_last
-        self._compare(trainer)
+        if self._compare(trainer):
+            data_of(trainer).between_batches = partial(self._write_if_due, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a checkpoint is due, and whether it is the best."""
@@ -109,11 +111,13 @@ class CheckpointCallback(Checkpoint):
         """Restore the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
-    def _compare(self, trainer: Trainer) -> None:
-        """Note the latest evaluation if it is the best so far."""
+    def _compare(self, trainer: Trainer) -> bool:
+        """Note the latest evaluation if it is the best so far, and return whether it is."""
         score = trainer.callback_metrics.get(MONITOR)
-        if score is not None and float(score) > self.best_score:
-            self.best_score, self.best_step = float(score), _step(trainer)
+        if score is None or float(score) <= self.best_score:
+            return False
+        self.best_score, self.best_step = float(score), _step(trainer)
+        return True
 
     def _write_if_due(self, trainer: Trainer) -> None:
         """Write a checkpoint within an epoch."""

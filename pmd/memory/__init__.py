@@ -106,7 +106,7 @@ class EpochRecord:
         """Count what an update has written, and forget it."""
         self.reflected = self.reflected.plus(self.reflections)
         if update.written is not None:
-            self.written, self.num_steps = self.written.plus(update.written), 0
+            self.written, self.num_steps = _joined(self.written, update.written), 0
         self.groups, self.reflections, self.audits = {}, Reflections(), ()
 
     @property
@@ -238,6 +238,19 @@ def evolve_memory(
             written = _write_behaviours(writer, abstraction, policy_version)
     memory.retriever.refresh()
     return MemoryUpdate(written, num_refused, num_merged, changed_by_audits)
+
+
+def _joined(one: Written, other: Written) -> Written:
+    """Return what was written in both, and what it cost together."""
+    return Written(
+        [*one.texts, *other.texts],
+        one.num_tokens + other.num_tokens,
+        one.num_calls + other.num_calls,
+        one.num_failed + other.num_failed,
+        one.num_malformed + other.num_malformed,
+        one.num_deferred + other.num_deferred,
+        one.problem or other.problem,
+    )
 
 
 def _check_generation(record: EpochRecord, memory: ProceduralMemory) -> None:

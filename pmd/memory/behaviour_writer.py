@@ -40,18 +40,6 @@ class Written:
     num_deferred: int = 0  # clusters put off to the next update, by `max_calls_per_step` or because calls failed
     problem: str = ""  # the first failure
 
-    def plus(self, other: "Written") -> "Written":
-        """Return what both wrote, and what it cost together."""
-        return Written(
-            [*self.texts, *other.texts],
-            self.num_tokens + other.num_tokens,
-            self.num_calls + other.num_calls,
-            self.num_failed + other.num_failed,
-            self.num_malformed + other.num_malformed,
-            self.num_deferred + other.num_deferred,
-            self.problem or other.problem,
-        )
-
     def describe_problem(self) -> str:
         """Return a sentence on calls that came to nothing; empty if there are none."""
         if not self.num_failed and not self.num_malformed:

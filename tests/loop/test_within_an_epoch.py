@@ -61,6 +61,16 @@ def test_a_run_killed_within_an_epoch_goes_on_as_if_it_had_not_been(whole, tmp_p
     assert_equal(whole, run_dir.root)
 
 
+def test_the_best_checkpoint_may_lie_within_an_epoch(tmp_path):
+    """A policy that stands still is best at its first evaluation, after one step of three."""
+    run = fit(tmp_path / "run", "--trainer.max_epochs=1", "--optimizer.lr=1e-12", "--verification.every_steps=1")
+    states = {name: torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("best", "last")}
+    assert {name: state["RolloutDataModule"]["step"] for name, state in states.items()} == {"best": 1, "last": 3}
+    assert [float(row["verify/avg"]) for row in RunDir(run).read_metrics() if row["verify/avg"]] == [
+        states["last"]["callbacks"]["CheckpointCallback"]["best_score"]
+    ] * 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4])
 @pytest.mark.parametrize("mode", [BATCH, [], ["--memory.frozen=true"]])
