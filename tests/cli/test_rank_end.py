@@ -1,4 +1,4 @@
-"""A failed rank ends without Python's own end, in which torch may wait for a rank that has gone."""
+"""A failed rank ends without Python's own end, which takes seconds and is deaf to signals."""
 
 import os
 import subprocess
