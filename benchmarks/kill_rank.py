@@ -6,7 +6,7 @@ After each kill -9 of a random rank: the launcher must have ended within 30 s, i
 process and the signal, and no process of the run may be left. The run is resumed and killed again with a chance of 0.7,
 else resumed until it is done. Then its memory and its evaluations must be those of a run that was never stopped, on one
 device or on as many ranks. If it has never had another number of ranks, its weights must be equal to the latter's, bit
-for bit; else within 2e-3, since sums over ranks round differently, and Adam moves a weight whose gradient is rounding by
+for bit; else within 2e-3: sums over ranks round differently, and Adam moves a weight whose gradient is rounding by
 a part of the learning rate (3e-3). Prints the counts; exits with 1 on a failure.
 """
 
