@@ -10,14 +10,15 @@ def main() -> int:
     from pmd.cli import main as run_command
     from pmd.config.processes import launcher_of
 
+    is_rank = launcher_of(os.environ) is not None  # Lightning deletes the variables that say so
     code = run_command()
-    if code and launcher_of(os.environ) is not None:
+    if code and is_rank:
         _end_at_once(code)
     return code
 
 
 def _end_at_once(code: int) -> None:
-    """End a rank that has failed: while Python ends, torch may wait for a rank that is gone, deaf to SIGTERM."""
+    """End a rank that has failed. Python's own end takes seconds, in which it is deaf to SIGTERM."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

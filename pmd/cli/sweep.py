@@ -149,6 +149,8 @@ def _option_problems(options: argparse.Namespace) -> list[str]:
         for option in options.slurm
         if not all(option.partition("="))
     ]
+    if options.on == "slurm" and options.runs_per_gpu > 1:
+        problems.append(f"--runs-per-gpu={options.runs_per_gpu} is not for --on slurm, which divides no GPU; omit it.")
     if options.slurm and options.on != "slurm":
         problems.append(f"--slurm {options.slurm[0]} is for --on slurm; add it, or leave it out.")
     return problems
@@ -165,6 +167,9 @@ def _place(options: argparse.Namespace, runs: Sequence[PlannedRun], out: Path) -
         return Here(run_command, "pmd.cli.run", slots, options.threads)
     jobs = options.jobs if options.jobs is not None else max(1, len(runs))
     if options.on == "ray":
+        most = max((run.num_gpus for run in runs), default=0)
+        if options.runs_per_gpu > 1 and most > 1:
+            raise ConfigError(f"--runs-per-gpu={options.runs_per_gpu}: some run has {most} GPUs; leave it out.")
         from pmd.planning.sweep.on_ray import RayCluster
 
         return RayCluster(jobs, options.runs_per_gpu)

@@ -16,7 +16,7 @@ from pmd.cli import main
 from pmd.cli.interrupt import explaining_failures
 from pmd.cli.run import build, evaluate, evaluate_checkpoints, report
 from pmd.config.load import load_config
-from pmd.errors import ConfigError, DiskError, EngineError, RunFailed, RunInterrupted
+from pmd.errors import ConfigError, DiskError, EngineError, RankLost, RunFailed, RunInterrupted
 from pmd.run_dir import RunDir
 from pmd.run_lock import locked
 
@@ -154,6 +154,12 @@ def test_the_end_of_a_run_reports_what_is_there(tmp_path, capsys):
     assert "before training" in capsys.readouterr().out
 
 
+def during(first: Exception, second: Exception) -> Exception:
+    """Return the second error as if it had come up while the first was handled."""
+    second.__context__ = first
+    return second
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
@@ -163,6 +169,8 @@ def test_the_end_of_a_run_reports_what_is_there(tmp_path, capsys):
         (ConfigError(["a", "b"]), ConfigError, "3 problems"),
         (KeyError("a\nb"), RunFailed, "KeyError: 'a\\nb' (traceback in "),
         (ConnectionResetError(104, "reset"), RunFailed, "ConnectionResetError: [Errno 104] reset (traceback in "),
+        (RuntimeError("[pair.cc:553] Connection closed by peer"), RankLost, "this rank has lost another one"),
+        (during(RankLost("rank 0 of 2 has lost another rank"), OSError(9, "x")), RankLost, "rank 0 of 2 has lost"),
         (KeyboardInterrupt(), RunInterrupted, "stopped"),
         (SystemExit(1), RunInterrupted, "stopped"),
     ],

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 
+from pmd.cli import main
 from pmd.cli.sweep import _slots
 from pmd.errors import ConfigError
 from pmd.planning.sweep.attempt import Attempt, log_file
@@ -89,3 +92,22 @@ def test_a_run_on_several_devices_has_all_of_them_to_itself():
     assert _slots(None, 1, [planned(Path("a"), devices=2)], ["0", "1", "2"]) == ["0,1"]
     with pytest.raises(ConfigError, match=r"trainer\.devices=4 needs as many GPUs, and there are 2"):
         _slots(None, 1, [planned(Path("a"), devices=4)], ["0", "1"])
+
+
+def test_options_that_cannot_work_are_refused_at_once(tmp_path, capsys, monkeypatch):
+    grid = str(ROOT / "ablations" / "grids" / "tiny_levels.yaml")
+    wrong = ["--jobs=0", "--retries=-1", "--slurm", "partition", "--on=ray"]
+    assert main(["sweep", grid, *wrong]) == 2
+    said = capsys.readouterr().err
+    for words in (
+        "--jobs=0 must be at least 1",
+        "--retries=-1 must be at least 0",
+        "--slurm partition is no OPTION=VALUE",
+    ):
+        assert words in said
+    assert main(["sweep", grid, "--on=slurm", "--runs-per-gpu=2"]) == 2
+    assert "--runs-per-gpu=2 is not for --on slurm" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.chdir(ROOT)
+    assert main(["sweep", grid, "--on=ray", f"--out={tmp_path}"]) == 2
+    assert "--on=ray needs the package ray; pip install 'pmd[ray]'" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from vllm_checkpoints import disturb, make_random_policy
 from pmd.config.schema import ServerConfig
 from pmd.engines.server import VLLMServerEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
-START_S = 1200.0  # on a busy machine; a minute is usual
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3000)]
+START_S = 2400.0  # on a busy machine; a minute is usual
 
 
 class Served:
