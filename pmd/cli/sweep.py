@@ -27,8 +27,8 @@ DESCRIPTION = """Run a grid (a base configuration x overlays x seeds), one proce
 
 Finished runs are not repeated, interrupted ones are resumed, and failed ones are reported, keep their log, and are
 tried again by the next call. The table (mean and standard error over seeds) is printed and goes to the output folder
-as table.md, sweep.json and sweep.png. If the grid names a reference, the differences of the other arms from it, paired
-by seed, go to differences.md."""
+as table.md, sweep.json, sweep.png and, with curves and pass@k, report.html. If the grid names a reference, the
+differences of the other arms from it, paired by seed, go to differences.md."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,15 +64,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {jobs} at a time, in {out}", markup=False)
     failed = _run_all(left, jobs, options.threads, gpus, console)
+    from pmd.planning.sweep.page import write_page
     from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
     rows = make_rows(runs)
     write_rows(rows, out, options.grid.stem)
+    write_page(runs, rows, out, options.grid.stem)
     print_rows(rows, options.grid.stem, console)
     _compare(runs, read_grid(options.grid)[0].reference, out, console)
     for run in failed:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
-    console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
+    console.print(f"report.html, table.md, sweep.json and sweep.png are in {out}", markup=False)
     return 1 if failed else 0
 
 
