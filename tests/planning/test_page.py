@@ -49,8 +49,10 @@ def test_the_page_shows_the_table_and_three_pictures(runs, tmp_path):
 
 
 def test_curves_are_means_over_seeds_where_all_seeds_have_values(runs):
-    assert page._learning_curve(runs[:2]) == ([1.0, 2.0], [pytest.approx(5.0), pytest.approx(15.0)], [5.0, 5.0])
-    assert page._pass_curve(runs[:2]) == ([1, 2], [pytest.approx(75.0), 100.0], [pytest.approx(25.0), 0.0])
+    steps, means, errors = page._learning_curve(runs[:2])
+    assert (steps, means, errors) == ([1, 2], pytest.approx([5, 15]), pytest.approx([5, 5]))
+    ks, means, errors = page._pass_curve(runs[:2])
+    assert (ks, means, errors) == ([1, 2], pytest.approx([75, 100]), pytest.approx([25, 0]))
 
 
 def test_runs_that_only_test_have_no_curves(runs, tmp_path):
