@@ -13,7 +13,6 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from pmd.atomic import replace_text
 from pmd.batch import Batch, Example
 from pmd.module import PMDModule
 from pmd.types import Rollout
@@ -71,7 +70,7 @@ class EvaluationTables:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def describe(example: Example, record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

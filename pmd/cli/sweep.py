@@ -37,8 +37,8 @@ killed, or whose machine is lost, is tried again at once, from its last checkpoi
 On a Ray cluster or on SLURM, all machines need pmd, the files of the grid at the same paths, and --out on a file
 system that they share. Runs with trainer.accelerator: cpu need no GPU there.
 
-The table (mean and standard error over seeds) is printed and goes to the output folder as table.md, sweep.json and
-sweep.png. If the grid names a reference, the differences of the other arms from it, paired by seed, go to
+The table (mean and standard error over seeds) is printed and goes to the output folder as table.md, sweep.json,
+sweep.png and, with curves and pass@k, report.html. If the grid names a reference, the differences of the other arms from it, paired by seed, go to
 differences.md."""
 
 
@@ -67,11 +67,13 @@ def main(argv: Sequence[str]) -> int:
     at_a_time = f"{place.slots} at a time" if options.on == "local" else f"on {options.on}"
     console.print(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {at_a_time}, in {out}", markup=False)
     failed = _run_all(left, place, options, console)
+    from pmd.planning.sweep.page import write_page
     from pmd.planning.sweep.paired import difference_rows, print_differences, write_differences
     from pmd.planning.sweep.table import make_rows, print_rows, write_rows
 
     rows = make_rows(runs)
     write_rows(rows, out, options.grid.stem)
+    write_page(runs, rows, out, options.grid.stem)
     print_rows(rows, options.grid.stem, console)
     reference = read_grid(options.grid)[0].reference
     if reference and (differences := difference_rows(rows, reference)):
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         write_differences(differences, reference, out)
     for run in failed:
         console.print(f"failed: {_name(run)}; see {log_file(run)}", markup=False)
-    console.print(f"table.md, sweep.json and sweep.png are in {out}", markup=False)
+    console.print(f"report.html, table.md, sweep.json and sweep.png are in {out}", markup=False)
     return 1 if failed else 0
 
 
