@@ -166,11 +166,14 @@ def _gathered(shape: Shape, run: RunConfig, size: int) -> float:
 
     That is the layer that computes and the next one, the input embedding, and the output head once for the student and
     once for the teacher; if all weights are trained, also the gradients of a layer (`scoring_bytes` has the head's).
+
+    Args:
+        size: bytes of a gathered weight; the output head is gathered as it is.
     """
-    layer = shape.linear / shape.layers
-    heads = 1 + (run.objective.distillation > 0)
+    layer, matrix = shape.linear / shape.layers, shape.vocabulary * shape.hidden
+    heads = (1 + (run.objective.distillation > 0)) * DTYPES[run.model.dtype].itemsize
     gradients = layer if run.model.finetune == "full" else 0.0
-    return size * (2 * layer + gradients + (1 + heads) * shape.vocabulary * shape.hidden)
+    return size * (2 * layer + gradients + matrix) + heads * matrix
 
 
 def num_gpus_needed(
