@@ -38,8 +38,8 @@ On a Ray cluster or on SLURM, all machines need pmd, the files of the grid at th
 system that they share. Runs with trainer.accelerator: cpu need no GPU there.
 
 The table (mean and standard error over seeds) is printed and goes to the output folder as table.md, sweep.json,
-sweep.png and, with curves and pass@k, report.html. If the grid names a reference, the differences of the other arms from it, paired by seed, go to
-differences.md."""
+sweep.png and, with curves and pass@k, report.html. If the grid names a reference, the differences of the other arms
+from it, paired by seed, go to differences.md."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,6 @@ from datetime import date
 
 from pmd.config.schema import DataConfig, RunConfig
 from pmd.errors import ConfigError
-from pmd.tasks.environment import describe_taskset_problems
 from pmd.tasks.lines import cap_problems
 from pmd.tasks.prompts.check import describe_prompt_problems
 from pmd.tasks.splits import (
@@ -87,6 +86,8 @@ def describe_data_problems(config: DataConfig) -> list[str]:
     if config.task == "jsonl" and any(path and is_hub_id(path) for path in (config.path, config.validation_path)):
         return check_columns(config)
     if config.task == "verifiers":
+        from pmd.tasks.environment import describe_taskset_problems
+
         return describe_taskset_problems(config)
     return cap_problems(_read(config, config.seed or 0)[1])
 

@@ -18,7 +18,7 @@ from pmd.tasks.splits import hold_out
 from pmd.types import Message, Split, Task
 
 if TYPE_CHECKING:
-    import verifiers.v1 as vf
+    import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
 
 #: What tasks of environments name as their verifier; task files cannot name it.
 VERIFIER = "environment"
@@ -86,7 +86,7 @@ def load_tasks_of(taskset: str, count: int | None) -> Mapping[str, "vf.Task"]:
     Raises:
         ValueError: it has no end and there is no count, or it is no single-agent environment.
     """
-    import verifiers.v1 as vf
+    import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
 
     options = json.loads(taskset)
     config = vf.taskset_config_type(options["id"]).model_validate(options)
@@ -104,7 +104,7 @@ def load_tasks_of(taskset: str, count: int | None) -> Mapping[str, "vf.Task"]:
 
 def _describe_needs(tasks: list["vf.Task"]) -> list[str]:
     """Return what the tasks need besides a reply; all tasks of a taskset are of one class."""
-    import verifiers.v1 as vf
+    import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
 
     if not tasks:
         return ["it has no tasks"]

@@ -11,7 +11,7 @@ from pmd.types import Task, Verdict
 from pmd.verifiers.reward import SOLVED_FROM
 
 if TYPE_CHECKING:
-    import verifiers.v1 as vf
+    import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
 
 
 def verify_environment(task: Task, completion: str) -> Verdict:
@@ -33,8 +33,8 @@ def verify_environment(task: Task, completion: str) -> Verdict:
 
 def _trace(own: "vf.Task", task: Task, completion: str) -> "vf.Trace":
     """Return a finished trace in which the model answered the task's messages with the completion."""
-    import verifiers.v1 as vf
-    from verifiers.v1.state import state_cls
+    import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
+    from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]
 
     kinds = {"system": vf.SystemMessage, "user": vf.UserMessage, "assistant": vf.AssistantMessage}
     messages = [kinds[message.role](content=message.content) for message in task.messages]
