@@ -152,6 +152,10 @@ def test_no_held_out_task_is_in_memory(whole):
 def test_inspect_and_export(whole, tmp_path):
     shown = run_pmd("inspect", "step", str(whole), "--step", "3").stdout
     assert "teacher's prompt" in shown
+    listed = run_pmd("inspect", "step", str(whole), "--step", "3", "--list").stdout
+    assert "memory items" in listed
+    assert "use one of 0-" in run_pmd("inspect", "step", str(whole), "--step", "99", code=2).stderr
+    assert "--list shows them" in run_pmd("inspect", "step", str(whole), "--rollout", "999", code=2).stderr
     run_pmd("export", str(whole), "--out", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 

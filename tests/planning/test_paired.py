@@ -3,13 +3,15 @@
 import json
 import math
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pmd.errors import ConfigError
 from pmd.planning.sweep.grid import PlannedRun, plan
-from pmd.planning.sweep.paired import difference_rows, paired_difference, write_differences
+from pmd.planning.sweep.paired import difference_rows, paired_difference, print_differences, write_differences
 from pmd.planning.sweep.table import make_rows
 
 
@@ -57,6 +59,9 @@ def test_arms_are_compared_with_the_reference_of_their_block(tmp_path):
     assert rows["frozen policy"]["with memory"].half_width == pytest.approx(0.0, abs=1e-9)
     assert rows["GRPO"]["pass@8"].mean == pytest.approx(-0.3)
     assert "with memory" not in rows["GRPO"]
+    printed = Console(file=StringIO(), width=120)
+    print_differences(difference_rows(make_rows(runs), "PMD"), "PMD", printed)
+    assert "│ GRPO │ -30.0 ± 0.0 │ -30.0 ± 0.0 │ - │" in " ".join(printed.file.getvalue().split())
     write_differences(difference_rows(make_rows(runs), "PMD"), "PMD", tmp_path)
     assert "| GRPO | -30.0 ± 0.0 | -30.0 ± 0.0 | - |" in (tmp_path / "differences.md").read_text()
 
