@@ -76,9 +76,8 @@ def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) 
 
 def _write_shards(path: Path, folder: Path, tensors: dict[str, DTensor], ranks: Ranks) -> dict[str, str]:
     """Write all ranks' parts; return the SHA-256 of each file."""
-    from torch.distributed.checkpoint.hf_storage import (
-        HuggingFaceStorageWriter,
-    )  # newer than the oldest torch that pmd runs with
+    # Newer than the oldest torch that pmd runs with.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
