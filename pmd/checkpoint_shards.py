@@ -14,8 +14,10 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pmd.atomic import sync_folder
@@ -74,15 +76,16 @@ def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) 
 
 def _write_shards(path: Path, folder: Path, tensors: dict[str, DTensor], ranks: Ranks) -> dict[str, str]:
     """Write all ranks' parts; return the SHA-256 of each file."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter  # newer than the oldest torch that pmd runs with
+    # Newer than the oldest torch that pmd runs with.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         with ranks.naming_loss("writing a checkpoint"):
-            dcp.save(tensors, storage_writer=writer, process_group=ranks.objects)
+            save(tensors, storage_writer=writer, process_group=ranks.objects)
         own = {file.name: _sha256(file) for file in folder.glob(f"shard-{ranks.rank + 1:05d}-*")}
         sync_folder(folder)
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
         reason = " ".join(str(failures[0] if failures else error).split())[:200]
         raise DiskError(
@@ -114,7 +117,7 @@ def filled(state: Mapping[str, Any], like: Mapping[str, Tensor], ranks: Ranks | 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     shards = state["pmd"]["shards"]
     folder, files = Path(shards["path"]), sorted(shards["sha256"])
@@ -141,7 +144,7 @@ def filled(state: Mapping[str, Any], like: Mapping[str, Tensor], ranks: Ranks | 
     _mapped(state, take_up)
     reader = HuggingFaceStorageReader(str(folder))
     group = None if ranks is None else ranks.objects
-    dcp.load(targets, storage_reader=reader, process_group=group, no_dist=ranks is None)
+    load(targets, storage_reader=reader, process_group=group, no_dist=ranks is None)
     return _mapped(state, lambda name, value: targets.get(shards["tied"].get(name, name), value))
 
 

@@ -209,11 +209,11 @@ class AdapterPolicy(Policy):
 
     def models(self) -> list[PreTrainedModel]:
         """Return the base."""
-        return [self.peft_model.get_base_model()]
+        return [cast(PreTrainedModel, self.peft_model.get_base_model())]
 
     def model_of(self, role: Role) -> PreTrainedModel:
         """Return the base, whatever the role."""
-        return self.peft_model.get_base_model()
+        return cast(PreTrainedModel, self.peft_model.get_base_model())
 
     def adapters(self) -> list[nn.Parameter]:
         """Return the weights of all adapters."""

@@ -140,7 +140,7 @@ def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
         ConfigError: the logits are not just the hidden states times a weight, which is all that is supported.
     """
     inner = _unwrap(model)
-    name, head = class_of(inner).__name__, inner.get_output_embeddings()
+    name, head = class_of(inner).__name__, cast(torch.nn.Linear, inner.get_output_embeddings())
     problems = []
     if class_of(head) is not torch.nn.Linear:
         problems.append(
@@ -152,7 +152,7 @@ def output_head(model: PreTrainedModel) -> Float[Tensor, "V H"]:
     problems += describe_logit_settings(inner.config, name)
     if problems:
         raise ConfigError(problems)
-    return whole(cast(torch.nn.Linear, head).weight)
+    return whole(head.weight)
 
 
 def describe_logit_settings(architecture: PretrainedConfig, name: str) -> list[str]:

@@ -152,7 +152,9 @@ def predict(
     computed = shards.computed(run)
     computed_size = DTYPES[computed.model.dtype].itemsize
     transient = _transient(shape, computed, tokens, completion_tokens, device)
-    generating = dict(zip(("KV cache", "sampling"), _generation(shape, run, computed_size), strict=True))
+    generating: dict[str, float] = dict(
+        zip(("KV cache", "sampling"), _generation(shape, run, computed_size), strict=True)
+    )
     if shards.number > 1:
         transient["gathered weights"] = _gathered(shape, run, computed_size)
         generating["gathered weights"] = float(all_weights * computed_size)
