@@ -64,7 +64,7 @@ def draw(found: dict[str, tuple[int, Curve, Curve]], file: Path) -> None:
         for arm, (_, *curves) in found.items():
             points = curves[position]
             means, errors = ([point[n] for point in points.values()] for n in (0, 1))
-            axis.errorbar(list(points), means, yerr=errors, marker=".", capsize=2, label=arm)
+            axis.errorbar(list(points), means, yerr=errors, marker=".", capsize=2, label=arm.replace("_", " "))
         axis.set(title=heading, xlabel="k samples", ylabel="percent", xscale="log")
         axis.set_xticks(SHOWN, [str(k) for k in SHOWN])
         axis.grid(alpha=0.3)

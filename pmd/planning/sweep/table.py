@@ -258,7 +258,7 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     if any("avg" not in row.quantities for row in rows if row.num_seeds):
         names.append("with memory")
     drawn = {name: list(dict.fromkeys(row.block for row in shown if name in row.quantities)) for name in names}
-    widths = [max(7, 3.5 * len(blocks)) for blocks in drawn.values()]
+    widths = [max(6, 2.6 * len(blocks)) for blocks in drawn.values()]
     figure, axes = plt.subplots(
         1, len(names), figsize=(sum(widths), 4.8), width_ratios=widths, layout="constrained", squeeze=False
     )
