@@ -188,9 +188,9 @@ def _slots(
     Raises:
         ConfigError: more runs at a time are asked for than there are GPUs for.
     """
-    if not gpus:
+    per_run = max((run.num_gpus for run in runs), default=0)
+    if not gpus or not per_run:
         return [None] * (jobs or len(os.sched_getaffinity(0)))
-    per_run = max((run.num_processes for run in runs), default=1)
     slots = gpu_slots(gpus, per_run, runs_per_gpu)
     if not slots:
         raise ConfigError(f"trainer.devices={per_run} needs as many GPUs, and there are {len(gpus)}; lower it.")

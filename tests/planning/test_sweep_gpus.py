@@ -1,5 +1,6 @@
 """Each run of a sweep on one machine has GPUs of its own, and one that dies goes on from its last checkpoint."""
 
+import json
 import os
 import signal
 import sys
@@ -18,9 +19,9 @@ from pmd.planning.sweep.launch import launch
 from pmd.run_dir import RunDir
 
 
-def planned(run_dir: Path, devices: int = 1) -> PlannedRun:
-    trainer = f'{{"trainer": {{"strategy": "ddp", "devices": {devices}}}}}'
-    return PlannedRun(block="", arm="a", choices=(), seed=0, arguments=(), config=trainer, run_dir=run_dir)
+def planned(run_dir: Path, devices: int = 1, accelerator: str = "auto") -> PlannedRun:
+    config = json.dumps({"trainer": {"strategy": "ddp", "devices": devices, "accelerator": accelerator}})
+    return PlannedRun(block="", arm="a", choices=(), seed=0, arguments=(), config=config, run_dir=run_dir)
 
 
 class Scripted:
@@ -85,6 +86,7 @@ def test_runs_share_a_gpu_only_where_that_was_asked_for():
     assert sorted(_slots(None, 2, runs, ["0", "1"])) == ["0", "0", "1", "1"]
     with pytest.raises(ConfigError, match=r"--jobs=3: 2 GPU\(s\) hold 2 run\(s\) at a time.*raise --runs-per-gpu=1"):
         _slots(3, 1, runs, ["0", "1"])
+    assert _slots(3, 1, [planned(Path("a"), accelerator="cpu")], ["0"]) == [None] * 3
 
 
 def test_a_run_on_several_devices_has_all_of_them_to_itself():

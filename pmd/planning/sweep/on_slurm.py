@@ -12,6 +12,7 @@ from typing import Any
 
 from pmd.errors import ConfigError
 from pmd.planning.sweep.attempt import Attempt, log_file
+from pmd.planning.sweep.launch import INTERRUPTED
 
 DAY_MIN = 24 * 60
 POLL_S = 2.0
@@ -91,7 +92,7 @@ class Slurm:
             job.cancel(check=False)
 
     def _code_of(self, job: Any, attempt: Attempt) -> int:
-        """Return the exit status; a job that left no result has been killed."""
+        """Return the exit status; a job that left no result has been killed, unless somebody has cancelled it."""
         from submitit.core.utils import FailedJobError, UncompletedJobError  # pyright: ignore[reportMissingImports]
 
         try:
@@ -99,4 +100,6 @@ class Slurm:
         except UncompletedJobError as error:
             with log_file(attempt.run).open("a", encoding="utf-8") as log:
                 log.write(f"SLURM job {job.job_id}: {error}\n")
+            if job.state.startswith("CANCELLED"):
+                return INTERRUPTED
             return 1 if isinstance(error, FailedJobError) else -signal.SIGKILL
