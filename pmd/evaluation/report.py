@@ -187,18 +187,21 @@ def prompt_label(results: Mapping[str, Any]) -> str:
 
 def _columns(phases: Sequence[Mapping[str, Any]], ks: Sequence[str], max_k: str) -> dict[str, tuple[str, ...]]:
     """Return each heading, wrapped to fit a terminal, with the keys of its value; absent scores get no column."""
+    # A verifier that only gives rewards extracts no answer, also from what is right: nothing can be said of answers.
+    has_answers = any(phase["valid_rate"] for phase in phases) or not any(phase["avg"] for phase in phases)
     columns: dict[str, tuple[str, ...]] = {"avg": ("avg",), "± s.e.": ("avg_error",)}
     columns |= {f"pass\n@{k}": ("pass_at", k) for k in ks}
     if max_k != "1":
         columns[f"head-\nroom\n@{max_k}"] = ("headroom_at", max_k)
     if any(phase["passed_tests"] is not None for phase in phases):
         columns |= {f"best\nof {max_k}": ("best_of", max_k), "tests\npassed": ("passed_tests",)}
-    else:
+    elif has_answers:
         columns |= {f"maj\n@{max_k}": ("maj_at", max_k)}
         if max_k != "1":
             columns[f"pass-\nmaj\n@{max_k}"] = ("verifier_headroom_at", max_k)
         columns[f"cover-\nage\n@{max_k}"] = ("coverage_at", max_k)
-    columns["valid"] = ("valid_rate",)
+    if has_answers:
+        columns["valid"] = ("valid_rate",)
     if any(phase["memory_conditioned"] is not None for phase in phases):
         columns["with\nmem-\nory"] = ("memory_conditioned",)
     return columns

@@ -117,6 +117,13 @@ def test_the_best_checkpoint_has_a_row_where_it_is_not_the_last():
     assert "is the last one" not in differs
 
 
+def test_bare_rewards_have_no_columns_of_answers():
+    rewarded = [Sample(task, "x", right, float(right)) for task in "ab" for right in (True, False)]
+    phase = Phase(rewarded, score_samples(rewarded, [1, 2])).as_json()
+    headings = table_of({"method": "m", "phases": {"last": phase}}, None).split("last checkpoint")[0]
+    assert [word in headings for word in ("room", "maj", "cover", "valid")] == [True, False, False, False]
+
+
 def test_a_table_is_titled_by_its_split():
     phase = Phase(ALL, score_samples(ALL, [1, 2])).as_json()
     assert "m: 3 validation tasks x 4" in table_of({"method": "m", "split": "validation", "phases": {"x": phase}}, None)

@@ -49,6 +49,16 @@ def test_the_more_specific_setting_wins(tmp_path):
     assert '"policy_gradient": 1.0' in grpo.config
 
 
+def test_the_runs_of_a_sweep_are_a_group_in_weights_and_biases(tmp_path):
+    out = tmp_path / "my-sweep"
+    (run, *_) = plan(
+        write(tmp_path, GRID.replace("settings: {", "settings: {wandb: offline, ", 1)), out, for_here=False
+    )
+    assert '--wandb.group="my-sweep"' in run.arguments
+    (run, *_) = plan(write(tmp_path, GRID), out)
+    assert not any("wandb" in argument for argument in run.arguments)
+
+
 def test_a_block_may_have_a_base_and_overlays_that_follow_the_arms(tmp_path):
     text = GRID.replace(
         "title: small groups", "title: t\n    base: configs/tiny_sciknoweval.yaml\n    overlays: [LAST]"

@@ -200,6 +200,9 @@ def _plan_run(
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     files = [block.base or grid.base, *arm.overlays, *block.overlays]
     loaded = load_config(files, overrides)
+    if loaded.run.wandb.mode != "off" and loaded.run.wandb.group is None:  # a sweep is a group there
+        overrides.append(f"wandb.group={json.dumps(out.name)}")
+        loaded = load_config(files, overrides)
     parts = [block.title, name, *(f"{key}-{value}" for key, value in choices), f"seed-{seed}"]
     is_test = arm.test or bool(arm.memory)
     tested = "test-initial" + (f"-memory-k{loaded.run.memory.k}" if arm.memory else "") if is_test else ""
