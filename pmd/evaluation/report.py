@@ -137,7 +137,8 @@ def print_table(results: Mapping[str, Any], chance: Mapping[str, Any] | None, co
     num_each = first["num_samples"] // first["num_tasks"]
     split = results.get("split", "test")
     title = f"{results['method']}: {first['num_tasks']} {split} tasks x {num_each} samples, {prompt_label(results)}"
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    width = min(len(title), console.width)  # so that the title stays on one line where it can
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=width)
     table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")

@@ -121,6 +121,7 @@ def test_bare_rewards_have_no_columns_of_answers():
     rewarded = [Sample(task, "x", right, float(right)) for task in "ab" for right in (True, False)]
     phase = Phase(rewarded, score_samples(rewarded, [1, 2])).as_json()
     headings = table_of({"method": "m", "phases": {"last": phase}}, None).split("last checkpoint")[0]
+    assert "m: 2 test tasks x 2 samples, no memory in the prompt" in headings  # on one line, though the table is narrow
     assert [word in headings for word in ("room", "maj", "cover", "valid")] == [True, False, False, False]
 
 
