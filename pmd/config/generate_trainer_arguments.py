@@ -30,9 +30,12 @@ def trainer_arguments() -> dict[str, Any]:
 
 
 def _plain_types(hint: Any) -> list[Any]:
-    """Return the types in an annotation that YAML can write; classes, such as Lightning's own, are left out."""
+    """Return the types in an annotation that YAML can write; classes, such as Lightning's own, are left out.
+
+    In a fixed order: Python may return a union of the same types that it has made before, in another order.
+    """
     if get_origin(hint) in (Union, types.UnionType):
-        return [name for option in get_args(hint) for name in _plain_types(option)]
+        return sorted((name for option in get_args(hint) for name in _plain_types(option)), key=str)
     if get_origin(hint) is Literal:
         return [{"one of": list(get_args(hint))}]
     return [NAMES[hint]] if hint in NAMES else []
