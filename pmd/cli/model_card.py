@@ -98,7 +98,7 @@ def _facts(
 ) -> Iterator[tuple[str, str]]:
     totals = results.get("totals") or {}
     domains = f" ({', '.join(config.data.domains)})" if config.data.task == "sciknoweval" else ""
-    yield "tasks", f"{config.data.path or config.data.task}{domains}"
+    yield "tasks", f"{config.data.path or config.data.taskset.get('id') or config.data.task}{domains}"
     yield "checkpoint", checkpoint.name
     yield "seed", str(config.seed_everything)
     yield "learning rate", f"{config.optimizer.lr:g} ({config.optimizer.schedule})"

@@ -424,6 +424,15 @@ def _data_problems(data: DataConfig) -> list[str]:
             f"data.validation_path={data.validation_path} applies to data.task=jsonl only, not to {data.task}; "
             "remove it."
         )
+    if (data.taskset or data.test_taskset) and data.task != "verifiers":
+        problems.append(
+            f"data.taskset and data.test_taskset apply to data.task=verifiers only, not to {data.task}; remove them."
+        )
+    if data.task == "verifiers" and (data.path, data.verifier) != (None, None):
+        problems.append(
+            "data.path and data.verifier do not apply to data.task=verifiers, whose tasks and rewards are the "
+            "environment's; remove them."
+        )
     if not data.domains:
         problems.append("data.domains=[] names no domain; name at least one.")
     if data.test_domains is not None and data.task != "sciknoweval":

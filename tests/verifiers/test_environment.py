@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, run_pmd
 
+from pmd.config.check import check_config
+from pmd.config.load import load_config
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.rollouts.datamodule import digest_of
@@ -31,6 +33,19 @@ def small_sums(monkeypatch):
 def test_without_an_id_no_environment_is_looked_for():
     problem = "data.taskset={} names no environment; write data.taskset.id=NAME."
     assert describe_data_problems(DataConfig(task="verifiers")) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"taskset": {"id": "x"}}, "apply to data.task=verifiers only, not to tiny"),
+        ({"task": "verifiers", "taskset": {"id": "x"}, "path": "a.jsonl"}, "data.path and data.verifier do not apply"),
+    ],
+)
+def test_keys_of_other_sources_are_refused(data, said):
+    overrides = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+    with pytest.raises(ConfigError, match=said):
+        check_config(load_config([ROOT / "configs" / "tiny.yaml"], overrides))
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
