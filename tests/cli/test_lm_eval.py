@@ -15,7 +15,8 @@ COMMAND = re.compile(r"^lm_eval (run .*)$", re.MULTILINE)
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_the_command_of_the_page_evaluates_a_merged_adapter(tmp_path):
     run_dir, exported = tmp_path / "run", tmp_path / "exported"
-    few = ["--data.max_train=8", "--data.max_validation=4", "--data.max_test=4", "--verification.final_samples=2"]
+    few = ["--data.max_train=8", "--data.max_validation=4", "--data.max_test=4", "--memory.enabled=false"]
+    few += ["--teacher.context=none", "--objective.policy_gradient=1", "--objective.distillation=0"]
     lora = ["--model.finetune=lora", "--model.lora_rank=4", "--trainer.max_epochs=1", f"--run_dir={run_dir}"]
     run_pmd("fit", "--config", "configs/tiny_jsonl.yaml", *few, *lora)
     run_pmd("export", str(run_dir), "--out", str(exported), "--merge")
