@@ -75,6 +75,7 @@ def kill_when_it_trains(run: PlannedRun, which: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_jobs_go_on(tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text(GRID)
