@@ -250,6 +250,7 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     several = {(r.block, r.arm) for r in rows if r.best}
     shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
@@ -257,10 +258,12 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     names = [name for name in _quantity_names(rows) if name not in LAST]
     if any("avg" not in row.quantities for row in rows if row.num_seeds):
         names.append("with memory")
+    arms_of = {name: {row.arm for row in shown if name in row.quantities} for name in names}
+    names = [name for name in names if len(arms_of[name]) > 1] or names  # one arm alone is compared with nothing
     drawn = {name: list(dict.fromkeys(row.block for row in shown if name in row.quantities)) for name in names}
     widths = [max(6, 2.6 * len(blocks)) for blocks in drawn.values()]
     figure, axes = plt.subplots(
-        1, len(names), figsize=(sum(widths), 4.8), width_ratios=widths, layout="constrained", squeeze=False
+        1, len(names), figsize=(sum(widths), 5), width_ratios=widths, layout="constrained", squeeze=False
     )
     width = 0.85 / len(arms)
     for axis, (name, blocks) in zip(axes[0], drawn.items(), strict=True):
@@ -269,13 +272,14 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
             places = [blocks.index(r.block) + (position - (len(arms) - 1) / 2) * width for r in own]
             heights = [100 * r.quantities[name].mean for r in own]
             errors = [0.0 if math.isnan(e := r.quantities[name].error) else 100 * e for r in own]
-            axis.bar(places, heights, width, yerr=errors, capsize=2, label=arm, color=f"C{position}")
+            axis.bar(places, heights, width, yerr=errors, capsize=2, color=f"C{position}")
         memory = "memory in the prompt" if name == "with memory" else f"{name}, no memory in the prompt"
-        axis.set(title=memory, ylabel="percent", ylim=(0, 102))
+        axis.set(title=memory, ylabel="percent", xlim=(-0.5, len(blocks) - 0.5), ylim=(0, 102))
         axis.set_xticks(range(len(blocks)), [textwrap.fill(block, 30) for block in blocks])
         axis.grid(axis="y", alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(arms), 5))
+    drawn_arms = set().union(*(arms_of[name] for name in names))
+    named = [Patch(color=f"C{position}", label=arm) for position, arm in enumerate(arms) if arm in drawn_arms]
+    figure.legend(handles=named, loc="outside lower center", ncols=min(len(named), int(sum(widths) // 2.8)))
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
