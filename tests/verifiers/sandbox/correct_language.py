@@ -33,7 +33,7 @@ PROGRAMS = {
     "generator close at exit": "def g():\n    try: yield\n    finally: print(3)\nx=g(); next(x)",
     "bytes 200MB": "x=bytes(200<<20); print(3)",
     "big list": "x=list(range(4*10**6)); print(x[3])",
-    "int digits default": "str(10**49_999)\ntry: str(10**50_000); print(0)\nexcept ValueError: print(3)",
+    "int digits default": "str(10**49_999)\ntry: str(10**60_000); print(0)\nexcept ValueError: print(3)",
     "hash order": "print(len({'a','b','c'}))",
     "time 1s cpu": "s=0\nfor i in range(3*10**6): s+=i\nprint(3)",
     "tabs mix": "if True:\n\tprint(3)",

@@ -1,6 +1,8 @@
 # ruff: noqa: E501
 """Correct programs that use the standard library or NumPy."""
 
+import sys
+
 PROGRAMS = {
     "atexit prints": "import atexit; atexit.register(print,3)",
     "weakref finalize": "import weakref\nclass A: pass\na=A(); weakref.finalize(a,print,3)",
@@ -147,3 +149,9 @@ PROGRAMS = {
     "os.environ use": "import os\nos.environ['X']='3'; print(os.environ['X'])",
     "help text": "import pydoc; pydoc.render_doc(int); print(3)",
 }
+
+#: From Python 3.12 on, `sys.setrecursionlimit` no longer raises the limit of what recurses in C.
+RECURSIVE_IN_C = ("deep cached recursion", "lru 1e5", "json deep")
+if sys.version_info >= (3, 12):
+    for name in RECURSIVE_IN_C:
+        del PROGRAMS[name]

@@ -149,7 +149,8 @@ def check(folder: Path, level: str, step: int = 1) -> None:
 
 def test_no_program_was_lost():
     assert sum(len(group.programs) for group in HOSTILE.values()) >= 658
-    assert sum(len(group.programs) for group in CORRECT.values()) >= 438
+    left_out = len(correct_libraries.RECURSIVE_IN_C) if sys.version_info >= (3, 12) else 0
+    assert sum(len(group.programs) for group in CORRECT.values()) >= 438 - left_out
 
 
 def test_every_verdict_is_right_and_nothing_is_left_behind_in_namespaces(tmp_path):
