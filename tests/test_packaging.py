@@ -63,6 +63,7 @@ def test_the_gpu_extra_can_be_resolved(python):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_wheel_alone_trains_the_tiny_model(tmp_path):
     """Built from the source distribution, installed in a fresh environment, run outside the repository."""
     run(sys.executable, "-m", "build", "-q", "--outdir", tmp_path / "dist", ROOT)
