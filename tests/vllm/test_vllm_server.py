@@ -15,12 +15,22 @@ from command_line import ROOT, run_pmd
 from vllm_checkpoints import disturb, make_random_policy
 from vllm_runs import metrics, write_chemistry
 
-from pmd.config.schema import ServerConfig, VLLMConfig
+from pmd.config.schema import (
+    BehaviourWriterConfig,
+    ModelConfig,
+    ReflectionConfig,
+    RunConfig,
+    ServerConfig,
+    VLLMConfig,
+)
 from pmd.engines.base import Request, Sampling
 from pmd.engines.parity import ParityCheck
 from pmd.engines.server import VLLMServerEngine
 from pmd.engines.server_client import ServerClient
 from pmd.errors import EngineError
+from pmd.memory.behaviour_writer import BehaviourWriter
+from pmd.pretrained import load_tokenizer
+from pmd.tasks.prompts import make_prompts
 
 pytestmark = pytest.mark.vllm
 REQUESTS = [Request(tuple(range(1, 40 + number)), number) for number in range(24)]
@@ -104,6 +114,21 @@ def test_two_epochs_with_prefetch(served, checkpoint, tmp_path):
     )  # fmt: skip
     assert max(metrics(run_dir, "parity/max")) <= 1e-4
     assert metrics(run_dir, "rollout/versions_behind") == [0, 1, 0, 1]
+
+
+def test_a_served_model_writes_behaviours(served, checkpoint):
+    """vLLM's chat endpoint is called and answers; a random model's answer is no behaviour, which is counted."""
+    wait_until_healthy(ServerClient(served[0], 60.0))
+    endpoint = BehaviourWriterConfig(f"{served[0]}/v1", "base", max_calls_per_step=1, timeout_s=60.0)
+    run = RunConfig(model=ModelConfig(str(checkpoint), prompts="chat"))
+    prompts = make_prompts(run, load_tokenizer(run.model))
+    writer = BehaviourWriter(ReflectionConfig(max_new_tokens=16, behaviour_writer=endpoint), prompts)
+    clusters = [["Check the units first.", "Compare the units."], ["Count the atoms."]]
+    written = writer.write(clusters, 1)
+    writer.close()
+    assert (written.num_calls, written.num_failed, written.num_deferred) == (1, 0, 1), written.problem
+    assert 0 < written.num_tokens <= 16
+    assert written.num_malformed == written.texts[:1].count(None)
 
 
 def test_the_command_serves_the_configuration(checkpoint):
