@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from pmd.config.check import check_config
 from pmd.config.load import load_config
 from pmd.config.save import resolved_values, saved_yaml
-from pmd.config.schema import RunConfig
+from pmd.config.schema import DataConfig, RunConfig
 from pmd.config.values import all_keys
 from pmd.errors import ConfigError
 from pmd.run_dir import describe_run_dir_problems
@@ -398,7 +398,7 @@ def fuzz_lines(number: int, seed: int, folder: Path, counts: Counter) -> Iterato
 
 
 def _line_accepted(file: Path) -> bool:
-    tasks, problems = read_task_file(file, "train")
+    tasks, problems = read_task_file(str(file), "train", DataConfig(task="jsonl"))
     for problem in problems:
         problem.encode("utf-8")
         assert str(file) in problem, problem
