@@ -151,7 +151,7 @@ PROGRAMS = {
 }
 
 #: From Python 3.12 on, `sys.setrecursionlimit` no longer raises the limit of what recurses in C.
-RECURSIVE_IN_C = ("deep cached recursion", "lru 1e5", "json deep")
+RECURSIVE_IN_C = ("deep cached recursion", "lru 1e5", "json deep", "pickle deep")
 if sys.version_info >= (3, 12):
     for name in RECURSIVE_IN_C:
         del PROGRAMS[name]
