@@ -8,7 +8,6 @@ a step without prefetch: with it, a step cannot be shorter than the longer of th
 """
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -20,6 +19,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from questions import make_questions
+
 from pmd.bootstrap.random_model import make_random_model
 from pmd.engines.server_client import ServerClient
 from pmd.run_dir import RunDir
@@ -27,24 +28,6 @@ from pmd.run_dir import RunDir
 ROOT = Path(__file__).parents[1]
 BASE = ["--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml"]
 PARTS = ("time/student_s", "time/teacher_s", "time/backward_s", "time/optimizer_s", "time/sync_s")
-
-
-def questions(folder: Path, count: int) -> Path:
-    """Write made-up questions as SciKnowEval's rows."""
-    rows = [
-        {
-            "question": f"Which element has {number} protons?",
-            "choices": {"text": ["helium", "boron", "neon", "iron"], "label": ["A", "B", "C", "D"]},
-            "answerKey": "ABCD"[number % 4],
-            "type": "mcq-4-choices",
-            "domain": "Chemistry",
-            "details": {"level": "L3", "task": "t", "subtask": "s"},
-        }
-        for number in range(count)
-    ]
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
 
 
 def start(arguments: list[str], core: int, log: Path) -> subprocess.Popen[bytes]:
@@ -76,7 +59,7 @@ def main() -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = [
-        *BASE, f"--model.path={checkpoint}", f"--data.path={questions(folder, 8 * options.steps)}",
+        *BASE, f"--model.path={checkpoint}", f"--data.path={make_questions(folder, 8 * options.steps)}",
         f"--rollouts.max_new_tokens={options.tokens}", "--data.max_train=null", "--rollouts.tasks_per_step=4",
         "--rollouts.group_size=4",
     ]  # fmt: skip

@@ -16,11 +16,11 @@ worst case for the engine's overhead); 1.50 s per step with `--part step --token
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import torch
+from questions import make_questions
 
 from pmd.bootstrap.random_model import make_random_model
 from pmd.config.schema import ModelConfig, TeacherConfig
@@ -114,24 +114,6 @@ def colocated_step(arguments: argparse.Namespace, folder: Path) -> None:
     if not torch.cuda.is_available():
         files += ["--config", "configs/overlays/cpu_vllm.yaml"]
     bench([*files, *(f"--{key}={value}" for key, value in sizes.items()), f"--steps={arguments.steps}"])
-
-
-def make_questions(folder: Path, count: int) -> Path:
-    """Write made-up questions in SciKnowEval's format; answers are right only by chance."""
-    rows = [
-        {
-            "question": f"Which element has {number} protons?",
-            "choices": {"text": ["helium", "boron", "neon", "iron"], "label": ["A", "B", "C", "D"]},
-            "answerKey": "ABCD"[number % 4],
-            "type": "mcq-4-choices",
-            "domain": "Chemistry",
-            "details": {"level": "L3", "task": "t", "subtask": "s"},
-        }
-        for number in range(count)
-    ]
-    path = folder / "questions.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
 
 
 if __name__ == "__main__":

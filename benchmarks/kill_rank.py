@@ -26,16 +26,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import small_world
 import torch
 
 ROOT = Path(__file__).parents[1]
-CONFIG = [
-    "--config", str(ROOT / "configs" / "tiny.yaml"),
-    "--data.world.families=3", "--data.world.train_per_family=2", "--data.world.test_per_family=1",
-    "--data.world.validation_per_family=1", "--rollouts.tasks_per_step=2", "--checkpoint_every_steps=2",
-    "--verification.final_samples=2", "--verification.samples=2", "--verification.pass_at=[1]",
-    "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false",
-]  # fmt: skip
+CONFIG = [*small_world.CONFIG, "--rollouts.tasks_per_step=2", "--checkpoint_every_steps=2", "--trainer.max_epochs=4"]
 MARK = "PMD_KILL_RANK"  # in the environment of all processes of a trial
 LIMIT_S = 30.0
 TOLERANCE = 2e-3

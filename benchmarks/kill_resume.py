@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot  # noqa: E402, F401  (imported before the runs are forked)
+import small_world  # noqa: E402
 import torch  # noqa: E402
 
 import pmd.cli.run  # noqa: E402, F401
@@ -46,13 +47,7 @@ from pmd.module import PMDModule  # noqa: E402
 from pmd.rollouts import datamodule  # noqa: E402
 from pmd.run_dir import RunDir  # noqa: E402
 
-CONFIG = [
-    "--config", str(ROOT / "configs" / "tiny.yaml"),
-    "--data.world.families=3", "--data.world.train_per_family=2", "--data.world.test_per_family=1",
-    "--data.world.validation_per_family=1", "--rollouts.tasks_per_step=2", "--checkpoint_every_steps=2",
-    "--verification.final_samples=2", "--verification.samples=2", "--verification.pass_at=[1]",
-    "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false",
-]  # fmt: skip
+CONFIG = [*small_world.CONFIG, "--rollouts.tasks_per_step=2", "--checkpoint_every_steps=2", "--trainer.max_epochs=3"]
 #: What the two modes of `memory.update` differ in: audits judge a whole epoch, so only one of them has any.
 MODES = {
     "epoch": ["--memory.update=epoch", "--memory.audit_groups=2"],

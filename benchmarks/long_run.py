@@ -17,18 +17,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import small_world  # noqa: E402
 from lightning import LightningModule, Trainer  # noqa: E402
 
 from pmd.callbacks.checkpoint import CheckpointCallback  # noqa: E402
 from pmd.cli import main as pmd_main  # noqa: E402
 
-CONFIG = [
-    "--config", str(ROOT / "configs" / "tiny.yaml"),
-    "--data.world.families=3", "--data.world.train_per_family=2", "--data.world.test_per_family=1",
-    "--data.world.validation_per_family=1", "--rollouts.tasks_per_step=3", "--memory.audit_groups=2",
-    "--verification.final_samples=2", "--verification.samples=2", "--verification.pass_at=[1]",
-    "--trainer.enable_progress_bar=false",
-]  # fmt: skip
+CONFIG = [*small_world.CONFIG, "--rollouts.tasks_per_step=3", "--memory.audit_groups=2"]
 PARTS = ("checkpoints", "memory", "traces", "metrics.csv")
 
 

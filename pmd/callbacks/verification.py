@@ -16,7 +16,6 @@ from pmd.memory import ReadableMemory
 from pmd.types import Rollout, Task
 
 TABLE = "validation"
-
 MONITOR = "verify/avg"  # which the best checkpoint has the best of
 
 
@@ -59,11 +58,12 @@ class VerificationCallback(Callback):
         """Evaluate on the validation tasks, write the tables, return the metrics, with the seconds that it took."""
         config, started, cpu = self.evaluator.config, time.perf_counter(), time.process_time()
         rollouts: dict[bool, list[Rollout]] = {False: [], True: []}
-        samples = self.evaluator.memory_free(self.tasks, config.samples, rollouts[False].append)
+        keep = {shown: own.append if self.tables is not None else None for shown, own in rollouts.items()}
+        samples = self.evaluator.memory_free(self.tasks, config.samples, keep[False])
         without_memory = score_samples(samples, config.pass_at)
         metrics = _flatten(without_memory)
         if self.memory is not None and config.memory_conditioned:
-            samples = self.evaluator.memory_conditioned(self.tasks, config.samples, self.memory, rollouts[True].append)
+            samples = self.evaluator.memory_conditioned(self.tasks, config.samples, self.memory, keep[True])
             with_memory = score_samples(samples, config.pass_at)
             metrics["verify/memory_conditioned_avg"] = with_memory.avg
             metrics["verify/not_internalized"] = with_memory.avg - without_memory.avg

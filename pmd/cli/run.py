@@ -277,13 +277,14 @@ def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir
     tasks, name = run.tasks[split], checkpoint.stem if checkpoint else "initial"
     method = config.method if store is None else f"{config.method} with memory, k={config.memory.k}"
     facts = {"method": method, "seed": config.seed_everything, "split": split, "checkpoint": str(checkpoint)}
-    rollouts: list[Rollout] = []
+    tables, rollouts = _tables(run, out), list[Rollout]()
+    keep = None if tables is None else rollouts.append
     if store is None:
-        samples = run.evaluator.memory_free(tasks, config.verification.final_samples, rollouts.append)
+        samples = run.evaluator.memory_free(tasks, config.verification.final_samples, keep)
     else:
         facts["memory"] = {"store": str(store), "k": config.memory.k}
-        samples = _sample_with(run, tasks, store, rollouts.append)
-    if (tables := _tables(run, out)) is not None:
+        samples = _sample_with(run, tasks, store, keep)
+    if tables is not None:
         tables.write(f"{split}-{name}", {store is not None: rollouts}, run.module.policy_version)
     facts |= evaluation_facts(config, tasks)
     phases = phases_of(run, name, samples)
@@ -296,7 +297,7 @@ def _evaluate_split(run: Run, command: str, checkpoint: Path | None, out: RunDir
     CONSOLE.print(f"results.json, samples.jsonl and pass_at_k.png are in {out.root}", markup=False, soft_wrap=True)
 
 
-def _sample_with(run: Run, tasks: Sequence[Task], store: Path, keep: Keep) -> list[Sample]:
+def _sample_with(run: Run, tasks: Sequence[Task], store: Path, keep: Keep | None) -> list[Sample]:
     """Sample the policy with a memory in its prompt that another run built."""
     from pmd.memory.reading import opened_memory
 
@@ -461,13 +462,12 @@ def fit(run: Run, trainer: Trainer, checkpoint: Path | None) -> dict[str, Any]:
 def evaluate(run: Run, name: str, *, with_memory: bool) -> dict[str, Phase]:
     """Evaluate the policy, as it is now, on the test tasks; return one phase, or two (see `phases_of`)."""
     verification, shown = run.config.verification, list[Sample]()
-    rollouts: dict[bool, list[Rollout]] = {False: [], True: []}
-    samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples, rollouts[False].append)
+    tables, rollouts = _tables(run, run.run_dir), {False: list[Rollout](), True: list[Rollout]()}
+    keep = {shows: own.append if tables is not None else None for shows, own in rollouts.items()}
+    samples = run.evaluator.memory_free(run.tasks["test"], verification.final_samples, keep[False])
     if with_memory and run.data.memory is not None:
-        shown = run.evaluator.memory_conditioned(
-            run.tasks["test"], verification.samples, run.data.memory, rollouts[True].append
-        )
-    if (tables := _tables(run, run.run_dir)) is not None:
+        shown = run.evaluator.memory_conditioned(run.tasks["test"], verification.samples, run.data.memory, keep[True])
+    if tables is not None:
         tables.write(f"test-{name}", rollouts, run.module.policy_version)
     return phases_of(run, name, samples, shown)
 

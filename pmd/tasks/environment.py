@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pmd.config.schema import DataConfig
-from pmd.tasks.jsonl import TEST_SHARE
-from pmd.tasks.splits import hold_out
+from pmd.tasks.splits import hold_out_test
 from pmd.types import Message, Split, Task
 
 if TYPE_CHECKING:
@@ -43,12 +42,9 @@ def read_environment(config: DataConfig, seed: int) -> tuple[list[Task], list[st
     if config.test_taskset:
         test, wrong = _read({**config.taskset, **config.test_taskset}, "test", config.max_test)
         return train + test, problems + wrong
-    train, test = hold_out(train, TEST_SHARE, "test", seed)
-    if not problems and not (train and test):
-        problems.append(
-            f"data.taskset.id={config.taskset['id']}: too few different tasks to hold some out; give data.test_taskset."
-        )
-    return train + test, problems
+    source = f"data.taskset.id={config.taskset['id']}"
+    tasks, too_few = hold_out_test(train, seed, source, "give data.test_taskset")
+    return tasks, problems or too_few
 
 
 def _read(options: Mapping[str, Any], split: Split, count: int | None) -> tuple[list[Task], list[str]]:

@@ -14,15 +14,13 @@ from pmd.config.schema import DataConfig
 from pmd.tasks.code_tests import check_tests
 from pmd.tasks.combined import describe_part_problems, is_combined, parts_of
 from pmd.tasks.lines import Line
-from pmd.tasks.splits import hold_out
+from pmd.tasks.splits import hold_out_test
 from pmd.tasks.table import check_columns, read_table, verifier_text
 from pmd.types import Message, Split, Task
 
 #: The built-in verifiers; any other is given by its class path.
 NAMED_VERIFIERS = ("mcq", "exact", "math", "tool_use", "code", "boxes", "each_box")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-#: Share of a single file that is held out for the test; data.validation_share is of what remains.
-TEST_SHARE = 0.1
 MAX_ID_CHARACTERS = 500  # ids are written into file names of traces, tables and error messages
 
 
@@ -44,12 +42,8 @@ def read_jsonl(config: DataConfig, seed: int) -> tuple[list[Task], list[str]]:
             if task.task_id in train_ids
         ]
         return train + held_out, problems + wrong
-    train, test = hold_out(train, TEST_SHARE, "test", seed)
-    if not problems and not (train and test):
-        problems.append(
-            f"{config.path}: too few different tasks to hold some out; add some, or give data.validation_path."
-        )
-    return train + test, problems
+    tasks, too_few = hold_out_test(train, seed, config.path, "add some, or give data.validation_path")
+    return tasks, problems or too_few
 
 
 def read_task_file(path: str, split: Split, config: DataConfig, seed: int = 0) -> tuple[list[Task], list[str]]:

@@ -12,6 +12,8 @@ from pmd.types import Split, Task
 
 #: A train task `X/train` and a held-out task `X` are the same problem by the data set's protocol, not by accident.
 TRAIN_SUFFIX = "/train"
+#: Share of a single set of tasks that is held out for the test; data.validation_share is of what remains.
+TEST_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,18 @@ def hold_out(tasks: Sequence[Task], share: float, split: Split, seed: int) -> tu
             moved |= {task.task_id for task in groups[stem]}
     kept = [task for task in tasks if task.task_id not in moved]
     return kept, [replace(task, split=split) for task in tasks if task.task_id in moved]
+
+
+def hold_out_test(tasks: Sequence[Task], seed: int, source: str, remedy: str) -> tuple[list[Task], list[str]]:
+    """Hold out a test set where there is only one set of tasks; return all, and a problem if there are too few.
+
+    Args:
+        source: the key and value that name the tasks.
+        remedy: what to do if there are too few.
+    """
+    train, test = hold_out(tasks, TEST_SHARE, "test", seed)
+    problems = [] if train and test else [f"{source}: too few different tasks to hold some out; {remedy}."]
+    return train + test, problems
 
 
 def tasks_of_epoch(tasks: Sequence[Task], weights: Mapping[str, float], seed: int, epoch: int) -> list[Task]:

@@ -8,9 +8,9 @@ and `system`.
 from pathlib import Path
 
 from pmd.config.schema import DataConfig
-from pmd.tasks.jsonl import TEST_SHARE, check_line, make_task
+from pmd.tasks.jsonl import check_line, make_task
 from pmd.tasks.lines import Line, read_lines
-from pmd.tasks.splits import hold_out
+from pmd.tasks.splits import TEST_SHARE, hold_out
 from pmd.types import Split, Task
 
 

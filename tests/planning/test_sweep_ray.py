@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from child_processes import read_proc
 from command_line import ROOT
+from small_sweep import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs ray: pip install 'pmd[ray]'")
@@ -23,16 +24,7 @@ base: {ROOT}/configs/tiny.yaml
 seeds: [0, 1, 2, 3]
 settings:
   trace_every: 0
-  trainer.max_epochs: 3
-  data.world.families: 4
-  data.world.train_per_family: 2
-  data.world.test_per_family: 2
-  rollouts.tasks_per_step: 4
-  checkpoint_every_steps: 1
-  verification.samples: 1
-  verification.final_samples: 2
-  verification.pass_at: [1, 2]
-blocks:
+{SMALL}blocks:
   - arms:
       PMD: {{}}
       GRPO: {{overlays: [{ROOT}/configs/methods/tiny/grpo.yaml]}}

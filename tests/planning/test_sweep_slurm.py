@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_line import ROOT
+from small_sweep import SMALL
 
 from pmd.errors import ConfigError
 from pmd.planning.sweep.attempt import Attempt, log_file
@@ -23,16 +24,7 @@ GRID = f"""
 base: {ROOT}/configs/tiny.yaml
 seeds: [0, 1]
 settings:
-  trainer.max_epochs: 3
-  data.world.families: 4
-  data.world.train_per_family: 2
-  data.world.test_per_family: 2
-  rollouts.tasks_per_step: 4
-  checkpoint_every_steps: 1
-  verification.samples: 1
-  verification.final_samples: 2
-  verification.pass_at: [1, 2]
-blocks:
+{SMALL}blocks:
   - arms: {{PMD: {{}}}}
 """
 

@@ -4,6 +4,7 @@ The page lies beside the pictures that it shows, sweep.png, curves.png and pass_
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,7 +16,7 @@ import numpy as np
 from pmd.evaluation.metrics import Sample, pass_at_k
 from pmd.evaluation.report import chosen_ks, scored_groups
 from pmd.planning.sweep.grid import PlannedRun, row_label
-from pmd.planning.sweep.table import Row
+from pmd.planning.sweep.table import COSTS, Row, by_block, chosen_rows, cost_cells, estimate, quantity_names
 from pmd.run_dir import RunDir
 
 Curve = tuple[list[float], list[float], list[float]]  # x, mean over seeds and its standard error, in percent
@@ -42,8 +43,7 @@ img {{ max-width: 100% }}
 
 def write_page(runs: Sequence[PlannedRun], rows: Sequence[Row], out: Path, title: str) -> None:
     """Write report.html and the pictures of curves that it shows; sweep.png is there already."""
-    several = {(row.block, row.arm) for row in rows if row.best}
-    shown = {(row.block, row.label): row.arm for row in rows if row.best or (row.block, row.arm) not in several}
+    shown = {(row.block, row.label) for row in chosen_rows(rows)}
     groups: dict[str, dict[str, list[PlannedRun]]] = defaultdict(dict)
     for run in runs:
         label = row_label(run.arm, run.choices)
@@ -63,18 +63,16 @@ def write_page(runs: Sequence[PlannedRun], rows: Sequence[Row], out: Path, title
 
 
 def _table(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.quantities))
-    heads = "".join(f"<th>{escape(name)}</th>" for name in ["method", *names, "tokens", "seconds", "seeds"])
-    lines, block = [f"<tr>{heads}</tr>"], ""
-    for row in rows:
-        if row.block != block:
-            block = row.block
-            lines.append(f'<tr class="block"><td colspan="{len(names) + 4}">{escape(block)}</td></tr>')
-        cells = [row.label, *(str(row.quantities[name]) if name in row.quantities else "-" for name in names)]
-        cells.append(f"{row.tokens:,.0f}" if row.tokens else "-")
-        cells += [f"{row.seconds:,.0f} {row.device}" if row.seconds else "-", str(row.num_seeds)]
-        inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr class="best">{inner}</tr>' if row.best else f"<tr>{inner}</tr>")
+    names = quantity_names(rows)
+    headings = ["method", *names, *COSTS, "seeds"]
+    lines = ["<tr>" + "".join(f"<th>{escape(heading)}</th>" for heading in headings) + "</tr>"]
+    for block, own in by_block(rows).items():
+        if block:
+            lines.append(f'<tr class="block"><td colspan="{len(headings)}">{escape(block)}</td></tr>')
+        for row in own:
+            cells = [row.label, *(str(row.quantities[name]) if name in row.quantities else "-" for name in names)]
+            inner = "".join(f"<td>{escape(cell)}</td>" for cell in [*cells, *cost_cells(row), str(row.num_seeds)])
+            lines.append(f'<tr class="best">{inner}</tr>' if row.best else f"<tr>{inner}</tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
@@ -111,9 +109,8 @@ def _last_samples(run_dir: RunDir) -> list[Sample]:
 
 def _over_seeds(values: Mapping[float, Sequence[float]]) -> Curve:
     xs = sorted(values)
-    means = [100 * float(np.mean(values[x])) for x in xs]
-    errors = [100 * float(np.std(values[x], ddof=1)) / len(values[x]) ** 0.5 if len(values[x]) > 1 else 0.0 for x in xs]
-    return xs, means, errors
+    found = [estimate(values[x]) for x in xs]
+    return xs, [100 * e.mean for e in found], [0.0 if math.isnan(e.error) else 100 * e.error for e in found]
 
 
 def _draw(curves: Mapping[str, Mapping[str, Curve]], file: Path, unit: str) -> None:

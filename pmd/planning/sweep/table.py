@@ -60,7 +60,7 @@ class Row:
     @property
     def quantities(self) -> dict[str, Estimate]:
         """Each score, summarised over the seeds."""
-        return {name: _estimate(list(by_seed.values())) for name, by_seed in self.scores.items()}
+        return {name: estimate(list(by_seed.values())) for name, by_seed in self.scores.items()}
 
 
 def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
@@ -79,18 +79,18 @@ def make_rows(runs: Sequence[PlannedRun]) -> list[Row]:
             rows.append(_row(block, BASE, BASE, untrained, "initial", 0))
         rows.append(_row(block, arm, label, results, "last", len(own) - len(results)))
     rows = [_marked(row, rows) for row in rows]
-    return [row for block in _by_block(rows).values() for row in (*block, *_at_equal_tokens(block, groups))]
+    return [row for block in by_block(rows).values() for row in (*block, *_at_equal_tokens(block, groups))]
 
 
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
     """Print the table, with a section for each block."""
-    names = _quantity_names(rows)
+    names = quantity_names(rows)
     title = f"{escape(title)}: test tasks, mean ± standard error over seeds, in percent"
     table = Table(title=title, caption=_effort(rows))
     table.add_column("method", no_wrap=True)
     for heading in [*names, *COSTS, "seeds"]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for block, own in _by_block(rows).items():
+    for block, own in by_block(rows).items():
         table.add_section()
         if block:
             table.add_row(escape(block), style="italic")
@@ -98,7 +98,7 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
             cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
             seeds = str(row.num_seeds) + (f" of {row.num_seeds + row.num_failed}" if row.num_failed else "")
             name = f"  {escape(row.label)}{' *' if row.best else ''}"
-            table.add_row(name, *cells, *_cost_cells(row), seeds, style="bold" if row.best else None)
+            table.add_row(name, *cells, *cost_cells(row), seeds, style="bold" if row.best else None)
     console.print(table)
     if any(row.best for row in rows):
         console.print("* the highest avg among the choices of its arm")
@@ -106,21 +106,22 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
 
 def write_rows(rows: Sequence[Row], out: Path, title: str) -> None:
     """Write table.md, sweep.json and sweep.png to `out`."""
-    names = _quantity_names(rows)
+    names = quantity_names(rows)
     headings = [*names, *COSTS, "seeds"]
     lines = [_effort(rows), "", f"| method | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
-    for block, own in _by_block(rows).items():
+    for block, own in by_block(rows).items():
         lines += [f"| *{block}* |" + " |" * len(headings)] if block else []
         for row in own:
             cells = [str(row.quantities[name]) if name in row.quantities else "-" for name in names]
             label = f"**{row.label}**" if row.best else row.label
-            lines.append(f"| {label} | {' | '.join([*cells, *_cost_cells(row), str(row.num_seeds)])} |")
+            lines.append(f"| {label} | {' | '.join([*cells, *cost_cells(row), str(row.num_seeds)])} |")
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "sweep.json").write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     _draw(rows, out / "sweep.png", title)
 
 
-def _by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_block(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each block."""
     blocks: dict[str, list[Row]] = {}
     for row in rows:
         blocks.setdefault(row.block, []).append(row)
@@ -176,8 +177,7 @@ def _row(block: str, arm: str, label: str, results: Mapping[int, Mapping[str, An
 
 def _at_equal_tokens(rows: Sequence[Row], groups: Mapping[tuple[str, str, str], Sequence[PlannedRun]]) -> list[Row]:
     """Return each trained arm of a block (its best choice) at the tokens of the cheapest arm, seed by seed."""
-    several = {row.arm for row in rows if row.best}
-    chosen = [row for row in rows if row.tokens and (row.best or row.arm not in several)]
+    chosen = [row for row in chosen_rows(rows) if row.tokens]
     finished = {
         row.label: [run for run in groups[row.block, row.arm, row.label] if run.results.is_file()] for row in chosen
     }
@@ -206,7 +206,8 @@ def _generated(run: PlannedRun) -> float:
     return cost.tokens if cost else 0.0
 
 
-def _cost_cells(row: Row) -> tuple[str, str]:
+def cost_cells(row: Row) -> tuple[str, str]:
+    """Return a row's generated tokens and seconds, as text."""
     seconds = f"{row.seconds:,.0f} {row.device}" if row.seconds else "-"
     return count(row.tokens) if row.tokens else "-", seconds
 
@@ -215,7 +216,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean and the standard error over seeds; nan for a single seed."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return Estimate(mean, math.nan)
@@ -231,7 +233,14 @@ def _marked(row: Row, rows: Sequence[Row]) -> Row:
     return Row(**{name: getattr(row, name) for name in Row.__slots__ if name != "best"}, best=True)
 
 
-def _quantity_names(rows: Sequence[Row]) -> list[str]:
+def chosen_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that are drawn: of an arm with several choices, the best one only."""
+    several = {(row.block, row.arm) for row in rows if row.best}
+    return [row for row in rows if row.best or (row.block, row.arm) not in several]
+
+
+def quantity_names(rows: Sequence[Row]) -> list[str]:
+    """Return the scores that rows have, in the order of the columns."""
     names = dict.fromkeys(name for row in rows for name in row.quantities)
     return sorted(names, key=lambda name: name in LAST)  # stable: those of LAST come after the others
 
@@ -252,10 +261,9 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    several = {(r.block, r.arm) for r in rows if r.best}
-    shown = [r for r in rows if r.best or (r.block, r.arm) not in several]
+    shown = chosen_rows(rows)
     arms = list(dict.fromkeys(row.arm for row in shown))
-    names = [name for name in _quantity_names(rows) if name not in LAST]
+    names = [name for name in quantity_names(rows) if name not in LAST]
     if any("avg" not in row.quantities for row in rows if row.num_seeds):
         names.append("with memory")
     arms_of = {name: {row.arm for row in shown if name in row.quantities} for name in names}
