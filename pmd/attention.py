@@ -15,12 +15,10 @@ exp(score - lse), so each part, given the merged `out` and `lse`, returns its ex
 In layers with a sliding window a row sees the end of its prefix only. There each row's keys are gathered behind its
 prefix's, which copies keys and values but no queries, and one call does the rest.
 
-On CUDA the kernel is torch's own flash attention, which `torch.nn.attention.varlen` wraps too; on a CPU a plain
-implementation, segment by segment, for tests: exact but slow.
+The kernels are in attention_kernels.py.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -30,28 +28,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pmd import attention_kernels as kernels
+from pmd.attention_kernels import Call, Segments
+
 #: The name under which transformers knows this attention.
 NAME = "varlen"
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Consecutive stretches of tokens."""
-
-    bounds: Tensor  # [S + 1], int32: where each begins, and where the last ends; on the device
-    lengths: tuple[int, ...]  # the same on the CPU, so that nothing waits for the device
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest segment."""
-        return max(self.lengths)
-
-    def slices(self) -> list[slice]:
-        """Return where each segment lies."""
-        ends = [0]
-        for length in self.lengths:
-            ends.append(ends[-1] + length)
-        return [slice(start, end) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +54,6 @@ class PackedLayout:
     own: Segments  # whole rows, prefixes, and rows after their prefixes
     longest: int  # tokens of the longest row, its prefix included
     shared: SharedLayout | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of the kernel: segment i of the queries attends to segment i of the keys.
-
-    If causal, the last query of a segment sees its last key. `window` is how many keys a query sees at most.
-    """
-
-    queries: Segments
-    keys: Segments
-    scale: float
-    causal: bool = True
-    window: int | None = None
 
 
 def attend_packed(
@@ -123,7 +90,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, index: Tensor | None, call: Call) -> Tensor:
         ctx.call = call
         gathered = (key, value) if index is None else (key[index], value[index])
-        out, lse = _forward(query, *gathered, call)
+        out, lse = kernels.forward(query, *gathered, call)
         ctx.save_for_backward(query, key, value, index, out, lse)
         return out
 
@@ -132,7 +99,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, index, out, lse = ctx.saved_tensors
         gathered = (key, value) if index is None else (key[index], value[index])
-        grad_query, *others = _backward(grads[0], query, *gathered, out, lse, ctx.call)
+        grad_query, *others = kernels.backward(grads[0], query, *gathered, out, lse, ctx.call)
         if index is not None:
             others = [_scattered(grad, index, len(key)) for grad in others]
         return grad_query, *others, None, None
@@ -147,8 +114,8 @@ class _Cascade(torch.autograd.Function):
         ctx.calls = Call(layout.own, layout.own, scale), Call(shared.queries, shared.prefixes, scale, causal=False)
         ctx.parts = _parts(len(query), shared)
         rows, prefixes = ctx.parts
-        out, lse = _forward(query, key, value, ctx.calls[0])
-        before, lse_before = _forward(query[rows], key[prefixes], value[prefixes], ctx.calls[1])
+        out, lse = kernels.forward(query, key, value, ctx.calls[0])
+        before, lse_before = kernels.forward(query[rows], key[prefixes], value[prefixes], ctx.calls[1])
         share = torch.sigmoid(lse_before - lse[:, rows])  # [heads, row tokens]
         out[rows].lerp_(before, share.T[..., None].to(out.dtype))
         lse[:, rows] = torch.logaddexp(lse_before, lse[:, rows])
@@ -160,9 +127,9 @@ class _Cascade(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         (rows, prefixes), (grad_out,) = ctx.parts, grads
-        grad_query, grad_key, grad_value = _backward(grad_out, query, key, value, out, lse, ctx.calls[0])
+        grad_query, grad_key, grad_value = kernels.backward(grad_out, query, key, value, out, lse, ctx.calls[0])
         parts = query[rows], key[prefixes], value[prefixes], out[rows], lse[:, rows].contiguous()
-        before = _backward(grad_out[rows], *parts, ctx.calls[1])
+        before = kernels.backward(grad_out[rows], *parts, ctx.calls[1])
         grad_query[rows] += before[0]
         grad_key[prefixes] += before[1]
         grad_value[prefixes] += before[2]
@@ -180,99 +147,6 @@ def _scattered(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     total = grad.new_zeros((num_tokens, *grad.shape[1:]), dtype=dtype)
     return total.index_add_(0, index, grad.to(dtype)).to(grad.dtype)
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return the output [T, heads, D] and the log-sum-exp of the scores [heads, T]."""
-    if not query.is_cuda:
-        return _plain_forward(query, key, value, call)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *_sizes(call), 0.0, _is_plainly_causal(call), False, **_options(call)
-    )
-    return out, lse
-
-
-def _backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients w.r.t. query, key and value, given the forward pass's output and log-sum-exp."""
-    if not query.is_cuda:
-        return _plain_backward(grad_out, query, key, value, out, lse, call)
-    unused = torch.empty(0, device=query.device)
-    random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # without dropout nothing reads it
-    return torch.ops.aten._flash_attention_backward(
-        grad_out, query, key, value, out, lse, *_sizes(call), 0.0, _is_plainly_causal(call), random_state, unused,
-        **_options(call),
-    )  # fmt: skip
-
-
-def _sizes(call: Call) -> tuple[Tensor, Tensor, int, int]:
-    return call.queries.bounds, call.keys.bounds, call.queries.longest, call.keys.longest
-
-
-def _is_plainly_causal(call: Call) -> bool:
-    """With a window, the kernel is told by the window alone."""
-    return call.causal and call.window is None
-
-
-def _options(call: Call) -> dict[str, Any]:
-    left = -1 if call.window is None else call.window - 1
-    return {"scale": call.scale, "window_size_left": left, "window_size_right": 0 if call.causal else -1}
-
-
-def _plain_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return what the kernel returns, with all scores of a segment at once."""
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[1], len(query), dtype=torch.promote_types(query.dtype, torch.float32))
-    for mine, theirs in zip(call.queries.slices(), call.keys.slices(), strict=True):
-        scores, values = _scores(query[mine], key[theirs], call), _per_head(value[theirs], query.shape[1])
-        lse[:, mine] = scores.logsumexp(-1)
-        probs = (scores - lse[:, mine, None]).exp()
-        out[mine] = torch.einsum("hqk,khd->qhd", probs, values).to(out.dtype)
-    return out, lse
-
-
-def _plain_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients that flash attention's backward pass computes, by the same formulas."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    delta = (_wide(grad_out) * _wide(out)).sum(-1).T  # [heads, T]
-    for mine, theirs in zip(call.queries.slices(), call.keys.slices(), strict=True):
-        probs = (_scores(query[mine], key[theirs], call) - lse[:, mine, None]).exp()
-        given, values = _wide(grad_out[mine]), _per_head(value[theirs], heads)
-        grad_probs = torch.einsum("qhd,khd->hqk", given, values)
-        grad_scores = probs * (grad_probs - delta[:, mine, None]) * call.scale
-        by_query = torch.einsum("hqk,khd->qhd", grad_scores, _per_head(key[theirs], heads))
-        by_key = torch.einsum("hqk,qhd->khd", grad_scores, _wide(query[mine]))
-        by_value = torch.einsum("hqk,qhd->khd", probs, given)
-        grads[0][mine] = by_query.to(query.dtype)
-        for grad, each in ((grads[1], by_key), (grads[2], by_value)):
-            grad[theirs] = each.unflatten(1, (kv_heads, -1)).sum(2).to(grad.dtype)
-    return grads
-
-
-def _scores(query: Tensor, key: Tensor, call: Call) -> Tensor:
-    """Return one segment's scaled scores [heads, queries, keys], -inf where a query does not see a key."""
-    scores = torch.einsum("qhd,khd->hqk", _wide(query), _per_head(key, query.shape[1])) * call.scale
-    last_seen = torch.arange(len(query))[:, None] + len(key) - len(query)
-    distance = last_seen - torch.arange(len(key))  # [queries, keys]; below 0, the key is in the future
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if call.causal:
-        hidden |= distance < 0
-    if call.window is not None:
-        hidden |= distance >= call.window
-    return scores.masked_fill(hidden, -torch.inf)
-
-
-def _per_head(keys: Tensor, heads: int) -> Tensor:
-    """Repeat key-value heads for each head that they serve: [keys, heads, D]."""
-    return _wide(keys).repeat_interleave(heads // keys.shape[1], 1)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.compiler.disable

@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pmd.attention import PackedLayout, Segments, SharedLayout
+from pmd.attention import PackedLayout, SharedLayout
+from pmd.attention_kernels import Segments
 
 Record = TypeVar("Record")
 #: A shared beginning of fewer tokens is left in each row.

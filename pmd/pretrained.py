@@ -1,8 +1,10 @@
 """Loads the base model and its tokenizer: one shipped with the package, a local directory, or a Hugging Face id."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,6 +35,8 @@ CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|const
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Fields of model configurations that make training mode random: dropout in all its spellings, noise of routers.
 NOISE = re.compile(r"drop(out|path|_path)|pdrop|layerdrop|jitter")
+#: The function that computes rotary embedding in an architecture's module.
+ROTARY = "apply_rotary_pos_emb"
 MARK_TOKENS = 32  # that an opening mark takes at most, one token for each character
 Loaded = TypeVar("Loaded")
 
@@ -169,10 +173,38 @@ def _replace_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.compile(dynamic=True)
-    elif config.layer_kernels == "liger":
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+    elif uses_liger(config, "cuda" if torch.cuda.is_available() else "cpu"):
+        _use_liger(model)
 
-        _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+def _use_liger(model: PreTrainedModel) -> None:
+    """Let liger-kernel compute norms, rotary embedding and SwiGLU of this model.
+
+    What it replaces for all models of the architecture is put back: its kernels run on a GPU only, and another model,
+    such as an embedder, may be on a CPU. The rotary embedding is a function that all share, so it goes by the device.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+
+    architecture = sys.modules[type(model).__module__]
+    before = dict(vars(architecture))
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    fused = getattr(architecture, ROTARY, None)
+    for name, value in before.items():
+        setattr(architecture, name, value)
+    plain = before.get(ROTARY)
+    if plain is not None and fused is not None:
+        setattr(architecture, ROTARY, lambda query, *rest: (fused if query.is_cuda else plain)(query, *rest))
+
+
+def uses_liger(config: ModelConfig, device: str) -> bool:
+    """Whether liger-kernel computes norms, rotary embedding and SwiGLU on such a device.
+
+    A GPU that is not here, which `pmd doctor` predicts for, counts as one where `pmd[gpu]` is installed.
+    """
+    if config.layer_kernels != "auto":
+        return config.layer_kernels == "liger"
+    installed = find_spec("liger_kernel") is not None or not torch.cuda.is_available()
+    return device == "cuda" and config.dtype == "bfloat16" and installed
 
 
 def empty_base(config: ModelConfig) -> PreTrainedModel:

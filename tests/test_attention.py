@@ -2,14 +2,16 @@
 
 import random
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 from examples import random_ids
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pmd import attention
-from pmd.attention import Call, Segments, attend_packed
+from pmd import attention_kernels
+from pmd.attention import attend_packed
+from pmd.attention_kernels import Call, Segments
 from pmd.batch import pack_rows
 from pmd.packing import PackedSequences
 
@@ -78,11 +80,71 @@ def test_the_calls_on_cuda_fit_torchs_operators():
         query = torch.empty(sum(own.lengths), HEADS, 64, dtype=torch.bfloat16, device="cuda")
         key = torch.empty(sum(keys.lengths), KV_HEADS, 64, dtype=torch.bfloat16, device="cuda")
         for call in (Call(own, keys, 0.1), Call(own, keys, 0.1, causal=False), Call(own, keys, 0.1, window=7)):
-            out, lse = attention._forward(query, key, key, call)
-            gradients = attention._backward(out, query, key, key, out, lse, call)
+            out, lse = attention_kernels.forward(query, key, key, call)
+            gradients = attention_kernels.backward(out, query, key, key, out, lse, call)
             assert out.device.type == "cuda"
             assert (out.shape, lse.shape) == (query.shape, (HEADS, len(query)))
             assert [grad.shape for grad in gradients] == [query.shape, key.shape, key.shape]
+
+
+def cudnn_forward(query, key, value, bias, computes_lse, dropout, causal, debug, *, scale):
+    """What cuDNN's operator returns, computed plainly: for one row [1, heads, T, D] that attends to itself."""
+    assert (bias, computes_lse, dropout, causal, debug) == (None, True, 0.0, True, False)
+    out, lse = attention_kernels._plain_forward(
+        *(p[0].transpose(0, 1) for p in (query, key, value)), whole(query, scale)
+    )
+    return out.transpose(0, 1)[None], lse[None, :, :, None], None, None, query.shape[2], key.shape[2], None, None, None
+
+
+def cudnn_backward(grad, query, key, value, out, lse, seed, offset, bias, *sizes, scale):
+    assert sizes == (None, None, query.shape[2], key.shape[2], 0.0, True)
+    assert lse.is_contiguous()
+    parts = (p[0].transpose(0, 1) for p in (grad, query, key, value, out))
+    gradients = attention_kernels._plain_backward(*parts, lse[0, :, :, 0], whole(query, scale))
+    return [gradient.transpose(0, 1)[None] for gradient in gradients]
+
+
+def whole(query: torch.Tensor, scale: float) -> Call:
+    tokens = query.shape[2]
+    assert tokens % attention_kernels.LENGTH_STEP == 0
+    row = Segments(torch.tensor([0, tokens], dtype=torch.int32), (tokens,))
+    return Call(row, row, scale)
+
+
+@pytest.mark.parametrize("lengths", [(13,), (12, 5), (3, 4, 16, 17, 2, 30), (1, 2, 11), (12, 12, 9, 3)])
+def test_long_segments_alone_equal_all_together(lengths, monkeypatch):
+    """Rounded up with zeros behind them, next to runs of short ones; CUDA's operators are replaced by plain ones."""
+    monkeypatch.setattr(attention_kernels, "LONG_SEGMENT", 11)
+    monkeypatch.setattr(attention_kernels, "LENGTH_STEP", 4)
+    monkeypatch.setattr(attention_kernels, "_flash_forward", attention_kernels._plain_forward)
+    monkeypatch.setattr(attention_kernels, "_flash_backward", attention_kernels._plain_backward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn_forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", cudnn_backward)
+    own = Segments(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), lengths)
+    call, tokens = Call(own, own, 0.7), sum(lengths)
+    torch.manual_seed(0)
+    parts = [torch.randn(tokens, heads, WIDTH, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    parts[1] = parts[1].transpose(0, 1).contiguous().transpose(0, 1)  # another order in memory
+    computed = attention_kernels.forward_by_length(*parts, call)
+    expected = attention_kernels._plain_forward(*parts, call)
+    for one, other in zip(computed, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    out, lse = expected[0] / 2, expected[1] + 0.7  # as after a merge with a prefix
+    gradient = torch.randn_like(out)
+    computed = attention_kernels.backward_by_length(gradient, *parts, out, lse, call)
+    expected = attention_kernels._plain_backward(gradient, *parts, out, lse, call)
+    for one, other in zip(computed, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_runs_of_short_segments_stay_together():
+    lengths = (3, 4, 16, 17, 2, 30, 1, 1)
+    own = Segments(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), lengths)
+    found = [(run.start, run.stop, part.lengths, part.bounds.tolist()) for run, part in own.runs(16)]
+    assert found == [
+        (0, 7, (3, 4), [0, 3, 7]), (7, 23, (16,), [0, 16]), (23, 40, (17,), [0, 17]), (40, 42, (2,), [0, 2]),
+        (42, 72, (30,), [0, 30]), (72, 74, (1, 1), [0, 1, 2]),
+    ]  # fmt: skip
 
 
 def test_prefixes_are_computed_once_and_rows_go_on_behind_them():

@@ -1,13 +1,15 @@
 """The whole step with vLLM on the trainer's GPU: Qwen3-8B, LoRA rank 32, 256 rollouts of 1,024 tokens; by part.
 
-Figures: the start of vLLM; what sharing the base saves; seconds of a step by part; the engine beside vLLM called alone,
-with and without a seed for each request; sleep, wake and sync. Weights are random, so all rollouts have full length.
+Figures: the start of vLLM; what sharing the base saves; sleep, wake and sync; seconds of a step by part; the engine
+beside vLLM called alone, with and without a seed for each request. Weights are random, so all rollouts have full
+length. A stage that fails says why, and the others go on.
 """
 
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from pmd.config.load import load_config
 from pmd.engines.base import Request, Sampling
 from pmd.engines.vllm import VLLMEngine
 from pmd.planning.bench import measure_steps, summarise
-from pmd.planning.engine_bench import measure_engine
+from pmd.planning.engine_bench import measure_engine, measure_turns
 from pmd.run_dir import RunDir
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -42,8 +44,9 @@ def measure_in(folder: Path, device: str, quick: bool, num_tasks: int = 32) -> I
     """The same with the weights in a folder, and with steps of `num_tasks` x 8 rollouts."""
     tasks, tokens, steps = (2, 16, 1) if quick else (num_tasks, 1024, 1)
     found: dict[str, Any] = {"rollouts": tasks * GROUP_SIZE, "tokens_each": tokens}
-    started = time.perf_counter()
-    model = make_model(folder / "model", "tiny" if quick else "qwen3_8b")
+    started, model = time.perf_counter(), folder / "model"
+    if not model.is_dir():
+        make_model(model, "tiny" if quick else "qwen3_8b")
     found["write_model_s"] = time.perf_counter() - started
     run = start(device, model, make_questions(folder, 2 * tasks * (steps + 1)), tasks, tokens, steps)
     engine = run.data.engine
@@ -52,19 +55,35 @@ def measure_in(folder: Path, device: str, quick: bool, num_tasks: int = 32) -> I
         found |= {"start_s": dict(engine.runtime.seconds), "shared_gb": shared_bytes(run, engine) / 1e9}
         found["vllm"] = {"version": engine.runtime.version, "fraction": engine.runtime.settings.memory_fraction}
         yield found
-        callbacks = [WeightSyncCallback(engine, run.parity)]
-        step = summarise(
-            measure_steps(run.module, run.data, steps + 1, "gpu" if device == "cuda" else "cpu", callbacks)
-        )
-        kept = ("step_s", "tokens_per_s", "training_tokens_per_s", "rollout_tokens_per_s", "mfu", "peak_memory_gb")
-        found["step"] = step["seconds"] | {name: step[name] for name in (*kept, "reserved_memory_gb")}
-        turns = ("sleep", "wake", "sync")
-        found["step"]["sleep_wake_sync_s"] = sum(step["seconds"].get(part, 0.0) for part in turns)
-        yield found
-        for name, seeded in (("one_stream", False), ("request_seeds", True)):
-            engine.runtime.settings = replace(engine.runtime.settings, request_seeds=seeded)
-            found[name] = measure_engine(engine, batches_of(run), Sampling(1.0, tokens))
+        stages: dict[str, Callable[[], dict[str, float]]] = {
+            "turns": lambda: measure_turns(engine),
+            "step": lambda: measure_colocated(run, engine, device, steps),
+            "one_stream": lambda: measure_sampling(run, engine, tokens, seeded=False),
+            "request_seeds": lambda: measure_sampling(run, engine, tokens, seeded=True),
+        }
+        for name, measure_stage in stages.items():
+            try:
+                found[name] = measure_stage()
+            except Exception as error:
+                traceback.print_exc()
+                found[name] = {"problem": f"{type(error).__name__}: {str(error)[:200]}"}
             yield found
+
+
+def measure_colocated(run: Run, engine: VLLMEngine, device: str, steps: int) -> dict[str, float]:
+    """Return the seconds of whole steps by part, after one to warm up."""
+    callbacks = [WeightSyncCallback(engine, run.parity)]
+    step = summarise(measure_steps(run.module, run.data, steps + 1, "gpu" if device == "cuda" else "cpu", callbacks))
+    kept = ("step_s", "tokens_per_s", "training_tokens_per_s", "rollout_tokens_per_s", "mfu", "peak_memory_gb")
+    figures = step["seconds"] | {name: step[name] for name in (*kept, "reserved_memory_gb") if name in step}
+    figures["sleep_wake_sync_s"] = sum(step["seconds"].get(part, 0.0) for part in ("sleep", "wake", "sync"))
+    return figures
+
+
+def measure_sampling(run: Run, engine: VLLMEngine, tokens: int, *, seeded: bool) -> dict[str, float]:
+    """Return the engine's rate beside that of vLLM called directly, on a step's prompts."""
+    engine.runtime.settings = replace(engine.runtime.settings, request_seeds=seeded)
+    return measure_engine(engine, batches_of(run), Sampling(1.0, tokens))
 
 
 def start(device: str, model: Path, questions: Path, tasks: int, tokens: int, steps: int) -> Run:

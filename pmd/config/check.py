@@ -141,7 +141,7 @@ def _model_problems(run: RunConfig) -> list[str]:
         if not cuda_is_available():
             problems.append("model.layer_kernels=liger needs a CUDA device and none was found; use plain.")
         if find_spec("liger_kernel") is None:
-            problems.append("model.layer_kernels=liger needs liger-kernel; pip install liger-kernel, or use plain.")
+            problems.append("model.layer_kernels=liger needs liger-kernel; pip install 'pmd[gpu]', or use plain.")
     if run.optimizer.kind == "adamw_8bit_paged":
         if not cuda_is_available():
             problems.append("optimizer.kind=adamw_8bit_paged needs a CUDA device and none was found; use adamw.")

@@ -70,9 +70,10 @@ class ModelConfig:
         "How attention is computed. `varlen` (CUDA) packs rows without padding, shared prompts included, and `auto` "
         "takes it where it can, else sdpa; flash attention, from its own package, packs rows but shares no prompts.",
     )
-    layer_kernels: Literal["plain", "compiled", "liger"] = option(
-        "plain",
-        "Norms, rotary embedding and SwiGLU by torch, by torch.compile of each layer, or by liger-kernel (CUDA).",
+    layer_kernels: Literal["auto", "plain", "compiled", "liger"] = option(
+        "auto",
+        "Norms, rotary embedding and SwiGLU by torch, by torch.compile of each layer, or by liger-kernel (CUDA), which "
+        "`auto` takes in bfloat16 on CUDA where it is installed.",
     )
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model; only for a model whose authors you trust as your own code."

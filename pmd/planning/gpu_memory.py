@@ -17,7 +17,7 @@ from pmd.config.schema import MICRO_BATCH_TOKENS, ModelConfig, RunConfig
 from pmd.losses.distillation import SLAB_TOKENS, chunk_size, kernel_chunk_size
 from pmd.losses.fused import block_size
 from pmd.planning.embedder_memory import embedder_bytes
-from pmd.pretrained import DTYPES, load_model_config
+from pmd.pretrained import DTYPES, load_model_config, uses_liger
 
 #: Bytes per weight in NF4 with double quantisation: half a byte and the scales of its blocks.
 NF4_BYTES = 0.516
@@ -29,6 +29,8 @@ SAVED_ACTIVATIONS = {
     ("adapter", "float32"): (4, 3, 3, 4),
     ("adapter", "bfloat16"): (6, 4, 4, 4),
 }
+#: The same with liger-kernel's norms and SwiGLU, which save their inputs alone.
+SAVED_BY_LIGER = (4, 3, 3, 3)
 #: Additional tensors [block, V] in a comparison over the whole vocabulary, by alpha; the default is for 0 < alpha < 1.
 VOCABULARY_TENSORS = {0.0: 3.25, 1.0: 3.25, "symmetric": 5.0}
 DEFAULT_VOCABULARY_TENSORS = 7.25
@@ -195,7 +197,8 @@ def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int
     """Return the peak bytes that exist only during a micro-batch: at the loss, or in a layer's backward pass."""
     model, size = run.model, DTYPES[run.model.dtype].itemsize
     kind = "full" if model.finetune == "full" else "adapter"
-    counts, ranks = SAVED_ACTIVATIONS[kind, model.dtype], 0 if kind == "full" else 7 * 4 * model.lora_rank
+    counts = SAVED_BY_LIGER if uses_liger(model, device) else SAVED_ACTIVATIONS[kind, model.dtype]
+    ranks = 0 if kind == "full" else 7 * 4 * model.lora_rank
     widths = (shape.hidden, shape.query, shape.key, shape.intermediate)
     layer = tokens * (size * sum(n * width for n, width in zip(counts, widths, strict=True)) + ranks)
     recomputed = recomputed_layers(shape, model)

@@ -1,6 +1,7 @@
 """Packed rows on a GPU: torch's flash attention against the plain implementation, and every way of one step."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from examples import tiny_module
 from test_attention import HEADS, implied_mask, one_softmax, packed_rows
 from test_training_step import METHODS
 
-from pmd.attention import attend_packed
+from pmd import attention_kernels
+from pmd.attention import PackedLayout, attend_packed
+from pmd.attention_kernels import HOPPER, LONG_SEGMENT, Segments
 from pmd.batch import Batch
 from pmd.packing import moved
 from pmd.planning.synthetic import Lengths, synthetic_examples
@@ -56,3 +59,28 @@ def test_padded_packed_shared_and_recomputed_give_one_gradient():
     expected = gradients["sdpa", False, False]
     for way, gradient in gradients.items():
         assert torch.nn.functional.cosine_similarity(gradient, expected, 0) > 0.995, way
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER, reason="not a Hopper GPU"
+)
+def test_long_segments_by_cudnn_equal_flash_attention():
+    """Long and short segments mixed, some of a length that is rounded up."""
+    lengths = (300, LONG_SEGMENT + 100, 20, 40, 2 * LONG_SEGMENT, LONG_SEGMENT)
+    own = Segments(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=CUDA), lengths)
+    torch.manual_seed(0)
+    parts = [
+        torch.randn(sum(lengths), heads, 128, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (8, 2, 2)
+    ]
+    direction = torch.randn_like(parts[0])
+    found = []
+    for enabled in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        out = attend_packed(*parts, PackedLayout(own, max(lengths)), scale=0.1)
+        found.append([out, *torch.autograd.grad((out * direction).sum(), parts)])
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert attention_kernels._serves(parts[0].device, torch.bfloat16, 8, 2, 128)
+    for by_cudnn, by_flash in zip(*found, strict=True):
+        assert not torch.equal(by_cudnn, by_flash)  # two kernels, two orders of sums
+        assert (by_cudnn - by_flash).norm() < 0.01 * by_flash.norm()

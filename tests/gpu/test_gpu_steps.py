@@ -93,6 +93,24 @@ def test_bfloat16_stays_close_to_float32():
     assert torch.nn.functional.cosine_similarity(exact[1], rounded[1], dim=0) > 0.98
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_ligers_kernels_equal_plain_ones(method):
+    pytest.importorskip("liger_kernel")
+    plain, fused = (
+        gradient(module_of(method, dtype="bfloat16", layer_kernels=kernels), varied_examples(), "cuda")
+        for kernels in ("plain", "liger")
+    )
+    assert fused[0] == pytest.approx(plain[0], rel=0.05, abs=1e-3)
+    assert torch.nn.functional.cosine_similarity(plain[1], fused[1], dim=0) > 0.98
+
+
+def test_a_model_on_the_cpu_keeps_its_own_kernels_beside_ligers():
+    pytest.importorskip("liger_kernel")
+    gradient(module_of("sdpo", dtype="bfloat16", layer_kernels="liger"), varied_examples(), "cuda")
+    beside = gradient(module_of("sdpo"), varied_examples(), "cpu")
+    assert beside[1].isfinite().all()
+
+
 def fit(module: PMDModule, steps: int = 3) -> Tensor:
     """Take steps under Lightning on the GPU; return how the trained weights moved."""
     trained = [p for p in module.parameters() if p.requires_grad]
