@@ -44,9 +44,8 @@ def measure_in(folder: Path, device: str, quick: bool, num_tasks: int = 32) -> I
     """The same with the weights in a folder, and with steps of `num_tasks` x 8 rollouts."""
     tasks, tokens, steps = (2, 16, 1) if quick else (num_tasks, 1024, 1)
     found: dict[str, Any] = {"rollouts": tasks * GROUP_SIZE, "tokens_each": tokens}
-    started, model = time.perf_counter(), folder / "model"
-    if not model.is_dir():
-        make_model(model, "tiny" if quick else "qwen3_8b")
+    started = time.perf_counter()
+    model = make_model(folder / "model", "tiny" if quick else "qwen3_8b")
     found["write_model_s"] = time.perf_counter() - started
     run = start(device, model, make_questions(folder, 2 * tasks * (steps + 1)), tasks, tokens, steps)
     engine = run.data.engine

@@ -54,7 +54,7 @@ def test_a_step_of_few_tokens_needs_no_larger_micro_batch():
 def test_values_that_are_set_stay():
     for mode in (True, False, "selective"):
         assert choose(QWEN3_8B, run_of(mode), 300 * GB).checkpointing == mode
-    fixed = choose(QWEN3_8B, run_of(tokens=5000), 60 * GB)
+    fixed = choose(QWEN3_8B, run_of(tokens=5000), 45 * GB)
     assert fixed.micro_batch_tokens == 5000
     assert fixed.checkpointing == "selective"
     run = run_of(True, 5000)
