@@ -101,7 +101,7 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         console.print(f"vLLM does not fit beside it: {error}", markup=False)
         return 1
     code = _verdict(run, plan.phases(parts), tokens, free, console)
-    for line in [*lines, str(plan)]:
+    for line in [*lines, str(plan), *describe_hours(run, loaded.trainer)]:
         console.print(line, markup=False)
     return code
 
@@ -143,6 +143,22 @@ def _verdict(
         return 0
     console.print("It does not fit: " + "; ".join(remedies(run)) + ".", markup=False)
     return 1
+
+
+def describe_hours(run: RunConfig, trainer: Mapping[str, Any]) -> list[str]:
+    """Return a line with the predicted hours of a run whose data and model are known, with LoRA on one GPU."""
+    from pmd.planning.hours import predict_hours
+
+    if run.model.finetune != "lora" or num_processes(trainer) > 1:
+        return []
+    try:
+        hours = predict_hours(run, dict(trainer))
+    except ValueError:
+        return []
+    return [
+        f"A run is predicted to take {hours.total:.0f} hours of one H200, {hours.training:.0f} of them in training "
+        "(pmd/planning/hours.py says from what)."
+    ]
 
 
 def describe_ranks(run: RunConfig, trainer: Mapping[str, Any], enough: int | None, gpu_bytes: float) -> str:

@@ -1,8 +1,12 @@
 """`pmd doctor`: exact numbers of weights, parts that follow the configuration, a verdict with a remedy."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from pmd.cli import main
+from pmd.cli.doctor import describe_hours
 from pmd.config.load import load_config
 from pmd.config.schema import ModelConfig, ObjectiveConfig, RunConfig, TeacherConfig
 from pmd.planning.gpu_memory import (
@@ -90,3 +94,13 @@ def test_frozen_copies_match_the_policys(teacher, kl_weight, copies):
     policy = make_policy(load_base(run.model), run.model, run.teacher, needs_reference=kl_weight > 0)
     assert [policy.reference, policy.teacher].count(None) == 2 - copies
     assert parts["frozen copies"] == copies * parts["base"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "olmo3_7b"])
+def test_the_hours_in_a_configurations_header_are_predicted_by_the_doctor(name):
+    path = Path("configs") / f"{name}.yaml"
+    loaded = load_config([str(path)], [])
+    (line,) = describe_hours(loaded.run, loaded.trainer)
+    (said,) = re.findall(r"Time, predicted: (\d+ hours of one H200)", path.read_text())
+    assert f"take {said}" in line
+    assert describe_hours(loaded.run, {**loaded.trainer, "devices": 2, "strategy": "ddp"}) == []
