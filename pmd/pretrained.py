@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 from pmd import attention
 from pmd.config.schema import ModelConfig
 from pmd.errors import ConfigError
+from pmd.hub import prepare_hub
 from pmd.tasks.thinking import MARK, OPENED
 from pmd.tiny import SHIPPED_MODELS, shipped_model_path
 
@@ -259,6 +260,7 @@ def _set(owner: Any, name: str, value: float) -> None:
 
 def _loaded(config: ModelConfig, part: str, load: Callable[[], Loaded]) -> Loaded:
     """Return what `load` returns; whatever it raises about the model's files becomes a ConfigError."""
+    prepare_hub(resolve_model_path(config.path))
     try:
         return load()
     except (torch.OutOfMemoryError, MemoryError):

@@ -86,8 +86,8 @@ def warm_server() -> tuple[TextIO, TextIO]:
     return fork_server()
 
 
-def small_fit(run_dir: Path, epochs: int, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    """Train on the small tiny world."""
+def small_fit(run_dir: Path, epochs: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
+    """Train on the small tiny world; the options are those of `run_pmd`."""
     config = str(ROOT / "configs" / "tiny.yaml")
     epochs_and_folder = [f"--trainer.max_epochs={epochs}", f"--run_dir={run_dir}"]
-    return run_pmd("fit", "--config", config, *SMALL, *epochs_and_folder, *arguments, code=code)
+    return run_pmd("fit", "--config", config, *SMALL, *epochs_and_folder, *arguments, **options)

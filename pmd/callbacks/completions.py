@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 
 from pmd.batch import Batch, Example
 from pmd.module import PMDModule
@@ -19,6 +19,15 @@ from pmd.types import Rollout
 
 MAX_ROWS = 32  # in a logger's table; the file holds all
 NAME = "completions"
+
+
+@runtime_checkable
+class HasTables(Protocol):
+    """A logger that takes tables as Lightning's WandbLogger does; one of a user's own may, too."""
+
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int | None = None) -> None:
+        """Log the rows `data` under the name `key`."""
+        ...
 
 
 class CompletionsCallback(Callback):
@@ -101,7 +110,7 @@ def log_table(logger: Logger, name: str, rows: list[dict[str, Any]], step: int) 
     if not rows:
         return
     columns = list(rows[0])
-    if isinstance(logger, WandbLogger):
+    if isinstance(logger, HasTables):
         logger.log_table(name, columns=columns, data=[list(row.values()) for row in rows], step=step)
     elif isinstance(logger, MLFlowLogger):
         data = {column: [row[column] for row in rows] for column in columns}

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from pmd.callbacks.checkpoint import data_of
+from pmd.callbacks.completions import HasTables
 from pmd.engines.base import Engine
 from pmd.engines.parity import ParityCheck
 from pmd.engines.shared import LeadingScorer
@@ -183,7 +183,7 @@ class MemoryCallback(Callback):
         return {f"memory/audits_made_{status}": float(update.changed_by_audits.get(status, 0)) for status in statuses}
 
     def _log_items(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
-        """Save the epoch's table of items as a file of the run, and as a table in Weights & Biases."""
+        """Save the epoch's table of items as a file of the run, and as a table of loggers such as Weights & Biases."""
         if not rows:
             return
         path = self.items / f"epoch-{trainer.current_epoch:03d}.csv"
@@ -198,9 +198,10 @@ class MemoryCallback(Callback):
                 f"table of memory items={path} could not be written ({error.strerror}); the last checkpoint is kept: "
                 "free space and resume."
             ) from error
+        data, step = [list(row.values()) for row in rows], max(trainer.global_step - 1, 0)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("memory/items", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            if isinstance(logger, HasTables):
+                logger.log_table("memory/items", columns=list(rows[0]), data=data, step=step)
 
 
 def _tensor(data: bytes) -> torch.Tensor:

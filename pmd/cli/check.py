@@ -40,5 +40,5 @@ def main(argv: list[str]) -> int:
     ready, console = check_run(loaded.run), Console()
     engine = f"engine: {loaded.run.rollouts.engine}; run directory: {run_dir.root}"
     for line in [*ready.report, engine, *ready.notes, "Nothing is wrong: `fit` can start."]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     return 0

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     print_table(found, options)
     print_solved(solved, found[0].method)
     if not options.out:
-        print("Give a folder with --out to keep the tables as compare.json and draw compare.png and solved.png.")
+        print("--out FOLDER keeps the tables as compare.json, and draws them.")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     content = {"phase": options.phase, "metric": options.metric, "methods": [dataclasses.asdict(c) for c in found]}

@@ -131,11 +131,14 @@ def _verdict(
 ) -> int:
     """Print bytes by part and phase; return 0 if every phase fits, else 1."""
     names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
-    table = Table("part", *(f"GB, {name}" for name in phases), title=f"predicted, micro-batches of {tokens} tokens")
+    table = Table("part")
+    for name in phases:
+        table.add_column(f"GB, {name}", justify="right")
     for part in names:
         table.add_row(part, *(f"{parts[part] / 1e9:.3f}" if part in parts else "" for parts in phases.values()))
     totals = [sum(parts.values()) for parts in phases.values()]
     table.add_row("all", *(f"{total / 1e9:.3f}" for total in totals))
+    console.print(f"Predicted memory, with micro-batches of {tokens} tokens:")
     console.print(table)
     console.print(f"free now: {available / 1e9:.1f} GB", markup=False)
     if max(totals) <= available:

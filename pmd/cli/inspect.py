@@ -28,6 +28,7 @@ completion, the divergence between student and teacher in nats and the probabili
   python -m pmd inspect prompts --config configs/tiny.yaml      all prompts of a task, before a run (prompts --help)"""
 BAR = 10  # characters of the longest divergence bar
 SAME = 0.01  # tokens below this fraction of the largest divergence are grouped on one line
+LIST_COLUMNS = ("reward", "verdict", "tokens", "items", "shown", "nats")
 LEVELS = {0: "experience", 1: "insight", 2: "behaviour"}
 
 
@@ -72,21 +73,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def list_rollouts(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print one line for each rollout."""
-    table = Table("#", "task", "reward", "verdict", "tokens", "memory items", "shown", "nats", box=None)
+    """Print one line for each rollout; in 80 columns, only ids of more than 26 characters are folded."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("task", overflow="fold")
+    for name, justify in zip(LIST_COLUMNS, ("right", "left", "right", "right", "left", "right"), strict=True):
+        table.add_column(name, justify=justify, no_wrap=True)
     for number, record in enumerate(records):
         divergence = record.get("per_token_divergence")
         table.add_row(
             str(number),
-            Text(printable(str(record["task_id"])), overflow="ellipsis"),
+            Text(printable(str(record["task_id"]))),
             f"{record['reward']:g}",
             Text(printable(str(record["status"]))),
             str(len(record["completion_ids"])),
             str(len(record["memory"])),
-            _shown_attempt(record),
+            _shown_briefly(record),
             "-" if divergence is None else f"{sum(divergence) / len(divergence):.3f}",
         )
     console.print(table)
+    console.print(
+        "items: memory items in the teacher's prompt; shown: the attempt beside them; nats: divergence per token",
+        style="dim",
+    )
 
 
 def show(record: dict[str, Any], place: str, tokenizer: Any, console: Console, *, every_token: bool) -> None:
@@ -176,6 +185,12 @@ def _shown_attempt(record: dict[str, Any]) -> str:
     if record.get("attempt_dropped"):  # missing in traces of earlier versions
         return "no attempt: it is too long for teacher.max_prompt_tokens"
     return "its own failure" if record["failure_shown"] else "no attempt"
+
+
+def _shown_briefly(record: dict[str, Any]) -> str:
+    if record["success_shown"]:
+        return "success"
+    return "too long" if record.get("attempt_dropped") else "failure" if record["failure_shown"] else "-"
 
 
 def _percent(logprob: float) -> str:

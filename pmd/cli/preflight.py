@@ -101,7 +101,9 @@ def try_prompts(config: RunConfig, prompts: PromptFormat, task: Task) -> tuple[l
         for name, (key, limit) in limits.items()
         if lengths[name] > limit
     ]
-    return warnings, [f"prompts of task {task.task_id}: " + ", ".join(f"{n} {name}" for name, n in lengths.items())]
+    return warnings, [
+        f"tokens of prompts of task {task.task_id}: " + ", ".join(f"{name} {n}" for name, n in lengths.items())
+    ]
 
 
 def try_verifiers(tasks: list[Task], config: RunConfig) -> tuple[list[str], list[str]]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pmd.errors import ConfigError, MemoryStoreError
+from pmd.hub import prepare_hub
 
 Vectors = np.ndarray  # float32 [n, D], rows of length 1
 DEFAULT_DIMENSION = 512
@@ -218,6 +219,7 @@ class SentenceEmbedder:
             raise ConfigError(
                 f"memory.embedder={self.path} is not an existing directory; give one, or a Hugging Face id."
             )
+        prepare_hub(self.path)
         on_cpu = {"dtype": "float32"} if self.device == "cpu" else {}  # half precision is slow there
         try:
             self._model = SentenceTransformer(

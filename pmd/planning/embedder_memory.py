@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import ConfigError
+from pmd.hub import prepare_hub
 from pmd.memory.embed import BATCH_TEXTS, MAX_TOKENS
 from pmd.pretrained import DTYPES
 
@@ -40,6 +41,7 @@ def _bytes_of(embedder: str, device: str) -> float:
 
 
 def _read_architecture(path: str) -> PretrainedConfig:
+    prepare_hub(path)
     folder = Path(path).expanduser()
     modules = folder / "modules.json"
     try:

@@ -9,11 +9,11 @@ import functools
 import importlib.util
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pmd.config.schema import DataConfig
-from pmd.tasks.splits import hold_out_test
+from pmd.tasks.splits import hold_out_test, prompt_of
 from pmd.types import Message, Split, Task
 
 if TYPE_CHECKING:
@@ -41,10 +41,25 @@ def read_environment(config: DataConfig, seed: int) -> tuple[list[Task], list[st
     train, problems = _read(config.taskset, "train", config.max_train)
     if config.test_taskset:
         test, wrong = _read({**config.taskset, **config.test_taskset}, "test", config.max_test)
-        return train + test, problems + wrong
+        return train + test, problems + wrong + _describe_repeats(train, test, config)
     source = f"data.taskset.id={config.taskset['id']}"
     tasks, too_few = hold_out_test(train, seed, source, "give data.test_taskset")
     return tasks, problems or too_few
+
+
+def _describe_repeats(train: Sequence[Task], test: Sequence[Task], config: DataConfig) -> list[str]:
+    """Return why the held-out tasks hold nothing out; single questions that recur are reported by every data set."""
+    train_ids = {task.task_id for task in train}
+    repeated = [task.task_id for task in test if task.task_id in train_ids]
+    place = f"data.test_taskset={json.dumps(config.test_taskset)}"
+    remedy = "give arguments that choose other tasks, or leave it out to hold a tenth out."
+    if repeated:
+        return [
+            f"{place}: {len(repeated)} of {len(test)} ids, such as {repeated[0]}, are those of training tasks; {remedy}"
+        ]
+    if test and {prompt_of(task) for task in test} <= {prompt_of(task) for task in train}:
+        return [f"{place}: each of its {len(test)} tasks is a training task, too; {remedy}"]
+    return []
 
 
 def _read(options: Mapping[str, Any], split: Split, count: int | None) -> tuple[list[Task], list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pmd.errors import ConfigError
+from pmd.hub import prepare_hub
 
 
 def load_rows(
@@ -14,6 +15,7 @@ def load_rows(
     Raises:
         ConfigError: if it cannot be loaded: no network, no such data set, no such split.
     """
+    prepare_hub(repository)
     from datasets import load_dataset
 
     try:

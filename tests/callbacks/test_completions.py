@@ -4,10 +4,12 @@ import json
 
 from examples import make_rollout
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from pmd.callbacks.completions import EvaluationTables, log_table, markdown
 
 ROWS = [{"task_id": "a", "completion": "x | y\nz"}, {"task_id": "b", "completion": "w"}]
+OTHERS = (MLFlowLogger, TensorBoardLogger, CSVLogger)
 
 
 def logger_of(kind: type, calls: list):
@@ -26,19 +28,32 @@ def logger_of(kind: type, calls: list):
         def __init__(self):
             pass
 
+    return Recorded()
+
+
+def with_tables(kind: type, calls: list):
+    """A logger of this kind that takes tables itself."""
+
+    class Taking(kind):
+        def __init__(self):
+            pass
+
         def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
             calls.append(("log_table", key, columns, data, step))
 
-    return Recorded()
+    return Taking()
 
 
 def test_each_logger_gets_its_own_form():
     calls: list = []
-    for kind in (WandbLogger, MLFlowLogger, TensorBoardLogger, CSVLogger):
-        log_table(logger_of(kind, calls), "completions", ROWS, 7)
+    own = with_tables(DummyLogger, calls)
+    for logger in (with_tables(WandbLogger, calls), own, *(logger_of(kind, calls) for kind in OTHERS)):
+        log_table(logger, "completions", ROWS, 7)
     columns = ["task_id", "completion"]
+    table = ("log_table", "completions", columns, [["a", "x | y\nz"], ["b", "w"]], 7)
     assert calls == [
-        ("log_table", "completions", columns, [["a", "x | y\nz"], ["b", "w"]], 7),
+        table,
+        table,
         ("log_table", "run", {"task_id": ["a", "b"], "completion": ["x | y\nz", "w"]}, "completions/step-000007.json"),
         ("add_text", "completions", markdown(ROWS), 7),
     ]

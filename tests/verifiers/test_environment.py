@@ -12,7 +12,7 @@ from pmd.config.load import load_config
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.rollouts.datamodule import digest_of
-from pmd.tasks import describe_data_problems, load_tasks
+from pmd.tasks import describe_data_problems, duplicated_task_ids, load_tasks
 from pmd.verifiers.pool import verify
 
 PACKAGE = Path(__file__).parent / "environment_package"
@@ -66,6 +66,23 @@ def test_arguments_choose_the_held_out_tasks(small_sums):
     tasks = read(taskset=small_sums, test_taskset={"first": 500, "count": 10}, validation_share=0.0)
     assert [len(tasks[split]) for split in ("train", "test")] == [40, 10]
     assert tasks["test"][0].task_id == "sum-500"
+
+
+@pytest.mark.parametrize(
+    ("named", "first", "said"),
+    [
+        (True, 35, r"data\.test_taskset=.*: 5 of 10 ids, such as sum-35, are those of training tasks; give arguments"),
+        (False, 20, "each of its 10 tasks is a training task, too; give arguments"),
+    ],
+)
+def test_held_out_tasks_that_are_trained_on_are_refused(small_sums, named, first, said):
+    with pytest.raises(ConfigError, match=said):
+        read(taskset={**small_sums, "named": named}, test_taskset={"first": first, "count": 10})
+
+
+def test_single_questions_that_recur_are_kept_out_of_memory(small_sums):
+    tasks = read(taskset={**small_sums, "named": False}, test_taskset={"first": 35, "count": 10}, validation_share=0)
+    assert len(duplicated_task_ids(tasks)) == 5
 
 
 def test_a_taskset_without_end_is_read_as_far_as_asked(small_sums):

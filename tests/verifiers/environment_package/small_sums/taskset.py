@@ -28,6 +28,7 @@ class SumTask(vf.Task[SumData]):
 class SumConfig(vf.TasksetConfig):
     first: int = 0
     count: int = 40  # 0: without end
+    named: bool = True
 
 
 class SmallSumsTaskset(vf.Taskset[SumTask, SumConfig]):
@@ -39,7 +40,8 @@ class SmallSumsTaskset(vf.Taskset[SumTask, SumConfig]):
                 return
             a, b = number % 10 + 1, number // 10 + 1
             prompt = QUESTION.format(a=a, b=b, wrong=a + b - 1, right=a + b, more=a + b + 1)
-            yield SumTask(SumData(name=f"sum-{number}", prompt=prompt, answer="B"), self.config.task)
+            name = f"sum-{number}" if self.config.named else None
+            yield SumTask(SumData(name=name, prompt=prompt, answer="B"), self.config.task)
 
     @property
     def bounded(self) -> bool:
