@@ -9,7 +9,7 @@ run that stopped within an epoch goes on with the tasks that are left, in batche
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from random import Random
 from typing import Any
@@ -37,7 +37,7 @@ from pmd.types import Rollout, Split, Task
 #: Metrics of a whole rollout batch; logged with its first optimizer step, and 0 with the others.
 COSTS = (
     "rollout/num_tokens", "reflect/num_tokens", "reflect/num_behaviour_tokens", "memory/behaviour_writer_tokens",
-    "time/rollout_s", "time/verify_s", "time/context_s", "time/reflect_s", "time/memory_s",
+    "time/rollout_s", "time/verify_s", "time/overlap_s", "time/context_s", "time/reflect_s", "time/memory_s",
 )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ class RolloutDataModule(LightningDataModule):
         pool, pending = ThreadPoolExecutor(1), None
         try:
             for upcoming in [*task_batches, None]:
-                generated = None if pending is None else pending.result()
+                generated = None if pending is None else _result_of(pending)
                 pending = None if upcoming is None else pool.submit(self._generate_with_signal, upcoming)
                 if generated is not None:
                     yield generated
@@ -245,6 +245,8 @@ class RolloutDataModule(LightningDataModule):
             "time/verify_s": generated.verify_s,
             "time/context_s": time.perf_counter() - started,
         }
+        if self.config.rollouts.prefetch:
+            metrics["time/overlap_s"] = generated.overlap_s
         metrics |= learned
         num_updates = task_batch.num_updates
         for update in range(num_updates):
@@ -347,6 +349,14 @@ def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFo
             f"({shown}); the longest prompt has {max(lengths.values())} tokens: raise it, or leave these tasks out."
         )
     return max(lengths.values(), default=0)
+
+
+def _result_of(pending: Future[RolloutGroups]) -> RolloutGroups:
+    """Wait for rollouts that another thread generates; note for how long it did so before anyone waited."""
+    started = time.perf_counter()
+    generated = pending.result()
+    waited_s = time.perf_counter() - started
+    return replace(generated, overlap_s=max(0.0, generated.generate_s + generated.verify_s - waited_s))
 
 
 def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
