@@ -4,9 +4,9 @@ python benchmarks/bench_prefetch.py [--servers 2] [--rounds 3] [--steps 8] [--to
 
 On a machine with vLLM's CPU build: a tiny random model, the servers on one core and the trainer on another. Runs with
 and without prefetch alternate. Prints, for both, the median seconds of a step's parts: generating (verdicts included),
-training, how much of the two passed at the same time (`time/overlap_s`), and the step by the clock, from one trace to
-the next. The overlap can be no more than the shorter of the two parts; it is what prefetch gains where servers and
-trainer do not slow each other down. The first step of a run, which nothing precedes, is left out.
+training, and how much of the two passed at the same time, which can be no more than the shorter of them; and of the
+whole step, from one trace to the next. The overlap is what prefetch gains where servers and trainer do not slow each
+other down. The first step of a run, which nothing precedes, is left out.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,13 +31,8 @@ from pmd.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 BASE = ["--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml"]
-PARTS = {
-    "generates": ("time/rollout_s", "time/verify_s"),
-    "trains": (
-        "time/student_s", "time/teacher_s", "time/reference_s", "time/backward_s", "time/optimizer_s", "time/sync_s",
-    ),
-    "does both": ("time/overlap_s",),
-}  # fmt: skip
+GENERATES = ("rollout", "verify")
+TRAINS = ("context", "student", "teacher", "reference", "backward", "optimizer", "sync")
 
 
 def start(arguments: list[str], core: int, log: Path) -> subprocess.Popen[bytes]:
@@ -73,10 +69,20 @@ class Server:
 
 def steps_of(run: RunDir) -> dict[str, list[float]]:
     """Return the seconds of a run's steps but the first, by part; the clock runs from one trace to the next."""
-    rows = [row for row in run.read_metrics() if row.get("time/backward_s")][1:]
-    found = {part: [sum(float(row.get(n) or 0.0) for n in names) for row in rows] for part, names in PARTS.items()}
+    rows = [row for row in run.read_metrics() if row.get("time/backward_s")]
     written = sorted(file.stat().st_mtime for file in run.traces.glob("step-*"))
-    return found | {"takes": [later - earlier for earlier, later in pairwise(written)]}
+    return {
+        "generates": [seconds(row, *GENERATES) for row in rows[1:]],
+        "trains": [seconds(row, *TRAINS) for row in rows[1:]],
+        # What had passed when training asked for the batch, but for the wait before the weights could change.
+        "does both at once": [seconds(row, "overlap") - seconds(last, "wake") for last, row in pairwise(rows)],
+        "takes": [later - earlier for earlier, later in pairwise(written)],
+    }
+
+
+def seconds(row: Mapping[str, str], *parts: str) -> float:
+    """Return the seconds of some parts of a step."""
+    return sum(float(row.get(f"time/{part}_s") or 0.0) for part in parts)
 
 
 def main() -> int:
@@ -96,7 +102,7 @@ def main() -> int:
         "--rollouts.group_size=4",
     ]  # fmt: skip
     servers = [Server(common, cores[0], folder / f"server-{number}.log") for number in range(options.servers)]
-    seconds: dict[bool, dict[str, list[float]]] = {kind: defaultdict(list) for kind in (False, True)}
+    found: dict[bool, dict[str, list[float]]] = {kind: defaultdict(list) for kind in (False, True)}
     try:
         for server in servers:
             server.wait()
@@ -113,13 +119,13 @@ def main() -> int:
             if start(arguments, cores[-1], log).wait():
                 raise SystemExit(log.read_text()[-3000:])
             for part, values in steps_of(run).items():
-                seconds[prefetch][part] += values
+                found[prefetch][part] += values
             print(f"prefetch={prefetch}: {[f'{s:.2f}' for s in steps_of(run)['takes']]} s", flush=True)
     finally:
         for server in servers:
             server.process.send_signal(signal.SIGTERM)
             server.process.wait(60)
-    for prefetch, parts in seconds.items():
+    for prefetch, parts in found.items():
         medians = ", ".join(f"{part} {statistics.median(values):.2f} s" for part, values in parts.items())
         print(f"{'with' if prefetch else 'without'} prefetch, the median step {medians} ({len(parts['takes'])} steps)")
     print(f"completions of each server: {[server.num_completions() for server in servers]}")

@@ -12,7 +12,7 @@ from pmd.run_dir import GENERATED, GENERATED_SO_FAR
 
 #: Seconds that are no part of training: evaluations, and the processor's clock, which covers everything.
 NOT_TRAINING = ("time/cpu_s", "time/verification_s", "time/verification_cpu_s")
-#: Seconds of rollouts that were generated while the policy trained, which other parts of the clock count already.
+#: Seconds of prefetched rollouts that passed before training asked for them; other parts of the clock count them, too.
 OVERLAP = "time/overlap_s"
 SCORES = {"avg": "verify/avg", "with memory": "verify/memory_conditioned_avg"}
 

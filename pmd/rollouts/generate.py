@@ -27,7 +27,7 @@ class RolloutGroups:
     generate_s: float
     verify_s: float  # time spent waiting for verdicts, beyond generation
     num_hung: int = 0  # verifications that were abandoned at their deadline
-    overlap_s: float = 0.0  # of both, how long the policy trained at the same time (`rollouts.prefetch`)
+    overlap_s: float = 0.0  # of both, what passed before training asked for the rollouts (`rollouts.prefetch`)
     discarded: tuple[list[Rollout], ...] = ()  # groups that others replace, in the order in which they were generated
 
     @property
