@@ -1,6 +1,6 @@
 """Kills ranks of runs on several devices (gloo, on the CPU) at random moments, and resumes on one, two or four ranks.
 
-python benchmarks/kill_rank.py [--kills 20] [--ranks 2] [--seed 0] [--out FOLDER]
+python benchmarks/kill_rank.py [--strategy ddp] [--kills 20] [--ranks 2] [--seed 0] [--out FOLDER]
 
 After each kill -9 of a random rank: the launcher must have ended within 30 s, its message must name the rank, the
 process and the signal, and no process of the run may be left. The run is resumed and killed again with a chance of 0.7,
@@ -29,6 +29,10 @@ from typing import Any
 import small_world
 import torch
 
+from pmd.checkpoint_file import read_checkpoint
+from pmd.checkpoint_shards import filled
+from pmd.config.processes import STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 CONFIG = [*small_world.CONFIG, "--rollouts.tasks_per_step=2", "--checkpoint_every_steps=2", "--trainer.max_epochs=4"]
 MARK = "PMD_KILL_RANK"  # in the environment of all processes of a trial
@@ -39,14 +43,14 @@ TOLERANCE = 2e-3
 class Group:
     """The processes of one `pmd fit` on several ranks."""
 
-    def __init__(self, run: Path, num_ranks: int, folder: Path):
+    def __init__(self, run: Path, num_ranks: int, folder: Path, strategy: str):
         self.mark, self.log = f"{os.getpid()}-{time.monotonic_ns()}", folder / f"{time.monotonic_ns()}.log"
         last = (run / "checkpoints" / "last.ckpt").is_file()
         if not last:
             shutil.rmtree(run, ignore_errors=True)
         arguments = ["--config", str(run / "config.yaml"), "--ckpt_path=last"] if last else [*CONFIG]
         if num_ranks > 1 or last:
-            arguments += ["--trainer.strategy=ddp", f"--trainer.devices={num_ranks}"]
+            arguments += [f"--trainer.strategy={strategy}", f"--trainer.devices={num_ranks}"]
         command = [sys.executable, "-m", "pmd", "fit", *arguments, f"--run_dir={run}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -86,8 +90,8 @@ class Group:
 class Trials:
     """Runs trials in a folder, compares what comes out, and counts."""
 
-    def __init__(self, folder: Path, num_ranks: int, seed: int):
-        self.folder, self.num_ranks, self.random = folder, num_ranks, random.Random(seed)
+    def __init__(self, folder: Path, num_ranks: int, seed: int, strategy: str):
+        self.folder, self.num_ranks, self.random, self.strategy = folder, num_ranks, random.Random(seed), strategy
         self.counts: Counter[str] = Counter()
         self.num_failures = 0
         self.ends_s: list[float] = []
@@ -95,7 +99,7 @@ class Trials:
         self.whole: dict[int, dict[str, Any]] = {}  # by the number of ranks
         for size in (1, num_ranks):
             run = folder / f"whole{size}"
-            undisturbed = Group(run, size, folder)
+            undisturbed = Group(run, size, folder, strategy)
             if undisturbed.wait() != 0:
                 raise SystemExit(f"a run that is never stopped has failed:\n{undisturbed.text[-3000:]}")
             self.whole[size] = contents(run)
@@ -112,7 +116,7 @@ class Trials:
         while self.random.random() < 0.7:
             self.kill(f"run {number}", run, self.num_ranks)
         size = self.random.choice((1, 2, 4))
-        resumed = Group(run, size, self.folder)
+        resumed = Group(run, size, self.folder, self.strategy)
         code = resumed.wait(1800)
         if code != 0:
             self.fail(f"run {number}: resumed on {size} rank(s): exit code {code}\n{resumed.text[-3000:]}")
@@ -122,7 +126,7 @@ class Trials:
 
     def kill(self, name: str, run: Path, num_ranks: int) -> None:
         """Start or resume a run, kill one of its ranks at a random moment, and look at how the others end."""
-        group = Group(run, num_ranks, self.folder)
+        group = Group(run, num_ranks, self.folder, self.strategy)
         epochs = self.random.randrange(-1, 5)  # -1: while the ranks start; then when so many rows are logged
         pause_s = self.random.uniform(0, 20 if epochs <= 0 else 3)
         while group.wait(0.02) is None:
@@ -190,7 +194,9 @@ def num_rows(run: Path) -> int:
 
 def contents(run: Path) -> dict[str, Any]:
     """Return what must be the same."""
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    if "shards" in state["pmd"]:
+        state = filled(state, {}, None)
     db = sqlite3.connect(run / "memory" / "memory.sqlite")
     dump = [line for line in db.iterdump() if "CREATE" not in line]
     db.close()
@@ -206,6 +212,7 @@ def contents(run: Path) -> dict[str, Any]:
 def main() -> int:
     """Run the trials and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of the ranks (default: ddp)")
     parser.add_argument("--kills", type=int, default=20, help="how many kills at least (default: 20)")
     parser.add_argument("--ranks", type=int, default=2, help="of the runs that are killed (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +221,7 @@ def main() -> int:
     torch.set_num_threads(1)
     folder = options.out or Path(tempfile.mkdtemp(prefix="kill_rank_"))
     folder.mkdir(parents=True, exist_ok=True)
-    trials, number = Trials(folder, options.ranks, options.seed), 0
+    trials, number = Trials(folder, options.ranks, options.seed, options.strategy), 0
     while len(trials.ends_s) < options.kills:
         trials.kill_and_resume(number)
         number += 1

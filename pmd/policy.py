@@ -9,7 +9,7 @@ average of their products BA.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -92,6 +92,13 @@ class Policy(nn.Module):
             return
         with self.ranks.naming_loss("gathering the weights"), sharding.gathered(self.model_of(self.resolve(role))):
             yield
+
+    def whole_weights(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Yield a model's weights by name. Those that ranks divide are gathered one by one, by all ranks together."""
+        for name, weight in model.state_dict().items():
+            with nullcontext() if self.ranks is None else self.ranks.naming_loss("gathering the weights"):
+                gathered = sharding.whole(weight)
+            yield name, gathered
 
     def teacher_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield corresponding (teacher, student) tensors; of weights that are divided, this rank's parts."""

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ from rank_processes import on_ranks
 from pmd.batch import Example
 from pmd.callbacks.checkpoint import VerifiedCheckpointIO
 from pmd.checkpoint_file import FORMAT
-from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig
+from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig, VLLMConfig
 from pmd.engines.base import Request, Sampling
 from pmd.engines.hf import HFEngine
+from pmd.engines.parity import ParityCheck
 from pmd.engines.shared import LeadingEngine, LeadingScorer, follow
-from pmd.errors import AlignmentError, RankLost
+from pmd.errors import AlignmentError, EngineError, RankLost
 from pmd.ranks import Ranks
 from pmd.sharding import whole
 from pmd.types import Completion
@@ -156,7 +158,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(finetune, tmp_path):
 
 
 class CountingEngine:
-    """Completes each request with its seed, and counts what it was asked for."""
+    """Completes each request with its seed, and notes what it was asked for."""
 
     def __init__(self):
         self.policy_version, self.asked = 0, []
@@ -164,6 +166,9 @@ class CountingEngine:
     def generate(self, requests, sampling, role="student"):
         self.asked += [request.seed for request in requests]
         yield from ((n, Completion((request.seed,), (-1.0,), "", "stop", 0)) for n, request in enumerate(requests))
+
+    def sleep(self):
+        self.asked.append("sleep")
 
 
 def test_rank_0_leads_and_tells(tmp_path):
@@ -196,11 +201,33 @@ def test_rank_0_leads_and_tells(tmp_path):
 
     first, second = on_ranks(2, tmp_path, act)
     assert first[0] == [0, 1, 2, 3, 4]
-    assert [first[1], second[1]] == [[0, 2, 4], [1, 3]]
+    assert [first[1], second[1]] == [[0, 2, 4], [1, 3, "sleep"]]  # rank 0's audit puts its own to sleep
     assert [first[4], second[4]] == ["ZeroDivisionError", "RankLost"]
     for found in (first, second):
         assert found[2:4] == ({"n": 7.0}, "only rank 0 is asked")
         assert found[5:] == (["done a", "done b", "done c"], {"x": 2.0, "y0": 2.0, "y1": 2.0})
+
+
+class StaleEngine(HFEngine):
+    """Returns log-probs of other weights than the trainer's."""
+
+    def generate(self, requests, sampling, role="student"):
+        for position, completion in super().generate(requests, sampling, role):
+            yield position, replace(completion, logprobs=tuple(logprob - 1.0 for logprob in completion.logprobs))
+
+
+def test_the_engine_of_each_rank_is_checked(tmp_path):
+    def act(ranks: Ranks) -> None:
+        module, config = tiny_module(), VLLMConfig(parity_completions=2, parity_tokens=4, parity_bound=1e-4)
+        engines = [kind(module.policy, module.tokenizer, 2) for kind in (HFEngine, (HFEngine, StaleEngine)[ranks.rank])]
+        good, bad = (ParityCheck(engine, module.policy, [(1, 5)], config, 0, ranks) for engine in engines)
+        assert good.measure(nullcontext())["parity/max"] < 1e-4
+        with pytest.raises(EngineError, match=r"differ by 0\.5 nats per token on average"):
+            bad.measure(nullcontext())
+        ranks.num_generating = 1  # as with servers: rank 0 alone asks
+        assert bad.measure(nullcontext())["parity/max"] < 1e-4
+
+    on_ranks(2, tmp_path, act)
 
 
 def test_ranks_that_hold_other_weights_are_refused(tmp_path):

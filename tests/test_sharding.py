@@ -30,8 +30,11 @@ def gradients(finetune: str, recomputes: bool, ranks: Ranks | None) -> dict[str,
             torch.nn.init.normal_(parameter)
     if ranks is not None:
         size, kept = (sum(p.numel() for p in weights) for weights in (policy.parameters(), policy.adapters()))
+        before = {name: weight.clone() for name, weight in policy.model_of("student").state_dict().items()}
         policy.shard(ranks)
         assert sum(own_part(p.detach()).numel() for p in policy.parameters()) == (size - kept) / 2 + kept
+        model = policy.model_of("student")
+        assert all(weight.equal(before[name]) for name, weight in policy.whole_weights(model))
     for pair in PAIRS if ranks is None else [PAIRS[ranks.rank]]:
         score(policy, pad_sequences([pair], 0, torch.device("cpu"))).student_logprobs.sum().backward()
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}

@@ -4,12 +4,20 @@ from collections.abc import Callable
 
 from lightning import Callback, LightningModule, Trainer
 
+from pmd.engines.parity import ParityCheck
+
 
 class RanksCallback(Callback):
     """Stands behind rank 0's memory callback, and in place of it on the other ranks."""
 
-    def __init__(self, meet: Callable[[dict[str, float]], dict[str, float]]):
-        self.meet = meet  # rank 0 releases the others, which follow it until then
+    def __init__(self, meet: Callable[[dict[str, float]], dict[str, float]], parity: ParityCheck | None = None):
+        """Take what keeps the ranks together.
+
+        Args:
+            meet: rank 0 releases the others, which follow it until then.
+            parity: checks the engines after an epoch's end, if they have slept meanwhile.
+        """
+        self.meet, self.parity = meet, parity
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on together once a frozen memory is built."""
@@ -18,3 +26,5 @@ class RanksCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on together once the memory is updated."""
         self.meet({})
+        if self.parity is not None:
+            self.parity.measure(trainer.precision_plugin.forward_context())

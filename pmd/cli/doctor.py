@@ -79,8 +79,9 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         run = without_gpu(run)
     tokens = tokens or max_micro_batch_tokens(run)
     parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu", shards)
+    served = shards.computed(run)
     if run.rollouts.engine == "vllm":
-        refuse_small_cache(read_cache(run), run)
+        refuse_small_cache(read_cache(served), run)
     if not on_cuda:
         parts["Python and libraries"] = libraries_bytes()
         code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
@@ -93,9 +94,9 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         enough = num_gpus_needed(shape, run, tokens, free, in_bfloat16=gathers_in_bfloat16(loaded.trainer))
         console.print(describe_ranks(run, loaded.trainer, enough, total), markup=False, soft_wrap=True)
         return code
-    shares_weights, lines = shares_base(run, on_gpu=True)
+    shares_weights, lines = shares_base(run, on_gpu=True, divides=shards.number > 1)
     try:
-        plan = plan_engine(shape, read_cache(run), run, parts, Gpu(total, free), shares_weights=shares_weights)
+        plan = plan_engine(shape, read_cache(served), served, parts, Gpu(total, free), shares_weights=shares_weights)
     except ConfigError as error:
         _verdict(run, {"training": parts}, tokens, free, console)
         console.print(f"vLLM does not fit beside it: {error}", markup=False)
@@ -103,6 +104,8 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     code = _verdict(run, plan.phases(parts), tokens, free, console)
     for line in [*lines, str(plan), *describe_hours(run, loaded.trainer)]:
         console.print(line, markup=False)
+    if num_processes(loaded.trainer) > 1:
+        console.print(_describe_each(loaded.trainer), markup=False, soft_wrap=True)
     return code
 
 
@@ -170,11 +173,7 @@ def describe_ranks(run: RunConfig, trainer: Mapping[str, Any], enough: int | Non
     Args:
         enough: the fewest GPUs of `gpu_bytes` that the run fits on with trainer.strategy=fsdp2; None if it never does.
     """
-    strategy, size = trainer.get("strategy"), num_processes(trainer)
-    if strategy == "fsdp2":
-        of = f"This is for each of {size} GPUs, which divide the weights."
-    else:
-        of = "This is for each GPU: with trainer.strategy=ddp, every one holds all of it."
+    of = _describe_each(trainer)
     if run.model.finetune == "qlora":
         return f"{of} trainer.strategy=fsdp2 cannot divide 4-bit weights."
     if enough is None:
@@ -182,6 +181,12 @@ def describe_ranks(run: RunConfig, trainer: Mapping[str, Any], enough: int | Non
     if enough == 1:
         return f"{of} One GPU is enough."
     return f"{of} With trainer.strategy=fsdp2, {enough} GPUs of {gpu_bytes / 1e9:.0f} GB are enough."
+
+
+def _describe_each(trainer: Mapping[str, Any]) -> str:
+    if trainer.get("strategy") == "fsdp2":
+        return f"This is for each of {num_processes(trainer)} GPUs, which divide the weights."
+    return "This is for each GPU: with trainer.strategy=ddp, every one holds all of it."
 
 
 def remedies(run: RunConfig) -> list[str]:

@@ -97,7 +97,8 @@ def joined(trainer: Mapping[str, Any]) -> Iterator[Ranks | None]:
         if is_lost(error):
             time.sleep(HOLD_S)
         raise
-    dist.destroy_process_group()
+    if dist.is_initialized():  # vLLM, when it is closed, has destroyed it
+        dist.destroy_process_group()
 
 
 def _read_slurm() -> None:

@@ -324,10 +324,12 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
             f"data.path={config.data.path}: the training or validation tasks are not those that this run began with, "
             "so its position and its memory mean nothing for them; restore them, or start a new run."
         )
-    config, chosen = choose_here(config) if ranks is None else ranks.from_first(partial(_choose_for, config, ranks))
+    shards = None if ranks is None or not ranks.shards else Shards(ranks.size, ranks.shard_dtype is not None)
+    choice = partial(choose_here, config, shards or UNDIVIDED)  # by the memory that rank 0 has
+    config, chosen = choice() if ranks is None else ranks.from_first(choice)
     for line in [*ready.notes, *([] if chosen is None else [chosen])]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
-    runtime, base = _start_vllm(config, run_dir) if config.rollouts.engine == "vllm" else (None, None)
+    runtime, base = _start_vllm(config, run_dir, shards) if config.rollouts.engine == "vllm" else (None, None)
     module = PMDModule(config, base)
     if ranks is not None:
         module.share_with(ranks)
@@ -365,11 +367,6 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     return Run(config, run_dir, tasks, module, data, memory, record, reflector, evaluator, parity, ranks, meet)
 
 
-def _choose_for(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, str | None]:
-    """Return what is chosen for all ranks by the memory that the first one has."""
-    return choose_here(config, Shards(ranks.size, ranks.shard_dtype is not None) if ranks.shards else UNDIVIDED)
-
-
 def _make_engine(config: RunConfig, module: PMDModule, runtime: VLLMRuntime | None, ranks: Ranks | None) -> Engine:
     """Return this process's engine. Where servers generate, the first rank alone talks to them."""
     if ranks is not None and config.rollouts.engine == "vllm_server":
@@ -401,12 +398,12 @@ def _open_memory(
     return ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
 
 
-def _start_vllm(config: RunConfig, run_dir: RunDir) -> tuple[VLLMRuntime, PreTrainedModel]:
+def _start_vllm(config: RunConfig, run_dir: RunDir, shards: Shards | None) -> tuple[VLLMRuntime, PreTrainedModel]:
     """Divide the GPU between trainer and vLLM, print how, and start vLLM; return the trainer's base as well."""
-    share, lines = share_gpu(config)
+    share, lines = share_gpu(config, shards)
     for line in lines:
         CONSOLE.print(line, markup=False, soft_wrap=True)
-    return start_vllm(config, share, run_dir.cache)
+    return start_vllm(config, share, run_dir.cache, (shards or UNDIVIDED).computed(config).model.dtype)
 
 
 def callbacks_of(run: Run) -> list[Callback]:
@@ -423,11 +420,12 @@ def callbacks_of(run: Run) -> list[Callback]:
             scorer, parity = _scorer(run.module), run.parity
             if run.ranks is not None:
                 scorer = LeadingScorer(scorer, run.ranks) if run.ranks.shards else scorer
-                parity = None  # all ranks would have to measure it, and engines of several ranks do not sleep
+                parity = None  # all ranks measure it together, in RanksCallback
             auditor = Auditor(engine, scorer, config.teacher.max_prompt_tokens, parity)
         callbacks.append(MemoryCallback(run.record, run.memory, run.reflector, run.run_dir.items, auditor))
     if run.meet is not None and run.data.memory is not None:
-        callbacks.append(RanksCallback(run.meet))
+        slept = config.memory.audit_groups and config.rollouts.engine == "vllm"
+        callbacks.append(RanksCallback(run.meet, run.parity if slept else None))
     callbacks.append(WeightSyncCallback(engine, run.parity))
     if config.verification.every_steps is not None:
         callbacks.append(StepVerificationCallback(verification, config.verification.every_steps))

@@ -5,16 +5,14 @@ All problems are raised as one `ConfigError` before any weights load, and nothin
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from pmd.config.load import LoadedConfig
-from pmd.config.processes import num_processes
 from pmd.config.schema import (
     MIN_TEMPERATURE,
     BehaviourWriterConfig,
@@ -58,7 +56,7 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
         *loaded.problems,
         *found,
         *trainer_problems(loaded.trainer),
-        *_device_problems(run, loaded.trainer),
+        *(_sharding_problems(run) if loaded.trainer.get("strategy") == "fsdp2" else []),
         *_model_problems(run),
         *_method_problems(run),
         *_engine_problems(run),
@@ -68,17 +66,6 @@ def check_config(loaded: LoadedConfig, found: Sequence[str] = ()) -> None:
     ]
     if problems:
         raise ConfigError([loaded.without_secrets(problem) for problem in problems])
-
-
-def _device_problems(run: RunConfig, trainer: Mapping[str, Any]) -> Iterator[str]:
-    """Refuse what several ranks cannot do."""
-    if num_processes(trainer) > 1 and run.rollouts.engine == "vllm":
-        yield (
-            "rollouts.engine=vllm is one engine in one process, and trainer.strategy has several; use vllm_server "
-            "(python -m pmd serve, on other GPUs), or hf."
-        )
-    if trainer.get("strategy") == "fsdp2":
-        yield from _sharding_problems(run)
 
 
 def _sharding_problems(run: RunConfig) -> Iterator[str]:
@@ -95,6 +82,11 @@ def _sharding_problems(run: RunConfig) -> Iterator[str]:
         yield (
             f"model.offload_activations=true {key}: gathered weights would be moved to main memory as well; use "
             "false, and smaller rollouts.micro_batch_tokens."
+        )
+    if run.rollouts.engine == "vllm" and run.rollouts.vllm.share_weights is True:
+        yield (
+            f"rollouts.vllm.share_weights=true {key}: vLLM needs the whole base, and each rank's trainer has a part of "
+            "it; use auto or false."
         )
     if run.rollouts.engine == "hf" and run.rollouts.uniform_groups == "resample":
         yield (

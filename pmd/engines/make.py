@@ -1,10 +1,11 @@
 """Starts the engine that `rollouts.engine` selects."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pmd.config.schema import RunConfig
@@ -47,18 +48,22 @@ def check_engine(config: RunConfig) -> None:
 
 
 def start_vllm(
-    config: RunConfig, share: GpuShare, cache_dir: Path | None = None
+    config: RunConfig, share: GpuShare, cache_dir: Path | None = None, dtype: str | None = None
 ) -> tuple[VLLMRuntime, PreTrainedModel]:
     """Start vLLM in this process; return it with the trainer's base, which may have vLLM's weights.
 
     The base is made first: for some architectures vLLM changes the classes of transformers that it is made of.
+
+    Args:
+        dtype: in which vLLM computes; None is that of the weights.
 
     Raises:
         ConfigError: sharing was planned for, and vLLM holds the weights in another form.
     """
     base = empty_base(config.model) if share.shares_weights else load_base(config.model)
     max_positions = load_model_config(config.model).get_text_config().max_position_embeddings
-    runtime = VLLMRuntime(engine_settings(config, max_positions, share, cache_dir))
+    settings = engine_settings(config, max_positions, share, cache_dir)
+    runtime = VLLMRuntime(replace(settings, dtype=dtype or settings.dtype))
     exempt_from_compilation(base)
     if share.shares_weights:
         try:
@@ -118,4 +123,5 @@ def engine_settings(
         trust_remote_code=config.model.trust_remote_code,
         stall_s=vllm.stall_s,
         cache_dir=cache_dir,
+        of_rank=dist.is_initialized(),
     )

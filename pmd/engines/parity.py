@@ -33,25 +33,29 @@ class ParityCheck:
         pad_id: int,
         ranks: Ranks | None = None,
     ):
-        """Prepare to compare; of several ranks, the first samples, and all score, as they may divide the weights."""
+        """Prepare to compare. Of several ranks, those with an engine sample; all score, as they may share weights."""
         self.engine, self.config, self.ranks = engine, config, ranks
         self.scorer = PolicyScorer(policy, pad_id, config.parity_completions * MAX_TOKENS)
         count = config.parity_completions
         self.prompts = [tuple(prompts[i % len(prompts)]) for i in range(count)] if prompts else []
 
     def measure(self, precision: AbstractContextManager[None]) -> dict[str, float]:
-        """Return statistics of the absolute gap, in nats per token; `precision` is the trainer's forward context.
+        """Return statistics of the absolute gap, in nats per token, of all engines.
+
+        Args:
+            precision: the trainer's forward context.
 
         Raises:
             EngineError: the mean gap exceeds `rollouts.vllm.parity_bound`.
         """
         started = time.perf_counter()
-        pairs = self._sample() if self.ranks is None else self.ranks.from_first(self._sample)
+        pairs = self._pairs()
         with precision:
             scores = self.scorer([(prompt, completion.token_ids) for prompt, completion in pairs], "student")
         trainer_logprobs = torch.tensor([logprob for completion in scores for logprob in completion])
         engine_logprobs = torch.tensor([float(p) for _, c in pairs for p in c.logprobs if p is not None])
-        gap = (trainer_logprobs - engine_logprobs).abs()
+        own = (trainer_logprobs - engine_logprobs).abs()
+        gap = own if self.ranks is None else torch.cat(self.ranks.all(own))
         p50, p99 = gap.quantile(torch.tensor([0.5, 0.99])).tolist()
         mean, largest = gap.mean().item(), gap.max().item()
         if not mean <= self.config.parity_bound:
@@ -63,6 +67,11 @@ class ParityCheck:
             "parity/max": largest,
             "time/parity_s": time.perf_counter() - started,
         }
+
+    def _pairs(self) -> list[tuple[tuple[int, ...], Completion]]:
+        """Return prompts with the completions of this rank's engine, or of the first rank's if no other has one."""
+        is_shared = self.ranks is not None and self.ranks.num_generating == 1
+        return self.ranks.from_first(self._sample) if self.ranks is not None and is_shared else self._sample()
 
     def _sample(self) -> list[tuple[tuple[int, ...], Completion]]:
         version, sampling = self.engine.policy_version, Sampling(1.0, self.config.parity_tokens)

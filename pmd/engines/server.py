@@ -46,6 +46,7 @@ class GenerateCall:
     in_flight: dict[int, tuple[str, float]] = field(default_factory=dict)  # position -> (server, sent at)
     results: queue.Queue[RawCompletion | EngineError] = field(default_factory=queue.Queue)
     num_failures: Counter[int] = field(default_factory=Counter)  # by position
+    failed_at: dict[int, ServerClient] = field(default_factory=dict)  # position -> where it failed last
     ended: threading.Event = field(default_factory=threading.Event)
 
     def oldest_pending(self) -> int:
@@ -102,7 +103,9 @@ class VLLMServerEngine:
         """Do nothing: the servers have GPUs of their own."""
 
     def wake(self) -> None:
-        """Do nothing: the servers have GPUs of their own."""
+        """Wait until a batch that another thread has asked for is complete (`rollouts.prefetch`)."""
+        with self._lock:
+            pass
 
     def close(self) -> None:
         """Abort a call in another thread, unload the adapters and remove their files; the servers keep running."""
@@ -143,9 +146,8 @@ class VLLMServerEngine:
         shutil.rmtree(self.adapters / name, ignore_errors=True)
 
     def _start_workers(self, call: GenerateCall) -> None:
-        count = min(self.config.concurrency, len(call.requests))
-        for server in self.servers:
-            for _ in range(count):
+        for _ in range(min(self.config.concurrency, len(call.requests))):
+            for server in self.servers:  # in turns, or the first would take all requests of a small batch
                 threading.Thread(target=self._work, args=(server, call), daemon=True).start()
 
     def _work(self, server: ServerClient, call: GenerateCall) -> None:
@@ -155,16 +157,26 @@ class VLLMServerEngine:
                 position = call.waiting.get(timeout=0.1)
             except queue.Empty:
                 continue
+            if self._should_leave(server, position, call):
+                call.waiting.put(position)
+                call.ended.wait(0.1)
+                continue
             try:
                 call.in_flight[position] = server.url, time.monotonic()
                 raw = server.complete(position, call.requests[position], call.sampling, self.stop_ids, call.model)
                 call.in_flight.pop(position)
                 call.results.put(raw)
             except (ServerUnavailable, AdapterNotLoaded) as error:
+                call.failed_at[position] = server
                 self._requeue(call, position, error)
                 self._recover(server, call)
             except EngineError as error:
                 call.results.put(error)
+
+    def _should_leave(self, server: ServerClient, position: int, call: GenerateCall) -> bool:
+        """Whether a request has failed at this server, and another is up: one that answers badly must not use it up."""
+        others_up = any(other.down_since is None for other in self.servers if other is not server)
+        return others_up and call.failed_at.get(position) is server
 
     def _requeue(self, call: GenerateCall, position: int, error: Exception) -> None:
         """Put a failed request back into the queue, or end the call if it has failed too often."""

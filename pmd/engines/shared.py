@@ -67,11 +67,11 @@ class LeadingEngine:
         self.engine.sync(policy_version)
 
     def sleep(self) -> None:
-        """Put rank 0's engine to sleep; the others have GPUs of their own."""
+        """Put rank 0's engine to sleep; the others sleep while they score."""
         self.engine.sleep()
 
     def wake(self) -> None:
-        """Wake rank 0's engine."""
+        """Wake rank 0's engine; the others wake when they generate."""
         self.engine.wake()
 
     def close(self) -> None:
@@ -124,6 +124,7 @@ def follow(engine: Engine, scorer: PolicyScorer, ranks: Ranks) -> Any:
         if isinstance(order, Release):
             return order.result
         if isinstance(order, Pairs):
+            engine.sleep()  # as rank 0's: the trainer's model needs the memory
             scorer(order.pairs, order.role)
         else:
             _generate_share(engine, ranks, order)

@@ -104,7 +104,7 @@ class VLLMEngine:
             with self.policy.weights(role) as model:
                 if model is None:
                     raise EngineError(f"role={role}: this run keeps no such weights; use reflection.by=student.")
-                self.runtime.load_weights(model.state_dict().items())
+                self.runtime.load_weights(self.policy.whole_weights(model))
             self._loaded = role
         self.runtime.reset_cache()
 

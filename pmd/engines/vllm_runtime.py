@@ -58,6 +58,7 @@ class EngineSettings:
     stall_s: float  # seconds without a token after which generation counts as stalled
     trust_remote_code: bool = False
     cache_dir: Path | None = None  # for what vLLM compiles; None is vLLM's own
+    of_rank: bool = False  # this process is a rank of a run; the engine is its own, on its device
 
     def arguments(self) -> dict[str, Any]:
         """Return vLLM's engine arguments, leaving out those for which vLLM's default applies."""
@@ -76,6 +77,8 @@ class EngineSettings:
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
             "disable_log_stats": True,
             "trust_remote_code": self.trust_remote_code or None,
+            # vLLM then makes groups of one within the process group that exists, and uses the device of LOCAL_RANK.
+            "distributed_executor_backend": "external_launcher" if self.of_rank else None,
         }
         if self.num_adapters:
             rank = reserved_rank(self.lora_rank)
@@ -298,7 +301,7 @@ class VLLMRuntime:
         return was_asleep
 
     def close(self) -> None:
-        """Shut the engine down and free its memory."""
+        """Shut the engine down and free its memory; vLLM also ends the process group of torch.distributed."""
         self.llm.llm_engine.engine_core.shutdown()
 
     def _start(self) -> Any:

@@ -12,6 +12,8 @@ from pmd.run_dir import GENERATED, GENERATED_SO_FAR
 
 #: Seconds that are no part of training: evaluations, and the processor's clock, which covers everything.
 NOT_TRAINING = ("time/cpu_s", "time/verification_s", "time/verification_cpu_s")
+#: Seconds of prefetched rollouts that passed before training asked for them; other parts of the clock count them, too.
+OVERLAP = "time/overlap_s"
 SCORES = {"avg": "verify/avg", "with memory": "verify/memory_conditioned_avg"}
 
 
@@ -36,10 +38,15 @@ def cost_of(results: Mapping[str, Any]) -> Cost | None:
         return None
     tokens = [totals.get(name, 0.0) for name in GENERATED]
     on_cpu = results.get("device", "cpu") == "cpu"
-    clock = sum(v for name, v in totals.items() if name.startswith("time/") and name not in NOT_TRAINING)
     processor = totals.get("time/cpu_s", 0.0) - totals.get("time/verification_cpu_s", 0.0)
-    seconds = max(0.0, processor) if on_cpu else clock
+    seconds = max(0.0, processor) if on_cpu else clock_seconds(totals)
     return Cost(sum(tokens), sum(tokens[1:]), seconds, "CPU" if on_cpu else "GPU")
+
+
+def clock_seconds(totals: Mapping[str, float]) -> float:
+    """Return the seconds that training took by the clock, from the seconds of its parts."""
+    parts = (s for name, s in totals.items() if name.startswith("time/") and name not in (*NOT_TRAINING, OVERLAP))
+    return sum(parts) - totals.get(OVERLAP, 0.0)
 
 
 def scores_at(rows: Sequence[Mapping[str, str]], tokens: float) -> dict[str, float]:

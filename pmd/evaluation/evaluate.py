@@ -12,8 +12,7 @@ from pmd.config.schema import RunConfig, VerificationConfig, VerifiersConfig
 from pmd.engines.base import Engine, Sampling
 from pmd.errors import VerificationError
 from pmd.evaluation.metrics import Sample, chance_scores
-from pmd.memory import ReadableMemory
-from pmd.memory.reading import StoredMemory
+from pmd.memory import Question, ReadableMemory
 from pmd.ranks import Ranks
 from pmd.rollouts.generate import gather_rollouts, generate_rollouts
 from pmd.seeds import derive_seed
@@ -49,14 +48,13 @@ class Evaluator:
         self,
         tasks: Sequence[Task],
         num_samples: int,
-        memory: ReadableMemory | StoredMemory,
+        memory: ReadableMemory,
         keep: Keep | None = None,
     ) -> list[Sample]:
         """Sample the policy with retrieved memory in its prompt; the memory is only read."""
-        prompts = []
-        for task in tasks:
-            items = memory.retrieve(task, seed=derive_seed(self.seed, "evaluate", task.task_id))
-            prompts.append((task, self.contexts.memory_prompt(task, items)))
+        questions = [Question(task, derive_seed(self.seed, "evaluate", task.task_id)) for task in tasks]
+        answers = zip(tasks, memory.recall(questions), strict=True)
+        prompts = [(task, self.contexts.memory_prompt(task, recalled.items)) for task, recalled in answers]
         return self._sample(prompts, num_samples, keep)
 
     def _sample(

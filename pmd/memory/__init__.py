@@ -1,6 +1,6 @@
 """The procedural memory of one run, and the few functions that training calls.
 
-Between updates the memory is only read (`retrieve`, `past_success`). At the end of an epoch, or with each batch
+Between updates the memory is only read (`recall`). At the end of an epoch, or with each batch
 (`memory.update`), `evolve_memory` writes audits, experiences, insights and behaviours in one update, all or nothing,
 and then refreshes the index. Nothing here imports Lightning or torch, so a memory can be opened on any machine.
 """
@@ -28,20 +28,29 @@ from pmd.types import InsightChange, ItemKind, MemoryItem, Rollout, Task
 Abstraction = Callable[[Sequence[Sequence[str]]], Written]
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the memory is asked about one task."""
+
+    task: Task
+    seed: int  # from which the order of the items is drawn
+    group_id: str | None = None  # asks for a past success, too, of another group than this one
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What the memory holds for one task."""
+
+    items: tuple[MemoryItem, ...] = ()  # at most k
+    past_success: str | None = None  # a verified success on the task
+    generation: int = 0  # of the memory: how many times it had been updated
+
+
 class ReadableMemory(Protocol):
     """What rollouts and evaluation need of a memory: nothing that changes it."""
 
-    @property
-    def generation(self) -> int:
-        """How many times the memory has been updated."""
-        ...
-
-    def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
-        """Return at most k items for `task`, in an order drawn from `seed`."""
-        ...
-
-    def past_success(self, task: Task, group_id: str = "") -> str | None:
-        """Return a verified success on this task of another group than `group_id`, if there is one."""
+    def recall(self, questions: Sequence[Question]) -> list[Recalled]:
+        """Return the answer to each question, all from one generation."""
         ...
 
 
@@ -164,6 +173,10 @@ class ProceduralMemory:
         """Return a verified success on this task, if there is one, that is not of the group being trained on."""
         return self.retriever.past_success(task.task_id, group_id)
 
+    def recall(self, questions: Sequence[Question]) -> list[Recalled]:
+        """Return the answer to each question."""
+        return [self._answer(question) for question in questions]
+
     def known_insights(self, task_id: str) -> list[MemoryItem]:
         """Return the insights of a task that a reflection on the task may keep, edit or retire."""
         return [
@@ -184,6 +197,11 @@ class ProceduralMemory:
     def close(self) -> None:
         """Close the store's file."""
         self.store.close()
+
+    def _answer(self, question: Question) -> Recalled:
+        task, group_id = question.task, question.group_id
+        past_success = None if group_id is None else self.past_success(task, group_id)
+        return Recalled(tuple(self.retrieve(task, seed=question.seed)), past_success, self.generation)
 
     def _open(self) -> None:
         self.store = MemoryStore.open(self.path, embedder=self._embedder, config=self.config)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
-from pmd.memory import ProceduralMemory
+from pmd.memory import ProceduralMemory, Question, Recalled
 from pmd.memory.held_out import HeldOut
 from pmd.memory.index import TaskIndex
 from pmd.memory.retrieve import Retriever
 from pmd.memory.store import MemoryStore
-from pmd.types import MemoryItem, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +24,10 @@ class StoredMemory:
 
     retriever: Retriever
 
-    def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
-        """Return at most k items for `task`, in an order drawn from `seed`."""
-        return self.retriever.retrieve(task.lookup_key, seed=seed, task_id=task.task_id)
+    def recall(self, questions: Sequence[Question]) -> list[Recalled]:
+        """Return the items for each task; past successes stay with the run that made them."""
+        found = [self.retriever.retrieve(q.task.lookup_key, seed=q.seed, task_id=q.task.task_id) for q in questions]
+        return [Recalled(tuple(items), generation=self.retriever.generation) for items in found]
 
 
 @contextmanager

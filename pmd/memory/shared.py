@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmd.memory import ReadableMemory
+from pmd.memory import Question, ReadableMemory, Recalled
 from pmd.memory.stream import MemoryUpdater
-from pmd.types import MemoryItem, Rollout, Task
+from pmd.types import Rollout
 
 Figures = dict[str, float]
 
@@ -26,23 +26,13 @@ class SharedMemory:
         """
         self._own, self._from_first = own, from_first
 
-    @property
-    def generation(self) -> int:
-        """How many times the memory has been updated."""
-        return self._from_first(lambda: self._memory.generation)
+    def recall(self, questions: Sequence[Question]) -> list[Recalled]:
+        """Return rank 0's answer to each question, told in one message."""
+        return self._from_first(lambda: self._recall_own(questions))
 
-    def retrieve(self, task: Task, *, seed: int) -> list[MemoryItem]:
-        """Return at most k items for `task`, in an order drawn from `seed`."""
-        return self._from_first(lambda: self._memory.retrieve(task, seed=seed))
-
-    def past_success(self, task: Task, group_id: str = "") -> str | None:
-        """Return a verified success on this task of another group than `group_id`, if there is one."""
-        return self._from_first(lambda: self._memory.past_success(task, group_id))
-
-    @property
-    def _memory(self) -> ReadableMemory:
+    def _recall_own(self, questions: Sequence[Question]) -> list[Recalled]:
         assert self._own is not None
-        return self._own
+        return self._own.recall(questions)
 
 
 @dataclass(frozen=True, slots=True)

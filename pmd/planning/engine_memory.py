@@ -17,13 +17,13 @@ from pmd.engines.make import GpuShare
 from pmd.engines.shared_weights import why_not_shared
 from pmd.engines.vllm_runtime import reserved_rank
 from pmd.errors import ConfigError
-from pmd.planning.gpu_memory import Shape, max_micro_batch_tokens, predict, read_shape
+from pmd.planning.gpu_memory import UNDIVIDED, Shape, Shards, max_micro_batch_tokens, predict, read_shape
 from pmd.pretrained import DTYPES, load_model_config
 
 #: Bytes per weight with vLLM's own quantisation: NF4 with a float32 scale for each block of 64, or 8-bit floats.
 QUANTIZED_BYTES = {"bitsandbytes": 0.5 + 4 / 64, "fp8": 1.0}
 #: Parts of the trainer's predicted memory that exist only during a step.
-TRANSIENT = ("activations", "logits chunk", "backward pass", "KV cache", "sampling")
+TRANSIENT = ("activations", "logits chunk", "backward pass", "gathered weights", "KV cache", "sampling")
 #: Estimates, not measurements: CUDA context and libraries of the process, fragmentation, vLLM's CUDA graphs.
 CUDA_CONTEXT_BYTES, FRAGMENTED_SHARE, CUDA_GRAPH_BYTES = 1.5e9, 0.03, 1.0e9
 MAX_FRACTION = 0.95
@@ -161,14 +161,19 @@ def without_shared(trainer: Mapping[str, float], *, shares_weights: bool) -> dic
     return {part: size for part, size in trainer.items() if not (shares_weights and part == "base")}
 
 
-def shares_base(run: RunConfig, *, on_gpu: bool) -> tuple[bool, list[str]]:
+def shares_base(run: RunConfig, *, on_gpu: bool, divides: bool = False) -> tuple[bool, list[str]]:
     """Return whether trainer and vLLM are to compute with one copy of the base, and a line if they could not.
+
+    Args:
+        divides: the ranks of the run divide the trainer's weights.
 
     Raises:
         ConfigError: `rollouts.vllm.share_weights` asks for what is not possible.
     """
     asked = run.rollouts.vllm.share_weights
     reason = why_not_shared(run) if asked else None
+    if asked and reason is None and divides:
+        reason = "trainer.strategy=fsdp2 divides the trainer's base among the ranks"
     if asked == "auto" and reason is None and not on_gpu:
         reason = "vLLM's CPU build repacks its weights"
     if reason is None:
@@ -178,20 +183,25 @@ def shares_base(run: RunConfig, *, on_gpu: bool) -> tuple[bool, list[str]]:
     return False, [f"Trainer and vLLM each hold a copy of the base: {reason}."] if run.model.finetune == "lora" else []
 
 
-def share_gpu(run: RunConfig) -> tuple[GpuShare, list[str]]:
-    """Return how trainer and vLLM divide this machine's GPU, and what to print about it.
+def share_gpu(run: RunConfig, shards: Shards | None = None) -> tuple[GpuShare, list[str]]:
+    """Return how trainer and vLLM divide this process's GPU, and what to print about it.
+
+    Args:
+        shards: how the ranks of the run divide its weights; None if they do not.
 
     Raises:
         ConfigError: engine and trainer do not fit on the GPU, or one sequence does not fit into the KV cache.
     """
-    cache, on_gpu = read_cache(run), torch.cuda.is_available()
+    divides, shards = shards is not None, shards or UNDIVIDED
+    served, on_gpu = shards.computed(run), torch.cuda.is_available()
+    cache = read_cache(served)
     refuse_small_cache(cache, run)
-    shares_weights, lines = shares_base(run, on_gpu=on_gpu)
+    shares_weights, lines = shares_base(run, on_gpu=on_gpu, divides=divides)
     if not on_gpu:
         return GpuShare(None, shares_weights, sleeps=False), lines
     shape, tokens, (free, total) = read_shape(run.model), max_micro_batch_tokens(run), torch.cuda.mem_get_info()
-    trainer = predict(shape, run, tokens, tokens, "cuda")
-    plan = plan_engine(shape, cache, run, trainer, Gpu(total, free), shares_weights=shares_weights)
+    trainer = predict(shape, run, tokens, tokens, "cuda", shards)
+    plan = plan_engine(shape, cache, served, trainer, Gpu(total, free), shares_weights=shares_weights)
     return plan.share, [*lines, str(plan)]
 
 
@@ -233,7 +243,8 @@ def trainer_bytes_while_generating(
         return sum(trainer.values())
     vllm, size = run.rollouts.vllm, DTYPES[run.model.dtype].itemsize
     scored = vllm.parity_completions * (run.rollouts.max_prompt_tokens + vllm.parity_tokens)
-    parity = scored * 4.0 * (shape.hidden + shape.intermediate) * size + trainer.get("logits chunk", 0.0)
+    parity = scored * 4.0 * (shape.hidden + shape.intermediate) * size
+    parity += trainer.get("logits chunk", 0.0) + trainer.get("gathered weights", 0.0)
     kept = sum(size for part, size in trainer.items() if part not in TRANSIENT)
     return kept + (parity if vllm.parity_completions else 0.0)
 

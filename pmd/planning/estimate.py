@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from pmd.config.schema import RunConfig
-from pmd.evaluation.costs import NOT_TRAINING, cost_of, count
+from pmd.evaluation.costs import clock_seconds, cost_of, count
 from pmd.run_dir import RunDir
 
 
@@ -45,8 +45,7 @@ def _cost_of_rollout(config: RunConfig, results: Path) -> tuple[float, float] | 
         cost = cost_of(known)
         if not alike or cost is None or not known["rollouts"]:
             return None
-        clock = sum(s for n, s in known["totals"].items() if n.startswith("time/") and n not in NOT_TRAINING)
-        return cost.tokens / known["rollouts"], clock / known["rollouts"]
+        return cost.tokens / known["rollouts"], clock_seconds(known["totals"]) / known["rollouts"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None  # not a run, or not one that is still readable
 

@@ -9,7 +9,7 @@ run that stopped within an epoch goes on with the tasks that are left, in batche
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from random import Random
 from typing import Any
@@ -23,7 +23,7 @@ from pmd.config.schema import RunConfig
 from pmd.engines.base import Engine, Sampling
 from pmd.errors import ConfigError
 from pmd.losses.policy_gradient import group_advantages
-from pmd.memory import ReadableMemory
+from pmd.memory import Question, ReadableMemory, Recalled
 from pmd.memory.shared import SharedUpdater
 from pmd.memory.stream import MemoryUpdater
 from pmd.ranks import Ranks
@@ -37,7 +37,7 @@ from pmd.types import Rollout, Split, Task
 #: Metrics of a whole rollout batch; logged with its first optimizer step, and 0 with the others.
 COSTS = (
     "rollout/num_tokens", "reflect/num_tokens", "reflect/num_behaviour_tokens", "memory/behaviour_writer_tokens",
-    "time/rollout_s", "time/verify_s", "time/context_s", "time/reflect_s", "time/memory_s",
+    "time/rollout_s", "time/verify_s", "time/overlap_s", "time/context_s", "time/reflect_s", "time/memory_s",
 )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ class RolloutDataModule(LightningDataModule):
         pool, pending = ThreadPoolExecutor(1), None
         try:
             for upcoming in [*task_batches, None]:
-                generated = None if pending is None else pending.result()
+                generated = None if pending is None else _result_of(pending)
                 pending = None if upcoming is None else pool.submit(self._generate_with_signal, upcoming)
                 if generated is not None:
                     yield generated
@@ -233,10 +233,9 @@ class RolloutDataModule(LightningDataModule):
                 generated.groups, task_batch.step, task_batch.num_updates, self.engine.policy_version
             )
         started = time.perf_counter()
-        examples = [
-            self._examples(task, group, Random(derive_seed(task_batch.key, task.task_id, "context")))
-            for task, group in zip(task_batch.tasks, generated.groups, strict=True)
-        ]
+        draws = [Random(derive_seed(task_batch.key, task.task_id, "context")) for task in task_batch.tasks]
+        recalled = self._recall(task_batch.tasks, generated.groups, draws)
+        examples = list(map(self._examples, task_batch.tasks, generated.groups, recalled, draws))
         metrics = _rollout_metrics(generated.first_groups) | self._signal_metrics(generated)
         metrics |= {
             "rollout/hung": float(generated.num_hung),
@@ -245,6 +244,8 @@ class RolloutDataModule(LightningDataModule):
             "time/verify_s": generated.verify_s,
             "time/context_s": time.perf_counter() - started,
         }
+        if self.config.rollouts.prefetch:
+            metrics["time/overlap_s"] = generated.overlap_s
         metrics |= learned
         num_updates = task_batch.num_updates
         for update in range(num_updates):
@@ -285,14 +286,21 @@ class RolloutDataModule(LightningDataModule):
             return Position(batch.epoch + 1, step, num_rollouts=num_rollouts)
         return Position(batch.epoch, step, batch.num_begun, tuple(owed), steps_left, num_rollouts)
 
-    def _examples(self, task: Task, group: list[Rollout], random: Random) -> list[Example]:
+    def _recall(
+        self, tasks: Sequence[Task], groups: Sequence[list[Rollout]], draws: Sequence[Random]
+    ) -> list[Recalled]:
+        """Ask the memory about all tasks of a batch at once."""
+        if self.memory is None:
+            return [Recalled()] * len(tasks)
+        questions = [
+            Question(task, draw.getrandbits(62), group[0].group_id if self.config.memory.replay else None)
+            for task, group, draw in zip(tasks, groups, draws, strict=True)
+        ]
+        return self.memory.recall(questions)
+
+    def _examples(self, task: Task, group: list[Rollout], recalled: Recalled, random: Random) -> list[Example]:
         """Give each scored rollout of a group its advantage and its teacher context."""
-        items, past_success, generation = [], None, 0
-        if self.memory is not None:
-            items = self.memory.retrieve(task, seed=random.getrandbits(62))
-            if self.config.memory.replay:
-                past_success = self.memory.past_success(task, group[0].group_id)
-            generation = self.memory.generation
+        items, past_success, generation = recalled.items, recalled.past_success, recalled.generation
         contexts = self.contexts.build(task, group, items, past_success, generation, random)
         advantages = group_advantages(
             rewards=torch.tensor([r.verdict.reward for r in group]),
@@ -347,6 +355,14 @@ def refuse_long_prompts(tasks: Mapping[Split, Sequence[Task]], prompts: PromptFo
             f"({shown}); the longest prompt has {max(lengths.values())} tokens: raise it, or leave these tasks out."
         )
     return max(lengths.values(), default=0)
+
+
+def _result_of(pending: Future[RolloutGroups]) -> RolloutGroups:
+    """Wait for rollouts that another thread generates; note how much of their time has passed before."""
+    started = time.perf_counter()
+    generated = pending.result()
+    waited_s = time.perf_counter() - started
+    return replace(generated, overlap_s=max(0.0, generated.generate_s + generated.verify_s - waited_s))
 
 
 def _rollout_metrics(groups: list[list[Rollout]]) -> dict[str, float]:

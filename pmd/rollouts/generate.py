@@ -27,6 +27,7 @@ class RolloutGroups:
     generate_s: float
     verify_s: float  # time spent waiting for verdicts, beyond generation
     num_hung: int = 0  # verifications that were abandoned at their deadline
+    overlap_s: float = 0.0  # of both, what passed before training asked for the rollouts (`rollouts.prefetch`)
     discarded: tuple[list[Rollout], ...] = ()  # groups that others replace, in the order in which they were generated
 
     @property
@@ -55,7 +56,7 @@ class RolloutGroups:
             self.generate_s + more.generate_s,
             self.verify_s + more.verify_s,
             self.num_hung + more.num_hung,
-            (*self.discarded, *(self.groups[position] for position in positions)),
+            discarded=(*self.discarded, *(self.groups[position] for position in positions)),
         )
 
 
@@ -140,6 +141,7 @@ def gather_rollouts(ranks: Ranks, own: RolloutGroups) -> RolloutGroups:
         max(part.generate_s for part in costs),
         max(part.verify_s for part in costs),
         sum(part.num_hung for part in costs),
+        max(part.overlap_s for part in costs),
         tuple(group for part in costs for group in part.discarded),
     )
 

@@ -27,7 +27,7 @@ from pmd.errors import ConfigError
         (["rollouts.engine=vllm", "model.finetune=qlora"], "use bfloat16"),
         (["rollouts.engine=vllm", "rollouts.vllm.max_model_len=2000"], "max_model_len=2000 is below 16390"),
         (["rollouts.prefetch=true"], "prefetch=true"),
-        (["trainer.strategy=fsdp2", "trainer.devices=2", "rollouts.engine=vllm"], "rollouts.engine=vllm is one engine"),
+        (["trainer.strategy=fsdp2", "rollouts.engine=vllm", "rollouts.vllm.share_weights=true"], "has a part of it"),
         (["trainer.strategy=fsdp2", "model.finetune=qlora"], "4-bit weights are not divided among ranks; use lora"),
         (["trainer.strategy=fsdp2", "optimizer.kind=adamw_8bit_paged"], "bitsandbytes steps whole weights only"),
         (["trainer.strategy=fsdp2", "model.offload_activations=true"], "offload_activations=true with trainer.strat"),

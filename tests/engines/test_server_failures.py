@@ -3,6 +3,7 @@
 import signal
 import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_two_servers_share_the_requests_and_each_gets_an_adapter_once(tmp_path):
         assert min(one.count, other.count) > len(REQUESTS) / 2  # each has as many connections
 
 
+def test_a_batch_that_one_server_could_take_alone_is_shared(tmp_path):
+    all_sent = threading.Barrier(len(REQUESTS))
+    with serving(lambda _: all_sent.wait(20) and None) as one, serving(lambda _: all_sent.wait(20) and None) as other:
+        engine = engine_on(one.url, tmp_path, urls=[one.url, other.url], concurrency=64)
+        list(engine.generate(REQUESTS, SAMPLING))
+        assert min(one.count, other.count) > len(REQUESTS) / 3
+
+
 def test_the_other_server_takes_over_what_a_dead_one_had(tmp_path):
     with serving(lambda number: "reset" if number >= 5 else None) as dying, serving(lambda number: None) as other:
         engine = engine_on(dying.url, tmp_path, urls=[dying.url, other.url])
@@ -78,6 +87,14 @@ def test_the_other_server_takes_over_what_a_dead_one_had(tmp_path):
     for position, completion in arrived.items():
         ids, _ = made_up(list(REQUESTS[position].prompt_ids), REQUESTS[position].seed, stop_id, 100)
         assert list(completion.token_ids) == ids
+
+
+def test_a_server_that_fails_quickly_does_not_use_up_the_tries_of_requests_that_another_could_take(tmp_path):
+    with serving(lambda _: "500") as bad, serving(lambda _: time.sleep(0.02)) as good:
+        engine = engine_on(bad.url, tmp_path, urls=[bad.url, good.url], concurrency=2, retries=1)
+        arrived = dict(engine.generate(REQUESTS, SAMPLING))
+        assert bad.count > 0
+    assert sorted(arrived) == list(range(len(REQUESTS)))
 
 
 def test_a_server_that_refuses_the_adapter_is_given_up_in_the_end(tmp_path):

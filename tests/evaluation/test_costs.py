@@ -77,5 +77,8 @@ def test_a_cost_leaves_evaluations_out():
     on_gpu = cost_of({"totals": totals, "device": "cuda"})
     assert on_gpu
     assert (on_gpu.seconds, on_gpu.device) == (70.0, "GPU")
+    prefetched = cost_of({"totals": totals | {"time/overlap_s": 25.0}, "device": "cuda"})
+    assert prefetched
+    assert prefetched.seconds == 45.0  # 25 of the 40 seconds of rollouts passed while the policy trained
     assert cost_of({"phases": {}}) is None
     assert [count(number) for number in (12, 4_530, 7e6, 2.5e9)] == ["12", "4.53 k", "7 M", "2.5 G"]

@@ -6,6 +6,7 @@ import pytest
 
 from pmd.config.schema import MemoryConfig
 from pmd.errors import MemoryStoreError
+from pmd.memory import Question
 from pmd.memory.held_out import HeldOut
 from pmd.memory.reading import opened_memory
 from pmd.memory.tools.transfer import export_file
@@ -25,7 +26,8 @@ def test_retrieval_from_a_store_or_an_export_leaves_it_as_it_was(grown, world, t
     shown = {}
     for k in (1, 3):
         with opened_memory(path, replace(CONFIG, k=k), keys, HeldOut({"test": [task]})) as memory:
-            shown[k] = memory.retrieve(task, seed=0)
+            (recalled,) = memory.recall([Question(task, 0)])
+            shown[k] = recalled.items
     assert [len(items) for items in shown.values()] == [1, 3]
     assert any(world.names[0] in item.text for item in shown[3])
     assert path.read_bytes() == before

@@ -135,6 +135,9 @@ def test_sharing_that_is_asked_for_but_impossible_is_refused():
     shares, (line,) = shares_base(run_with("lora"), on_gpu=False)
     assert not shares
     assert "each hold a copy of the base: vLLM's CPU build repacks its weights" in line
+    shares, (line,) = shares_base(run_with("lora"), on_gpu=True, divides=True)
+    assert not shares
+    assert "trainer.strategy=fsdp2 divides the trainer's base among the ranks" in line
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_the_needed_size():

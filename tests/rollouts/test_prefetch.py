@@ -1,6 +1,7 @@
 """With prefetch the next batch is generated during training: the same rollouts, one version behind."""
 
 import threading
+import time
 
 import pytest
 
@@ -44,6 +45,17 @@ def test_prefetching_generates_the_same_rollouts(tmp_path):
         return [(b.step, e.rollout.rollout_id, e.rollout.completion.token_ids) for b in batches for e in b.examples]
 
     assert seen(True) == seen(False)
+
+
+def test_rollouts_that_are_generated_while_the_policy_trains_are_timed(tmp_path):
+    data, trained_s, found = data_with(tmp_path, prefetch=True), 0.1, []
+    for batch in data.epoch(0):
+        time.sleep(trained_s)
+        found.append(tuple(batch.metrics[f"time/{part}_s"] for part in ("overlap", "rollout", "verify")))
+    (first, *_), *later = found
+    assert first < 0.05  # nobody trained yet
+    for overlap, rollout, verify in later:
+        assert 0.5 * min(rollout + verify, trained_s) < overlap <= rollout + verify
 
 
 @pytest.mark.parametrize(("prefetch", "behind"), [(False, [0, 0, 0]), (True, [0, 1, 1])])
