@@ -93,6 +93,11 @@ def _problems(environment: Mapping[str, str], trainer: Mapping[str, Any]) -> Ite
             f"{name}={environment[name]}: {launcher} has started {started} processes, and trainer.devices x "
             f"trainer.num_nodes is {wanted}; make them equal."
         )
+    elif started != 1 and launcher == "SLURM" and "SLURM_NTASKS_PER_NODE" not in environment:
+        yield (
+            f"{name}={environment[name]} does not say how many tasks a node has; give sbatch or srun --nodes and "
+            f"--ntasks-per-node={trainer.get('devices', 1)}, not --ntasks."
+        )
     elif started == 1 and _count(trainer, "num_nodes") > 1:
         yield (
             f"trainer.num_nodes={trainer['num_nodes']} needs a launcher on every node: torchrun --nnodes="

@@ -103,9 +103,11 @@ def test_several_processes_are_refused(name):
 def test_launchers_start_as_many_ranks_as_the_run_has_devices():
     two, four = ({"strategy": "ddp", "devices": 2, "num_nodes": nodes} for nodes in (1, 2))
     for environment in ({"WORLD_SIZE": "4"}, {"SLURM_NTASKS": "4"}, {"WORLD_SIZE": "4", "SLURM_NTASKS": "2"}):
-        assert process_problems(environment, four) == []
+        assert process_problems(environment | {"SLURM_NTASKS_PER_NODE": "4"}, four) == []
         (problem,) = process_problems(environment, two)
         assert "has started 4 processes, and trainer.devices x trainer.num_nodes is 2" in problem
+    (problem,) = process_problems({"SLURM_NTASKS": "4"}, four)
+    assert "give sbatch or srun --nodes and --ntasks-per-node=2, not --ntasks" in problem
     assert process_problems({}, two) == []
     assert "torchrun --nnodes=2 --nproc-per-node=2" in process_problems({}, four)[0]
     assert "use torchrun or SLURM's srun" in process_problems({"OMPI_COMM_WORLD_SIZE": "4"}, four)[0]

@@ -46,7 +46,7 @@ def test_parts_follow_the_configuration():
 
 def test_divided_weights_need_several_gpus():
     """Qwen3-8B: everything that is trained or frozen is divided, adapters are not, and what is gathered is added."""
-    full = load_config(["configs/qwen3_8b_full_8gpu.yaml"])
+    full = load_config(["configs/qwen3_8b_full_8gpu.yaml"], ["rollouts.engine=hf", "rollouts.engine_batch=16"])
     shards, tokens = shards_of(full.trainer), 18_432
     assert shards == Shards(8, computes_in_bfloat16=True)
     whole, part = (predict(QWEN3_8B, full.run, tokens, tokens, "cuda", of) for of in (UNDIVIDED, shards))
