@@ -1,15 +1,19 @@
 """A step that several ranks share out is the step of one: the same weights, whatever their number."""
 
 import random
+import re
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from examples import make_example, make_rollout, random_ids, take_steps, tiny_module, trained
 from lightning import Callback
 from rank_processes import on_ranks
@@ -228,6 +232,20 @@ def test_the_engine_of_each_rank_is_checked(tmp_path):
         assert bad.measure(nullcontext())["parity/max"] < 1e-4
 
     on_ranks(2, tmp_path, act)
+
+
+def test_a_rank_that_waits_too_long_says_for_what(tmp_path):
+    def act(ranks: Ranks) -> str | None:
+        ranks.objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=0.3))
+        if ranks.is_first:
+            with pytest.raises(RankLost) as raised:
+                ranks.all("here")
+            return str(raised.value)
+        time.sleep(0.6)  # it hangs
+        return None
+
+    said, _ = on_ranks(2, tmp_path, act)
+    assert re.match(r"rank 0 of 2 was gathering for \d s and has lost another rank, which has ended or hangs", said)
 
 
 def test_ranks_that_hold_other_weights_are_refused(tmp_path):
