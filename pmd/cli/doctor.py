@@ -1,9 +1,10 @@
 """`python -m pmd doctor --config FILE`: predicts whether a run fits into memory, and says what to change if not."""
 
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,9 @@ from pmd.config.processes import gathers_in_bfloat16, num_processes
 from pmd.config.schema import RunConfig
 from pmd.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pmd.planning.engine_memory import Gpu
+
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "vllm", "hnswlib", "sentence-transformers")
 
 DESCRIPTION = """Predict the memory that a configuration needs, part by part, without reading any weights.
@@ -21,9 +25,9 @@ DESCRIPTION = """Predict the memory that a configuration needs, part by part, wi
   python -m pmd doctor --config configs/tiny.yaml
   python -m pmd doctor --config configs/qwen3_8b.yaml --gpu-gb 80       for a GPU that this machine does not have
 
-Prints versions, the predicted memory, what the device has free, and what to change if that is too little. With
-rollouts.engine=vllm on a GPU also what vLLM needs while the policy trains and while vLLM generates, and the share of
-the GPU that it will be given; with another engine, on how many GPUs the run fits if they divide the weights."""
+Prints versions, the predicted memory, what the device has free, and what to change if that is too little; and on how
+many GPUs the run fits if they divide the weights. With rollouts.engine=vllm on a GPU also what vLLM needs while the
+policy trains and while vLLM generates, and the share of the GPU that it will be given."""
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +61,7 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     import torch
 
     from pmd.planning.choose_memory import available_bytes, choose, is_open, without_gpu
-    from pmd.planning.engine_memory import Gpu, plan_engine, read_cache, refuse_small_cache, shares_base
+    from pmd.planning.engine_memory import Gpu, fits_on, read_cache, refuse_small_cache
     from pmd.planning.gpu_memory import (
         libraries_bytes,
         max_micro_batch_tokens,
@@ -79,9 +83,8 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         run = without_gpu(run)
     tokens = tokens or max_micro_batch_tokens(run)
     parts = predict(shape, run, tokens, tokens, "cuda" if on_cuda else "cpu", shards)
-    served = shards.computed(run)
     if run.rollouts.engine == "vllm":
-        refuse_small_cache(read_cache(served), run)
+        refuse_small_cache(read_cache(shards.computed(run)), run)
     if not on_cuda:
         parts["Python and libraries"] = libraries_bytes()
         code = _verdict(run, {"peak": parts}, tokens, _available_bytes(), console)
@@ -89,23 +92,33 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
         return code
     if run.memory.embedder_device == "cpu":
         _describe_embedder(run, console)
-    if run.rollouts.engine != "vllm":
+    if run.rollouts.engine == "vllm":
+        code = _diagnose_beside_vllm(loaded, run, tokens, Gpu(total, free), console)
+    else:
         code = _verdict(run, {"peak": parts}, tokens, free, console)
-        enough = num_gpus_needed(shape, run, tokens, free, in_bfloat16=gathers_in_bfloat16(loaded.trainer))
-        console.print(describe_ranks(run, loaded.trainer, enough, total), markup=False, soft_wrap=True)
-        return code
+    fits = partial(fits_on, shape, run, tokens, Gpu(total, free))
+    enough = num_gpus_needed(fits, in_bfloat16=gathers_in_bfloat16(loaded.trainer))
+    console.print(describe_ranks(run, loaded.trainer, enough, total), markup=False, soft_wrap=True)
+    return code
+
+
+def _diagnose_beside_vllm(loaded: LoadedConfig, run: RunConfig, tokens: int, gpu: "Gpu", console: Console) -> int:
+    """Say what trainer and vLLM need, each in its turn; return 0 if that fits, else 1."""
+    from pmd.planning.engine_memory import plan_engine, read_cache, shares_base
+    from pmd.planning.gpu_memory import predict, read_shape, shards_of
+
+    shape, shards = read_shape(run.model), shards_of(loaded.trainer)
+    parts, served = predict(shape, run, tokens, tokens, "cuda", shards), shards.computed(run)
     shares_weights, lines = shares_base(run, on_gpu=True, divides=shards.number > 1)
     try:
-        plan = plan_engine(shape, read_cache(served), served, parts, Gpu(total, free), shares_weights=shares_weights)
+        plan = plan_engine(shape, read_cache(served), served, parts, gpu, shares_weights=shares_weights)
     except ConfigError as error:
-        _verdict(run, {"training": parts}, tokens, free, console)
+        _verdict(run, {"training": parts}, tokens, gpu.free, console)
         console.print(f"vLLM does not fit beside it: {error}", markup=False)
         return 1
-    code = _verdict(run, plan.phases(parts), tokens, free, console)
+    code = _verdict(run, plan.phases(parts), tokens, gpu.free, console)
     for line in [*lines, str(plan), *describe_hours(run, loaded.trainer)]:
         console.print(line, markup=False)
-    if num_processes(loaded.trainer) > 1:
-        console.print(_describe_each(loaded.trainer), markup=False, soft_wrap=True)
     return code
 
 
@@ -173,7 +186,11 @@ def describe_ranks(run: RunConfig, trainer: Mapping[str, Any], enough: int | Non
     Args:
         enough: the fewest GPUs of `gpu_bytes` that the run fits on with trainer.strategy=fsdp2; None if it never does.
     """
-    of = _describe_each(trainer)
+    strategy, size = trainer.get("strategy"), num_processes(trainer)
+    if strategy == "fsdp2":
+        of = f"This is for each of {size} GPUs, which divide the weights."
+    else:
+        of = "This is for each GPU: with trainer.strategy=ddp, every one holds all of it."
     if run.model.finetune == "qlora":
         return f"{of} trainer.strategy=fsdp2 cannot divide 4-bit weights."
     if enough is None:
@@ -181,12 +198,6 @@ def describe_ranks(run: RunConfig, trainer: Mapping[str, Any], enough: int | Non
     if enough == 1:
         return f"{of} One GPU is enough."
     return f"{of} With trainer.strategy=fsdp2, {enough} GPUs of {gpu_bytes / 1e9:.0f} GB are enough."
-
-
-def _describe_each(trainer: Mapping[str, Any]) -> str:
-    if trainer.get("strategy") == "fsdp2":
-        return f"This is for each of {num_processes(trainer)} GPUs, which divide the weights."
-    return "This is for each GPU: with trainer.strategy=ddp, every one holds all of it."
 
 
 def remedies(run: RunConfig) -> list[str]:

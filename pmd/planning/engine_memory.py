@@ -151,6 +151,23 @@ def plan_engine(
     return EnginePlan(fraction, sleeps, shares_weights, parts, trainer_bytes, cache.tokens(size), is_automatic)
 
 
+def fits_on(shape: Shape, run: RunConfig, tokens: int, gpu: Gpu, shards: Shards) -> bool:
+    """Return whether a run is predicted to fit on GPUs of this size, with vLLM if that is the engine in the process.
+
+    Args:
+        tokens: of the largest micro-batch.
+    """
+    trainer, served = predict(shape, run, tokens, tokens, "cuda", shards), shards.computed(run)
+    if run.rollouts.engine != "vllm":
+        return sum(trainer.values()) <= gpu.free
+    shares_weights, _ = shares_base(run, on_gpu=True, divides=shards.number > 1)
+    try:
+        plan = plan_engine(shape, read_cache(served), served, trainer, gpu, shares_weights=shares_weights)
+    except ConfigError:
+        return False
+    return all(sum(parts.values()) <= gpu.free for parts in plan.phases(trainer).values())
+
+
 def _left(gpu: Gpu, trainer_bytes: float) -> float:
     """Return the bytes that vLLM may fill beside `trainer_bytes`."""
     return gpu.free - trainer_bytes - CUDA_CONTEXT_BYTES - FRAGMENTED_SHARE * gpu.total

@@ -6,7 +6,7 @@ the `hf` engine take turns, so only the larger of the two is counted. Freed memo
 allocator keeps is not included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,17 +180,12 @@ def _gathered(shape: Shape, run: RunConfig, size: int) -> float:
     return size * (2 * layer + gradients + matrix) + heads * matrix
 
 
-def num_gpus_needed(
-    shape: Shape, run: RunConfig, tokens: int, available: float, *, in_bfloat16: bool = False
-) -> int | None:
-    """Return the smallest power of two of GPUs, with `available` bytes each, among which the weights can be divided.
+def num_gpus_needed(fits: Callable[[Shards], bool], *, in_bfloat16: bool = False) -> int | None:
+    """Return the smallest power of two of GPUs among which the weights can be divided so that the run fits.
 
     None if no number is enough, because what is not divided is too large.
     """
-    for shards in (Shards(2**n, in_bfloat16) for n in range(11)):
-        if sum(predict(shape, run, tokens, tokens, "cuda", shards).values()) <= available:
-            return shards.number
-    return None
+    return next((shards.number for shards in (Shards(2**n, in_bfloat16) for n in range(11)) if fits(shards)), None)
 
 
 def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """`pmd doctor`: exact numbers of weights, parts that follow the configuration, a verdict with a remedy."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from pmd.cli import main
 from pmd.cli.doctor import describe_hours
 from pmd.config.load import load_config
 from pmd.config.schema import ModelConfig, ObjectiveConfig, RunConfig, TeacherConfig
+from pmd.planning.engine_memory import Gpu, fits_on
 from pmd.planning.gpu_memory import (
     UNDIVIDED,
     Shape,
@@ -53,8 +55,9 @@ def test_divided_weights_need_several_gpus():
     for name in ("base", "frozen copies", "gradients", "optimizer"):
         assert part[name] == whole[name] / 8
     assert part["gathered weights"] == 2 * (QWEN3_8B.linear + QWEN3_8B.embedding)  # to generate, in bfloat16
-    assert num_gpus_needed(QWEN3_8B, full.run, tokens, sum(part.values()), in_bfloat16=True) == 8
-    assert num_gpus_needed(QWEN3_8B, full.run, tokens, 10e9, in_bfloat16=True) is None
+    for size, number in ((sum(part.values()), 8), (10e9, None)):
+        fits = partial(fits_on, QWEN3_8B, full.run, tokens, Gpu(size, size))
+        assert num_gpus_needed(fits, in_bfloat16=True) == number
 
     lora = load_config(["configs/qwen3_32b_fsdp.yaml"])
     whole, part = (predict(QWEN3_8B, lora.run, tokens, tokens, "cuda", of) for of in (UNDIVIDED, Shards(4)))
@@ -67,6 +70,10 @@ def test_divided_weights_need_several_gpus():
     [
         ((), "One GPU is enough."),
         (("--trainer.strategy=fsdp2", "--trainer.devices=4"), "for each of 4 GPUs, which divide the weights"),
+        (
+            ("--trainer.strategy=fsdp2", "--trainer.devices=2", "--rollouts.engine=vllm"),
+            "for each of 2 GPUs, which divide the weights. One GPU is enough.",
+        ),
         (("--trainer.strategy=ddp", "--trainer.devices=2"), "with trainer.strategy=ddp, every one holds all of it"),
     ],
 )

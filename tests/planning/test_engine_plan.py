@@ -12,12 +12,13 @@ from pmd.planning.engine_memory import (
     Cache,
     Gpu,
     engine_parts,
+    fits_on,
     plan_engine,
     read_cache,
     refuse_small_cache,
     shares_base,
 )
-from pmd.planning.gpu_memory import Shape, predict
+from pmd.planning.gpu_memory import Shape, Shards, predict
 
 #: Linear layers: 2 x (100 x (2 x 100 + 2 x 50) + 3 x 100 x 200) = 180,000 weights; embedding 100,000.
 SHAPE = Shape(layers=2, hidden=100, intermediate=200, query=100, key=50, vocabulary=1000, tied=True)
@@ -105,6 +106,13 @@ def test_a_shared_base_is_counted_once_and_stays_while_vllm_frees_its_cache():
     assert "share one base; vLLM frees its KV cache" in str(shared)
     assert "each hold a base; vLLM sleeps while the policy trains, with 0.0 GB of weights in main memory" in str(alone)
     assert shared.share == GpuShare(0.92, shares_weights=True, sleeps=True)
+
+
+def test_a_run_fits_on_gpus_that_hold_both_its_part_of_the_weights_and_vllm():
+    run, tokens = run_with("full"), 1000
+    vllm = sum(engine_parts(SHAPE, run, Gpu(1e9, 1e9)).values())
+    fits = [fits_on(SHAPE, run, tokens, Gpu(size, size), Shards(2)) for size in (1.5e9, 2e9 + vllm, 20e9)]
+    assert fits == [False, True, True]
 
 
 @pytest.mark.parametrize(
