@@ -1,7 +1,7 @@
 """SGLang and llama.cpp read exported adapters and merged models, and see the numbers of PEFT and transformers.
 
-SGLang need only be importable: its reader of adapters runs on a CPU. For llama.cpp, install llama-cpp-python and, for the
-converters, gguf and sentencepiece, and set LLAMA_CPP to a checkout of llama.cpp; the source distribution of
+SGLang need only be importable: its reader of adapters runs on a CPU. For llama.cpp, install llama-cpp-python, gguf and
+sentencepiece (the converters need them), and set LLAMA_CPP to a checkout of llama.cpp; the source distribution of
 llama-cpp-python holds one (`vendor/llama.cpp`).
 """
 
