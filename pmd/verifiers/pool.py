@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import get_args
 
 from pmd.errors import VerificationError
-from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import Task, Verdict, VerdictStatus
 from pmd.verifiers import reward
 from pmd.verifiers.resolve import find_verifier
@@ -52,13 +51,10 @@ def verify(task: Task, completion_text: str) -> Verdict:
 def judge(task: Task, completion_text: str) -> Verdict:
     """Return the verdict of the task's verifier; whatever it raises is raised.
 
-    No verifier sees what the model thought before it answered. A completion without thinking is passed on unchanged.
-
     Raises:
         TypeError: it returned something else than a verdict.
     """
-    answered = strip_thinking(completion_text) if MARK.search(completion_text) else completion_text
-    return _checked(find_verifier(task.verifier)(task, answered))
+    return _checked(find_verifier(task.verifier)(task, completion_text))
 
 
 def _report_crash(task: Task, error: Exception) -> None:
