@@ -16,10 +16,9 @@ from pmd.tasks.combined import Part, is_combined, parts_of
 from pmd.tasks.environment import VERIFIER as ENVIRONMENT
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.tasks.lines import cap_problems
-from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import Task
-from pmd.verifiers.combined import combine
-from pmd.verifiers.reward import TRLReward, as_verifier
+from pmd.verifiers.combined import Combined
+from pmd.verifiers.reward import as_verifier
 
 Verifier = Callable[[Task, str], object]  # a Verdict, a reward, or whether the completion is right
 SandboxChoice = Literal["strongest", "namespaces", "bubblewrap", "landlock", "rlimits"]
@@ -28,9 +27,9 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def find_verifier(name: str) -> Verifier:
-    """Return the verifier of that name, which takes whole completions; its module is imported on first use."""
+    """Return the verifier of that name; its module is imported on first use."""
     if is_combined(name):
-        return combine([(part.weight, _with_options(part)) for part in parts_of(name)])
+        return Combined([(part.weight, _with_options(part)) for part in parts_of(name)])
     match name:
         case "mcq":
             from pmd.verifiers.mcq import verify_mcq as found
@@ -49,18 +48,8 @@ def find_verifier(name: str) -> Verifier:
         case "each_box":
             from pmd.verifiers.boxes import verify_each_box as found
         case _:
-            found = load_custom_verifier(name)
-    return _of_the_answer(found)
-
-
-def _of_the_answer(verifier: Verifier) -> Verifier:
-    """Return a verifier that does not see what the model thought before it answered.
-
-    A TRL function sees it, as in TRL: rewards of the format look for it.
-    """
-    if isinstance(verifier, TRLReward):
-        return verifier
-    return lambda task, text: verifier(task, strip_thinking(text) if MARK.search(text) else text)
+            return load_custom_verifier(name)
+    return found
 
 
 @functools.cache
@@ -79,7 +68,7 @@ def _with_options(part: Part) -> Verifier:
         verifier = find_verifier(part.name)
         return lambda task, completion: verifier(replace(task, tests={**task.tests, **part.options}), completion)
     module_name, _, attribute = part.name.rpartition(".")
-    return _of_the_answer(as_verifier(getattr(importlib.import_module(module_name), attribute), part.options))
+    return as_verifier(getattr(importlib.import_module(module_name), attribute), part.options)
 
 
 def describe_verifier_problem(name: str) -> str | None:
