@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -127,17 +128,18 @@ def search_rows(store: MemoryStore, arguments: argparse.Namespace) -> dict[str, 
 
 
 def print_rows(console: Console, title: str, rows: Rows) -> None:
-    """Print rows as a table."""
+    """Print rows as a table, without the columns that are empty."""
     if not rows:
         console.print(f"[bold]{title}[/bold]: none")  # titles are our own words
         return
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
-    for column in rows[0]:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = [column for column in rows[0] if any(row[column] not in (None, "") for row in rows)]
+    for column in columns:
         number = all(isinstance(row[column], int | float) for row in rows)
         heading = column.replace("_", " ")  # wraps between words if the terminal is narrow
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[column]) for column in columns))
     console.print(table)
 
 

@@ -4,9 +4,11 @@ The tasks are read, the model's files looked at, one prompt of each role is writ
 and a plausible completion.
 """
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pmd.config.check import describe_rounding
 from pmd.config.schema import RunConfig
@@ -152,7 +154,7 @@ def _try_both(task: Task, deadline_s: float) -> list[tuple[str, Trial]]:
         try:
             return judge(task, text)
         except Exception as error:  # of the user's code; its traceback comes with the run's first crash
-            errors[text] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            errors[text] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{_place(error)}"
             return Verdict(0.0, False, "error")
 
     trials = []
@@ -165,6 +167,14 @@ def _try_both(task: Task, deadline_s: float) -> list[tuple[str, Trial]]:
             reason = f"none within {deadline_s:g} s" if is_late else errors.get(text, f"status {verdict.status}")
             trials.append((kind, Trial(verdict, reason, is_late)))
     return trials
+
+
+def _place(error: Exception) -> str:
+    """Return the line of the user's code that failed, if it did."""
+    ours = Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(ours)]
+    return f", in {Path(theirs[0].filename).name}, line {theirs[0].lineno}" if theirs else ""
 
 
 def _plausible(task: Task) -> str:

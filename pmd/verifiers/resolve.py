@@ -17,7 +17,7 @@ from pmd.tasks.environment import VERIFIER as ENVIRONMENT
 from pmd.tasks.jsonl import CLASS_PATH, NAMED_VERIFIERS
 from pmd.tasks.lines import cap_problems
 from pmd.types import Task
-from pmd.verifiers.combined import combine
+from pmd.verifiers.combined import Combined
 from pmd.verifiers.reward import as_verifier
 
 Verifier = Callable[[Task, str], object]  # a Verdict, a reward, or whether the completion is right
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def find_verifier(name: str) -> Verifier:
     """Return the verifier of that name; its module is imported on first use."""
     if is_combined(name):
-        return combine([(part.weight, _with_options(part)) for part in parts_of(name)])
+        return Combined([(part.weight, _with_options(part)) for part in parts_of(name)])
     match name:
         case "mcq":
             from pmd.verifiers.mcq import verify_mcq as found

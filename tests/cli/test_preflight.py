@@ -50,7 +50,7 @@ def test_a_verifier_that_never_answers_is_refused_and_one_that_sometimes_fails_i
         try_verifiers([task("preflight_checks.strict")], RunConfig())
     warnings, _ = try_verifiers([task("preflight_checks.picky")], RunConfig())
     assert len(warnings) == 1
-    assert "an empty one (IndexError: list index out of range)" in warnings[0]
+    assert "an empty one (IndexError: list index out of range, in preflight_checks.py, line " in warnings[0]
     warnings, _ = try_verifiers([task("preflight_checks.hangs")], RunConfig(verifiers=VerifiersConfig(deadline_s=0.1)))
     assert "a plausible one (none within 0.1 s)" in warnings[0]  # slow is not wrong
 

@@ -15,6 +15,7 @@ OWN = """
 class Brief:
     def __init__(self, most): self.most = most
     def __call__(self, task, completion): return float(len(completion.split()) <= self.most)
+def other_tasks(completions, **columns): return [None for _ in completions]
 def rude(completions, penalty=1.0, **columns): return [-penalty for _ in completions]
 """
 
@@ -77,3 +78,9 @@ def test_mistakes_are_named():
     for words in ("data.verifier[0] must be", "data.verifier[1].x is not known", "data.verifier[1].weight=True"):
         assert words in said
     assert describe_part_problems("data.verifier", []) != []
+
+
+def test_one_that_returns_none_is_not_for_this_task(own):
+    other = {"name": "combined_checks.other_tasks"}
+    assert verify(task([other, *PARTS]), "4").reward == verify(task(PARTS), "4").reward
+    assert verify(task([other, other]), "4").status == "error"

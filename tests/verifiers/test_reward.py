@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_a_trl_function_on_conversational_data(tmp_path):
     loaded = load_tasks(DataConfig(task="jsonl", path=str(path), verifier=f"{HERE}.accuracy_reward"), seed=0)
     third = next(t for part in loaded.values() for t in part if t.task_id == "t3")
     CALLS.clear()
-    assert [verify(third, text).correct for text in ("3", "4", "<think>4</think>3")] == [True, False, True]
+    assert [verify(third, text).correct for text in ("3", "4")] == [True, False]
     assert CALLS[0] == {
         "prompts": [[{"role": "user", "content": "3?"}]],
         "completions": [[{"role": "assistant", "content": "3"}]],
@@ -128,6 +129,19 @@ def test_a_trl_function_on_plain_data(tmp_path):
     n = first.columns["answer"]
     assert verify(first, f"{n}? {n}").reward == 1.0
     assert verify(first, "no").reward == 0.0
+
+
+def think_format_reward(completions, **kwargs):
+    """As TRL's function of this name, on plain data."""
+    form = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL)
+    return [float(form.match(text) is not None) for text in completions]
+
+
+def test_a_trl_function_sees_the_thinking_and_a_verifier_beside_it_does_not():
+    both = json.dumps([{"name": f"{HERE}.think_format_reward"}, {"name": "exact", "weight": 2.0}])
+    for name, rewards in ((f"{HERE}.think_format_reward", (1.0, 0.0)), (both, (3.0, 2.0))):
+        judged = Task("t", (Message("user", "q"),), name, "train", answer="3")
+        assert [verify(judged, text).reward for text in ("<think>4</think>3", "3")] == [*rewards]
 
 
 def test_other_forms():

@@ -16,7 +16,7 @@ import numpy as np
 from pmd.evaluation.metrics import Sample, pass_at_k
 from pmd.evaluation.report import chosen_ks, scored_groups
 from pmd.planning.sweep.grid import PlannedRun, row_label
-from pmd.planning.sweep.table import COSTS, Row, by_block, chosen_rows, cost_cells, estimate, quantity_names
+from pmd.planning.sweep.table import COSTS, Row, by_block, chosen_rows, colours_of, cost_cells, estimate, quantity_names
 from pmd.run_dir import RunDir
 
 Curve = tuple[list[float], list[float], list[float]]  # x, mean over seeds and its standard error, in percent
@@ -56,7 +56,7 @@ def write_page(runs: Sequence[PlannedRun], rows: Sequence[Row], out: Path, title
     ):
         curves = {block: {arm: curve_of(own) for arm, own in arms.items()} for block, arms in groups.items()}
         if any(curve[0] for arms in curves.values() for curve in arms.values()):
-            _draw(curves, out / f"{name}.png", unit)
+            _draw(curves, colours_of(rows), out / f"{name}.png", unit)
             pictures += f'<h2>{escape(heading)}</h2><img src="{name}.png" alt="{escape(heading)}">\n'
     page = PAGE.format(title=escape(title), table=_table(rows), pictures=pictures)
     (out / "report.html").write_text(page, encoding="utf-8")
@@ -113,7 +113,7 @@ def _over_seeds(values: Mapping[float, Sequence[float]]) -> Curve:
     return xs, [100 * e.mean for e in found], [0.0 if math.isnan(e.error) else 100 * e.error for e in found]
 
 
-def _draw(curves: Mapping[str, Mapping[str, Curve]], file: Path, unit: str) -> None:
+def _draw(curves: Mapping[str, Mapping[str, Curve]], colours: Mapping[str, str], file: Path, unit: str) -> None:
     """Draw a panel for each block with a curve for each arm; bands are one standard error to either side."""
     import matplotlib
 
@@ -122,7 +122,6 @@ def _draw(curves: Mapping[str, Mapping[str, Curve]], file: Path, unit: str) -> N
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(curves), figsize=(7 * len(curves), 4.5), layout="constrained", squeeze=False)
-    colours = {arm: f"C{n}" for n, arm in enumerate(dict.fromkeys(arm for arms in curves.values() for arm in arms))}
     handles: dict[str, Any] = {}
     for axis, (block, arms) in zip(axes[0], curves.items(), strict=True):
         for arm, (xs, means, errors) in arms.items():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -77,8 +78,8 @@ def difference_rows(rows: Sequence[Row], reference: str) -> list[DifferenceRow]:
 def print_differences(rows: Sequence[DifferenceRow], reference: str, console: Console) -> None:
     """Print the table, with a section for each block."""
     names = _names(rows)
-    table = Table(title=_title(reference))
-    table.add_column("method", no_wrap=True)
+    table = Table(title=_title(reference), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for block in dict.fromkeys(row.block for row in rows):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -86,8 +87,8 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
     """Print the table, with a section for each block."""
     names = quantity_names(rows)
     title = f"{escape(title)}: test tasks, mean ± standard error over seeds, in percent"
-    table = Table(title=title, caption=_effort(rows))
-    table.add_column("method", no_wrap=True)
+    table = Table(title=title, caption=_effort(rows), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")  # it alone gives way in a narrow terminal
     for heading in [*names, *COSTS, "seeds"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for block, own in by_block(rows).items():
@@ -239,6 +240,11 @@ def chosen_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.best or (row.block, row.arm) not in several]
 
 
+def colours_of(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the colour of each arm, the same in every picture of a sweep."""
+    return {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(row.arm for row in chosen_rows(rows)))}
+
+
 def quantity_names(rows: Sequence[Row]) -> list[str]:
     """Return the scores that rows have, in the order of the columns."""
     names = dict.fromkeys(name for row in rows for name in row.quantities)
@@ -273,20 +279,20 @@ def _draw(rows: Sequence[Row], file: Path, title: str) -> None:
     figure, axes = plt.subplots(
         1, len(names), figsize=(sum(widths), 5), width_ratios=widths, layout="constrained", squeeze=False
     )
-    width = 0.85 / len(arms)
+    width, colours = 0.85 / len(arms), colours_of(rows)
     for axis, (name, blocks) in zip(axes[0], drawn.items(), strict=True):
         for position, arm in enumerate(arms):
             own = [r for r in shown if r.arm == arm and name in r.quantities]
             places = [blocks.index(r.block) + (position - (len(arms) - 1) / 2) * width for r in own]
             heights = [100 * r.quantities[name].mean for r in own]
             errors = [0.0 if math.isnan(e := r.quantities[name].error) else 100 * e for r in own]
-            axis.bar(places, heights, width, yerr=errors, capsize=2, color=f"C{position}")
+            axis.bar(places, heights, width, yerr=errors, capsize=2, color=colours[arm])
         memory = "memory in the prompt" if name == "with memory" else f"{name}, no memory in the prompt"
         axis.set(title=memory, ylabel="percent", xlim=(-0.5, len(blocks) - 0.5), ylim=(0, 102))
         axis.set_xticks(range(len(blocks)), [textwrap.fill(block, 30) for block in blocks])
         axis.grid(axis="y", alpha=0.3)
     drawn_arms = set().union(*(arms_of[name] for name in names))
-    named = [Patch(color=f"C{position}", label=arm) for position, arm in enumerate(arms) if arm in drawn_arms]
+    named = [Patch(color=colours[arm], label=arm) for arm in arms if arm in drawn_arms]
     figure.legend(handles=named, loc="outside lower center", ncols=min(len(named), int(sum(widths) // 2.8)))
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
