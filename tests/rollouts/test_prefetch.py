@@ -39,6 +39,13 @@ def data_with(tmp_path, prefetch):
     return run.data
 
 
+def wait_for_the_next(data):
+    """Wait until the batch after the current one is being generated."""
+    assert data.engine.started.acquire(timeout=60)
+    assert data.engine.started.acquire(timeout=60)
+    data.engine.started.release()
+
+
 def test_prefetching_generates_the_same_rollouts(tmp_path):
     def seen(prefetch):
         batches = data_with(tmp_path, prefetch).epoch(0)
@@ -50,6 +57,8 @@ def test_prefetching_generates_the_same_rollouts(tmp_path):
 def test_rollouts_that_are_generated_while_the_policy_trains_are_timed(tmp_path):
     data, trained_s, found = data_with(tmp_path, prefetch=True), 0.1, []
     for batch in data.epoch(0):
+        if batch.step < 2:
+            wait_for_the_next(data)
         time.sleep(trained_s)
         found.append(tuple(batch.metrics[f"time/{part}_s"] for part in ("overlap", "rollout", "verify")))
     (first, *_), *later = found
@@ -62,10 +71,8 @@ def test_rollouts_that_are_generated_while_the_policy_trains_are_timed(tmp_path)
 def test_versions_behind(tmp_path, prefetch, behind):
     data, found = data_with(tmp_path, prefetch), []
     for batch in data.epoch(0):
-        data.engine.started.acquire()
-        if prefetch and batch.step < 2:  # the next batch is being generated
-            assert data.engine.started.acquire(timeout=60)
-            data.engine.started.release()
+        if prefetch and batch.step < 2:
+            wait_for_the_next(data)
         data.engine.sync(batch.step + 1)
         found.append(batch.metrics["rollout/versions_behind"])
     assert found == behind
