@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 import typing
 from functools import cache
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_the_example_of_a_verifier_works():
     assert [(verdict.correct, verdict.status) for verdict in verdicts] == [
         (True, "ok"), (False, "wrong_answer"), (False, "format"),
     ]  # fmt: skip
+
+
+def test_what_the_commands_of_the_pages_write_is_ignored_by_git():
+    written = {
+        path for _, path in in_documents(re.compile(r"--out[ =]([\w./-]+)")) if not path.startswith(("/", "docs/"))
+    }
+    written = sorted(path for path in written if path != "FOLDER")
+    assert len(written) > 5
+    command = ["git", "check-ignore", "--no-index", *(path if "." in path else f"{path}/" for path in written)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert [path.rstrip("/") for path in done.stdout.split()] == written
 
 
 def test_the_readme_stays_short():

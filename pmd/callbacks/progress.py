@@ -22,9 +22,23 @@ SHOWN = (
     ("held_out", "held-out", "{:.1%}"),
     ("memory/insights", "insights", "{:.0f}"),
 )
-BAR = "{desc} {n_fmt}/{total_fmt} {bar} {elapsed}, {remaining} left{postfix}"
+BAR = "{desc} {n_fmt}/{total_fmt} {bar} epoch {epoch_left}, run {remaining} left{postfix}"
 #: Seconds without a line after which a log file gets one.
 SILENCE_S = 60.0
+
+
+class EpochBar(tqdm):
+    """A bar for the whole run that also says how long the steps of this epoch will take."""
+
+    num_left = 0  # steps of this epoch
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """Return what the bar's format may name."""
+        found = super().format_dict
+        num_done = found["n"] - found["initial"]
+        left = tqdm.format_interval(found["elapsed"] / num_done * self.num_left) if num_done else "?"
+        return {**found, "epoch_left": left}
 
 
 class ProgressCallback(Callback):
@@ -32,7 +46,7 @@ class ProgressCallback(Callback):
 
     def __init__(self, *, bar: bool):
         self.bar = bar
-        self._bar: tqdm | None = None
+        self._bar: EpochBar | None = None
         self._started = self._printed = 0.0
         self._first_step = 0
         self._epoch: int | None = None  # that has begun, and whose line is not printed yet
@@ -42,7 +56,7 @@ class ProgressCallback(Callback):
         self._started = self._printed = time.monotonic()
         self._first_step = trainer.global_step
         total = _num_steps(pl_module)
-        self._bar = tqdm(
+        self._bar = EpochBar(
             total=total, initial=trainer.global_step, desc="step", bar_format=BAR, dynamic_ncols=True,
             disable=None if self.bar else True,
         )  # fmt: skip
@@ -58,6 +72,7 @@ class ProgressCallback(Callback):
         assert self._bar is not None
         self._epoch = trainer.current_epoch
         if not self._bar.disable:
+            self._bar.num_left = int(trainer.num_training_batches) - batch_idx - 1
             self._bar.set_postfix_str(_written(trainer.callback_metrics, SHOWN[:2]), refresh=False)
             self._bar.update(trainer.global_step - self._bar.n)
         elif time.monotonic() - self._printed > SILENCE_S:

@@ -26,23 +26,23 @@ model:
   path: {model}
   prompts: chat             # the tokenizer's own chat template; chat_template_kwargs may turn thinking on
   dtype: {dtype}
-  finetune: {finetune:<16}  # {why}
+  finetune: {finetune:<15} # {why}
 optimizer: {{lr: {lr}}}{rate_why}
 data:
   task: jsonl               # also JSON, CSV, Parquet, or the id of a data set on the Hub; see data.columns
   path: {data}
 {verifier}rollouts:
-  engine: {engine:<18}  # {engine_why}
-  tasks_per_step: {tasks:<11} # x group_size = completions in one update
+  engine: {engine:<17} # {engine_why}
+  tasks_per_step: {tasks:<9} # x group_size = completions in one update
   group_size: 8
-  max_new_tokens: {new:<11} # the longest answer
-  max_prompt_tokens: {prompt:<9} # longer tasks are refused
+  max_new_tokens: {new:<9} # the longest answer
+  max_prompt_tokens: {prompt:<6} # longer tasks are refused
 teacher: {{max_prompt_tokens: {teacher}}}   # the task, an attempt and memory
 reflection: {{max_new_tokens: {reflection}}}
 verification:
   samples: 2                # completions for each validation task after an epoch
   final_samples: 8          # for each test task before and after training
-trace_every: {trace}              # a step to look at: python -m pmd inspect step RUN, and RUN/completions/
+trace_every: {trace:<14} # a step to look at: python -m pmd inspect step RUN, and RUN/completions/
 trainer: {{max_epochs: {epochs}{accelerator}}}
 """
 

@@ -1,12 +1,14 @@
 """Builds Lightning's Trainer from the `trainer` section, and silences warnings that do not apply to pmd."""
 
 import logging
+import re
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -52,10 +54,8 @@ class TrainerCLI(LightningCLI):
                 parser_kwargs={"exit_on_error": False},
             )
             self.trainer_for([], [], Path())  # bad arguments fail now, before any weights load
-        except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        except Exception as error:  # of a user's logger or callback, whatever it raises
-            raise ConfigError(f"trainer: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # of Lightning, jsonargparse, or a user's logger or callback
+            raise ConfigError(describe_class_problems(trainer) or f"trainer: {_said(error)}") from error
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the trainer only; pmd's sections are checked and built without jsonargparse."""
@@ -111,6 +111,37 @@ class DividedWeights(SummedGradients):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint together with the other ranks."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+
+def describe_class_problems(trainer: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with each logger and callback of the section, tried one by one.
+
+    The error of the whole section lists every form that a value may have, and not which class failed.
+    """
+    problems = []
+    for key, kind in (("logger", Logger), ("callbacks", Callback)):
+        for entry in _as_list(trainer.get(key)):
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_subclass_arguments(kind, key, required=True)
+            try:
+                parser.instantiate_classes(parser.parse_object({key: deepcopy(entry)}))
+            except Exception as error:  # of the class, whatever it raises
+                chain: list[BaseException] = [error]
+                while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+                    chain.append(cause)
+                told = next((_said(one) for one in chain if "Union subtypes" not in str(one)), _said(error))
+                name = entry.get("class_path", entry) if isinstance(entry, dict) else entry
+                told = re.sub(r"^Problem with given class_path '[^']*': ", "", told).rstrip(".")
+                remedy = "give a class by its import path, and init_args that it takes."
+                problems.append(f"trainer.{key}={name} cannot be made ({told}); {remedy}")
+    return problems
+
+
+def _said(error: BaseException) -> str:
+    """Return an error's text on one line, with the name of its kind if that may say something."""
+    text = " ".join(str(error).split())
+    usual = isinstance(error, ArgumentError | MisconfigurationException | ValueError | TypeError)
+    return text if usual else f"{type(error).__name__}: {text}"
 
 
 def _as_list(given: Any) -> list[Any]:

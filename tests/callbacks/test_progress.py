@@ -1,5 +1,6 @@
 """What a run says while it trains: in a log file and in a terminal of 80 columns."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -23,7 +24,9 @@ def module() -> PMDModule:
 
 def trainer_at(step: int, epoch: int) -> SimpleNamespace:
     metrics = {name: torch.tensor(value) for name, value in METRICS.items()}
-    return SimpleNamespace(global_step=step, current_epoch=epoch, max_epochs=12, callback_metrics=metrics)
+    return SimpleNamespace(
+        global_step=step, current_epoch=epoch, max_epochs=12, callback_metrics=metrics, num_training_batches=2
+    )
 
 
 def follow(callback: ProgressCallback, module: PMDModule, clock: list[float], monkeypatch) -> None:
@@ -68,3 +71,4 @@ def test_a_terminal_gets_one_bar_unless_it_is_turned_off(bar, module, monkeypatc
     drawn = [line for line in err.split("\r") if "step" in line]
     assert bool(drawn) == bar
     assert all(len(line) <= 80 for line in drawn)
+    assert not bar or re.search(r"epoch 00:0\d, run 0\d:\d\d left, loss 0.032, reward 0.875", drawn[-1])

@@ -1,10 +1,11 @@
-"""SGLang and llama.cpp read exported adapters and merged models, and see the numbers of PEFT and transformers.
+"""vLLM, SGLang and llama.cpp read exported adapters and merged models, and see the numbers of PEFT and transformers.
 
 SGLang need only be importable: its reader of adapters runs on a CPU. For llama.cpp, install llama-cpp-python, gguf and
 sentencepiece (the converters need them), and set LLAMA_CPP to a checkout of llama.cpp; the source distribution of
 llama-cpp-python holds one (`vendor/llama.cpp`).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,18 @@ from pmd.cli.export import merge_adapter, save_student
 from pmd.config.schema import ModelConfig, RunConfig
 from pmd.module import PMDModule
 
-pytestmark = pytest.mark.slow
+#: Prints the log-probability of each token of a prompt but the first, with an adapter if one is named; needs no pmd.
+WITH_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+base, adapter, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = LLM(base, dtype="float32", enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.4, enable_lora=True,
+            max_lora_rank=8, enable_chunked_prefill=False, enable_prefix_caching=False)
+lora = LoRARequest("student", 1, adapter) if adapter else None
+(done,) = model.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=0), lora_request=lora)
+print(json.dumps([step[token].logprob for token, step in zip(ids[1:], done.prompt_logprobs[1:])]))
+"""
 TEXT = "What is 13 + 8? The answer is"
 
 
@@ -40,6 +52,29 @@ def export(base: Path, out: Path) -> tuple[Path, Path]:
     return out / "adapter", out / "merged"
 
 
+@pytest.mark.vllm
+def test_vllm_serves_the_adapter_on_its_base_and_the_merged_model(tmp_path):
+    base = make_random_model(tmp_path / "base")
+    adapter, merged = export(base, tmp_path)
+    ids = list(range(3, 23))
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        of_base = _logprobs(plain(torch.tensor([ids])).logits[0], ids)
+        of_peft = _logprobs(PeftModel.from_pretrained(plain, str(adapter))(torch.tensor([ids])).logits[0], ids)
+    assert (of_peft - of_base).abs().max() > 0.1
+    for model, lora in ((base, str(adapter)), (merged, "")):
+        run = [sys.executable, "-c", WITH_VLLM, str(model), lora, json.dumps(ids)]
+        own = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        done = subprocess.run(run, env=os.environ | own, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stderr[-3000:]
+        torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), of_peft, rtol=0, atol=1e-4)
+
+
+def _logprobs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.mark.slow
 def test_sglang_reads_the_adapter(tmp_path):
     pytest.importorskip("sglang.srt.lora.lora", reason="SGLang is not installed")
     from sglang.srt.configs.load_config import LoadConfig
@@ -70,6 +105,7 @@ def _stacked(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_llama_cpp_converts_and_runs_adapter_and_merged_model(tmp_path):
     if "LLAMA_CPP" not in os.environ:
         pytest.skip("set LLAMA_CPP to a checkout of llama.cpp")

@@ -2,9 +2,14 @@
 
 import csv
 import json
+import re
 
+import pytest
 import yaml
 from command_line import SMALL, run_pmd
+
+from pmd.cli.trainer import TrainerCLI
+from pmd.errors import ConfigError
 
 #: Of kinds that users bring: two loggers, one class by its short name, and callbacks that watch, stop and write.
 SECTION = """
@@ -21,6 +26,12 @@ trainer:
     - class_path: ModelCheckpoint
       init_args: {dirpath: LOGS/checkpoints, monitor: verify/avg, filename: mine}
     - class_path: users_own.CountEpochs
+"""
+BROKEN = """
+from lightning.pytorch.loggers import CSVLogger
+class Broken(CSVLogger):
+    def __init__(self):
+        raise OSError("no server")
 """
 OWN = """
 import json
@@ -80,11 +91,35 @@ def test_a_lightning_users_sections_work_unchanged(tmp_path):
     assert [row["mine/epochs"] for row in rows if row["mine/epochs"]] == ["1.0", "2.0", "3.0"]
 
 
-def test_a_class_that_cannot_be_made_is_named_before_anything_loads(tmp_path):
-    for given, named in (("nowhere.Logger", "nowhere"), ("[{class_path: CSVLogger, init_args: {dir: x}}]", "dir")):
-        said = run_pmd(
-            "fit", "--config", "configs/tiny.yaml", f"--run_dir={tmp_path / 'run'}", f"--trainer.logger={given}", code=2
-        ).stderr
-        assert "ConfigError" in said or "trainer" in said
-        assert named in said
-        assert not (tmp_path / "run" / "config.yaml").exists()
+REFUSED = [
+    ("logger=nowhere.Logger", "trainer.logger=nowhere.Logger cannot be made (No module named 'nowhere')"),
+    (
+        "logger=[{class_path: CSVLogger, init_args: {dir: x}}]",
+        "trainer.logger=CSVLogger cannot be made (Option 'dir' is not accepted)",
+    ),
+    (
+        "logger=[{class_path: CSVLogger, init_args: {save_dir: x}}, {class_path: users_own.Broken}]",
+        "trainer.logger=users_own.Broken cannot be made (OSError: no server)",
+    ),
+    (
+        "callbacks=[{class_path: EarlyStopping, init_args: {monitor: x, patience: three}}]",
+        'trainer.callbacks=EarlyStopping cannot be made (Parser key "patience": Expected a',
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_a_class_that_cannot_be_made_is_named_before_anything_loads(given, said, tmp_path, monkeypatch):
+    (tmp_path / "users_own.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    key, _, value = given.partition("=")
+    with pytest.raises(ConfigError, match="^" + re.escape(said)):
+        TrainerCLI({"accelerator": "cpu", key: yaml.safe_load(value)})
+
+
+def test_the_command_says_the_same(tmp_path):
+    run_dir = tmp_path / "run"
+    fit = ["fit", "--config", "configs/tiny.yaml", f"--run_dir={run_dir}"]
+    said = run_pmd(*fit, "--trainer.logger=nowhere.Logger", code=2).stderr
+    assert "ConfigError: trainer.logger=nowhere.Logger cannot be made" in said
+    assert not (run_dir / "config.yaml").exists()
