@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pmd.config.resume import Change, find_changes
 from pmd.errors import ConfigError
 from pmd.planning.sweep.attempt import Attempt, marker
 from pmd.planning.sweep.grid import PlannedRun
@@ -53,14 +54,22 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     Raises:
         ConfigError: run directories were made from other configurations than the grid's.
     """
-    changed = [run for run in runs if marker(run).is_file() and json.loads(marker(run).read_text()) != run.config]
+    changes = {run.run_dir: _changes_since_begun(run) for run in runs if marker(run).is_file()}
+    changed = {folder: found for folder, found in changes.items() if found}
     if changed:
-        shown = ", ".join(str(run.run_dir) for run in changed[:3]) + (", ..." if len(changed) > 3 else "")
+        lines = [f"{folder}: {', '.join(map(str, found[:3]))}" for folder, found in list(changed.items())[:3]]
+        shown = "; ".join(lines) + ("; ..." if len(changed) > 3 else "")
         raise ConfigError(
             f"{len(changed)} run(s) were made from another configuration than the grid's ({shown}); remove them, or "
             "choose another --out."
         )
     return [run for run in runs if not run.results.is_file()]
+
+
+def _changes_since_begun(run: PlannedRun) -> list[Change]:
+    """Return the settings in which the grid's configuration of a run differs from that with which it was begun."""
+    begun_with: str = json.loads(marker(run).read_text())
+    return find_changes(json.loads(begun_with), json.loads(run.config))
 
 
 def launch(runs: Sequence[PlannedRun], place: Place, threads: int, retries: int) -> Iterator[Outcome]:
