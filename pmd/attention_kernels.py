@@ -97,11 +97,9 @@ def forward_by_length(query: Tensor, key: Tensor, value: Tensor, call: Call) -> 
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[1], len(query), dtype=torch.promote_types(query.dtype, torch.float32))
     for tokens, part in call.queries.runs(LONG_SEGMENT):
-        parts = query[tokens], key[tokens], value[tokens]
-        if part.longest < LONG_SEGMENT:
-            out[tokens], lse[:, tokens] = _flash_forward(*parts, replace(call, queries=part, keys=part))
-        else:
-            out[tokens], lse[:, tokens] = _long_forward(*parts, call.scale)
+        kernel = _flash_forward if part.longest < LONG_SEGMENT else _long_forward
+        part_call = replace(call, queries=part, keys=part)
+        out[tokens], lse[:, tokens] = kernel(query[tokens], key[tokens], value[tokens], part_call)
     return out, lse
 
 
@@ -112,11 +110,9 @@ def backward_by_length(
     like = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, key, value))
     grad_query, grad_key, grad_value = like
     for tokens, part in call.queries.runs(LONG_SEGMENT):
+        kernel = _flash_backward if part.longest < LONG_SEGMENT else _long_backward
         parts = grad_out[tokens], query[tokens], key[tokens], value[tokens], out[tokens], lse[:, tokens]
-        if part.longest < LONG_SEGMENT:
-            found = _flash_backward(*parts, replace(call, queries=part, keys=part))
-        else:
-            found = _long_backward(*parts, call.scale)
+        found = kernel(*parts, replace(call, queries=part, keys=part))
         grad_query[tokens], grad_key[tokens], grad_value[tokens] = found
     return grad_query, grad_key, grad_value
 
@@ -144,8 +140,8 @@ def _serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
     out, lse = _flash_forward(query, key, value, call)
     expected = (out, lse, *_flash_backward(grad, query, key, value, out, lse, call))
     try:
-        found = (*_long_forward(query, key, value, call.scale),)
-        found += tuple(_long_backward(grad, query, key, value, *found, call.scale))
+        out, lse = _long_forward(query, key, value, call)
+        found = (out, lse, *_long_backward(grad, query, key, value, out, lse, call))
     except Exception as error:  # whatever it is, flash attention is there
         log.warning("cuDNN's attention fails here (%s); long rows use flash attention.", error)
         return False
@@ -155,17 +151,19 @@ def _serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
     return not differs
 
 
-def _long_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return one causal segment's output [T, heads, D] and log-sum-exp [heads, T], by cuDNN."""
+def _long_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """`forward` for one segment that attends to itself, causally, by cuDNN."""
     parts = (_as_one_row(part) for part in (query, key, value))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, True, 0.0, True, False, scale=scale)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *parts, None, True, 0.0, True, False, scale=call.scale
+    )
     return out[0].transpose(0, 1)[: len(query)], lse[0, :, : len(query), 0]
 
 
 def _long_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, ...]:
-    """Return one causal segment's gradients, by cuDNN."""
+    """`backward` for one segment that attends to itself, causally, by cuDNN."""
     num_tokens = len(query)
     grad_out, query, key, value, out = (_as_one_row(part) for part in (grad_out, query, key, value, out))
     length = query.shape[2]
@@ -174,7 +172,7 @@ def _long_backward(
     with torch._C._AutoDispatchBelowAutograd():  # above it, an operator cannot be told that there is no bias
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad_out, query, key, value, out, lse, state, state, None, None, None, length, length, 0.0, True,
-            scale=scale,
+            scale=call.scale,
         )  # fmt: skip
     return tuple(gradient[0].transpose(0, 1)[:num_tokens] for gradient in gradients)
 

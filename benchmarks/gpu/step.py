@@ -13,6 +13,7 @@ counts the work on tokens that were computed: 4 operations per weight and studen
 """
 
 import argparse
+import functools
 import gc
 import json
 import sys
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from pmd import attention_kernels as kernels
 from pmd.attention import attend_packed
+from pmd.attention_kernels import Call, Segments
 from pmd.batch import pack_rows
 from pmd.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutsConfig, RunConfig, TeacherConfig
 from pmd.module import PMDModule
@@ -37,7 +40,7 @@ from pmd.planning.gpu_memory import shape_of
 from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 from pmd.pretrained import prepare_base
 
-PARTS = ("table", "uneven", "long", "qlora", "attention", "longest")
+PARTS = ("table", "uneven", "long", "qlora", "attention", "kernels", "longest")
 QUICK_PARTS = ("table", "uneven", "long", "qlora")
 Figures = dict[str, Any]
 
@@ -177,6 +180,31 @@ def measure_attention(device: str, modes: list[Mode]) -> Iterator[tuple[str, Fig
         yield name, {"seconds": seconds_of(once, device, 5 if device == "cuda" else 1), "tokens": len(parts[0])}
 
 
+def measure_kernels(device: str, modes: list[Mode]) -> Iterator[tuple[str, Figures]]:
+    """Attention of one row to itself, one layer of Qwen3-8B: flash attention beside cuDNN's; on a CPU the plain one."""
+    ways: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "flash": (kernels._flash_forward, kernels._flash_backward),
+        "cudnn": (kernels._long_forward, kernels._long_backward),
+    }
+    if device != "cuda":
+        ways = {"plain": (kernels._plain_forward, kernels._plain_backward)}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for tokens in (1024, 2048, 4096, 8192, 16384) if device == "cuda" else (64,):
+        row = Segments(torch.tensor([0, tokens], dtype=torch.int32, device=device), (tokens,))
+        call, figures = Call(row, row, 128**-0.5), {}
+        query, key, value = (torch.randn(tokens, heads, 128, device=device, dtype=dtype) for heads in (32, 8, 8))
+        for name, (forward, backward) in ways.items():
+            started = time.perf_counter()
+            out, lse = forward(query, key, value, call)
+            wait(device)
+            figures[f"{name}_first_s"] = time.perf_counter() - started
+            inputs = (query, key, value, call)
+            given = (query, query, key, value, out, lse, call)
+            figures[f"{name}_forward_s"] = seconds_of(functools.partial(forward, *inputs), device, 5)
+            figures[f"{name}_backward_s"] = seconds_of(functools.partial(backward, *given), device, 5)
+        yield f"{tokens} tokens", figures
+
+
 def measure_longest(device: str, modes: list[Mode]) -> Iterator[tuple[str, Figures]]:
     """The longest sequence, with its teacher's, that a step fits into 80 GB."""
     for finetune in ("lora", "qlora") if device == "cuda" else ("lora",):
@@ -188,7 +216,7 @@ def measure_longest(device: str, modes: list[Mode]) -> Iterator[tuple[str, Figur
 #: What each part measures.
 MEASURED: dict[str, Callable[[str, list[Mode]], Iterator[tuple[str, Figures]]]] = {
     "table": measure_table, "uneven": measure_uneven, "long": measure_long, "qlora": measure_qlora,
-    "attention": measure_attention, "longest": measure_longest,
+    "attention": measure_attention, "kernels": measure_kernels, "longest": measure_longest,
 }  # fmt: skip
 
 
