@@ -153,7 +153,8 @@ def predict(
     parts["optimizer"] /= trained_shards
     computed = shards.computed(run)
     computed_size = DTYPES[computed.model.dtype].itemsize
-    transient = _transient(shape, computed, tokens, completion_tokens, device)
+    fused = uses_liger(run.model, device)
+    transient = _transient(shape, computed, tokens, completion_tokens, device, fused=fused)
     generating: dict[str, float] = dict(
         zip(("KV cache", "sampling"), _generation(shape, run, computed_size), strict=True)
     )
@@ -188,11 +189,17 @@ def num_gpus_needed(fits: Callable[[Shards], bool], *, in_bfloat16: bool = False
     return next((shards.number for shards in (Shards(2**n, in_bfloat16) for n in range(11)) if fits(shards)), None)
 
 
-def _transient(shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str) -> dict[str, float]:
-    """Return the peak bytes that exist only during a micro-batch: at the loss, or in a layer's backward pass."""
+def _transient(
+    shape: Shape, run: RunConfig, tokens: int, completion_tokens: int, device: str, *, fused: bool
+) -> dict[str, float]:
+    """Return the peak bytes that exist only during a micro-batch: at the loss, or in a layer's backward pass.
+
+    Args:
+        fused: liger-kernel computes norms and SwiGLU.
+    """
     model, size = run.model, DTYPES[run.model.dtype].itemsize
     kind = "full" if model.finetune == "full" else "adapter"
-    counts = SAVED_BY_LIGER if uses_liger(model, device) else SAVED_ACTIVATIONS[kind, model.dtype]
+    counts = SAVED_BY_LIGER if fused else SAVED_ACTIVATIONS[kind, model.dtype]
     ranks = 0 if kind == "full" else 7 * 4 * model.lora_rank
     widths = (shape.hidden, shape.query, shape.key, shape.intermediate)
     layer = tokens * (size * sum(n * width for n, width in zip(counts, widths, strict=True)) + ranks)

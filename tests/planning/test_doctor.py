@@ -65,6 +65,26 @@ def test_divided_weights_need_several_gpus():
     assert (part["adapters"], part["optimizer"]) == (whole["adapters"], whole["optimizer"])
 
 
+@pytest.mark.parametrize(("dtype", "saves"), [("float32", False), ("bfloat16", True)])
+def test_fused_layer_kernels_go_by_the_dtype_of_the_weights(dtype, saves):
+    """Not by that in which layers compute, which is bfloat16 here both times: on a GPU, `auto` goes by the weights."""
+    plain, auto = (
+        predict(
+            QWEN3_8B,
+            load_config(
+                ["configs/qwen3_8b_full_8gpu.yaml"],
+                [
+                    *("rollouts.engine=vllm_server", "model.gradient_checkpointing=false"),
+                    *(f"model.dtype={dtype}", f"model.layer_kernels={kernels}"),
+                ],
+            ).run,
+            *(18_432, 18_432, "cuda", Shards(8, computes_in_bfloat16=True)),
+        )["activations"]
+        for kernels in ("plain", "auto")
+    )
+    assert (auto < plain) == saves
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
