@@ -93,7 +93,7 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     if run.memory.embedder_device == "cpu":
         _describe_embedder(run, console)
     if run.rollouts.engine == "vllm":
-        code = _diagnose_beside_vllm(loaded, run, tokens, Gpu(total, free), console)
+        code = _diagnose_beside_vllm(loaded, run, parts, tokens, Gpu(total, free), console)
     else:
         code = _verdict(run, {"peak": parts}, tokens, free, console)
     fits = partial(fits_on, shape, run, tokens, Gpu(total, free))
@@ -102,13 +102,15 @@ def _diagnose(loaded: LoadedConfig, tokens: int | None, gpu_gb: float | None, co
     return code
 
 
-def _diagnose_beside_vllm(loaded: LoadedConfig, run: RunConfig, tokens: int, gpu: "Gpu", console: Console) -> int:
-    """Say what trainer and vLLM need, each in its turn; return 0 if that fits, else 1."""
+def _diagnose_beside_vllm(
+    loaded: LoadedConfig, run: RunConfig, parts: dict[str, float], tokens: int, gpu: "Gpu", console: Console
+) -> int:
+    """Say what the trainer, whose `parts` are predicted, and vLLM need in turn; return 0 if that fits, else 1."""
     from pmd.planning.engine_memory import plan_engine, read_cache, shares_base
-    from pmd.planning.gpu_memory import predict, read_shape, shards_of
+    from pmd.planning.gpu_memory import read_shape, shards_of
 
     shape, shards = read_shape(run.model), shards_of(loaded.trainer)
-    parts, served = predict(shape, run, tokens, tokens, "cuda", shards), shards.computed(run)
+    served = shards.computed(run)
     shares_weights, lines = shares_base(run, on_gpu=True, divides=shards.number > 1)
     try:
         plan = plan_engine(shape, read_cache(served), served, parts, gpu, shares_weights=shares_weights)
