@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_model import make_gpu_model
+from questions import make_questions
 
 ROOT = Path(__file__).parents[2]
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -42,19 +43,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Made-up questions as SciKnowEval's upstream rows."""
-    rows = [
-        {
-            "question": f"Which element has {number} protons?",
-            "choices": {"text": ["helium", "boron", "neon", "iron"], "label": ["A", "B", "C", "D"]},
-            "answerKey": "ABCD"[number % 4], "type": "mcq-4-choices", "domain": "Chemistry",
-            "details": {"level": "L3", "task": "t", "subtask": "s"},
-        }
-        for number in range(24)
-    ]  # fmt: skip
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return make_questions(tmp_path_factory.mktemp("data"), 24)
 
 
 @needs_vllm

@@ -10,7 +10,7 @@ import pytest
 import torch
 from alone import REQUESTS, generate
 from command_line import run_pmd
-from vllm_runs import write_chemistry
+from questions import make_questions
 
 pytestmark = pytest.mark.vllm
 
@@ -59,7 +59,7 @@ def test_an_engine_that_fails_raises_an_error(checkpoint):
 def test_a_cache_too_small_for_one_sequence_is_refused_before_anything_starts(checkpoint, tmp_path):
     done = run_pmd(
         "fit", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
-        f"--model.path={checkpoint}", f"--data.path={write_chemistry(tmp_path / 'data')}",
+        f"--model.path={checkpoint}", f"--data.path={make_questions(tmp_path, 24)}",
         f"--run_dir={tmp_path / 'run'}", "--rollouts.vllm.kv_cache_memory_bytes=1048576", code=2,
     )  # fmt: skip
     for words in ("kv_cache_memory_bytes=1048576 holds 2048 tokens", "set it to at least 4202496", "max_prompt_tokens"):

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 from command_line import ROOT, run_pmd
-from vllm_runs import metrics, write_chemistry
+from questions import make_questions
+from vllm_runs import metrics
 
 from pmd.bootstrap.random_model import make_random_model
 
@@ -44,7 +45,7 @@ def test_two_epochs(tmp_path, extra):
 )
 def test_a_gpu_configuration_runs_on_the_cpu_at_a_tiny_shape(tmp_path, config, architecture):
     model = make_random_model(tmp_path / "model", architecture)
-    data = write_chemistry(tmp_path / "data")
+    data = make_questions(tmp_path, 24)
     run_pmd(
         "fit", "--config", f"configs/{config}.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
         f"--model.path={model}", f"--data.path={data}", f"--run_dir={tmp_path / 'run'}",

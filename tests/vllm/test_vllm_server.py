@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from command_line import ROOT, run_pmd
+from questions import make_questions
 from vllm_checkpoints import disturb, make_random_policy
-from vllm_runs import metrics, write_chemistry
+from vllm_runs import metrics
 
 from pmd.config.schema import (
     BehaviourWriterConfig,
@@ -109,7 +110,7 @@ def test_two_epochs_with_prefetch(served, checkpoint, tmp_path):
     run_dir = tmp_path / "run"
     run_pmd(
         "fit", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
-        f"--model.path={checkpoint}", f"--data.path={write_chemistry(tmp_path / 'data')}", f"--run_dir={run_dir}",
+        f"--model.path={checkpoint}", f"--data.path={make_questions(tmp_path, 24)}", f"--run_dir={run_dir}",
         "--rollouts.engine=vllm_server", f"--rollouts.server.urls=[{served[0]}]", "--rollouts.prefetch=true",
     )  # fmt: skip
     assert max(metrics(run_dir, "parity/max")) <= 1e-4

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from command_line import run_pmd
-from vllm_runs import metrics, write_chemistry
+from questions import make_questions
+from vllm_runs import metrics
 
 from pmd.bootstrap.random_model import make_random_model
 
@@ -30,7 +31,7 @@ def test_where_vllm_repacks_its_weights_each_holds_a_copy_or_the_run_is_refused(
     model = make_random_model(tmp_path / "model")
     done = run_pmd(
         "fit", "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml",
-        f"--model.path={model}", f"--data.path={write_chemistry(tmp_path / 'data')}", f"--run_dir={tmp_path / 'run'}",
+        f"--model.path={model}", f"--data.path={make_questions(tmp_path, 24)}", f"--run_dir={tmp_path / 'run'}",
         f"--rollouts.vllm.share_weights={share}", "--trainer.max_epochs=1", code=0 if share == "auto" else 2,
     )  # fmt: skip
     if share == "auto":
