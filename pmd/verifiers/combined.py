@@ -19,8 +19,12 @@ class Combined:
     verifiers: Sequence[tuple[float, Callable[[Task, str], object]]]  # with their weights
 
     def __call__(self, task: Task, completion: str) -> Verdict:
-        """Judge a completion, thinking included."""
-        results = [(weight, verifier(task, read_by(verifier, completion))) for weight, verifier in self.verifiers]
+        """Judge a completion, thinking included; TRL's functions see all of it, the others what follows."""
+        answered = strip_thinking(completion) if MARK.search(completion) else completion
+        results = [
+            (weight, verifier(task, completion if isinstance(verifier, TRLReward) else answered))
+            for weight, verifier in self.verifiers
+        ]
         given = [(weight, as_verdict(result)) for weight, result in results if result is not None]
         if not given:
             raise TypeError("all verifiers returned None; one of them must give a reward")
@@ -31,12 +35,3 @@ class Combined:
         reward = sum(weight * verdict.reward for weight, verdict in given)
         feedback = "\n".join(dict.fromkeys(verdict.feedback for verdict in verdicts if verdict.feedback))
         return replace(verdicts[0], reward=reward, feedback=feedback)
-
-
-def read_by(verifier: Callable[[Task, str], object], completion: str) -> str:
-    """Return what a verifier sees of a completion: not what the model thought before it answered.
-
-    TRL's functions see that, as in TRL. A completion without thinking stays as it is.
-    """
-    sees_thinking = isinstance(verifier, TRLReward | Combined)
-    return completion if sees_thinking or not MARK.search(completion) else strip_thinking(completion)

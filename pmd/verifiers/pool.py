@@ -23,9 +23,10 @@ from types import TracebackType
 from typing import get_args
 
 from pmd.errors import VerificationError
+from pmd.tasks.thinking import MARK, strip_thinking
 from pmd.types import Task, Verdict, VerdictStatus
 from pmd.verifiers import reward
-from pmd.verifiers.combined import read_by
+from pmd.verifiers.combined import Combined
 from pmd.verifiers.resolve import find_verifier
 
 #: Run inside `submit`: their time is short and bounded by the length of the completion.
@@ -52,11 +53,16 @@ def verify(task: Task, completion_text: str) -> Verdict:
 def judge(task: Task, completion_text: str) -> Verdict:
     """Return the verdict of the task's verifier; whatever it raises is raised.
 
+    Verifiers do not see what the model thought before it answered; TRL's functions do, as in TRL. A completion without
+    thinking is passed on unchanged.
+
     Raises:
         TypeError: it returned something else than a verdict.
     """
     verifier = find_verifier(task.verifier)
-    return _checked(verifier(task, read_by(verifier, completion_text)))
+    if not isinstance(verifier, reward.TRLReward | Combined) and MARK.search(completion_text):
+        completion_text = strip_thinking(completion_text)
+    return _checked(verifier(task, completion_text))
 
 
 def _report_crash(task: Task, error: Exception) -> None:
