@@ -47,7 +47,8 @@ def make_model(folder: Path, hidden: int, layers: int) -> Path:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -33,7 +33,7 @@ def main(checkpoint: str) -> None:
         teacher=TeacherConfig(), rollouts=RolloutsConfig(engine="vllm", vllm=vllm),
     )  # fmt: skip
     own = load_base(run.model).state_dict()
-    runtime, base = start_vllm(run, GpuShare(0.2, shares_weights=True, sleeps=True))
+    runtime, base = start_vllm(run, GpuShare(0.1, shares_weights=True, sleeps=True))
     assert all(torch.equal(weight.cpu(), own[name].cpu()) for name, weight in base.state_dict().items())
     held = {tensor.untyped_storage().data_ptr() for tensor in runtime.weights().tensors.values()}
     assert all(parameter.untyped_storage().data_ptr() in held for parameter in base.parameters())

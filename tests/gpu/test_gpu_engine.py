@@ -19,7 +19,7 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 RUN = [
     "--config", "configs/qwen3_8b.yaml", "--config", "configs/overlays/cpu_vllm.yaml", "--trainer.accelerator=gpu",
     "--model.dtype=bfloat16", "--teacher.kind=ema", "--rollouts.vllm.enforce_eager=true", "--rollouts.vllm.sleep=true",
-    "--rollouts.vllm.memory_fraction=0.3", "--rollouts.vllm.block_size=null", "--rollouts.vllm.parity_bound=0.05",
+    "--rollouts.vllm.memory_fraction=0.1", "--rollouts.vllm.block_size=null", "--rollouts.vllm.parity_bound=0.05",
 ]  # fmt: skip
 
 
