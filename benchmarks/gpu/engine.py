@@ -96,6 +96,7 @@ def start(device: str, model: Path, questions: Path, tasks: int, tokens: int, st
         "rollouts.group_size": GROUP_SIZE,
         "rollouts.max_new_tokens": tokens,
         "rollouts.vllm.max_num_seqs": min(256, tasks * GROUP_SIZE),
+        "memory.embedder": "hash",  # the configuration's would be downloaded
     }
     loaded = load_config(files, [f"{key}={value}" for key, value in overrides.items()])
     return build(loaded.run, RunDir(Path(tempfile.mkdtemp(prefix="pmd-run-"))))

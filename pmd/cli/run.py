@@ -134,6 +134,7 @@ def _fit_command(loaded: LoadedConfig) -> int:
                 run.module.check_checkpoint(resumed.state)
             with explaining_failures(run_dir):
                 trainer, checkpoints = _prepare_to_fit(run, loaded, cli, resumed)
+                _move_to_device(run, trainer)
                 initial = evaluate(run, "initial", with_memory=False)  # the untrained policy, even in a resumed run
                 trained = fit(run, trainer, None if resumed is None else resumed.path)
                 later, problems = evaluate_checkpoints(run, checkpoints)
@@ -223,6 +224,11 @@ def _claimed_here(loaded: LoadedConfig) -> Iterator[RunDir]:
         yield run_dir
 
 
+def _move_to_device(run: Run, trainer: Trainer) -> None:
+    """Move the policy to where it is trained; Lightning would do so when `fit` begins, after the first evaluation."""
+    run.module.to(trainer.strategy.root_device)
+
+
 def _open_checkpoint(loaded: LoadedConfig, run_dir: RunDir) -> _Resumed | None:
     """Read the checkpoint to resume from, refuse settings that may not change, and print those that do.
 
@@ -264,6 +270,7 @@ def _evaluate_command(command: str, loaded: LoadedConfig, store: Path | None) ->
         with explaining_failures(run_dir, resumable=False), ExitStack() as stack:
             run = build(config, run_dir)
             stack.enter_context(closing(run.data.engine))
+            _move_to_device(run, TrainerCLI(loaded.trainer).trainer_for([], [], run_dir.root))
             if state is not None:
                 _load_policy(run, state)
             _evaluate_split(run, command, checkpoint, out, store)
@@ -308,7 +315,7 @@ def _sample_with(run: Run, tasks: Sequence[Task], store: Path, keep: Keep | None
 
 
 def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, ranks: Ranks | None = None) -> Run:
-    """Load the tasks and the weights, start the engine, open the memory.
+    """Load the tasks, open the memory, load the weights, start the engine.
 
     Args:
         tasks_digest: of the tasks with which a resumed run began.
@@ -329,6 +336,7 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     config, chosen = choice() if ranks is None else ranks.from_first(choice)
     for line in [*ready.notes, *([] if chosen is None else [chosen])]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
+    record, memory = EpochRecord(), _open_memory(config, tasks, run_dir, ranks)  # first: vLLM takes minutes to start
     runtime, base = _start_vllm(config, run_dir, shards) if config.rollouts.engine == "vllm" else (None, None)
     module = PMDModule(config, base)
     if ranks is not None:
@@ -342,7 +350,6 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     train_tasks = {task.task_id: task for task in tasks["train"]}
     writer = BehaviourWriter(config.reflection, prompts) if config.reflection.behaviour_writer.base_url else None
     reflector = Reflector(leading, prompts, config.reflection, train_tasks, config.seed_everything, writer)
-    record, memory = EpochRecord(), _open_memory(config, tasks, run_dir, ranks)
     readable, updater = memory, None
     if config.memory.update == "batch" and memory is not None:
         updater = MemoryUpdater(record, memory, reflector)
