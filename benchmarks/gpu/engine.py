@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.bench_rollouts import make_model, make_questions
 from pmd.callbacks.sync import WeightSyncCallback
 from pmd.cli.run import Run, build
-from pmd.config.load import load_config
+from pmd.config.load import LoadedConfig, load_config
 from pmd.engines.base import Request, Sampling
 from pmd.engines.vllm import VLLMEngine
 from pmd.planning.bench import measure_steps, summarise
@@ -86,7 +86,13 @@ def measure_sampling(run: Run, engine: VLLMEngine, tokens: int, *, seeded: bool)
 
 
 def start(device: str, model: Path, questions: Path, tasks: int, tokens: int, steps: int) -> Run:
-    """Build the run that `configs/qwen3_8b.yaml` describes, on made-up questions."""
+    """Build the run that `config_of` describes."""
+    loaded = config_of(device, model, questions, tasks, tokens, steps)
+    return build(loaded.run, RunDir(Path(tempfile.mkdtemp(prefix="pmd-run-"))))
+
+
+def config_of(device: str, model: Path, questions: Path, tasks: int, tokens: int, steps: int) -> LoadedConfig:
+    """Return `configs/qwen3_8b.yaml` on made-up questions, without anything that would be downloaded."""
     files = [CONFIGS / "qwen3_8b.yaml", *([CONFIGS / "overlays" / "cpu_vllm.yaml"] if device == "cpu" else [])]
     overrides = {
         "model.path": model,
@@ -96,10 +102,9 @@ def start(device: str, model: Path, questions: Path, tasks: int, tokens: int, st
         "rollouts.group_size": GROUP_SIZE,
         "rollouts.max_new_tokens": tokens,
         "rollouts.vllm.max_num_seqs": min(256, tasks * GROUP_SIZE),
-        "memory.embedder": "hash",  # the configuration's would be downloaded
+        "memory.embedder": "hash",
     }
-    loaded = load_config(files, [f"{key}={value}" for key, value in overrides.items()])
-    return build(loaded.run, RunDir(Path(tempfile.mkdtemp(prefix="pmd-run-"))))
+    return load_config(files, [f"{key}={value}" for key, value in overrides.items()])
 
 
 def batches_of(run: Run) -> list[list[Request]]:
