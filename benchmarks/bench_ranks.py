@@ -52,6 +52,8 @@ def make_model(folder: Path, hidden: int, layers: int) -> Path:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the runs are other processes
     return folder
 
 

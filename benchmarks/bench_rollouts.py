@@ -109,6 +109,7 @@ def colocated_step(arguments: argparse.Namespace, folder: Path) -> None:
         "rollouts.group_size": 8,
         "rollouts.max_new_tokens": arguments.tokens,
         "rollouts.vllm.max_num_seqs": min(256, arguments.requests),
+        "memory.embedder": "hash",  # nothing is downloaded
     }
     files = ["--config", "configs/qwen3_8b.yaml"]
     if not torch.cuda.is_available():

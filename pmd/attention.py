@@ -192,3 +192,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+# On Hopper GPUs and later ones, torch would choose cuDNN's attention for padded rows, whose mask can make it give wrong
+# outputs and NaN gradients (pytorch issues 193893 and 196678). vLLM's import forbids that choice, too. What
+# attention_kernels.py calls by itself has no mask.
+torch.backends.cuda.enable_cudnn_sdp(False)

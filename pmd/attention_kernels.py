@@ -4,7 +4,6 @@ Segment i of the queries attends to segment i of the keys. On CUDA short segment
 in one call, which `torch.nn.attention.varlen` wraps too. Long segments that attend to themselves go one by one to
 cuDNN's attention, which torch brings as well: on Hopper it takes half the time (docs/gpu.md). It compiles a plan for
 each new length, within a tenth of a second, so lengths are rounded up: causal rows never see the zeros behind them.
-`torch.backends.cuda.enable_cudnn_sdp(False)` switches it off.
 
 On a CPU a plain implementation computes segment by segment, for tests: exact but slow.
 """
@@ -120,7 +119,7 @@ def backward_by_length(
 def _has_long_segments(query: Tensor, key: Tensor, call: Call) -> bool:
     """Whether cuDNN computes some of the segments."""
     plainly = call.queries is call.keys and _is_plainly_causal(call)
-    if not plainly or call.queries.longest < LONG_SEGMENT or not torch.backends.cuda.cudnn_sdp_enabled():
+    if not plainly or call.queries.longest < LONG_SEGMENT:
         return False
     return _serves(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2])
 

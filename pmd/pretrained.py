@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
 from jinja2 import TemplateError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -181,13 +183,15 @@ def _replace_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
 def _use_liger(model: PreTrainedModel) -> None:
     """Let liger-kernel compute norms, rotary embedding and SwiGLU of this model.
 
-    What it replaces for all models of the architecture is put back: its kernels run on a GPU only, and another model,
-    such as an embedder, may be on a CPU. The rotary embedding is a function that all share, so it goes by the device.
+    Its kernels run on a GPU only, so each goes by the device: a model loads on the CPU, and may be used there. What it
+    replaces for all models of the architecture is put back, because another one, such as an embedder, may be on a CPU;
+    the rotary embedding, a function that all share, goes by the device as well.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
 
     architecture = sys.modules[type(model).__module__]
     before = dict(vars(architecture))
+    own = {module: vars(module).get("forward") for module in model.modules()}
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
     fused = getattr(architecture, ROTARY, None)
     for name, value in before.items():
@@ -195,6 +199,19 @@ def _use_liger(model: PreTrainedModel) -> None:
     plain = before.get(ROTARY)
     if plain is not None and fused is not None:
         setattr(architecture, ROTARY, lambda query, *rest: (fused if query.is_cuda else plain)(query, *rest))
+    for module, forward in own.items():
+        replaced = vars(module).get("forward")
+        if replaced is not None and replaced is not forward:
+            module.forward = MethodType(_by_device(replaced.__func__), module)  # copied with the module
+
+
+def _by_device(fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a forward pass that is `fused` on a GPU, and else that of the module's class."""
+
+    def forward(module: nn.Module, inputs: Tensor) -> Tensor:
+        return (fused if inputs.is_cuda else type(module).forward)(module, inputs)
+
+    return forward
 
 
 def uses_liger(config: ModelConfig, device: str) -> bool:

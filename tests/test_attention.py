@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pmd import attention_kernels
 from pmd.attention import attend_packed
-from pmd.attention_kernels import Call, Segments
+from pmd.attention_kernels import LONG_SEGMENT, Call, Segments
 from pmd.batch import pack_rows
 from pmd.packing import PackedSequences
 
@@ -135,6 +135,16 @@ def test_long_segments_alone_equal_all_together(lengths, monkeypatch):
     expected = attention_kernels._plain_backward(gradient, *parts, out, lse, call)
     for one, other in zip(computed, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_cudnn_serves_long_rows_alone(monkeypatch):
+    """torch may not choose it for padded rows. vLLM's import forbids that, too, which changes nothing for long rows."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(attention_kernels, "_serves", lambda *_: True)
+    query = torch.empty(LONG_SEGMENT, 1, WIDTH)
+    for length, served in ((LONG_SEGMENT, True), (LONG_SEGMENT - 1, False)):
+        row = Segments(torch.tensor([0, length], dtype=torch.int32), (length,))
+        assert attention_kernels._has_long_segments(query, query, Call(row, row, 1.0)) is served
 
 
 def test_runs_of_short_segments_stay_together():

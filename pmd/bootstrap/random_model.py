@@ -33,7 +33,7 @@ def make_random_model(folder: Path, architecture: str = "qwen3", seed: int = 0) 
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     shape = SHAPE | HEAD_DIM[architecture] | special
     config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **shape)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -88,6 +88,7 @@ def _measure(
     from pmd.planning.bench import measure_steps
 
     config, accelerator = loaded.run, str(loaded.trainer.get("accelerator", "auto"))
+    precision = loaded.trainer.get("precision")
     lengths = _lengths(arguments)
     if lengths is None:
         from pmd.callbacks.sync import WeightSyncCallback
@@ -97,7 +98,7 @@ def _measure(
         run = build(config, RunDir(folder / "run"))
         callbacks = [WeightSyncCallback(run.data.engine, run.parity)]
         with closing(run.data.engine):
-            measured = measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks)
+            measured = measure_steps(run.module, run.data, arguments.steps + 1, accelerator, callbacks, precision)
             return measured, _measure_engine(run)
     from pmd.module import PMDModule
     from pmd.planning.choose_memory import choose_here
@@ -115,7 +116,7 @@ def _measure(
         len(module.tokenizer),
     )
     batches = FixedBatches(examples, arguments.steps + 1)
-    return measure_steps(module, batches, arguments.steps + 1, accelerator), None
+    return measure_steps(module, batches, arguments.steps + 1, accelerator, precision=precision), None
 
 
 def _measure_engine(run: "Run") -> dict[str, float] | None:

@@ -48,12 +48,15 @@ def main(argv: list[str]) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     system = [Message("system", options.system)] if options.system else []
     task = Task("prompt", (*system, Message("user", text)), "exact", "test")
+    import torch
+
     from pmd.engines.base import Request, Sampling
     from pmd.engines.hf import HFEngine
     from pmd.tasks.prompts import make_prompts
 
     run, checkpoint = loaded.run, run_dir.checkpoint(options.ckpt)
-    module = load_module(loaded, Path(checkpoint))
+    on_gpu = torch.cuda.is_available() and loaded.trainer.get("accelerator", "auto") != "cpu"
+    module = load_module(loaded, Path(checkpoint)).to("cuda" if on_gpu else "cpu")
     prompt_ids = tuple(make_prompts(run, module.tokenizer).student(task))
     temperature = run.verification.temperature if options.temperature is None else options.temperature
     sampling = Sampling(temperature, options.max_new_tokens or run.rollouts.max_new_tokens, run.verification.top_p)

@@ -40,7 +40,7 @@ from pmd.config.save import saved_values, saved_yaml
 from pmd.config.schema import RunConfig, WandbConfig
 from pmd.engines.base import Engine
 from pmd.engines.hf import HFEngine
-from pmd.engines.make import make_engine, start_vllm
+from pmd.engines.make import GpuShare, make_engine, start_vllm
 from pmd.engines.parity import ParityCheck
 from pmd.engines.shared import IdleEngine, LeadingEngine, LeadingScorer, follow
 from pmd.engines.vllm_runtime import VLLMRuntime
@@ -336,8 +336,9 @@ def build(config: RunConfig, run_dir: RunDir, tasks_digest: str | None = None, r
     config, chosen = choice() if ranks is None else ranks.from_first(choice)
     for line in [*ready.notes, *([] if chosen is None else [chosen])]:
         CONSOLE.print(line, markup=False, soft_wrap=True)
+    share = _share_gpu(config, shards) if config.rollouts.engine == "vllm" else None  # while all of it is free
     record, memory = EpochRecord(), _open_memory(config, tasks, run_dir, ranks)  # first: vLLM takes minutes to start
-    runtime, base = _start_vllm(config, run_dir, shards) if config.rollouts.engine == "vllm" else (None, None)
+    runtime, base = (None, None) if share is None else _start_vllm(config, run_dir, shards, share)
     module = PMDModule(config, base)
     if ranks is not None:
         module.share_with(ranks)
@@ -405,11 +406,18 @@ def _open_memory(
     return ProceduralMemory(run_dir.memory, config.memory, keys, duplicated_task_ids(tasks), HeldOut(tasks))
 
 
-def _start_vllm(config: RunConfig, run_dir: RunDir, shards: Shards | None) -> tuple[VLLMRuntime, PreTrainedModel]:
-    """Divide the GPU between trainer and vLLM, print how, and start vLLM; return the trainer's base as well."""
+def _share_gpu(config: RunConfig, shards: Shards | None) -> GpuShare:
+    """Divide the GPU between trainer and vLLM, and print how. An embedder is counted, so it must not be there yet."""
     share, lines = share_gpu(config, shards)
     for line in lines:
         CONSOLE.print(line, markup=False, soft_wrap=True)
+    return share
+
+
+def _start_vllm(
+    config: RunConfig, run_dir: RunDir, shards: Shards | None, share: GpuShare
+) -> tuple[VLLMRuntime, PreTrainedModel]:
+    """Start vLLM with its share of the GPU; return the trainer's base as well."""
     return start_vllm(config, share, run_dir.cache, (shards or UNDIVIDED).computed(config).model.dtype)
 
 

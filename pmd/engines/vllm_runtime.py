@@ -385,7 +385,7 @@ def _describe(settings: EngineSettings) -> str:
 
 
 def get_random_state() -> list[Tensor]:
-    """Return torch's random state, of the CPU and of the GPU if there is one."""
+    """Return torch's random state, of the CPU and of this process's GPU if it has one."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
@@ -398,23 +398,27 @@ def set_random_state(state: Sequence[Tensor]) -> None:
 
 def random_state_of(seed: int) -> list[Tensor]:
     """Return the random state that begins with `seed`; torch's own is left as it is."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    before = get_random_state()
+    torch.manual_seed(seed)
+    try:
         return get_random_state()
+    finally:
+        set_random_state(before)
 
 
 @contextmanager
 def preserve_trainer_state() -> Iterator[None]:
     """Restore torch's random state, number of threads and default dtype, which vLLM changes."""
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_threads
-            torch.set_default_dtype(dtype)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+    random_state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(random_state)
+        torch.set_num_threads = set_threads
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def exempt_from_compilation(trained: nn.Module) -> None:

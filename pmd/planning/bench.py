@@ -104,8 +104,13 @@ def measure_steps(
     steps: int,
     accelerator: str,
     callbacks: Sequence[Callback] = (),
+    precision: Any = None,
 ) -> Measurement:
-    """Take `steps` optimizer steps and return their measurement; the weights change."""
+    """Take `steps` optimizer steps and return their measurement; the weights change.
+
+    Args:
+        accelerator: Lightning's, as `precision`.
+    """
     clock = StepClock()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # what building the model took is not a step's
@@ -114,6 +119,7 @@ def measure_steps(
         limit_train_batches=steps,
         limit_val_batches=0,
         accelerator=accelerator,
+        precision=precision,
         devices=1,
         callbacks=[*callbacks, clock],
         logger=False,

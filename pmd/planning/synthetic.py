@@ -72,5 +72,7 @@ def write_random_model(config: ModelConfig, folder: Path) -> ModelConfig:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config.dtype])
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # or its memory would count as taken when the GPU is divided
     load_tokenizer(config).save_pretrained(folder)
     return replace(config, path=str(folder))

@@ -1,10 +1,16 @@
 """`init` writes what `check` accepts, `completion` completes, `generate` prompts a checkpoint as the student is."""
 
 import json
+import shutil
 import subprocess
+from pathlib import Path
+
+import pytest
+import torch
 
 from pmd.cli import COMMANDS, main
 from pmd.config.load import load_config
+from pmd.module import PMDModule
 
 
 def test_init_writes_what_can_start(tmp_path, capsys):
@@ -70,6 +76,25 @@ def test_a_checkpoint_can_be_prompted(full_run, capsys):
     assert ">" in first.split()[0]
     assert main(["generate", str(full_run), *prompt, "--samples", "0", "--max-new-tokens", "0"]) == 2
     assert "2 problems" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("accelerator", "device"), [("gpu", "cuda"), ("cpu", "cpu")])
+def test_a_checkpoint_is_prompted_on_the_device_that_trained_it(full_run, tmp_path, monkeypatch, accelerator, device):
+    """Weights load on the CPU, where the kernels that `model.layer_kernels` chooses for a GPU do not run."""
+    run = Path(shutil.copytree(full_run, tmp_path / "run"))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("accelerator: cpu", f"accelerator: {accelerator}"))
+    asked = []
+
+    def note(module, to):
+        asked.append(to)
+        return module
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(PMDModule, "to", note)
+    assert main(["generate", str(run), "--prompt", "task red 3 blue 5 green 1 gold 7 plan teb"]) == 0
+    assert asked == [device]
 
 
 def test_a_run_leaves_tables_of_its_completions(full_run):

@@ -11,7 +11,7 @@ from pmd.config.schema import ModelConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
 from pmd.engines.hf import TextDecoder
 from pmd.engines.vllm import MAX_TRIES, VLLMEngine, to_completion
-from pmd.engines.vllm_runtime import RawCompletion
+from pmd.engines.vllm_runtime import RawCompletion, get_random_state, preserve_trainer_state, random_state_of
 from pmd.errors import EngineError
 from pmd.policy import make_policy
 from pmd.pretrained import load_base, load_tokenizer
@@ -163,3 +163,21 @@ def test_adapters_of_student_and_teacher_are_kept_side_by_side():
     assert loads_of(engine, "student") == []  # still loaded
     assert loads_of(engine, "reference") == []  # the base model
     assert loads_of(engine, "teacher") == ["teacher", None]  # it may have changed
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_random_state_is_that_of_this_processs_gpu_among_many(monkeypatch):
+    """torch's own `fork_rng` saves that of every GPU of the machine, at each step of vLLM, and warns."""
+    states = {"cuda": torch.arange(16, dtype=torch.uint8)}  # "cuda" is the current one
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({device: state}))
+    before = get_random_state()
+    with preserve_trainer_state():
+        torch.rand(1)
+        states["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    of_seed = random_state_of(3)
+    assert all(torch.equal(*pair) for pair in zip(get_random_state(), before, strict=True))
+    assert torch.equal(of_seed[0], random_state_of(3)[0])
+    assert not torch.equal(of_seed[0], before[0])

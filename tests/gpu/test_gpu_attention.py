@@ -64,7 +64,7 @@ def test_padded_packed_shared_and_recomputed_give_one_gradient():
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < HOPPER, reason="not a Hopper GPU"
 )
-def test_long_segments_by_cudnn_equal_flash_attention():
+def test_long_segments_by_cudnn_equal_flash_attention(monkeypatch):
     """Long and short segments mixed, some of a length that is rounded up."""
     lengths = (300, LONG_SEGMENT + 100, 20, 40, 2 * LONG_SEGMENT, LONG_SEGMENT)
     own = Segments(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=CUDA), lengths)
@@ -75,11 +75,10 @@ def test_long_segments_by_cudnn_equal_flash_attention():
     ]
     direction = torch.randn_like(parts[0])
     found = []
-    for enabled in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+    for long in (LONG_SEGMENT, 1 << 30):
+        monkeypatch.setattr(attention_kernels, "LONG_SEGMENT", long)
         out = attend_packed(*parts, PackedLayout(own, max(lengths)), scale=0.1)
         found.append([out, *torch.autograd.grad((out * direction).sum(), parts)])
-    torch.backends.cuda.enable_cudnn_sdp(True)
     assert attention_kernels._serves(parts[0].device, torch.bfloat16, 8, 2, 128)
     for by_cudnn, by_flash in zip(*found, strict=True):
         assert not torch.equal(by_cudnn, by_flash)  # two kernels, two orders of sums

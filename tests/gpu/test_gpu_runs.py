@@ -1,4 +1,4 @@
-"""A whole run on a GPU without vLLM: evaluation, training, evaluation, and the checkpoint evaluated alone."""
+"""A whole run on a GPU without vLLM: evaluation, training, evaluation, and the checkpoint evaluated and prompted."""
 
 import json
 
@@ -16,7 +16,7 @@ RUN = [
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
-def test_a_run_trains_and_its_checkpoint_is_tested(tmp_path, kernels):
+def test_a_run_trains_and_its_checkpoint_is_tested_and_prompted(tmp_path, kernels):
     model, data = make_gpu_model(tmp_path / "qwen3"), make_questions(tmp_path, 24)
     run_dir = tmp_path / "run"
     of_run = [
@@ -31,3 +31,4 @@ def test_a_run_trains_and_its_checkpoint_is_tested(tmp_path, kernels):
     assert main(["test", *RUN, *of_run, "--ckpt_path=last"]) == 0
     assert (run_dir / "test-last" / "results.json").is_file()
     assert torch.cuda.max_memory_allocated() > 0  # it was not evaluated on the CPU
+    assert main(["generate", str(run_dir), "--prompt", "Which one?", "--max-new-tokens", "4"]) == 0

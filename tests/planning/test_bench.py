@@ -1,6 +1,8 @@
 """`pmd bench`: the parts add up to the step, tokens are counted as the models process them, JSON has all figures."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from pmd.batch import Batch, BatchLayout
 from pmd.cli import main
 from pmd.config.schema import ModelConfig, RunConfig
 from pmd.module import PMDModule
+from pmd.planning import bench, synthetic
 from pmd.planning.bench import count_tokens, measure_steps, summarise
 from pmd.planning.synthetic import FixedBatches, Lengths, synthetic_examples
 
@@ -30,6 +33,34 @@ def test_a_step_is_measured_by_part(lengths, tmp_path):
     assert result["tokens_per_s"] == pytest.approx(result["tokens_per_step"] / result["step_s"])
     assert result["mfu"] is None
     assert result["tflops_per_s"] > 0
+
+
+def test_steps_are_measured_in_the_precision_of_the_run(monkeypatch):
+    seen = set()
+    measured = bench.measure_steps
+
+    def measure(module, *arguments, **named):
+        module.policy.student.model.norm.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+        return measured(module, *arguments, **named)
+
+    monkeypatch.setattr(bench, "measure_steps", measure)
+    arguments = ["--config", "configs/tiny.yaml", "--steps=1", *SMALL, "--random-init", "--prompt-tokens=20"]
+    for precision, autocasts in (("32-true", False), ("bf16-mixed", True)):
+        seen.clear()
+        assert main(["bench", *arguments, f"--trainer.precision={precision}"]) == 0
+        assert seen == {autocasts}
+
+
+def test_the_memory_of_random_weights_made_on_a_gpu_is_given_back(tmp_path, monkeypatch):
+    """Before vLLM and micro-batches are given a share of what is free."""
+    calls = []
+    cuda = SimpleNamespace(is_available=lambda: True, empty_cache=lambda: calls.append("given back"))
+    stand_in = SimpleNamespace(
+        cuda=cuda, manual_seed=torch.manual_seed, device=lambda kind: calls.append(kind) or nullcontext()
+    )
+    monkeypatch.setattr(synthetic, "torch", stand_in)
+    synthetic.write_random_model(ModelConfig(path="tiny"), tmp_path / "model")
+    assert calls == ["cuda", "given back"]
 
 
 class MovesModule(Callback):
