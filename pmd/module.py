@@ -110,6 +110,14 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
+@torch.no_grad()
+def page_again(optimizer: Any) -> None:
+    """Move a paged optimizer's state, which loading has put on the GPU for good, to memory that may leave the GPU."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
+
+
 class PMDModule(LightningModule):
     """Trains the student by distillation from its memory-conditioned teacher, by policy gradient, or by both."""
 
@@ -228,6 +236,8 @@ class PMDModule(LightningModule):
         scheduler = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
         for group in scheduler.optimizer.param_groups:
             group["lr"] = self.optimizer_config.lr * self._schedule(scheduler.last_epoch)
+        if self.optimizer_config.kind == "adamw_8bit_paged":
+            page_again(scheduler.optimizer)
 
     def _num_steps(self) -> int:
         """Return the optimizer steps of the whole run, if the schedule asks for them."""

@@ -254,4 +254,9 @@ def make_policy(
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """Return a copy in eval mode; torch does not copy that a layer is compiled (`model.layer_kernels: compiled`)."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer, original in zip(frozen.modules(), model.modules(), strict=True):
+        if original._compiled_call_impl is not None:
+            layer.compile(dynamic=True)
+    return frozen

@@ -1,5 +1,7 @@
 """The 8-bit optimizer (bitsandbytes runs it on a CPU, unpaged): steps like AdamW's, state in bytes, resumable."""
 
+import copy
+
 import pytest
 import torch
 
@@ -52,3 +54,33 @@ def test_its_state_goes_into_a_checkpoint_and_back(tmp_path):
         for name, value in expected.items():
             found = fresh.state[parameter][name]
             assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_resumed_state_is_paged_as_new_state_is(tmp_path, monkeypatch):
+    """Loading puts it where the weights are; memory that may move to the CPU is the optimizer's own."""
+    module, _ = trained("adamw_8bit_paged", 2)
+    optimizer = module.trainer.optimizers[0]
+    kept, paged = copy.deepcopy(optimizer.state_dict()), []
+    buffer = type(optimizer).get_state_buffer
+
+    def note(self, parameter, dtype=torch.float32):
+        paged.append(buffer(self, parameter, dtype))
+        return paged[-1]
+
+    monkeypatch.setattr(type(optimizer), "get_state_buffer", note)
+    configure = module.configure_optimizers
+
+    def resumed():
+        found = configure()
+        found["optimizer"].load_state_dict(kept)
+        return found
+
+    module.configure_optimizers = resumed
+    module.objective.update_policy = False  # no step changes the state
+    measure_steps(module, FixedBatches(EXAMPLES, 1), 1, "cpu")
+    after = module.trainer.optimizers[0].state
+    for parameter, expected in optimizer.state.items():
+        for name in ("state1", "state2"):
+            assert any(after[parameter][name] is one for one in paged)
+            assert torch.equal(after[parameter][name], expected[name])

@@ -186,3 +186,10 @@ def test_the_adapters_scale_is_alpha_over_rank(alpha, scale):
     policy = make_policy(base(), config, TeacherConfig())
     scales = {m.scaling["student"] for m in policy.modules() if isinstance(getattr(m, "scaling", None), dict)}
     assert scales == {scale}
+
+
+def test_copies_compute_with_the_kernels_of_the_student():
+    config = ModelConfig(path="tiny", layer_kernels="compiled")
+    policy = make_policy(load_base(config), config, TeacherConfig("ema"), needs_reference=True)
+    compiled = [[layer._compiled_call_impl is not None for layer in model.model.layers] for model in policy.models()]
+    assert compiled == [[True] * len(policy.student.model.layers)] * 3

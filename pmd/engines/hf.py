@@ -156,13 +156,19 @@ def _sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     probs = (logits.double() / sampling.temperature).softmax(-1)  # [B, V]
     if sampling.top_p < 1:
         probs = _nucleus(probs, sampling.top_p)
-    cumulative = probs.cumsum(-1)
+    cumulative = _cumulative(probs)
     target = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _cumulative(probs: Tensor) -> Tensor:
+    """Return the sums of each row up to each place, from the CPU if `trainer.deterministic` forbids those of a GPU."""
+    where = "cpu" if torch.are_deterministic_algorithms_enabled() else probs.device
+    return probs.to(where).cumsum(-1).to(probs.device)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Zero all but the smallest set of most likely tokens whose mass reaches `top_p`."""
     ranked, order = probs.sort(-1, descending=True)
-    outside = ranked.cumsum(-1) - ranked >= top_p
+    outside = _cumulative(ranked) - ranked >= top_p
     return torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0.0))

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pmd.config.schema import ModelConfig, TeacherConfig
 from pmd.engines.base import Request, Sampling
-from pmd.engines.hf import HFEngine
+from pmd.engines.hf import HFEngine, _cumulative
 from pmd.errors import EngineError
 from pmd.policy import make_policy
 from pmd.pretrained import load_tokenizer
@@ -136,3 +137,19 @@ def test_every_stop_token_of_the_model_ends_a_completion():
     last = {c.token_ids[-1] for c in found if c.finish_reason == "stop"}
     assert last & {50, 51, 52}
     assert not any({50, 51, 52} & set(c.token_ids[:-1]) for c in found)
+
+
+@pytest.mark.parametrize(("deterministic", "device"), [(True, "cpu"), (False, "cuda")])
+def test_sums_are_the_cpus_where_those_of_a_gpu_are_forbidden(deterministic, device, monkeypatch):
+    """torch raises for a sum of fractions along a row on a GPU if only deterministic operations are allowed."""
+    devices, cumsum = [], torch.Tensor.cumsum
+
+    def note(tensor, dim):
+        devices.append(tensor.device.type)
+        return cumsum(tensor, dim)
+
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    monkeypatch.setattr(torch.Tensor, "cumsum", note)
+    with FakeTensorMode():
+        assert _cumulative(torch.empty(2, 50, dtype=torch.float64, device="cuda")).device.type == "cuda"
+    assert devices == [device]

@@ -1,4 +1,7 @@
-"""Tests that need a CUDA device: `python -m pytest -m gpu tests/gpu`, a few minutes on one GPU, without a network."""
+"""Tests that need a CUDA device: `python -m pytest -m gpu tests/gpu`, a few minutes on one GPU, without a network.
+
+They need the extras `gpu` and `dev`: pytest's options name plugins, and beartype.
+"""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pmd.batch import Batch, Example
 from pmd.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutsConfig, RunConfig, TeacherConfig
-from pmd.module import PMDModule, combined_loss
+from pmd.module import PMDModule, combined_loss, page_again
 
 METHODS = {
     "grpo": (ObjectiveConfig(policy_gradient=1.0, distillation=0.0, kl_weight=0.1), TeacherConfig()),
@@ -139,6 +139,22 @@ def test_the_8_bit_paged_optimizer_steps_like_adamw():
         moves.append(fit(module, 4))
     assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.95
     assert moves[0].norm().item() == pytest.approx(moves[1].norm().item(), rel=0.1)
+
+
+def test_the_paged_state_of_a_resumed_run_may_leave_the_gpu_again():
+    bnb = pytest.importorskip("bitsandbytes")
+    weights = torch.nn.Parameter(torch.randn(400, 400, device="cuda"))
+    first, resumed = (bnb.optim.PagedAdamW8bit([weights], lr=1e-3) for _ in range(2))
+    weights.grad = torch.randn_like(weights)
+    first.step()
+    resumed.load_state_dict(first.state_dict())
+    assert not hasattr(resumed.state[weights]["state1"], "is_paged")
+    page_again(resumed)
+    for name in ("state1", "state2"):
+        assert resumed.state[weights][name].is_paged
+        assert torch.equal(resumed.state[weights][name], first.state[weights][name])
+    resumed.step()
+    assert weights.isfinite().all()
 
 
 def test_qlora_trains_its_adapter_and_keeps_its_base():
