@@ -33,7 +33,7 @@ from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import OwnSigterm, describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.preflight import check_run
 from pmd.cli.ranks import joined
-from pmd.cli.trainer import TrainerCLI
+from pmd.cli.trainer import TrainerCLI, device_of
 from pmd.config.load import LoadedConfig
 from pmd.config.resume import check_changes, check_end, check_same_model, find_changes
 from pmd.config.save import saved_values, saved_yaml
@@ -134,7 +134,7 @@ def _fit_command(loaded: LoadedConfig) -> int:
                 run.module.check_checkpoint(resumed.state)
             with explaining_failures(run_dir):
                 trainer, checkpoints = _prepare_to_fit(run, loaded, cli, resumed)
-                _move_to_device(run, trainer)
+                run.module.to(trainer.strategy.root_device)  # `fit` would move it, after the first evaluation
                 initial = evaluate(run, "initial", with_memory=False)  # the untrained policy, even in a resumed run
                 trained = fit(run, trainer, None if resumed is None else resumed.path)
                 later, problems = evaluate_checkpoints(run, checkpoints)
@@ -224,11 +224,6 @@ def _claimed_here(loaded: LoadedConfig) -> Iterator[RunDir]:
         yield run_dir
 
 
-def _move_to_device(run: Run, trainer: Trainer) -> None:
-    """Move the policy to where it is trained; Lightning would do so when `fit` begins, after the first evaluation."""
-    run.module.to(trainer.strategy.root_device)
-
-
 def _open_checkpoint(loaded: LoadedConfig, run_dir: RunDir) -> _Resumed | None:
     """Read the checkpoint to resume from, refuse settings that may not change, and print those that do.
 
@@ -270,7 +265,7 @@ def _evaluate_command(command: str, loaded: LoadedConfig, store: Path | None) ->
         with explaining_failures(run_dir, resumable=False), ExitStack() as stack:
             run = build(config, run_dir)
             stack.enter_context(closing(run.data.engine))
-            _move_to_device(run, TrainerCLI(loaded.trainer).trainer_for([], [], run_dir.root))
+            run.module.to(device_of(loaded.trainer))
             if state is not None:
                 _load_policy(run, state)
             _evaluate_split(run, command, checkpoint, out, store)

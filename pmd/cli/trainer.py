@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -93,6 +94,12 @@ class TrainerCLI(LightningCLI):
             "reload_dataloaders_every_n_epochs": 1,  # a resumed epoch is shorter than the next
         }
         return Trainer(**(given | own))
+
+
+def device_of(trainer: Mapping[str, Any]) -> torch.device:
+    """Return the device on which the `trainer` section trains, without its loggers and callbacks."""
+    accelerator = trainer.get("accelerator", "auto")
+    return TrainerCLI({"accelerator": accelerator}).trainer_for([], [], Path()).strategy.root_device
 
 
 class SummedGradients(DDPStrategy):
