@@ -121,7 +121,7 @@ def _read_slurm() -> None:
 
 
 def _silence() -> None:
-    """Leave the console to rank 0, except for what ends this rank."""
+    """Leave the console to rank 0, except for errors, which may be of this rank alone; all warn of the same."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open as long as the process)
     os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)
