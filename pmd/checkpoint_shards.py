@@ -54,7 +54,7 @@ def write_divided(path: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
         rest["pmd"]["shards"] = {"folder": folder.name, "sha256": digests, "tied": tied}
     ranks.from_first(lambda: write_checkpoint(path, rest))
     if ranks.is_first:
-        _remove_unnamed(path.parent)
+        remove_unnamed(path.parent)
 
 
 def _tied(tensors: Mapping[str, DTensor]) -> dict[str, str]:
@@ -95,7 +95,7 @@ def _write_shards(path: Path, folder: Path, tensors: dict[str, DTensor], ranks: 
     return {name: digest for part in ranks.all(own) for name, digest in part.items()}
 
 
-def _remove_unnamed(checkpoints: Path) -> None:
+def remove_unnamed(checkpoints: Path) -> None:
     """Remove the folders that no checkpoint names any more, or yet: a kill left them."""
     try:
         named = {read_checkpoint(file)["pmd"].get("shards", {}).get("folder") for file in checkpoints.glob("*.ckpt")}

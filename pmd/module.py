@@ -378,7 +378,7 @@ class PMDModule(LightningModule):
                 "smaller rollouts.vllm.memory_fraction."
             )
         self.layout = replace(self.layout, max_tokens=max(tokens // 2, longest))
-        log.warning(
+        log.error(  # it may be this rank's alone, and other ranks than the first are silent below that
             "step %d: out of memory; from here on, rollouts.micro_batch_tokens is %d instead of %d.",
             *(batch.step, self.layout.max_tokens, tokens),
         )

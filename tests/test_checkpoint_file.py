@@ -123,6 +123,12 @@ def test_values_that_are_not_finite_never_replace_a_checkpoint(checkpoint, place
     assert checkpoint.read_bytes() == before
 
 
+def test_a_callback_may_keep_an_infinite_number(checkpoint):
+    """The best score of Lightning's EarlyStopping before the first one."""
+    write_checkpoint(checkpoint, state(callbacks={"EarlyStopping": {"best_score": torch.tensor(-torch.inf)}}))
+    assert read_checkpoint(checkpoint)["callbacks"]["EarlyStopping"]["best_score"] == -torch.inf
+
+
 def test_an_interrupt_leaves_the_old_file_and_no_other(checkpoint, monkeypatch):
     before = checkpoint.read_bytes()
     for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), DiskError)):

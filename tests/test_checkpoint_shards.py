@@ -1,10 +1,13 @@
 """Checkpoints of which every rank writes a part: whole again on any number of ranks, replaced at once, checked."""
 
+import shutil
+
 import pytest
 import torch
 from rank_processes import on_ranks
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from pmd.callbacks.checkpoint import VerifiedCheckpointIO
 from pmd.checkpoint_file import FORMAT, read_checkpoint
 from pmd.checkpoint_shards import divided, filled, write_divided
 from pmd.errors import CheckpointError
@@ -83,3 +86,12 @@ def test_damage_is_found(folder):
     with pytest.raises(CheckpointError, match="is missing or damaged"):
         filled(state, {}, None)
     file.write_bytes(data)
+
+
+def test_a_run_that_goes_on_undivided_removes_the_folder(folder, tmp_path):
+    """As soon as best.ckpt does not name it either."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "last.ckpt", tmp_path / "best.ckpt")
+    for name, num_folders in (("last", 1), ("best", 0)):
+        VerifiedCheckpointIO().save_checkpoint(state_of(TENSORS), tmp_path / f"{name}.ckpt")
+        assert len(list(tmp_path.glob("*.shards"))) == num_folders

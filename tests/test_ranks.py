@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from rank_processes import on_ranks
 
 from pmd.batch import Example
 from pmd.callbacks.checkpoint import VerifiedCheckpointIO
+from pmd.callbacks.ranks import RanksCallback
 from pmd.checkpoint_file import FORMAT
 from pmd.config.schema import ObjectiveConfig, OptimizerConfig, TeacherConfig, VLLMConfig
 from pmd.engines.base import Request, Sampling
@@ -210,6 +212,19 @@ def test_rank_0_leads_and_tells(tmp_path):
     for found in (first, second):
         assert found[2:4] == ({"n": 7.0}, "only rank 0 is asked")
         assert found[5:] == (["done a", "done b", "done c"], {"x": 2.0, "y0": 2.0, "y1": 2.0})
+
+
+def test_callbacks_of_every_rank_can_monitor_what_the_first_one_logs():
+    """The memory's metrics, which only rank 0 has; those of this epoch, and not what is left of the one before."""
+    told, seen = {}, {}
+    first, other = RanksCallback(lambda own: told.update(own) or told), RanksCallback(lambda own: told)
+    module = SimpleNamespace(log_dict=lambda figures, **_: seen.update(figures))
+    for insights in (3.0, 5.0):
+        memory = {"memory/insights": torch.tensor(insights)}
+        first.on_train_epoch_end(SimpleNamespace(callback_metrics={"loss": torch.tensor(1.0)} | memory), module)
+        assert seen == ({} if insights == 3.0 else {"memory/insights": 3.0})
+        other.on_train_epoch_end(SimpleNamespace(callback_metrics={"loss": torch.tensor(1.0)} | seen), module)
+        assert seen == {"memory/insights": insights}
 
 
 class StaleEngine(HFEngine):

@@ -23,7 +23,7 @@ from pmd.atomic import replacing
 from pmd.batch import Batch
 from pmd.callbacks.verification import MONITOR
 from pmd.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
-from pmd.checkpoint_shards import write_divided
+from pmd.checkpoint_shards import SUFFIX, remove_unnamed, write_divided
 from pmd.errors import CheckpointError, DiskError
 from pmd.metrics_log import MetricsLog
 from pmd.ranks import Ranks
@@ -42,6 +42,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`; see `write_checkpoint` and `write_divided`."""
         if self.ranks is None:
             write_checkpoint(Path(path), checkpoint)
+            if any(Path(path).parent.glob(f"*{SUFFIX}")):  # the run has divided the weights before
+                remove_unnamed(Path(path).parent)
         else:
             write_divided(Path(path), checkpoint, self.ranks)
 

@@ -18,13 +18,17 @@ class RanksCallback(Callback):
             parity: checks the engines after an epoch's end, if they have slept meanwhile.
         """
         self.meet, self.parity = meet, parity
+        self.told: set[str] = set()  # metrics that rank 0 alone logs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on together once a frozen memory is built."""
         self.meet({})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on together once the memory is updated."""
-        self.meet({})
+        """Go on together once the memory is updated; all ranks have its metrics, for callbacks that monitor them."""
+        own = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = self.meet(own)
+        self.told |= figures.keys() - own.keys()
+        pl_module.log_dict({name: figures[name] for name in self.told}, logger=False, batch_size=1)
         if self.parity is not None:
             self.parity.measure(trainer.precision_plugin.forward_context())

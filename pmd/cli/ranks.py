@@ -89,7 +89,14 @@ def joined(trainer: Mapping[str, Any]) -> Iterator[Ranks | None]:
     on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:  # of the address, or of the network
+        raise RunFailed(
+            f"rank {rank} of {size} could not meet the others at MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT="
+            f"{os.environ['MASTER_PORT']} ({' '.join(str(error).split())[:160]}); on every rank these must name the "
+            "machine of rank 0 and a port that is free there."
+        ) from error
     try:
         shard_dtype = torch.bfloat16 if gathers_in_bfloat16(trainer) else None
         yield Ranks(rank, size, shards=trainer["strategy"] == "fsdp2", shard_dtype=shard_dtype)
@@ -114,7 +121,7 @@ def _read_slurm() -> None:
 
 
 def _silence() -> None:
-    """Leave the console to rank 0, except for what ends this rank."""
+    """Leave the console to rank 0, except for errors, which may be of this rank alone; all warn of the same."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open as long as the process)
     os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)

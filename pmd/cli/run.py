@@ -3,6 +3,7 @@
 `build` makes every object of a run, and `callbacks_of` sets the order in which the callbacks act at an epoch's end.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -32,6 +33,7 @@ from pmd.callbacks.wording import WordingCallback
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli.interrupt import OwnSigterm, describe, explaining_failures, interrupt_on_sigterm
 from pmd.cli.preflight import check_run
+from pmd.cli.printable import printable
 from pmd.cli.ranks import joined
 from pmd.cli.trainer import TrainerCLI, device_of
 from pmd.config.load import LoadedConfig
@@ -70,7 +72,7 @@ from pmd.planning.choose_memory import choose_here
 from pmd.planning.engine_memory import share_gpu
 from pmd.planning.estimate import estimate_run
 from pmd.planning.gpu_memory import UNDIVIDED, Shards
-from pmd.ranks import Ranks
+from pmd.ranks import Ranks, is_lost
 from pmd.rollouts.datamodule import RolloutDataModule, digest_of
 from pmd.run_dir import RunDir, choose_run_dir, find_run_dir, fit_run_dir
 from pmd.run_lock import locked
@@ -140,6 +142,8 @@ def _fit_command(loaded: LoadedConfig) -> int:
                 later, problems = evaluate_checkpoints(run, checkpoints)
                 if run.is_first:
                     report(run, initial | later, trained, problems)
+                else:
+                    _tell_own(problems, run.run_dir)
     return 0
 
 
@@ -422,7 +426,8 @@ def callbacks_of(run: Run) -> list[Callback]:
     verification = VerificationCallback(
         run.evaluator, run.tasks["validation"], run.data.memory, _tables(run, run.run_dir)
     )
-    callbacks: list[Callback] = [verification]
+    callbacks: list[Callback] = [] if run.ranks is None else [OwnSigterm()]  # first: an evaluation may take hours
+    callbacks.append(verification)
     if run.memory is not None:
         callbacks.append(ReflectionCallback(run.record, run.memory, run.reflector))
         auditor = None
@@ -443,8 +448,6 @@ def callbacks_of(run: Run) -> list[Callback]:
     callbacks.append(TraceCallback(run.run_dir.traces, config.trace_every))
     callbacks.append(CompletionsCallback(run.run_dir.completions))
     callbacks.append(HealthCallback(run.run_dir.root, stop_on_collapse=config.stop_on_collapse))
-    if run.ranks is not None:
-        callbacks.append(OwnSigterm())
     return callbacks
 
 
@@ -556,6 +559,14 @@ def report(
     if problems:
         said = "; ".join(describe(error, run_dir).rstrip(".") for error in problems)
         raise RunFailed(f"training is complete, but not all of its results are: {said}. What is there was reported.")
+
+
+def _tell_own(problems: Sequence[Exception], run_dir: RunDir) -> None:
+    """Print what this rank could not evaluate, unless only because of another one: the first rank, which fails because
+    of it and reports what there is, does not know the reason."""
+    for problem in problems:
+        if not is_lost(problem):
+            print(printable(describe(problem, run_dir)), file=sys.stderr)
 
 
 def _load_policy(run: Run, state: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
+#: What torchrun says to each process besides their number.
+OF_A_RANK = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Launchers whose processes find each other.
 KNOWN = ("torchrun", "SLURM")
 #: SLURM counts tasks for interactive jobs too, in which one shell runs.
@@ -80,6 +82,7 @@ def process_problems(environment: Mapping[str, str], trainer: Mapping[str, Any] 
 def _problems(environment: Mapping[str, str], trainer: Mapping[str, Any]) -> Iterator[str]:
     wanted, found = num_processes(trainer), launcher_of(environment)
     name, started, launcher = ("", 1, "") if found is None else found
+    missing = [variable for variable in OF_A_RANK if not environment.get(variable)]
     if started != 1 and trainer.get("strategy") not in STRATEGIES:
         yield (
             f"{name}={environment[name]}: {launcher} has started several processes, and pmd trains in one, on one "
@@ -88,6 +91,11 @@ def _problems(environment: Mapping[str, str], trainer: Mapping[str, Any]) -> Ite
         )
     elif started != 1 and launcher not in KNOWN:
         yield f"{name}={environment[name]}: {launcher} cannot start the ranks of a run; use torchrun or SLURM's srun."
+    elif launcher == "torchrun" and started == wanted and trainer.get("strategy") in STRATEGIES and missing:
+        yield (
+            f"{name}={environment[name]} says that torchrun has started this process, but {', '.join(missing)} is not "
+            f"set; unset {name}, and pmd starts the ranks of one machine itself, or use torchrun."
+        )
     elif started not in (1, wanted):
         yield (
             f"{name}={environment[name]}: {launcher} has started {started} processes, and trainer.devices x "

@@ -95,7 +95,7 @@ def verify_code(task: Task, completion_text: str) -> Verdict:
     if not failed:
         return Verdict(1.0, True, "ok", tests=counts)
     if failed[-1].status == "sandbox_error":
-        log.warning("the sandbox failed on task %s: %s", task.task_id, failed[-1].error)
+        log.error("the sandbox failed on task %s: %s", task.task_id, failed[-1].error)
         return Verdict(0.0, False, "sandbox_error")
     num_not_run = len(task.tests["cases"]) - len(results)
     unrun = f"; {num_not_run} more were not run" if num_not_run else ""

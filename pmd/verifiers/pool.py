@@ -73,7 +73,7 @@ def _report_crash(task: Task, error: Exception) -> None:
         return
     _crashes.add(place)
     is_theirs = at.filename not in (__file__, reward.__file__)
-    log.warning(
+    log.error(  # other ranks than the first are silent below that
         "verifier %s crashed on task %s: %s: %s%s",
         task.verifier, task.task_id, type(error).__name__, error,
         "".join(["\n", *traceback.format_exception(error)]).rstrip() if is_theirs else "",

@@ -100,10 +100,14 @@ def test_several_processes_are_refused(name):
     assert process_problems({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}) == []
 
 
+#: What torchrun sets besides WORLD_SIZE.
+OF_A_RANK = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 def test_launchers_start_as_many_ranks_as_the_run_has_devices():
     two, four = ({"strategy": "ddp", "devices": 2, "num_nodes": nodes} for nodes in (1, 2))
     for environment in ({"WORLD_SIZE": "4"}, {"SLURM_NTASKS": "4"}, {"WORLD_SIZE": "4", "SLURM_NTASKS": "2"}):
-        assert process_problems(environment | {"SLURM_NTASKS_PER_NODE": "4"}, four) == []
+        assert process_problems(environment | OF_A_RANK | {"SLURM_NTASKS_PER_NODE": "4"}, four) == []
         (problem,) = process_problems(environment, two)
         assert "has started 4 processes, and trainer.devices x trainer.num_nodes is 2" in problem
     (problem,) = process_problems({"SLURM_NTASKS": "4"}, four)
@@ -142,3 +146,16 @@ def test_runs_are_compared_as_they_are_saved():
         loaded, run=replace(loaded.run, memory=replace(loaded.run.memory, import_path=saved["memory"]["import_path"]))
     )
     assert find_changes(saved, saved_values(again)) == []
+
+
+def test_a_process_that_no_launcher_has_told_its_rank_is_refused():
+    """Some machines set WORLD_SIZE in every shell, and some clusters set all but LOCAL_RANK."""
+    one, two = ({"strategy": "ddp", "devices": devices} for devices in (1, 2))
+    for trainer, environment in ((one, {"WORLD_SIZE": "1"}), (two, {"WORLD_SIZE": "2"})):
+        (problem,) = process_problems(environment, trainer)
+        assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; unset WORLD_SIZE" in problem
+        (problem,) = process_problems(environment | OF_A_RANK | {"LOCAL_RANK": ""}, trainer)
+        assert "but LOCAL_RANK is not set" in problem
+        assert process_problems(environment | OF_A_RANK, trainer) == []
+    assert process_problems({"WORLD_SIZE": "1"}, {"devices": 1}) == []
+    assert process_problems({"WORLD_SIZE": "1"}, two) == []  # pmd starts the ranks
