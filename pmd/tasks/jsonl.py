@@ -143,7 +143,10 @@ def is_allowed(class_path: str, allow_modules: Sequence[str]) -> bool:
 
 def _check_messages(line: Line) -> list[str]:
     row = line.fields
-    if ("prompt" in row) == ("messages" in row):
+    if "prompt" not in row and "messages" not in row:
+        remedy = "write the question there, or name its column in data.columns.prompt"
+        return [line.problem("prompt", "a task needs prompt or messages", remedy)]
+    if "prompt" in row and "messages" in row:
         return [line.problem("prompt", "exactly one of prompt and messages must be given", "keep one of them")]
     if "prompt" in row:
         if isinstance(row["prompt"], str) and row["prompt"].strip():

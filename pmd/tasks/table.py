@@ -29,8 +29,9 @@ csv.field_size_limit(min(sys.maxsize, 1 << 27))
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path is no local file or folder and has the form of a data set's id."""
-    return not Path(path).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    """Whether a path is no local file or folder, has the form of a data set's id, and no table's suffix."""
+    is_table = Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
+    return not is_table and not Path(path).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
 
 
 def read_table(path: str, split: Split, config: DataConfig, seed: int) -> tuple[list[Line], list[str]]:
@@ -64,7 +65,8 @@ def _read(path: str, split: Split, config: DataConfig) -> tuple[list[Line], list
         return _lines(Path(path), load_rows(path, name, name=config.subset)), []
     file = Path(path)
     if not file.is_file():
-        return [], [f"{path}: no such file; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
+        what = "is a folder" if file.is_dir() else "no such file"
+        return [], [f"{path}: {what}; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
     kind = file.suffixes[-2] if file.suffix == ".gz" and len(file.suffixes) > 1 else file.suffix
     try:
         if kind == ".csv":

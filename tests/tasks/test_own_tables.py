@@ -8,6 +8,7 @@ import pytest
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, load_tasks
+from pmd.tasks.splits import duplicated_task_ids
 from pmd.types import Message
 
 QUESTIONS = [{"q": f"What is {n} + {n}?", "label": 2 * n, "topic": "sums"} for n in range(20)]
@@ -112,6 +113,39 @@ def test_conversational_prompts_are_messages(tmp_path):
     rows = [{"prompt": [*history, {"role": "user", "content": f"{n}?"}], "answer": "x"} for n in range(10)]
     task = everything(load(write(tmp_path / "trl.parquet", rows), verifier="exact"))["train-1"]
     assert task.messages == (*(Message(m["role"], m["content"]) for m in history), Message("user", "0?"))
+
+
+def test_conversations_that_end_alike_are_different_tasks(tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": r, "content": c} for r, c in (("user", f"{n}?"), ("assistant", "x"), ("user", "Again."))
+            ]
+        }
+        for n in range(10)
+    ]
+    tasks = load(write(tmp_path / "turns.jsonl", [{**row, "answer": "x"} for row in rows]), verifier="exact")
+    assert [len(tasks[split]) for split in ("train", "test")] == [9, 1]
+    assert duplicated_task_ids(tasks) == frozenset()
+    assert everything(tasks)["train-1"].question == "User: 0?\n\nAssistant: x\n\nUser: Again."
+
+
+def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    for path, what in (
+        ("tasks/train.jsonl", "no such file"),
+        ("tasks/t.parquet", "no such file"),
+        ("saved", "is a folder"),
+    ):
+        problems = describe_data_problems(DataConfig(task="jsonl", path=path, verifier="exact"))
+        assert problems == [f"{path}: {what}; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
+
+
+def test_a_table_without_prompts_is_told_of_columns(tmp_path):
+    path = write(tmp_path / "t.csv", [{"Question": "1?", "answer": "1"}])
+    (problem,) = describe_data_problems(DataConfig(task="jsonl", path=str(path), verifier="exact"))
+    assert problem.endswith("write the question there, or name its column in data.columns.prompt.")
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
