@@ -8,10 +8,12 @@ opening a checkpoint runs no code.
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from pmd import __version__
 from pmd.atomic import replacing
@@ -40,11 +42,12 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; a full disk, a kill or values that are not finite leave the previous one in place.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity, but for the state of callbacks: a best score begins so.
+        CheckpointError: a tensor holds NaN or infinity (but for those of callbacks), or a callback's state could not be read again.
         DiskError: the file could not be written.
     """
     kept = f"the last good one, {path}, is kept" if path.is_file() else "there is none to fall back on"
-    bad = next(_non_finite({name: part for name, part in state.items() if name != "callbacks"}), None)
+    # The state of callbacks is their own affair: the best score of an EarlyStopping begins at infinity.
+    bad = next(_non_finite({key: part for key, part in state.items() if key != "callbacks"}), None)
     if bad is not None:
         raise CheckpointError(
             f"checkpoint={path} was not written, because {bad} holds values that are not finite; {kept}: resume from "
@@ -56,6 +59,12 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         with replacing(path) as file:
             writer = _HashingWriter(file)
             torch.save(dict(state), cast(BinaryIO, writer))
+            file.flush()
+            if get_unsafe_globals_in_checkpoint(file.name):
+                raise CheckpointError(
+                    f"checkpoint={path} was not written, because {next(_unreadable(state), 'it')}, which only running "
+                    f"code could read again; {kept}: have callbacks save tensors and plain values only."
+                )
             file.write(MAGIC + writer.sha256.digest())
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         cause = writer.error if writer is not None and writer.error is not None else error
@@ -166,6 +175,16 @@ class _HashingWriter:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def _unreadable(state: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which callbacks' states, and which other parts, hold more than tensors and plain values."""
+    callbacks = {f"callbacks.{name}": part for name, part in state["callbacks"].items()}
+    for name, part in {**callbacks, **state}.items():
+        torch.save(part, buffer := BytesIO())
+        buffer.seek(0)
+        if unsafe := get_unsafe_globals_in_checkpoint(buffer):
+            yield f"{name} holds {', '.join(sorted(unsafe))}"
 
 
 def _non_finite(value: Any, name: str = "") -> Iterator[str]:

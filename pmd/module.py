@@ -233,7 +233,9 @@ class PMDModule(LightningModule):
         """Begin with the configured rate: a resumed optimizer remembers the one that it last used."""
         if self.ranks is not None:
             self.ranks.check_equal(self._trained_whole(), "the trainable weights")
-        scheduler = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
+        scheduler = self.lr_schedulers()
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return  # a callback, such as StochasticWeightAveraging, has the rates of its own
         for group in scheduler.optimizer.param_groups:
             group["lr"] = self.optimizer_config.lr * self._schedule(scheduler.last_epoch)
         if self.optimizer_config.kind == "adamw_8bit_paged":

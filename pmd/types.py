@@ -61,8 +61,9 @@ class Task:
 
     @property
     def question(self) -> str:
-        """The last user message: the task itself, without the system prompt."""
-        return next(m.content for m in reversed(self.messages) if m.role == "user")
+        """The user message: the task itself, without the system prompt. Where there are several, the conversation."""
+        turns = [message for message in self.messages if message.role != "system"]
+        return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role.title()}: {m.content}" for m in turns)
 
 
 @dataclass(frozen=True, slots=True)

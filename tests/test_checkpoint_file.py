@@ -1,10 +1,12 @@
 """Checkpoints: every change to the file is found, no code runs, and what is not finite is never written."""
 
+import hashlib
 import os
 import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,14 +71,15 @@ class Payload:
 
 @pytest.mark.parametrize("program", ["torch", "pickle", "with a digest"])
 def test_no_code_runs(tmp_path, program):
-    """Not even if the digest is right: `write_checkpoint` itself would write such an object."""
+    """Not even if the digest is right."""
     path, target = tmp_path / "foreign.ckpt", tmp_path / "executed"
     if program == "torch":
         torch.save(state(extra=Payload(target)), path)
     elif program == "pickle":
         path.write_bytes(pickle.dumps(Payload(target)))
     else:
-        write_checkpoint(path, state(extra=Payload(target)))
+        torch.save(state(extra=Payload(target)), path)
+        path.write_bytes(path.read_bytes() + MAGIC + hashlib.sha256(path.read_bytes()).digest())
     with pytest.raises(CheckpointError, match=r"another program|more than tensors"):
         read_checkpoint(path)
     assert not target.exists()
@@ -123,10 +126,24 @@ def test_values_that_are_not_finite_never_replace_a_checkpoint(checkpoint, place
     assert checkpoint.read_bytes() == before
 
 
-def test_a_callback_may_keep_an_infinite_number(checkpoint):
-    """The best score of Lightning's EarlyStopping before the first one."""
-    write_checkpoint(checkpoint, state(callbacks={"EarlyStopping": {"best_score": torch.tensor(-torch.inf)}}))
-    assert read_checkpoint(checkpoint)["callbacks"]["EarlyStopping"]["best_score"] == -torch.inf
+def test_the_best_score_of_a_callback_may_be_infinite(checkpoint):
+    callbacks = {"EarlyStopping": {"best_score": torch.tensor(torch.inf), "wait_count": 0}}
+    write_checkpoint(checkpoint, state(callbacks=callbacks))
+    assert read_checkpoint(checkpoint)["callbacks"] == callbacks
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"callbacks": {"memory": {}, "Mine": {"best": np.float64(1)}}}, r"callbacks\.Mine holds numpy"),
+        ({"theirs": Path("x")}, "theirs holds pathlib"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(checkpoint, changes, said):
+    before = checkpoint.read_bytes()
+    with pytest.raises(CheckpointError, match=f"because {said}.*last.ckpt, is kept.*plain values only"):
+        write_checkpoint(checkpoint, state(**changes))
+    assert checkpoint.read_bytes() == before
 
 
 def test_an_interrupt_leaves_the_old_file_and_no_other(checkpoint, monkeypatch):

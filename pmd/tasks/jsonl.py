@@ -15,7 +15,7 @@ from pmd.tasks.code_tests import check_tests
 from pmd.tasks.combined import describe_part_problems, is_combined, parts_of
 from pmd.tasks.lines import Line
 from pmd.tasks.splits import hold_out_test
-from pmd.tasks.table import check_columns, read_table, verifier_text
+from pmd.tasks.table import as_text, check_columns, read_table, verifier_text
 from pmd.types import Message, Split, Task
 
 #: The built-in verifiers; any other is given by its class path.
@@ -75,6 +75,7 @@ def read_task_file(path: str, split: Split, config: DataConfig, seed: int = 0) -
 def make_task(fields: dict[str, Any], split: Split, place: str = "") -> Task:
     """Build a Task from a line in which `check_line` found no error; `place` is FILE:LINE."""
     messages = [Message("system", fields["system"])] if fields.get("system") else []
+    answer = as_text(fields.get("answer"))
     if "prompt" in fields:
         messages.append(Message("user", fields["prompt"]))
     else:
@@ -84,7 +85,7 @@ def make_task(fields: dict[str, Any], split: Split, place: str = "") -> Task:
         tuple(messages),
         fields["verifier"],
         split,
-        answer=fields["answer"] if isinstance(fields.get("answer"), str) else "",
+        answer=answer if isinstance(answer, str) else "",
         tests=fields.get("tests") or {},
         domain=fields.get("domain") or "",
         memory_key=fields.get("memory_key") or "",
@@ -143,7 +144,10 @@ def is_allowed(class_path: str, allow_modules: Sequence[str]) -> bool:
 
 def _check_messages(line: Line) -> list[str]:
     row = line.fields
-    if ("prompt" in row) == ("messages" in row):
+    if "prompt" not in row and "messages" not in row:
+        remedy = "write the question there, or name its column in data.columns.prompt"
+        return [line.problem("prompt", "a task needs prompt or messages", remedy)]
+    if "prompt" in row and "messages" in row:
         return [line.problem("prompt", "exactly one of prompt and messages must be given", "keep one of them")]
     if "prompt" in row:
         if isinstance(row["prompt"], str) and row["prompt"].strip():
@@ -170,10 +174,10 @@ def _check_expected(line: Line, verifier: str) -> Sequence[str]:
     row = line.fields
     if verifier not in NAMED_VERIFIERS:
         return []  # what it needs is its own affair
-    answer, tests = row.get("answer"), row.get("tests")
+    answer, tests = as_text(row.get("answer")), row.get("tests")
     problems = []
     if not isinstance(answer, str | None):
-        problems.append(line.problem("answer", "must be a string", "put it in quotes"))
+        problems.append(line.problem("answer", "must be a string or a number", "put it in quotes"))
     if not isinstance(tests, dict | None):
         problems.append(line.problem("tests", "must be an object", "write {...}"))
     if problems:

@@ -24,13 +24,15 @@ from pmd.types import Split
 FIELDS = ("id", "prompt", "messages", "system", "answer", "tests", "verifier", "domain", "memory_key", "choices")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_REQUEST = "\nPut the letter of the correct option between <answer> and </answer>."
+EMPTY = (None, "")
 #: Fields of the csv module may be as long as a program with its tests.
 csv.field_size_limit(min(sys.maxsize, 1 << 27))
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path is no local file or folder and has the form of a data set's id."""
-    return not Path(path).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    """Whether a path is no local file or folder, has the form of a data set's id, and no table's suffix."""
+    is_table = Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
+    return not is_table and not Path(path).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
 
 
 def read_table(path: str, split: Split, config: DataConfig, seed: int) -> tuple[list[Line], list[str]]:
@@ -50,7 +52,14 @@ def read_table(path: str, split: Split, config: DataConfig, seed: int) -> tuple[
         there = ", ".join(sorted(lines[0].fields)[:20])
         problems.append(f"data.columns: {path} has no column {', '.join(unknown)}; its columns are {there}.")
         return [], problems
-    return [Line(line.path, line.number, task_fields(line, split, config, seed)) for line in lines], problems
+    rows = []
+    for line in lines:
+        wrong = _describe_choices(line, config.columns["choices"]) if "choices" in config.columns else None
+        if wrong is None:
+            rows.append(Line(line.path, line.number, task_fields(line, split, config, seed)))
+        else:
+            problems.append(wrong)
+    return rows, problems
 
 
 def _columns_named(columns: Mapping[str, str | list[str]]) -> Iterator[str]:
@@ -64,7 +73,8 @@ def _read(path: str, split: Split, config: DataConfig) -> tuple[list[Line], list
         return _lines(Path(path), load_rows(path, name, name=config.subset)), []
     file = Path(path)
     if not file.is_file():
-        return [], [f"{path}: no such file; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
+        what = "is a folder" if file.is_dir() else "no such file"
+        return [], [f"{path}: {what}; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
     kind = file.suffixes[-2] if file.suffix == ".gz" and len(file.suffixes) > 1 else file.suffix
     try:
         if kind == ".csv":
@@ -92,8 +102,8 @@ def _rows_of(value: Any) -> list[Any]:
 
 
 def _lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[Line]:
-    """Number the rows from 1; an answer that is a number becomes text."""
-    named = [{str(k): _plain(v) if k == "answer" else v for k, v in row.items()} for row in rows]
+    """Number the rows from 1."""
+    named = [{str(key): value for key, value in row.items()} for row in rows]
     return [Line(path, number, row) for number, row in enumerate(named, start=1)]
 
 
@@ -102,7 +112,10 @@ def task_fields(line: Line, split: Split, config: DataConfig, seed: int) -> dict
     row = {key: value for key, value in line.fields.items() if value is not None or key not in FIELDS}
     for field, column in config.columns.items():
         if field != "choices" and isinstance(column, str):
-            row[field] = _plain(line.fields[column])
+            value = line.fields.get(column)
+            row[field] = value if field == "answer" else as_text(value)
+            if value is None:
+                del row[field]
     if isinstance(row.get("prompt"), list) and "messages" not in row:  # as in TRL's and OpenAI's data sets
         row["messages"] = row.pop("prompt")
     row.setdefault("id", f"{split}-{line.number}")
@@ -123,7 +136,7 @@ def verifier_text(verifier: str | list[Any]) -> str:
     return verifier if isinstance(verifier, str) else encode(verifier)
 
 
-def _plain(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """Return a number that stands where a text belongs as text, as it is written."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -135,20 +148,40 @@ def _add_choices(row: dict[str, Any], line: Line, named: str | list[str], random
     the answer is the position of the right option, its letter or its text.
     """
     if isinstance(named, str):
-        options = [str(option) for option in _options(line.fields[named])]
-        answer = _letter_of(row.get("answer"), options)
+        column, answer = line.fields.get(named), row.get("answer")
+        options = [str(option) for option in _options(column)]
+        labels = column.get("label") if isinstance(column, dict) else None
+        if isinstance(labels, list) and answer in labels:  # such as ARC's, some of which count from 1
+            answer = LETTERS[labels.index(answer)]
+        answer = _letter_of(answer, _options(column))
     else:
-        options = [str(line.fields[column]) for column in named if line.fields[column] not in (None, "")]
+        options = [str(value) for column in named if (value := line.fields.get(column)) not in EMPTY]
         right = options[0]
         random.shuffle(options)
         answer = LETTERS[options.index(right)]
-    if len(options) > len(LETTERS) or not isinstance(row.get("prompt"), str):
+    if not isinstance(row.get("prompt"), str):
         return
     row["answer"] = answer
     row.setdefault("memory_key", row["prompt"])
     lettered = "".join(f"\n{letter}: {option}" for letter, option in zip(LETTERS, options, strict=False))
     row["prompt"] += lettered + LETTER_REQUEST
     row.setdefault("verifier", "mcq")
+
+
+def _describe_choices(line: Line, named: str | list[str]) -> str | None:
+    """Return what is wrong with the options of a row, or None."""
+    if isinstance(named, str):
+        options = _options(line.fields.get(named))
+        if 2 <= len(options) <= len(LETTERS) and not any(option in EMPTY for option in options):
+            return None
+        rule = f"must be a list of 2 to {len(LETTERS)} options, none of them empty"
+        return line.problem(named, rule, "repair it, or leave the row out")
+    right, *others = named
+    if line.fields.get(right) in EMPTY:
+        return line.problem(right, "is the right option and must not be empty", "repair it, or leave the row out")
+    if all(line.fields.get(other) in EMPTY for other in others):
+        return line.problem(others[0], "there must be another option", "give one, or leave the row out")
+    return None
 
 
 def _options(value: Any) -> Sequence[Any]:
@@ -163,9 +196,14 @@ def _options(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else []
 
 
-def _letter_of(answer: Any, options: Sequence[str]) -> Any:
-    """Return the letter of the right option from its position, letter or text; the answer itself if it is none."""
-    text = str(answer).strip()
+def _letter_of(answer: Any, found: Sequence[Any]) -> Any:
+    """Return the letter of the right option from its position, letter or text; the answer itself if it is none.
+
+    A number is a position, unless the options are numbers, too, and it is one of them.
+    """
+    if isinstance(answer, int) and answer not in found and 0 <= answer < len(found):
+        return LETTERS[answer]
+    text, options = str(answer).strip(), [str(option) for option in found]
     if text.isdecimal() and int(text) < len(options) and text not in options:
         return LETTERS[int(text)]
     if text in options and text not in LETTERS[: len(options)]:

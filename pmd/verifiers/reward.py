@@ -4,6 +4,7 @@ TRL calls `reward(prompts, completions, **columns) -> list[float]`, with message
 prompts are lists of messages. Here it is called for one completion at a time.
 """
 
+import asyncio
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class TRLReward:
         if self.takes is not None:
             arguments = {name: value for name, value in arguments.items() if name in self.takes}
         rewards = self.function(**arguments)
+        if inspect.iscoroutine(rewards):
+            rewards = asyncio.run(rewards)
         if not isinstance(rewards, list | tuple) and not hasattr(rewards, "tolist"):
             raise TypeError(f"it returned {type(rewards).__name__}, not a list with a reward for each completion")
         listed = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)  # type: ignore[union-attr]

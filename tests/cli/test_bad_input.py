@@ -168,7 +168,7 @@ def test_every_malformed_line_of_a_jsonl_file_is_named(refused, tmp_path):
         json.dumps(good),
         "{not json",
         json.dumps(good | {"id": 2, "verifier": "exakt"}),
-        json.dumps(good | {"id": 3, "answer": 4}),
+        json.dumps(good | {"id": 3, "answer": [4]}),
         json.dumps({"id": 4, "verifier": "exact", "answer": "x"}),
         json.dumps(good),
     ]

@@ -24,7 +24,9 @@ trainer:
       init_args: {monitor: verify/avg, mode: min, patience: 1, strict: true, min_delta: 1.0}
     - class_path: lightning.pytorch.callbacks.LearningRateMonitor
     - class_path: ModelCheckpoint
-      init_args: {dirpath: LOGS/checkpoints, monitor: verify/avg, filename: mine}
+      init_args: {dirpath: LOGS/checkpoints, monitor: verify/avg, save_top_k: 3, filename: "mine-{step}"}
+    - class_path: StochasticWeightAveraging
+      init_args: {swa_lrs: 0.001, swa_epoch_start: 1}
     - class_path: users_own.CountEpochs
 """
 BROKEN = """
@@ -71,7 +73,8 @@ def test_a_lightning_users_sections_work_unchanged(tmp_path):
     section.write_text(SECTION.replace("LOGS", str(tmp_path / "logs")))
     run_dir = tmp_path / "run"
     fit = ["fit", "--config", "configs/tiny.yaml", *SMALL, f"--run_dir={run_dir}"]
-    run_pmd(*fit, "--trainer.max_epochs=9", "--config", str(section), first_on_path=tmp_path)
+    fit += ["--config", str(section), "--checkpoint_every_steps=1"]  # the scores of EarlyStopping are infinite at first
+    run_pmd(*fit, "--trainer.max_epochs=9", first_on_path=tmp_path)
     rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
     assert [row["mine/epochs"] for row in rows if row["mine/epochs"]] == ["1.0", "2.0"]  # stopped by EarlyStopping
     theirs = list(csv.DictReader((tmp_path / "logs/mine/version_0/metrics.csv").open()))
@@ -80,12 +83,13 @@ def test_a_lightning_users_sections_work_unchanged(tmp_path):
     ]
     assert any(row["lr-AdamW"] for row in theirs)
     assert yaml.safe_load((tmp_path / "logs/mine/version_0/hparams.yaml").read_text())["memory"]["k"] == 4
-    assert (tmp_path / "logs/checkpoints/mine.ckpt").is_file()
+    assert len(list((tmp_path / "logs/checkpoints").glob("mine-*.ckpt"))) == 2
     journal = [json.loads(line) for line in (tmp_path / "logs/journal.jsonl").read_text().splitlines()]
     assert journal[0] == {"memory.k": 4}
     assert sum("verify/avg" in row for row in journal) == 3
 
-    resumed = ["--ckpt_path=last", "--trainer.callbacks=[users_own.CountEpochs]", "--trainer.max_epochs=3"]
+    callbacks = "[users_own.CountEpochs, {class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.001}}]"
+    resumed = ["--ckpt_path=last", f"--trainer.callbacks={callbacks}", "--trainer.max_epochs=3"]
     run_pmd(*fit, *resumed, first_on_path=tmp_path)
     rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
     assert [row["mine/epochs"] for row in rows if row["mine/epochs"]] == ["1.0", "2.0", "3.0"]

@@ -59,7 +59,7 @@ BAD = [
     (row(4, messages=[]), "exactly one"),
     (row(5, prompt=..., messages=[{"role": "robot", "content": "x"}]), "messages"),
     (row(6, verifier="guess"), 'verifier="guess"'),
-    (row(7, answer=7), "answer=7"),
+    (row(7, answer=[7]), "answer=[7]"),
     (row(8, verifier="mcq", answer="b"), "capital letter"),
     (row(9, answer=...), "answer is missing"),
     (row(10, domain=3), "domain=3"),

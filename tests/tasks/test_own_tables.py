@@ -8,6 +8,7 @@ import pytest
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
 from pmd.tasks import describe_data_problems, load_tasks
+from pmd.tasks.splits import duplicated_task_ids
 from pmd.types import Message
 
 QUESTIONS = [{"q": f"What is {n} + {n}?", "label": 2 * n, "topic": "sums"} for n in range(20)]
@@ -86,6 +87,63 @@ def test_choices_in_one_column_keep_their_order(tmp_path):
     assert [tasks[f"train-{n}"].answer for n in (11, 12)] == ["D", "B"]
 
 
+def test_a_number_is_a_position_and_a_label_is_what_the_row_says(tmp_path):
+    columns = {"prompt": "question", "choices": "choices"}
+    rows = [{"question": f"{n}?", "choices": ["4", "2", "0", "1"], "answer": 1} for n in range(10)]
+    assert everything(load(write(tmp_path / "mmlu.parquet", rows), columns=columns))["train-1"].answer == "B"
+    rows = [{**row, "choices": [4, 2, 0, 1]} for row in rows]
+    assert everything(load(write(tmp_path / "numbers.parquet", rows), columns=columns))["train-1"].answer == "D"
+    arc = {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}
+    rows = [{"question": f"{n}?", "choices": arc, "answer": "2"} for n in range(10)]
+    assert everything(load(write(tmp_path / "arc.jsonl", rows), columns=columns))["train-1"].answer == "B"
+
+
+BAD_CHOICES = [
+    ({"choices": []}, "choices=[]: must be a list of 2 to 26 options, none of them empty"),
+    ({"choices": ["a", None]}, "none of them empty"),
+    ({"choices": [str(n) for n in range(27)]}, "a list of 2 to 26 options"),
+    ({"choices": "a"}, 'choices="a": must be a list'),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD_CHOICES)
+def test_options_that_are_none_are_named(changes, said, tmp_path):
+    path = write(tmp_path / "mmlu.jsonl", [{**MMLU, **changes}])
+    columns = {"prompt": "question", "choices": "choices"}
+    (problem,) = describe_data_problems(DataConfig(task="jsonl", path=str(path), columns=columns))
+    assert f"mmlu.jsonl:1: {said}" in problem or said in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"Correct Answer": ""}, 'Correct Answer="": is the right option and must not be empty'),
+        (dict.fromkeys(list(GPQA)[2:], ""), "there must be another option"),
+    ],
+)
+def test_a_row_without_the_right_option_or_without_another_is_named(changes, said, tmp_path):
+    path = write(tmp_path / "gpqa.csv", [{**GPQA, **changes}])
+    columns = {"prompt": "Question", "choices": [name for name in GPQA if name != "Question"]}
+    (problem,) = describe_data_problems(DataConfig(task="jsonl", path=str(path), columns=columns))
+    assert said in problem
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_own_verifiers_get_numbers_as_they_are_and_built_in_ones_as_text(suffix, tmp_path):
+    path = write(tmp_path / f"t{suffix}", [{"prompt": f"{n}?", "answer": n} for n in range(10)])
+    task = everything(load(path, verifier="exact"))["train-3"]
+    assert task.answer == "2"
+    assert everything(load(path, verifier="verifiers_of_ours.near"))["train-3"].columns["answer"] == 2
+
+
+def test_a_row_that_lacks_a_column_is_named(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"q": "1?", "answer": "1"}, {"answer": "2"}])
+    (problem,) = describe_data_problems(
+        DataConfig(task="jsonl", path=str(path), columns={"prompt": "q"}, verifier="exact")
+    )
+    assert "t.jsonl:2: prompt is missing" in problem
+
+
 def test_choices_in_several_columns_are_shuffled_by_seed(tmp_path):
     path = write(tmp_path / "gpqa.csv", [{**GPQA, "Question": f"{n}?"} for n in range(40)])
     columns = {"prompt": "Question", "choices": [name for name in GPQA if name != "Question"]}
@@ -112,6 +170,39 @@ def test_conversational_prompts_are_messages(tmp_path):
     rows = [{"prompt": [*history, {"role": "user", "content": f"{n}?"}], "answer": "x"} for n in range(10)]
     task = everything(load(write(tmp_path / "trl.parquet", rows), verifier="exact"))["train-1"]
     assert task.messages == (*(Message(m["role"], m["content"]) for m in history), Message("user", "0?"))
+
+
+def test_conversations_that_end_alike_are_different_tasks(tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": r, "content": c} for r, c in (("user", f"{n}?"), ("assistant", "x"), ("user", "Again."))
+            ]
+        }
+        for n in range(10)
+    ]
+    tasks = load(write(tmp_path / "turns.jsonl", [{**row, "answer": "x"} for row in rows]), verifier="exact")
+    assert [len(tasks[split]) for split in ("train", "test")] == [9, 1]
+    assert duplicated_task_ids(tasks) == frozenset()
+    assert everything(tasks)["train-1"].question == "User: 0?\n\nAssistant: x\n\nUser: Again."
+
+
+def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    for path, what in (
+        ("tasks/train.jsonl", "no such file"),
+        ("tasks/t.parquet", "no such file"),
+        ("saved", "is a folder"),
+    ):
+        problems = describe_data_problems(DataConfig(task="jsonl", path=path, verifier="exact"))
+        assert problems == [f"{path}: {what}; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
+
+
+def test_a_table_without_prompts_is_told_of_columns(tmp_path):
+    path = write(tmp_path / "t.csv", [{"Question": "1?", "answer": "1"}])
+    (problem,) = describe_data_problems(DataConfig(task="jsonl", path=str(path), verifier="exact"))
+    assert problem.endswith("write the question there, or name its column in data.columns.prompt.")
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The user's own code as a verifier: numbers, booleans, and TRL's reward functions as they are."""
 
+import asyncio
 import json
 import logging
 import re
@@ -97,6 +98,11 @@ class Judge:
         return np.array([0.25])
 
 
+async def slow_judge(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [0.75]
+
+
 def two(prompts, completions):
     return [1.0, 1.0]
 
@@ -146,5 +152,6 @@ def test_a_trl_function_sees_the_thinking_and_a_verifier_beside_it_does_not():
 
 def test_other_forms():
     assert verify(task("Judge"), "x").reward == 0.25
+    assert verify(task("slow_judge"), "x").reward == 0.75
     assert verify(task("two"), "x").status == "error"
     assert describe_verifier_problem(f"{HERE}.Judge") is None

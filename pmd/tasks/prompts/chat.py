@@ -89,7 +89,7 @@ class ChatPrompts:
         if not sections:
             return self.encoder.ids(task.messages, self.kwargs["teacher"])
         last = max(i for i, message in enumerate(task.messages) if message.role == "user")
-        question = self._fill("teacher", question=task.question, sections=sections).rstrip("\n")
+        question = self._fill("teacher", question=task.messages[last].content, sections=sections).rstrip("\n")
         messages = [Message("user", question) if i == last else m for i, m in enumerate(task.messages)]
         return self.encoder.ids(messages, self.kwargs["teacher"])
 

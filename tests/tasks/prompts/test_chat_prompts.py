@@ -57,6 +57,16 @@ def test_the_teacher_sees_items_success_and_failure_without_thinking():
         assert text not in shown, text
 
 
+def test_the_teacher_sees_a_conversation_as_the_student_does_and_a_reflection_all_of_it():
+    turns = (Message("user", "First?"), Message("assistant", "Hm."), Message("user", "Again."))
+    task = replace(TASK, messages=turns)
+    teacher = decoded(PROMPTS.teacher(task, ["An item."], None, None))
+    assert teacher.count("First?") == teacher.count("Again.") == 1
+    reflection = decoded(PROMPTS.reflection(task, [rollout(1, True, "right")])[0])
+    assert "First?" in reflection
+    assert "Again." in reflection
+
+
 def test_feedback_without_the_attempt_and_nothing_without_feedback():
     failed = rollout(0, False, "I say neon", "neon is heavier")
     shown = decoded(PROMPTS.teacher(TASK, [], None, failed, False))
