@@ -42,7 +42,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; a full disk, a kill or values that are not finite leave the previous one in place.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity (but for those of callbacks), or a callback's state could not be read again.
+        CheckpointError: a tensor that is not a callback's holds NaN or infinity, or a part could not be read again.
         DiskError: the file could not be written.
     """
     kept = f"the last good one, {path}, is kept" if path.is_file() else "there is none to fall back on"
