@@ -1,5 +1,6 @@
 """`python -m pmd init`: writes a commented configuration for a model, a task file and a GPU."""
 
+import shlex
 from pathlib import Path
 
 from pmd.atomic import replace_text
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     replace_text(options.out, configuration(options.model, options.data, options.verifier, options.gpu_gb, options.out))
-    print(f"{options.out} is written; next: python -m pmd check --config {options.out}")
+    print(f"{options.out} is written; next: python -m pmd check --config {shlex.quote(str(options.out))}")
     return 0
 
 

@@ -5,6 +5,7 @@ because every file is replaced whole.
 """
 
 import os
+import shlex
 import signal
 import sqlite3
 import sys
@@ -122,5 +123,5 @@ def _how_to_resume(run_dir: RunDir) -> str:
         return f"stopped in the first epoch, so there is nothing to resume; remove {run_dir.root} and start again."
     return (
         "stopped; everything up to the last finished epoch is saved. Continue with: "
-        f"python -m pmd fit --config {run_dir.config} --ckpt_path last"
+        f"python -m pmd fit --config {shlex.quote(str(run_dir.config))} --ckpt_path last"
     )

@@ -55,7 +55,7 @@ def model_card(run_dir: RunDir, config: RunConfig, checkpoint: Path, *, is_adapt
         "base_model": config.model.path,
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pmd", config.method],
+        "tags": sorted({"pmd", config.method}),
         **({"license": license_name} if license_name else {}),
     }
     return TEMPLATE.format(

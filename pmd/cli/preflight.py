@@ -153,7 +153,7 @@ def _try_both(task: Task, deadline_s: float) -> list[tuple[str, Trial]]:
     def trying(task: Task, text: str) -> Verdict:
         try:
             return judge(task, text)
-        except Exception as error:  # of the user's code; its traceback comes with the run's first crash
+        except (Exception, SystemExit) as error:  # of the user's code; its traceback comes with the run's first crash
             errors[text] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{_place(error)}"
             return Verdict(0.0, False, "error")
 
@@ -169,7 +169,7 @@ def _try_both(task: Task, deadline_s: float) -> list[tuple[str, Trial]]:
     return trials
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Return the line of the user's code that failed, if it did."""
     ours = Path(__file__).parents[1]
     frames = traceback.extract_tb(error.__traceback__)

@@ -44,7 +44,7 @@ def verify(task: Task, completion_text: str) -> Verdict:
     started = time.perf_counter()
     try:
         verdict = judge(task, completion_text)
-    except Exception as error:  # the one place that swallows errors: a broken verifier must not end a long run
+    except (Exception, SystemExit) as error:  # the one place that swallows errors: a verifier must not end a long run
         _report_crash(task, error)
         verdict = Verdict(0.0, False, "error")
     return replace(verdict, seconds=time.perf_counter() - started)
@@ -65,7 +65,7 @@ def judge(task: Task, completion_text: str) -> Verdict:
     return _checked(verifier(task, completion_text))
 
 
-def _report_crash(task: Task, error: Exception) -> None:
+def _report_crash(task: Task, error: BaseException) -> None:
     """Log a verifier's error with its traceback once; the same error again is only counted, as status `error`."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     place = (task.verifier, type(error).__name__, at.filename, at.lineno)

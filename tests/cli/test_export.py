@@ -110,6 +110,7 @@ def test_the_model_card_says_how_the_model_was_made(full_run, lora_run, tmp_path
     assert "LoRA, rank 4" in lora
     front = yaml.safe_load(full.split("---")[1])
     assert front["base_model"] == "tiny"
+    assert front["tags"] == ["pmd"]
     assert "license" not in front
 
 

@@ -20,6 +20,9 @@ import json, time
 def always(task, completion): return 1.0
 def strict(task, completion): return json.loads(completion)["right"]
 def picky(task, completion): return completion.splitlines()[0] == task.answer
+def leaves(task, completion):
+    raise SystemExit("no API key")
+
 def hangs(task, completion): time.sleep(5)
 """
 
@@ -48,6 +51,8 @@ def test_each_verifier_is_tried_once_on_both(own):
 def test_a_verifier_that_never_answers_is_refused_and_one_that_sometimes_fails_is_named(own):
     with pytest.raises(ConfigError, match=r"preflight_checks.strict, task t: .* an empty one \(JSONDecodeError"):
         try_verifiers([task("preflight_checks.strict")], RunConfig())
+    with pytest.raises(ConfigError, match=r"an empty one \(SystemExit: no API key, in preflight_checks.py, line "):
+        try_verifiers([task("preflight_checks.leaves")], RunConfig())
     warnings, _ = try_verifiers([task("preflight_checks.picky")], RunConfig())
     assert len(warnings) == 1
     assert "an empty one (IndexError: list index out of range, in preflight_checks.py, line " in warnings[0]

@@ -13,7 +13,7 @@ from command_line import ROOT, SMALL, run_pmd, small_fit
 from pmd.callbacks.checkpoint import CheckpointCallback, copy_checkpoint, restore_best
 from pmd.checkpoint_file import read_checkpoint
 from pmd.cli import main
-from pmd.cli.interrupt import explaining_failures
+from pmd.cli.interrupt import _how_to_resume, explaining_failures
 from pmd.cli.run import build, evaluate, evaluate_checkpoints, report
 from pmd.config.load import load_config
 from pmd.errors import ConfigError, DiskError, EngineError, RankLost, RunFailed, RunInterrupted
@@ -195,3 +195,10 @@ def test_a_copy_that_fails_leaves_the_old_one(run_dir):
     with pytest.raises(DiskError, match=r"best.ckpt could not be written"):
         copy_checkpoint(run_dir.last, run_dir.best)
     assert run_dir.best.read_bytes() == before
+
+
+def test_the_command_that_resumes_can_be_pasted(tmp_path):
+    run_dir = RunDir(tmp_path / "my run")
+    run_dir.last.parent.mkdir(parents=True)
+    run_dir.last.touch()
+    assert _how_to_resume(run_dir).endswith(f"--config '{run_dir.config}' --ckpt_path last")

@@ -16,7 +16,7 @@ from pmd.module import PMDModule
 def test_init_writes_what_can_start(tmp_path, capsys):
     rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
     (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = tmp_path / "mine.yaml"
+    out = tmp_path / "my own.yaml"
     options = [
         "--model",
         "tiny_exam",
@@ -28,6 +28,7 @@ def test_init_writes_what_can_start(tmp_path, capsys):
         str(out),
     ]
     assert main(["init", *options]) == 0
+    assert f"next: python -m pmd check --config '{out}'" in capsys.readouterr().out
     assert main(["check", "--config", str(out), f"--run_dir={tmp_path / 'run'}"]) == 0
     assert "17 train tasks" in capsys.readouterr().out
     assert main(["init", *options]) == 2

@@ -59,6 +59,15 @@ def test_a_number_or_a_bool_is_a_reward(name, completion, reward, correct, statu
     assert (verdict.reward, verdict.correct, verdict.status) == (pytest.approx(reward), correct, status)
 
 
+def leaves(task, completion):
+    raise SystemExit("no API key")
+
+
+def test_a_verifier_that_exits_is_said(caplog):
+    assert verify(task("leaves"), "x").status == "error"
+    assert "SystemExit: no API key" in caplog.text
+
+
 def test_the_same_error_is_said_once_and_with_its_traceback_if_it_is_the_users(caplog):
     pool._crashes.clear()
     with caplog.at_level(logging.ERROR):  # so that all ranks of a run say it
