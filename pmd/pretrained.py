@@ -40,6 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NOISE = re.compile(r"drop(out|path|_path)|pdrop|layerdrop|jitter")
 #: The function that computes rotary embedding in an architecture's module.
 ROTARY = "apply_rotary_pos_emb"
+#: Under which transformers notes that it has warned of more tokens than the model has positions.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 MARK_TOKENS = 32  # that an opening mark takes at most, one token for each character
 Loaded = TypeVar("Loaded")
 
@@ -73,6 +75,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.deprecation_warnings[TOO_LONG] = True  # its warning is given: pmd itself refuses or shortens long prompts
     return tokenizer
 
 

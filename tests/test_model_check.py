@@ -1,6 +1,7 @@
 """Models and tokenizers that cannot serve are refused in words before anything is generated; dropout is off."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -275,3 +276,14 @@ def test_noise_in_parts_and_of_routers_is_found():
     assert "attention_dropout=0.2, router_jitter_noise=0.1" in describe_noise(mixtral)[0]
     assert "layerdrop=0.1" in describe_noise(opt)[0]
     assert "attn_pdrop=0.2, resid_pdrop=0.1" in describe_noise(dbrx)[0]
+
+
+def test_a_tokenizer_does_not_warn_of_long_prompts(caplog):
+    """A prompt that is too long is refused or shortened."""
+    tokenizer = load_tokenizer(ModelConfig(path="tiny_exam"))
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        assert len(tokenizer("word " * 2000)["input_ids"]) > tokenizer.model_max_length
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "longer than" not in caplog.text

@@ -18,6 +18,7 @@ from pmd.config.trainer import (
     COUNTS,
     MAX_DEVICES,
     MINIMUM,
+    NO_LIMIT,
     ONE_DEVICE,
     OWN_ARGUMENTS,
     accepted_types,
@@ -75,6 +76,8 @@ def _trainer_schema() -> dict[str, Any]:
         elif name not in OWN_ARGUMENTS:
             bounds = {"minimum": MINIMUM[name], "maximum": MAX_COUNT} if name in MINIMUM else {}
             properties[name] = _value_schema(hint, bounds)
+    key, value = NO_LIMIT
+    properties[key]["anyOf"].append({"const": value})
     return {
         "description": "Arguments of Lightning's Trainer.",
         "type": "object",

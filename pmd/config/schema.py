@@ -269,8 +269,8 @@ class DataConfig:
     )
     answer_after: str | None = option(None, "jsonl: the answer is what follows this text, such as GSM8K's `####`.")
     prompt_suffix: str | None = option(None, "jsonl: added to every prompt, such as the form of the answer.")
-    subset: str | None = option(None, "jsonl: subset (configuration) of a data set of the Hub.")
-    train_split: str = option("train", "jsonl: the split of a data set of the Hub to train on.")
+    subset: str | None = option(None, "jsonl: subset (configuration) of a data set.")
+    train_split: str = option("train", "jsonl: the split of a data set (of the Hub, or in a folder) to train on.")
     test_split: str | None = option(None, "jsonl: its held-out split; null splits `train_split`.")
     taskset: dict[str, Any] = option(
         {},

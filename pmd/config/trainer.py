@@ -76,6 +76,7 @@ SECONDS = {
 }  # fmt: skip
 MAX_DAYS = 10_000
 MINIMUM = {"max_epochs": 1, "min_epochs": 1, "max_steps": 1, "min_steps": 1, "log_every_n_steps": 1}
+NO_LIMIT = ("max_steps", -1)  # Lightning's default
 
 
 def trainer_problems(trainer: dict[str, Any]) -> list[str]:
@@ -131,7 +132,7 @@ def _value_problems(key: str, value: Any, hint: Any) -> Iterator[str]:
     if not fits(value, hint):
         remedy = "; model.dtype is the precision of the weights" if key == "precision" else ""
         yield f"trainer.{key}={shown(value)} must be {describe(hint)}{remedy}."
-    elif key in MINIMUM and isinstance(value, int) and value < MINIMUM[key]:
+    elif key in MINIMUM and isinstance(value, int) and value < MINIMUM[key] and (key, value) != NO_LIMIT:
         yield f"trainer.{key}={shown(value)} must be at least {MINIMUM[key]}."
     elif key in MINIMUM and isinstance(value, int) and value > MAX_COUNT:
         yield f"trainer.{key}={shown(value)} must be at most {MAX_COUNT}."

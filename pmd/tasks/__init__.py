@@ -18,7 +18,7 @@ from pmd.tasks.splits import (
     hold_out,
     tasks_of_epoch,
 )
-from pmd.tasks.table import check_columns, is_hub_id
+from pmd.tasks.table import check_columns, is_data_set
 from pmd.types import Split, Task
 
 __all__ = [
@@ -83,7 +83,7 @@ def describe_data_problems(config: DataConfig) -> list[str]:
         config.path is None and config.task in ("sciknoweval", "livecodebench")
     ):
         return []
-    if config.task == "jsonl" and any(path and is_hub_id(path) for path in (config.path, config.validation_path)):
+    if config.task == "jsonl" and any(path and is_data_set(path) for path in (config.path, config.validation_path)):
         return check_columns(config)
     if config.task == "verifiers":
         from pmd.tasks.environment import describe_taskset_problems

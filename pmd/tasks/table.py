@@ -29,10 +29,11 @@ EMPTY = (None, "")
 csv.field_size_limit(min(sys.maxsize, 1 << 27))
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a path is no local file or folder, has the form of a data set's id, and no table's suffix."""
+def is_data_set(path: str) -> bool:
+    """Whether the package datasets reads it: a folder, or no local file but of the form of a data set's id."""
     is_table = Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
-    return not is_table and not Path(path).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    is_id = not is_table and not Path(path).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    return is_id or Path(path).is_dir()
 
 
 def read_table(path: str, split: Split, config: DataConfig, seed: int) -> tuple[list[Line], list[str]]:
@@ -42,7 +43,7 @@ def read_table(path: str, split: Split, config: DataConfig, seed: int) -> tuple[
         seed: shuffles the options of a row whose right answer always comes first.
 
     Raises:
-        ConfigError: the data set cannot be loaded from the Hub.
+        ConfigError: the data set cannot be loaded from the Hub or from its folder.
     """
     lines, problems = _read(path, split, config)
     unknown = sorted(
@@ -68,13 +69,12 @@ def _columns_named(columns: Mapping[str, str | list[str]]) -> Iterator[str]:
 
 
 def _read(path: str, split: Split, config: DataConfig) -> tuple[list[Line], list[str]]:
-    if is_hub_id(path):
+    if is_data_set(path):
         name = config.train_split if split == "train" else config.test_split or ""
         return _lines(Path(path), load_rows(path, name, name=config.subset)), []
     file = Path(path)
     if not file.is_file():
-        what = "is a folder" if file.is_dir() else "no such file"
-        return [], [f"{path}: {what}; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
+        return [], [f"{path}: no such file; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
     kind = file.suffixes[-2] if file.suffix == ".gz" and len(file.suffixes) > 1 else file.suffix
     try:
         if kind == ".csv":

@@ -19,7 +19,8 @@ RIGHT = [
     "wandb=false", "wandb=offline", "wandb.tags=[a]", "wandb={mode: online, group: g}",
     "objective.alpha=symmetric", "objective.alpha=1", "objective.top_k=null",
     "teacher.refresh_epochs=2", "memory.levels=[0,2]", "data.domains=[physics]", "optimizer.lr=1",
-    "trainer.devices=1", "trainer.precision=32", "trainer.max_time={hours: 2}", "trainer.deterministic=warn",
+    "trainer.devices=1", "trainer.precision=32", "trainer.max_steps=-1",
+    "trainer.max_time={hours: 2}", "trainer.deterministic=warn",
     "trainer.logger=false", "trainer.logger=CSVLogger", "trainer.callbacks=[{class_path: LearningRateMonitor}]",
     "trainer.callbacks={class_path: mine.C, init_args: {n: 1}}",
 ]  # fmt: skip
@@ -27,6 +28,7 @@ WRONG = [
     "memory.kk=3", "memroy.k=3", "optimizer.lr=fast", "optimizer.lr=0", "objective.alpha=1.5", "objective.alpha=both",
     "objective.top_k=0", "memory.enabled=1", "memory.k=true", "memory.levels=[3]", "memory=3", "model.lora_dropout=1",
     "data.world.boxes=5", "seed_everything=-1", "trainer.max_epochs=0", "trainer.max_steps=many",
+    "trainer.max_steps=0", "trainer.max_epochs=-1",
     "trainer.logger=3", "trainer.callbacks=[{init_args: {}}]", "trainer.callbacks={class_path: C, n: 1}",
     "trainer.callbacks=true", "wandb=on", "wandb.mode=yes please",
     "trainer.max_epoch=3", "trainer.devices=0", "trainer.precision=16-mixed", "trainer.accelerator=gpuu",

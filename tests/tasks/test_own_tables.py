@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from pmd.config.schema import DataConfig
 from pmd.errors import ConfigError
@@ -189,14 +190,46 @@ def test_conversations_that_end_alike_are_different_tasks(tmp_path):
 
 def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "saved").mkdir()
-    for path, what in (
-        ("tasks/train.jsonl", "no such file"),
-        ("tasks/t.parquet", "no such file"),
-        ("saved", "is a folder"),
-    ):
+    for path in ("tasks/train.jsonl", "tasks/t.parquet"):
         problems = describe_data_problems(DataConfig(task="jsonl", path=path, verifier="exact"))
-        assert problems == [f"{path}: {what}; give a JSON Lines, JSON, CSV or Parquet file with one task per row."]
+        assert problems == [
+            f"{path}: no such file; give a JSON Lines, JSON, CSV or Parquet file with one task per row."
+        ]
+
+
+@pytest.fixture(params=["files", "saved", "saved without splits"])
+def folder(request, tmp_path, monkeypatch):
+    """A folder of a data set, with a split `test` of two rows, if it has splits."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    found = tmp_path / "set"
+    found.mkdir()
+    if request.param == "files":
+        write(found / "train.parquet", QUESTIONS[2:])
+        write(found / "test.parquet", QUESTIONS[:2])
+    elif request.param == "saved":
+        splits = {"train": Dataset.from_list(QUESTIONS[2:]), "test": Dataset.from_list(QUESTIONS[:2])}
+        DatasetDict(splits).save_to_disk(found)
+    else:
+        Dataset.from_list(QUESTIONS[2:]).save_to_disk(found)
+    return found, request.param != "saved without splits"
+
+
+def test_a_folder_is_a_data_set(folder):
+    path, has_splits = folder
+    keys = {"columns": COLUMNS, "verifier": "exact"}
+    assert describe_data_problems(DataConfig(task="jsonl", path=str(path), **keys)) == []
+    assert len(everything(load(path, **keys))) == 18
+    if has_splits:
+        tasks = load(path, test_split="test", **keys)
+        assert [len(tasks[split]) for split in ("train", "test")] == [18, 2]
+        assert tasks["test"][1].question == "What is 1 + 1?"
+    with pytest.raises(ConfigError, match=r"data: the folder .* cannot be loaded \(.*nowhere"):
+        load(path, test_split="nowhere", **keys)
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="give one with the files of a data set, or one of its files"):
+        load(tmp_path, verifier="exact")
 
 
 def test_a_table_without_prompts_is_told_of_columns(tmp_path):
@@ -210,8 +243,8 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for split, rows in (("train", QUESTIONS[:15]), ("test", QUESTIONS[15:])):
         write(folder / f"{split}.parquet", rows)
-    monkeypatch.setattr("pmd.tasks.table.is_hub_id", lambda path: path == "owner/sums")
-    monkeypatch.setattr("pmd.tasks.is_hub_id", lambda path: path == "owner/sums")
+    monkeypatch.setattr("pmd.tasks.table.is_data_set", lambda path: path == "owner/sums")
+    monkeypatch.setattr("pmd.tasks.is_data_set", lambda path: path == "owner/sums")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert describe_data_problems(DataConfig(task="jsonl", path="owner/sums", columns=COLUMNS)) == []

@@ -163,10 +163,14 @@ def test_a_missing_path_is_named(tmp_path):
     assert "data.path" in problems[0]
 
 
-def test_a_hub_failure_says_what_to_do(tmp_path):
-    (tmp_path / "test.jsonl").write_text("{}")
-    with pytest.raises(ConfigError, match="a local copy"):
-        load_rows(str(tmp_path), "no such split")
+def test_a_hub_failure_says_what_to_do(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("pmd.tasks.hub.prepare_hub", lambda _: None)
+    with pytest.raises(ConfigError, match=r"from the Hub \(ConnectionError: no route\).*a local copy"):
+        load_rows("owner/set", "test")
 
 
 def test_the_own_split_is_configurable(data_folder):
