@@ -1,16 +1,12 @@
 """benchmarks/gpu measures on machines without a network; without a GPU, only that it could be started is tested."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from questions import make_questions
 
+from benchmarks.gpu import engine
 from pmd.bootstrap.random_model import make_random_model
 from pmd.cli import run as run_module
 from pmd.run_dir import RunDir
-
-ROOT = Path(__file__).parents[1]
 
 
 class Started(Exception):
@@ -19,8 +15,6 @@ class Started(Exception):
 
 def test_the_engine_is_measured_on_the_shipped_configuration_without_a_network(tmp_path, monkeypatch):
     """Everything that comes before vLLM's start happens; the Hub is not asked."""
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    from benchmarks.gpu import engine
 
     def start(config, *_):
         raise Started(config)

@@ -98,8 +98,17 @@ class TrainerCLI(LightningCLI):
 
 def device_of(trainer: Mapping[str, Any]) -> torch.device:
     """Return the device on which the `trainer` section trains, without its loggers and callbacks."""
-    accelerator = trainer.get("accelerator", "auto")
-    return TrainerCLI({"accelerator": accelerator}).trainer_for([], [], Path()).strategy.root_device
+    quieten()
+    plain = Trainer(
+        accelerator=trainer.get("accelerator", "auto"),
+        devices=1,
+        plugins=LightningEnvironment(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return plain.strategy.root_device
 
 
 class SummedGradients(DDPStrategy):

@@ -113,9 +113,10 @@ def task_fields(line: Line, split: Split, config: DataConfig, seed: int) -> dict
     for field, column in config.columns.items():
         if field != "choices" and isinstance(column, str):
             value = line.fields.get(column)
-            row[field] = value if field == "answer" else as_text(value)
             if value is None:
-                del row[field]
+                row.pop(field, None)
+            else:
+                row[field] = value if field == "answer" else as_text(value)
     if isinstance(row.get("prompt"), list) and "messages" not in row:  # as in TRL's and OpenAI's data sets
         row["messages"] = row.pop("prompt")
     row.setdefault("id", f"{split}-{line.number}")

@@ -1,14 +1,11 @@
 """The predicted memory of a training step against peaks that an H200 showed (docs/gpu.md); no GPU is needed here."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks.gpu.step import Mode, Workload, architecture, run_config
 from pmd.planning.gpu_memory import predict, shape_of
 from pmd.planning.synthetic import Lengths
 
-ROOT = Path(__file__).parents[2]
 #: Size, adapter, tokens of the one row of a micro-batch, of its completion, all recomputed or nothing, measured GB.
 MEASURED = [
     ("8b", "lora", 8192, 1024, True, 20.62),
@@ -20,10 +17,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("size", "finetune", "tokens", "completion", "recomputed", "measured"), MEASURED)
-def test_the_prediction_is_near_and_hardly_below(size, finetune, tokens, completion, recomputed, measured, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    from benchmarks.gpu.step import Mode, Workload, architecture, run_config
-
+def test_the_prediction_is_near_and_hardly_below(size, finetune, tokens, completion, recomputed, measured):
     prompt = tokens - completion
     workload = Workload(1, 1, Lengths(prompt, prompt, completion, completion))
     run = run_config(workload, Mode("measured", checkpointing=recomputed, tokens=tokens), "cuda", finetune)
